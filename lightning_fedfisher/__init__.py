@@ -1,0 +1,41 @@
+"""One-shot federated learning for PyTorch Lightning.
+
+Clients train alone, once, with `FedFisherCallback` on their Trainer, and send one `ClientUpdate`
+file. A server runs `FisherMergeModule` on its Trainer and gets the one model that minimises the sum
+of the clients' quadratics.
+"""
+
+# Client
+from lightning_fedfisher.callback import FedFisherCallback
+from lightning_fedfisher.extraction import ExtractedCurvature, extract_curvature
+
+# Server
+from lightning_fedfisher.merge_module import FisherMergeModule, MergeError
+from lightning_fedfisher.methods import METHODS
+
+# What crosses between them, and what it is made of
+from lightning_fedfisher.curvature import KINDS, Curvature, Dense, Diagonal, Identity, Kronecker
+from lightning_fedfisher.layers import Layer, UnsupportedModelError, find_layers
+from lightning_fedfisher.update import ClientUpdate, UpdateError, UpdateHeader
+
+__all__ = [
+    "KINDS",
+    "METHODS",
+    "ClientUpdate",
+    "Curvature",
+    "Dense",
+    "Diagonal",
+    "ExtractedCurvature",
+    "FedFisherCallback",
+    "FisherMergeModule",
+    "Identity",
+    "Kronecker",
+    "Layer",
+    "MergeError",
+    "UnsupportedModelError",
+    "UpdateError",
+    "UpdateHeader",
+    "extract_curvature",
+    "find_layers",
+]
+__version__ = "0.1.0"

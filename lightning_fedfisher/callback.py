@@ -1,0 +1,237 @@
+"""FedFisherCallback: extracts a client's update at the end of `Trainer.fit` and writes it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_fedfisher.extraction import (
+    CurvatureType,
+    ExtractedCurvature,
+    Forward,
+    check_model,
+    check_options,
+    extract_curvature,
+)
+from lightning_fedfisher.likelihood import FisherType, LikelihoodType
+from lightning_fedfisher.sampling import Shard, deal_samples
+from lightning_fedfisher.strategies import require_whole_model
+from lightning_fedfisher.update import ClientUpdate, UpdateHeader
+
+
+class FedFisherCallback(Callback):
+    """Turns a finished fit into a `ClientUpdate`: the weights and the curvature around them.
+
+    With no arguments it works: once the training ends, normally or early, it extracts the curvature
+    over the training samples, each once, and rank 0 writes
+    ``<log dir or default_root_dir>/fedfisher/update.safetensors``. Nothing else about the run
+    changes. After an exception or Ctrl-C nothing is written; under ``fast_dev_run`` one batch is
+    extracted and nothing written.
+
+    Example::
+
+        trainer = Trainer(callbacks=[FedFisherCallback()])
+        trainer.fit(module, train_loader)
+
+    Attributes:
+        update: the extracted update; None until the fit has ended.
+        path: the file written; None until then.
+        seconds: wall-clock time the extraction took; None until then.
+    """
+
+    def __init__(
+        self,
+        output: str | os.PathLike[str] | None = None,
+        *,
+        curvature: CurvatureType = "kfac",
+        fisher: FisherType = "normalised",
+        likelihood: LikelihoodType = "categorical",
+        max_samples: int | None = None,
+        batch_size: int | None = None,
+        dataloader: Iterable[Any] | None = None,
+        num_samples: int | None = None,
+        forward: Forward | None = None,
+        mc_samples: int = 1,
+        seed: int = 0,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        """Checks the options; see `extract_curvature` for those not told here.
+
+        Args:
+            output: file to write; under the trainer's log directory if None.
+            curvature: kind of curvature; ``"identity"`` sends the weights alone.
+            fisher: Fisher type.
+            likelihood: of the labels given the logits.
+            max_samples: average over a seeded random subset of this size; all samples if None.
+            batch_size: samples a batch; the loader's own if None.
+            dataloader: the client's samples, if not those behind the training loader, for example
+                without its augmentation.
+            num_samples: training samples the client holds, its weight in the merge; counted if
+                None.
+            forward: maps ``(module, batch)`` to logits, or ``(logits, labels)``; needed where
+                batches are not ``(x, y)`` or the module's output is not its logits.
+            mc_samples: draws a sample for ``fisher="mc"``.
+            seed: of the subset and of the Monte-Carlo draws.
+            metadata: anything to send along, as strings.
+
+        Raises:
+            ValueError: if an option is unknown or out of range.
+        """
+        check_options(curvature, fisher, likelihood)
+        for name, value in (("max_samples", max_samples), ("num_samples", num_samples)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self._output = None if output is None else Path(output)
+        self._curvature: CurvatureType = curvature
+        self._fisher: FisherType = fisher
+        self._likelihood: LikelihoodType = likelihood
+        self._max_samples = max_samples
+        self._batch_size = batch_size
+        self._dataloader = dataloader
+        self._num_samples = num_samples
+        self._forward = forward
+        self._mc_samples = mc_samples
+        self._seed = seed
+        self._metadata = dict(metadata or {})
+        self.update: ClientUpdate | None = None
+        self.path: Path | None = None
+        self.seconds: float | None = None
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(
+            output=str(self._output), curvature=self._curvature, fisher=self._fisher
+        )
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        self.update = self.path = self.seconds = None
+        require_whole_model(trainer, "FedFisherCallback")
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        later = callbacks[callbacks.index(self) + 1 :]
+        averaging = [c for c in later if isinstance(c, WeightAveraging | StochasticWeightAveraging)]
+        if averaging:
+            rank_zero_warn(
+                f"FedFisherCallback stands before {type(averaging[0]).__name__} and would extract "
+                "the weights before they are averaged: place it after"
+            )
+        twins = [c for c in callbacks if isinstance(c, FedFisherCallback) and c is not self]
+        if any(twin._output == self._output for twin in twins):
+            raise ValueError(
+                f"two FedFisherCallbacks would write the same file ({self._output or 'default'}): "
+                "give each its own output"
+            )
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Refused before the hours of training rather than after them.
+        check_model(pl_module, self._curvature)
+        deal_samples(self._loader(trainer), shard=_shard(trainer))
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loader = self._loader(trainer)
+        dry = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        one_batch = getattr(loader, "batch_size", None) or 1
+        extracted = extract_curvature(
+            pl_module,
+            loader,
+            self._curvature,
+            fisher=self._fisher,
+            likelihood=self._likelihood,
+            max_samples=one_batch if dry else self._max_samples,
+            batch_size=self._batch_size,
+            seed=self._seed,
+            mc_samples=self._mc_samples,
+            forward=self._forward,
+            shard=_shard(trainer),
+            progress=trainer.progress_bar_callback is not None,
+        )
+        header = UpdateHeader(
+            num_samples=self._count(extracted),
+            curvature=self._curvature,
+            fisher="" if self._curvature == "identity" else self._fisher,
+            likelihood=self._likelihood,
+            curvature_samples=extracted.num_samples,
+            layers=extracted.layers,
+            kinds={name: block.kind for name, block in extracted.blocks.items()},
+            metadata=self._metadata,
+        )
+        self.update = ClientUpdate.from_model(pl_module, header, extracted.blocks)
+        self.seconds = extracted.seconds
+        if not dry:
+            self._write(trainer, self.update)
+            self._log(trainer, extracted)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.update is None:
+            rank_zero_warn(
+                "FedFisherCallback extracted nothing, because not one batch was trained (a "
+                "finished checkpoint was resumed, max_epochs=0 or limit_train_batches=0): call "
+                "extract_curvature on the module instead"
+            )
+
+    def _loader(self, trainer: Trainer) -> Iterable[Any]:
+        loader = self._dataloader if self._dataloader is not None else trainer.train_dataloader
+        if loader is None or isinstance(loader, Mapping | list | tuple):
+            raise ValueError(
+                "several training loaders, or none: pass FedFisherCallback(dataloader=...) the one "
+                "over this client's samples"
+            )
+        return loader
+
+    def _count(self, extracted: ExtractedCurvature) -> int:
+        """Training samples the client holds."""
+        if self._num_samples is not None:
+            return self._num_samples
+        if extracted.population is not None:
+            return extracted.population
+        if self._max_samples is None and extracted.num_samples:
+            return extracted.num_samples
+        raise ValueError(
+            "the number of training samples cannot be told from an iterable: pass num_samples="
+        )
+
+    def _write(self, trainer: Trainer, update: ClientUpdate) -> None:
+        # Asked on every rank: the log directory is broadcast.
+        folder = trainer.log_dir or trainer.default_root_dir
+        self.path = self._output or Path(folder) / "fedfisher" / "update.safetensors"
+        if trainer.is_global_zero:
+            update.save(self.path)
+        trainer.strategy.barrier("FedFisherCallback.write")
+        rank_zero_info(f"FedFisherCallback wrote {self.path}")
+
+    def _log(self, trainer: Trainer, extracted: ExtractedCurvature) -> None:
+        if not trainer.is_global_zero or self.path is None:
+            return
+        metrics = {
+            "fedfisher/extraction_seconds": extracted.seconds,
+            "fedfisher/curvature_samples": float(extracted.num_samples),
+            "fedfisher/upload_bytes": float(self.path.stat().st_size),
+        }
+        for name, block in extracted.blocks.items():
+            metrics[f"fedfisher/trace/{name}"] = float(block.trace())
+        # LightningModule.log is closed at this point of a fit; the loggers are not.
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+
+
+def _shard(trainer: Trainer) -> Shard:
+    def total(tensor: Tensor) -> Tensor:
+        reduced = trainer.strategy.reduce(tensor, reduce_op="sum")
+        assert isinstance(reduced, Tensor)
+        return reduced
+
+    return Shard(trainer.global_rank, trainer.world_size, total)

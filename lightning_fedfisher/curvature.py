@@ -1,0 +1,360 @@
+"""Kinds of curvature: what one layer's Fisher information can look like.
+
+Every merge method of this package minimises the same quadratic,
+``sum_k p_k <W - W_k, F_k (W - W_k)>``, and differs only in the kind of ``F_k``. A kind knows how to
+apply itself, how to raise itself to a power, its diagonal and trace, and how to write itself out
+densely. Nothing else in the package branches on the kind.
+
+A layer's weights are a matrix ``W`` of shape ``(out, in)``, the bias being its last column. Dense
+matrices act on ``W`` flattened row by row. All kinds are immutable.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+
+class Curvature(ABC):
+    """A symmetric positive semi-definite operator on one layer's weight matrix.
+
+    Subclasses are frozen dataclasses whose tensors are exactly what a client sends.
+    """
+
+    kind: ClassVar[str]
+    elementwise: ClassVar[bool] = False
+    """Whether the operator is its own diagonal, so that sums of it invert entry by entry."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """Shape ``(out, in)`` of the weight matrix it acts on."""
+
+    @abstractmethod
+    def apply(self, matrix: Tensor) -> Tensor:
+        """Multiplies a weight matrix by the curvature.
+
+        Args:
+            matrix: of shape ``(out, in)``.
+
+        Returns:
+            ``F @ matrix``, of shape ``(out, in)``.
+        """
+
+    @abstractmethod
+    def power(self, exponent: float) -> Curvature:
+        """Raises the spectrum to a positive power; zero eigenvalues stay zero.
+
+        Args:
+            exponent: greater than zero.
+
+        Returns:
+            A curvature of the same kind.
+        """
+
+    @abstractmethod
+    def inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
+        """Prepares to solve with the operator, damped.
+
+        Args:
+            damping: added to every eigenvalue, in units of the largest.
+
+        Returns:
+            A function from a weight matrix to ``(F + damping * max(F) I)^-1`` times it.
+        """
+
+    @abstractmethod
+    def diagonal(self) -> Tensor:
+        """Diagonal of the operator, as a matrix of shape ``(out, in)``."""
+
+    def trace(self) -> Tensor:
+        """Sum of the eigenvalues, a scalar."""
+        return self.diagonal().sum()
+
+    def dense(self) -> Tensor:
+        """The operator as an ``(out * in, out * in)`` matrix, for small layers and tests."""
+        diagonal = self.diagonal()
+        basis = torch.eye(diagonal.numel(), dtype=diagonal.dtype, device=diagonal.device)
+        return torch.stack([self.apply(row.view(self.shape)).flatten() for row in basis], dim=1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that define the operator, by field name."""
+        return {name: getattr(self, name) for name in self.tensor_shapes(self.shape)}
+
+    @classmethod
+    def mean(cls, curvatures: Sequence[Curvature], shares: Sequence[float]) -> Self:
+        """One curvature of this kind that stands for a weighted sum of others.
+
+        Every defining tensor is averaged. That is the sum itself where the kind is linear in its
+        tensors, and close to it where it is not.
+
+        Args:
+            curvatures: of this kind, on weight matrices of one shape.
+            shares: weights that sum to one.
+
+        Returns:
+            The mean.
+        """
+        parts = [curvature.tensors() for curvature in curvatures]
+        means = {
+            name: torch.stack([p * part[name] for p, part in zip(shares, parts, strict=True)]).sum(
+                0
+            )
+            for name in parts[0]
+        }
+        return cls.from_tensors(means, curvatures[0].shape)
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Self:
+        """Rebuilds the operator from `tensors`.
+
+        Args:
+            tensors: by field name.
+            shape: of the weight matrix it must act on.
+
+        Returns:
+            The curvature.
+
+        Raises:
+            ValueError: if a tensor is missing, unknown or of the wrong shape.
+        """
+        expected = cls.tensor_shapes(shape)
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if found != expected:
+            raise ValueError(
+                f"{cls.kind} curvature of a {shape} matrix needs tensors of shapes {expected}, "
+                f"got {found}"
+            )
+        return cls._build(tensors, shape)
+
+    @classmethod
+    def _build(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Self:
+        return cls(**tensors)
+
+    @classmethod
+    @abstractmethod
+    def tensor_shapes(cls, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+        """Shape of each tensor for a weight matrix of the given shape, in field order."""
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Self:
+        """Moves the operator to a device and floating type."""
+        moved = {name: tensor.to(device, dtype) for name, tensor in self.tensors().items()}
+        return type(self).from_tensors(moved, self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Identity(Curvature):
+    """``F W = W``: every weight counts the same. The curvature of FedAvg."""
+
+    size: tuple[int, int]
+    kind: ClassVar[str] = "identity"
+    elementwise: ClassVar[bool] = True
+
+    @property
+    @override
+    def shape(self) -> tuple[int, int]:
+        return self.size
+
+    @override
+    def apply(self, matrix: Tensor) -> Tensor:
+        return matrix
+
+    @override
+    def power(self, exponent: float) -> Identity:
+        _require_positive(exponent)
+        return self
+
+    @override
+    def inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
+        return lambda matrix: matrix / (1 + damping)
+
+    @override
+    def diagonal(self) -> Tensor:
+        return torch.ones(self.size)
+
+    @classmethod
+    @override
+    def tensor_shapes(cls, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+        return {}
+
+    @classmethod
+    @override
+    def _build(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Self:
+        return cls(shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Diagonal(Curvature):
+    """``F W = D * W``: a curvature of its own for every weight, none between them.
+
+    Attributes:
+        values: ``D``, of shape ``(out, in)``.
+    """
+
+    values: Tensor
+    kind: ClassVar[str] = "diagonal"
+    elementwise: ClassVar[bool] = True
+
+    @property
+    @override
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.values.shape
+        return rows, columns
+
+    @override
+    def apply(self, matrix: Tensor) -> Tensor:
+        return self.values * matrix
+
+    @override
+    def power(self, exponent: float) -> Diagonal:
+        _require_positive(exponent)
+        return Diagonal(self.values.clamp_min(0).pow(exponent))
+
+    @override
+    def inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
+        damped = _damp(self.values, damping)
+        return lambda matrix: matrix / damped
+
+    @override
+    def diagonal(self) -> Tensor:
+        return self.values
+
+    @classmethod
+    @override
+    def tensor_shapes(cls, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+        return {"values": shape}
+
+
+@dataclass(frozen=True, eq=False)
+class Kronecker(Curvature):
+    """``F W = G W A``: K-FAC (Martens & Grosse, 2015).
+
+    Attributes:
+        output_factor: ``G``, second moment of the gradients at the outputs, ``(out, out)``.
+        input_factor: ``A``, second moment of the inputs, ``(in, in)``.
+    """
+
+    output_factor: Tensor
+    input_factor: Tensor
+    kind: ClassVar[str] = "kronecker"
+
+    @property
+    @override
+    def shape(self) -> tuple[int, int]:
+        return self.output_factor.shape[0], self.input_factor.shape[0]
+
+    @override
+    def apply(self, matrix: Tensor) -> Tensor:
+        return self.output_factor @ matrix @ self.input_factor
+
+    @override
+    def power(self, exponent: float) -> Kronecker:
+        _require_positive(exponent)
+        if exponent == 1:
+            return self
+        # The power of a Kronecker product is the product of the factors' powers.
+        return Kronecker(
+            _symmetric_power(self.output_factor, exponent),
+            _symmetric_power(self.input_factor, exponent),
+        )
+
+    @override
+    def inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
+        output_values, output_basis = torch.linalg.eigh(self.output_factor)
+        input_values, input_basis = torch.linalg.eigh(self.input_factor)
+        spectrum = torch.outer(output_values.clamp_min(0), input_values.clamp_min(0))
+        damped = _damp(spectrum, damping)
+        return lambda matrix: (
+            output_basis @ ((output_basis.mT @ matrix @ input_basis) / damped) @ input_basis.mT
+        )
+
+    @override
+    def diagonal(self) -> Tensor:
+        return torch.outer(self.output_factor.diagonal(), self.input_factor.diagonal())
+
+    @classmethod
+    @override
+    def tensor_shapes(cls, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+        rows, columns = shape
+        return {"output_factor": (rows, rows), "input_factor": (columns, columns)}
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Curvature):
+    """``F`` in full: for two-layer theory, tiny layers and as the oracle of every other kind.
+
+    Attributes:
+        matrix: of shape ``(out * in, out * in)``, acting on ``W`` flattened row by row.
+        size: shape ``(out, in)`` of ``W``.
+    """
+
+    matrix: Tensor
+    size: tuple[int, int]
+    kind: ClassVar[str] = "dense"
+
+    @property
+    @override
+    def shape(self) -> tuple[int, int]:
+        return self.size
+
+    @override
+    def apply(self, matrix: Tensor) -> Tensor:
+        return (self.matrix @ matrix.flatten()).view(self.size)
+
+    @override
+    def power(self, exponent: float) -> Dense:
+        _require_positive(exponent)
+        return Dense(_symmetric_power(self.matrix, exponent), self.size)
+
+    @override
+    def inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
+        values, basis = torch.linalg.eigh(self.matrix)
+        damped = _damp(values.clamp_min(0), damping)
+        return lambda matrix: (basis @ ((basis.mT @ matrix.flatten()) / damped)).view(self.size)
+
+    @override
+    def diagonal(self) -> Tensor:
+        return self.matrix.diagonal().reshape(self.size)
+
+    @classmethod
+    @override
+    def tensor_shapes(cls, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+        entries = shape[0] * shape[1]
+        return {"matrix": (entries, entries)}
+
+    @classmethod
+    @override
+    def _build(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Self:
+        return cls(tensors["matrix"], shape)
+
+
+KINDS: dict[str, type[Curvature]] = {
+    cls.kind: cls for cls in (Identity, Diagonal, Kronecker, Dense)
+}
+"""Every kind by the name under which an update file records it."""
+
+
+def _require_positive(exponent: float) -> None:
+    if not exponent > 0:
+        raise ValueError(f"the power of a curvature must be greater than 0, got {exponent}")
+
+
+def _damp(spectrum: Tensor, damping: float) -> Tensor:
+    return spectrum + damping * spectrum.max()
+
+
+def _symmetric_power(matrix: Tensor, exponent: float) -> Tensor:
+    """Power of a symmetric positive semi-definite matrix through its eigenvalues.
+
+    Only what rounding made negative is cut off. Cutting small eigenvalues as well would leave
+    directions in which one client resists less than rounding and another pulls.
+    """
+    values, vectors = torch.linalg.eigh(matrix)
+    result: Tensor = (vectors * values.clamp_min(0).pow(exponent)) @ vectors.mT
+    return result

@@ -1,0 +1,403 @@
+"""FisherMergeModule: the server. Batches are layers, epochs are sweeps of the solvers.
+
+The merge is a separate problem for each layer, so a Lightning `Trainer` runs it with the parts it
+has: the train loader yields this rank's layers, a training step advances one layer's solver, and at
+the end of each sweep the ranks put the global model together. Nothing is exchanged in between.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
+from torch.optim import Optimizer
+from torchmetrics import MeanMetric
+from typing_extensions import override
+
+from lightning_fedfisher.layers import Layer
+from lightning_fedfisher.methods import METHODS, MethodName
+from lightning_fedfisher.quadratic import Quadratic, Solver, average
+from lightning_fedfisher.strategies import require_whole_model
+from lightning_fedfisher.update import ClientUpdate, UpdateError
+
+UpdateSource = str | os.PathLike[str] | ClientUpdate
+
+
+class MergeError(ValueError):
+    """The updates cannot be merged: some are unusable, or they do not belong together."""
+
+    def __init__(self, offenders: Sequence[str]) -> None:
+        """Lists every offender in one message.
+
+        Args:
+            offenders: one line for each update refused, with the reason.
+        """
+        self.offenders = tuple(offenders)
+        super().__init__("These updates cannot be merged:\n" + "\n".join(offenders))
+
+
+class FisherMergeModule(LightningModule):
+    """Merges client updates into one model on a Lightning `Trainer`.
+
+    Example::
+
+        merge = FisherMergeModule(["client-0.safetensors", "client-1.safetensors"])
+        Trainer(max_epochs=-1).fit(merge)
+        torch.save(merge.merged_state_dict(), "merged.pt")
+
+    It stops the trainer by itself once every layer is solved, so ``max_epochs=-1`` is right. Under
+    ``strategy="ddp"`` ranks own whole layers, dealt by cost, and the result does not depend on
+    their number. A merge resumed from a checkpoint starts over, to the same result.
+
+    With a validation loader of ``(x, y)`` batches and a `model`, accuracy and negative
+    log-likelihood of the global model are logged after every sweep.
+
+    Attributes:
+        updates: the opened updates, in the order given.
+        history: one dictionary a sweep: ``iterations``, ``objective``, ``residual`` and, with a
+            validation loader, ``val_accuracy`` (percent) and ``val_nll``.
+    """
+
+    def __init__(
+        self,
+        updates: Sequence[UpdateSource],
+        *,
+        model: nn.Module | None = None,
+        method: MethodName = "fedfisher",
+        keep_best: bool | None = None,
+        max_iterations: int | None = None,
+    ) -> None:
+        """Opens and checks all updates.
+
+        Args:
+            updates: update files or `ClientUpdate` objects, one for each client.
+            model: loaded with the result when the fit ends, and used for validation; optional.
+            method: name of the merge method, a key of `METHODS`.
+            keep_best: return the iterate best on the validation loader rather than the last one.
+                As the method has it if None: the published methods do, ours does not.
+            max_iterations: solver steps a layer at most; the method's own if None.
+
+        Raises:
+            MergeError: naming every update that is missing, corrupt, of another architecture, or
+                without the curvature the method needs.
+            ValueError: if the method is unknown or the model does not fit the updates.
+        """
+        super().__init__()
+        if method not in METHODS:
+            raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
+        self.automatic_optimization = False
+        self.method = method
+        self._method = METHODS[method]
+        self._keep_best = self._method.keeps_best if keep_best is None else keep_best
+        self._max_iterations = max_iterations or self._method.iterations
+        self.updates = _open_all(updates, method)
+        self.layers = self.updates[0].layers
+        self._shares = [update.num_samples for update in self.updates]
+        # Parameters, so that checkpoints hold them and DDP takes the module. Buffers or submodules
+        # would be overwritten by rank 0's, so the model stays outside the module tree.
+        self.merged = nn.ParameterList(
+            nn.Parameter(average(self._shares, self._weights(layer))) for layer in self.layers
+        )
+        self._merged_buffers = _merge_buffers(self.updates)
+        self._dtypes = {n: t.dtype for n, t in self.updates[0].parameters.items()}
+        self._target: list[nn.Module] = [] if model is None else [model]
+        if model is not None:
+            _check_fit(model, self.merged_state_dict())
+        self._replica: list[nn.Module] = []
+        self._accuracy, self._nll = MeanMetric(), MeanMetric()
+        self._validation_samples = 0
+        self._owned: list[int] = []
+        self._solvers: dict[int, Solver] = {}
+        self._finished = False
+        self._best: tuple[float, list[Tensor]] | None = None
+        self.history: list[dict[str, float]] = []
+
+    def merged_state_dict(self) -> dict[str, Tensor]:
+        """The merged model: parameters and buffers by name, as the clients named them.
+
+        Returns:
+            Tensors on the CPU, in the clients' own dtypes. Before the fit, the average.
+        """
+        return {name: tensor.cpu() for name, tensor in self._state().items()}
+
+    @property
+    def server_labels(self) -> int:
+        """Labelled samples that decided which iterate is returned."""
+        return self._validation_samples if self._keep_best else 0
+
+    @override
+    def setup(self, stage: str) -> None:
+        require_whole_model(self.trainer, "FisherMergeModule")
+        if self.trainer.precision not in ("32-true", "64-true"):
+            raise ValueError(
+                f"a merge needs full precision, got precision={self.trainer.precision!r}: "
+                'use Trainer(precision="32-true")'
+            )
+
+    @override
+    def configure_optimizers(self) -> Optimizer:
+        return _SolverSteps(self.merged)
+
+    @override
+    def train_dataloader(self) -> _Sweep:
+        self._owned = _deal([layer.shape for layer in self.layers], self.trainer.world_size)[
+            self.trainer.global_rank
+        ]
+        return _Sweep(self._owned)
+
+    @override
+    def on_fit_start(self) -> None:
+        self._solvers, self._best, self._finished, self.history = {}, None, False, []
+
+    @override
+    def on_validation_start(self) -> None:
+        if not self._target:
+            raise ValueError("a validation loader needs a model to run: pass model=...")
+        if not self._replica:
+            self._replica = [copy.deepcopy(self._target[0]).to(self.device).eval()]
+
+    @override
+    def training_step(self, batch: int | None, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        optimizer.step(lambda: self._advance(batch))
+
+    @override
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        # Before validation, which follows the last batch of a sweep.
+        if batch_idx + 1 == len(_Sweep(self._owned)):
+            self._gather()
+
+    @override
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        x, y = batch
+        logits = functional_call(self._replica[0], self._state(), (x,))
+        self._accuracy.update((logits.argmax(1) == y).float() * 100)
+        self._nll.update(functional.cross_entropy(logits, y, reduction="none"))
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        samples = int(self._nll.weight)
+        accuracy, nll = float(self._accuracy.compute()), float(self._nll.compute())
+        self._accuracy.reset()
+        self._nll.reset()
+        if self.trainer.sanity_checking:
+            return
+        self._validation_samples = samples
+        self.log_dict({"val_accuracy": accuracy, "val_nll": nll}, prog_bar=True, batch_size=1)
+        self.history[-1] |= {"val_accuracy": accuracy, "val_nll": nll}
+        if self._best is None or accuracy > self._best[0]:
+            self._best = accuracy, [matrix.detach().clone() for matrix in self.merged]
+
+    @override
+    def on_train_epoch_end(self) -> None:
+        self.trainer.should_stop = self.trainer.should_stop or self._finished
+
+    @override
+    def on_train_end(self) -> None:
+        if not self._finished:
+            rank_zero_warn(
+                f"the merge was stopped after {self.history[-1]['iterations']:.0f} iterations, at "
+                f"a relative residual of {self.history[-1]['residual']:.1e}: it has not converged. "
+                "Use Trainer(max_epochs=-1)"
+            )
+        if self._keep_best and self._best is not None:
+            self._set_merged(self._best[1])
+        self._solvers.clear()
+        if self._target:
+            self._target[0].load_state_dict(self.merged_state_dict())
+
+    def _state(self) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = {}
+        for layer, matrix in zip(self.layers, self.merged, strict=True):
+            for name, tensor in layer.split(matrix.detach()).items():
+                state[name] = tensor.to(self._dtypes[name])
+        return state | {n: t.to(self.device) for n, t in self._merged_buffers.items()}
+
+    def _weights(self, layer: Layer) -> list[Tensor]:
+        """Reads one layer's matrix from every update, in at least float32."""
+        weights = [update.weights(layer) for update in self.updates]
+        dtype = torch.promote_types(weights[0].dtype, torch.float32)
+        return [matrix.to(self.device, dtype) for matrix in weights]
+
+    def _problem(self, layer: Layer) -> Quadratic:
+        """Reads one layer's quadratic from every update."""
+        weights = self._weights(layer)
+        blocks = [update.block(layer).to(self.device, weights[0].dtype) for update in self.updates]
+        return Quadratic(self._shares, weights, [self._method.transform(b) for b in blocks])
+
+    def _advance(self, index: int | None) -> None:
+        """Moves one layer's solver by a sweep's iterations."""
+        if index is None:
+            return
+        if index not in self._solvers:
+            self._solvers[index] = self._method.solver(self._problem(self.layers[index]))
+        solver = self._solvers[index]
+        steps = min(self._method.sweep, self._max_iterations - solver.iterations)
+        with torch.no_grad():
+            solver.advance(steps)
+
+    @torch.no_grad()
+    def _gather(self) -> None:
+        """Puts the global model together: each layer from the rank that owns it."""
+        status = torch.zeros(len(self.layers), 4, dtype=torch.float64)
+        for index, solver in self._solvers.items():
+            done = solver.finished or solver.iterations >= self._max_iterations
+            objective = solver.problem.objective(solver.weights)
+            status[index] = torch.tensor([solver.iterations, objective, solver.residual, done])
+        matrices = []
+        for index, matrix in enumerate(self.merged):
+            own = self._solvers[index].weights if index in self._solvers else None
+            # A sum of one term and zeros is exact.
+            matrices.append(self._total(torch.zeros_like(matrix) if own is None else own.clone()))
+        self._set_merged(matrices)
+        iterations, objectives, residuals, done = self._total(status.to(self.device)).cpu().T
+        entry = {
+            "iterations": float(iterations.max()),
+            "objective": float(objectives.sum()),
+            "residual": float(residuals.max()),
+        }
+        self._finished = bool(done.all())
+        self.history.append(entry)
+        self.log_dict(entry, on_step=False, on_epoch=True, prog_bar=True, batch_size=1)
+
+    def _total(self, tensor: Tensor) -> Tensor:
+        total = self.trainer.strategy.reduce(tensor, reduce_op="sum")
+        assert isinstance(total, Tensor)
+        return total
+
+    def _set_merged(self, matrices: Sequence[Tensor]) -> None:
+        for matrix, value in zip(self.merged, matrices, strict=True):
+            matrix.data.copy_(value)
+
+
+class _SolverSteps(Optimizer):
+    """Runs the step it is given: an optimizer, so that Lightning counts the merge's steps.
+
+    Checkpoints, loggers and progress bars all go by that count.
+    """
+
+    def __init__(self, parameters: nn.ParameterList) -> None:
+        super().__init__(list(parameters), {})
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        return None if closure is None else closure()
+
+
+class _Sweep:
+    """The layers of one rank. No `DataLoader`: it must neither be sampled nor padded."""
+
+    def __init__(self, owned: Sequence[int]) -> None:
+        self._owned = owned
+
+    def __iter__(self) -> Iterator[int | None]:
+        # Lightning wants a batch from every rank, also from one that owns no layer.
+        return iter(self._owned) if self._owned else iter([None])
+
+    def __len__(self) -> int:
+        return len(self._owned) or 1
+
+
+def _deal(shapes: Sequence[tuple[int, int]], ranks: int) -> list[list[int]]:
+    """Deals layers to ranks by the cost of a step: the costliest first, each to the least busy."""
+    costs = [rows * columns * (rows + columns) for rows, columns in shapes]
+    hands: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        rank = loads.index(min(loads))
+        hands[rank].append(index)
+        loads[rank] += costs[index]
+    return hands
+
+
+def _open_all(sources: Sequence[UpdateSource], method: MethodName) -> list[ClientUpdate]:
+    """Opens and reads every update once, and refuses all bad ones together."""
+    if isinstance(sources, str | os.PathLike):
+        raise MergeError([f"{sources!s} is one path: pass a list of update files"])
+    if not sources:
+        raise MergeError(["there are none: pass the update files of at least one client"])
+    opened: list[ClientUpdate] = []
+    offenders: list[str] = []
+    for source in sources:
+        try:
+            update = source if isinstance(source, ClientUpdate) else ClientUpdate.open(source)
+            update.verify()
+        except (UpdateError, FileNotFoundError) as error:
+            offenders.append(str(error))
+            continue
+        opened.append(update)
+        if refusal := METHODS[method].refusal(update.header.curvature, update.header.fisher):
+            offenders.append(f"{update.source} {refusal}, as method {method!r} needs")
+    for update in opened[1:]:
+        ours, theirs = (
+            (u.header.curvature, u.header.fisher, u.header.likelihood) for u in (opened[0], update)
+        )
+        if METHODS[method].curvatures and ours != theirs:
+            offenders.append(
+                f"{update.source} holds {' '.join(theirs)} curvature, {opened[0].source} "
+                f"{' '.join(ours)}: extract both alike"
+            )
+        if differences := _differences(opened[0], update):
+            offenders.append(
+                f"{update.source} is of another model than {opened[0].source}: {differences}"
+            )
+    if offenders:
+        raise MergeError(offenders)
+    return opened
+
+
+def _differences(first: ClientUpdate, second: ClientUpdate) -> str:
+    """How the architectures of two updates differ; empty if they do not."""
+
+    def describe(update: ClientUpdate) -> dict[str, object]:
+        shapes: dict[str, object] = dict(
+            parameter for layer in update.layers for parameter in layer.parameters
+        )
+        return shapes | {n: tuple(b.shape) for n, b in update.buffers.items()}
+
+    mine, theirs = describe(first), describe(second)
+    return ", ".join(
+        f"{name} is {theirs.get(name, 'absent')}, not {mine.get(name, 'absent')}"
+        for name in sorted(mine.keys() | theirs.keys())
+        if mine.get(name) != theirs.get(name)
+    )
+
+
+def _merge_buffers(updates: Sequence[ClientUpdate]) -> dict[str, Tensor]:
+    """Counters by maximum, running variances by the law of total variance, the rest by average."""
+    shares = [update.num_samples for update in updates]
+    clients = [update.buffers for update in updates]
+    merged: dict[str, Tensor] = {}
+    for name, first in clients[0].items():
+        values = [buffers[name] for buffers in clients]
+        location = name.removesuffix("running_var") + "running_mean"
+        if not first.is_floating_point():
+            merged[name] = torch.stack(values).amax(0)
+        elif name.endswith("running_var") and location in clients[0]:
+            means = [buffers[location] for buffers in clients]
+            pooled = average(shares, means)
+            spread = average(shares, [(mean - pooled).square() for mean in means])
+            merged[name] = average(shares, values) + spread
+        else:
+            merged[name] = average(shares, values)
+    return merged
+
+
+def _check_fit(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    new = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    wrong = [
+        f"{name} is {own.get(name, 'absent')} in it, {new.get(name, 'absent')} in the updates"
+        for name in sorted(own.keys() | new.keys())
+        if own.get(name) != new.get(name)
+    ]
+    if wrong:
+        raise ValueError("the model does not fit the updates: " + "; ".join(wrong))

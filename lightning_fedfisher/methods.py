@@ -1,0 +1,115 @@
+"""The merge methods by name: which curvature each needs, what it makes of it, how it solves.
+
+A method is a row of `METHODS`; the code that merges knows no method's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, get_args
+
+from lightning_fedfisher.curvature import Curvature, Identity
+from lightning_fedfisher.quadratic import (
+    ClosedForm,
+    PublishedServer,
+    Quadratic,
+    Solver,
+    exact_solver,
+)
+
+MethodName = Literal["fedavg", "fisher_merge", "fedfisher_diag", "fedfisher_kfac", "fedfisher"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a method merges one layer.
+
+    Attributes:
+        curvatures: kinds of curvature it can merge; any if empty.
+        fishers: Fisher types it is defined for; any if empty.
+        transform: what it makes of a client's curvature.
+        solver: how it minimises.
+        iterations: steps after which it stops, if its solver has not finished before.
+        sweep: steps between two looks at the model.
+        keeps_best: whether it returns its best iterate on labelled samples, when given some.
+    """
+
+    curvatures: tuple[str, ...]
+    fishers: tuple[str, ...]
+    transform: Callable[[Curvature], Curvature]
+    solver: Callable[[Quadratic], Solver]
+    iterations: int
+    sweep: int
+    keeps_best: bool = False
+
+    def refusal(self, curvature: str, fisher: str) -> str | None:
+        """Why it cannot merge such an update, or None if it can.
+
+        Args:
+            curvature: kind the update was extracted with.
+            fisher: Fisher type it was extracted with.
+
+        Returns:
+            The reason, with what to extract instead.
+        """
+        if self.curvatures and curvature not in self.curvatures:
+            wanted, found = f"curvature={self.curvatures[0]!r}", f"{curvature} curvature"
+        elif self.fishers and fisher not in self.fishers:
+            wanted, found = f"fisher={self.fishers[0]!r}", f"the {fisher} Fisher"
+        else:
+            return None
+        return f"holds {found}: extract it with FedFisherCallback({wanted}, ...)"
+
+
+def _unchanged(curvature: Curvature) -> Curvature:
+    return curvature
+
+
+def _forget(curvature: Curvature) -> Curvature:
+    return Identity(curvature.shape)
+
+
+def _temper(curvature: Curvature) -> Curvature:
+    # At power 1 the few steepest directions of each client rule, and the exact minimum forgets the
+    # rest; at power 1/2 the minimum itself is the model wanted, and no labels decide when to stop.
+    return curvature.power(0.5)
+
+
+_PUBLISHED_STEPS = 2000
+_PUBLISHED_LOOK = 100
+
+METHODS: dict[MethodName, Method] = {
+    "fedavg": Method((), (), _forget, ClosedForm, iterations=1, sweep=1),
+    "fisher_merge": Method(("diagonal",), (), _unchanged, ClosedForm, iterations=1, sweep=1),
+    "fedfisher_diag": Method(
+        ("diagonal",),
+        ("exact",),
+        _unchanged,
+        partial(PublishedServer, damping_inside=False),
+        iterations=_PUBLISHED_STEPS,
+        sweep=_PUBLISHED_LOOK,
+        keeps_best=True,
+    ),
+    "fedfisher_kfac": Method(
+        ("kfac",),
+        ("exact",),
+        _unchanged,
+        partial(PublishedServer, damping_inside=True),
+        iterations=_PUBLISHED_STEPS,
+        sweep=_PUBLISHED_LOOK,
+        keeps_best=True,
+    ),
+    "fedfisher": Method(
+        ("kfac", "diagonal", "dense"),
+        (),
+        _temper,
+        exact_solver,
+        iterations=1000,
+        sweep=20,
+    ),
+}
+"""Every method. The published ones are FedFisher's (arXiv 2403.12329), with its server's steps."""
+
+assert set(METHODS) == set(get_args(MethodName))

@@ -1,0 +1,270 @@
+"""The merge objective and its solvers: pure linear algebra, one layer at a time.
+
+For one layer, clients ``k`` with shares ``p_k``, weights ``W_k`` and curvatures ``F_k`` define
+
+    Q(W) = sum_k p_k <W - W_k, F_k (W - W_k)>.
+
+FedAvg, Fisher merging and FedFisher (arXiv 2403.12329, equation 7) are all this problem. Solvers
+start at the average ``sum_k p_k W_k`` and move only where some curvature is: a direction that no
+client has information on stays at the average.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lightning_fedfisher.curvature import Curvature
+
+
+def average(shares: Sequence[float], weights: Sequence[Tensor]) -> Tensor:
+    """Weighted average, exact to the bit where all clients agree.
+
+    Args:
+        shares: one positive number for each client, of any sum.
+        weights: tensors of one shape.
+
+    Returns:
+        ``sum_k p_k W_k`` with the shares scaled to sum to one.
+    """
+    total, first = sum(shares), weights[0]
+    offsets = zip(shares[1:], weights[1:], strict=True)
+    return first + sum((p / total * (w - first) for p, w in offsets), torch.zeros_like(first))
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    """The merge problem of one layer.
+
+    Attributes:
+        shares: ``p_k``, positive, one for each client.
+        weights: ``W_k``, matrices of one shape.
+        curvatures: ``F_k``, acting on that shape.
+    """
+
+    shares: Sequence[float]
+    weights: Sequence[Tensor]
+    curvatures: Sequence[Curvature]
+
+    def __post_init__(self) -> None:
+        if not len(self.shares) == len(self.weights) == len(self.curvatures) > 0:
+            raise ValueError("a merge needs one share, weight matrix and curvature for each client")
+        kinds = sorted({curvature.kind for curvature in self.curvatures})
+        if len(kinds) > 1:
+            raise ValueError(f"the clients' curvatures of one layer are of several kinds: {kinds}")
+        total = sum(self.shares)
+        object.__setattr__(self, "shares", tuple(share / total for share in self.shares))
+
+    @cached_property
+    def average(self) -> Tensor:
+        """``sum_k p_k W_k``."""
+        return average(self.shares, self.weights)
+
+    @cached_property
+    def pull(self) -> float:
+        """``sum_k p_k ||F_k (W_avg - W_k)||``, how hard the clients pull at the average.
+
+        The measure of what is a small gradient: the gradient is the sum of these pulls, and where
+        they cancel it is rounding. Zero only if no client wants to move.
+        """
+        terms = zip(self.shares, self.weights, self.curvatures, strict=True)
+        return sum(p * float(f.apply(self.average - w).norm()) for p, w, f in terms)
+
+    def objective(self, matrix: Tensor) -> float:
+        """``Q(W)``.
+
+        Args:
+            matrix: ``W``.
+
+        Returns:
+            The value, zero only where every client is content.
+        """
+        terms = zip(self.shares, self.weights, self.curvatures, strict=True)
+        return float(sum(p * torch.sum((matrix - w) * f.apply(matrix - w)) for p, w, f in terms))
+
+    def gradient(self, matrix: Tensor) -> Tensor:
+        """``sum_k p_k F_k (W - W_k)``, half the gradient of ``Q``.
+
+        Args:
+            matrix: ``W``.
+
+        Returns:
+            A matrix of the same shape.
+        """
+        terms = zip(self.shares, self.weights, self.curvatures, strict=True)
+        return sum((p * f.apply(matrix - w) for p, w, f in terms), torch.zeros_like(matrix))
+
+    def curve(self, matrix: Tensor) -> Tensor:
+        """``sum_k p_k F_k V``, the Hessian's action on a direction ``V``.
+
+        Args:
+            matrix: ``V``.
+
+        Returns:
+            A matrix of the same shape.
+        """
+        terms = zip(self.shares, self.curvatures, strict=True)
+        return sum((p * f.apply(matrix) for p, f in terms), torch.zeros_like(matrix))
+
+
+class Solver(ABC):
+    """An iteration toward the minimum of one layer's quadratic.
+
+    Attributes:
+        problem: the quadratic.
+        weights: the iterate; the average at first.
+        iterations: steps made so far.
+        finished: whether further steps would change nothing that matters.
+    """
+
+    def __init__(self, problem: Quadratic) -> None:
+        """Starts at the average.
+
+        Args:
+            problem: the quadratic.
+        """
+        self.problem = problem
+        self.weights = problem.average
+        self.iterations = 0
+        self.finished = False
+        self._pull = problem.pull
+
+    def advance(self, iterations: int) -> None:
+        """Makes some steps, or fewer if it finishes earlier.
+
+        Args:
+            iterations: steps at most.
+        """
+        for _ in range(iterations):
+            if self.finished:
+                return
+            self._step()
+            self.iterations += 1
+
+    @property
+    def residual(self) -> float:
+        """Norm of the gradient at the iterate, relative to the clients' pulls at the average."""
+        if self._pull == 0:
+            return 0.0
+        return float(self.problem.gradient(self.weights).norm()) / self._pull
+
+    @abstractmethod
+    def _step(self) -> None:
+        """Moves `weights`, and sets `finished` if that was the last step."""
+
+
+class ClosedForm(Solver):
+    """``sum p F W / sum p F``, entry by entry: the minimum in one step, for elementwise curvature.
+
+    Fisher merging (Matena & Raffel, 2022), and FedAvg with the identity.
+    """
+
+    def __init__(self, problem: Quadratic) -> None:
+        """Refuses curvature that couples weights.
+
+        Args:
+            problem: the quadratic.
+
+        Raises:
+            ValueError: if a curvature is not elementwise.
+        """
+        if not all(curvature.elementwise for curvature in problem.curvatures):
+            kind = problem.curvatures[0].kind
+            raise ValueError(f"there is no closed form with {kind} curvature: it couples weights")
+        super().__init__(problem)
+
+    def _step(self) -> None:
+        total = self.problem.curve(torch.ones_like(self.weights))
+        correction = self.problem.gradient(self.weights) / total
+        self.weights = self.weights - torch.where(total > 0, correction, 0.0)
+        self.finished = True
+
+
+class ConjugateGradient(Solver):
+    """Preconditioned conjugate gradients (Hestenes & Stiefel, 1952) to a relative residual.
+
+    The preconditioner is the inverse of the clients' mean curvature, which for Kronecker factors
+    takes tens of steps where plain conjugate gradients take a thousand.
+    """
+
+    # Small enough to leave the preconditioner sharp, large enough for float32 to invert.
+    _DAMPING = 1e-6
+
+    def __init__(self, problem: Quadratic, tolerance: float = 1e-4) -> None:
+        """Starts at the average.
+
+        Args:
+            problem: the quadratic.
+            tolerance: `residual` at which it is finished.
+        """
+        super().__init__(problem)
+        self._target = tolerance * problem.pull
+        self._residual = -problem.gradient(self.weights)
+        self.finished = float(self._residual.norm()) <= self._target
+        if self.finished:
+            return
+        mean = type(problem.curvatures[0]).mean(problem.curvatures, problem.shares)
+        self._precondition = mean.inverse(self._DAMPING)
+        self._direction = self._precondition(self._residual)
+        self._squared = float((self._residual * self._direction).sum())
+
+    def _step(self) -> None:
+        curved = self.problem.curve(self._direction)
+        bend = float((self._direction * curved).sum())
+        if bend <= 0:  # only rounding is left of this direction's curvature
+            self.finished = True
+            return
+        step = self._squared / bend
+        self.weights = self.weights + step * self._direction
+        self._residual = self._residual - step * curved
+        self.finished = float(self._residual.norm()) <= self._target
+        preconditioned = self._precondition(self._residual)
+        squared = float((self._residual * preconditioned).sum())
+        self._direction = preconditioned + (squared / self._squared) * self._direction
+        self._squared = squared
+
+
+def exact_solver(problem: Quadratic) -> Solver:
+    """The solver that reaches the minimum: the closed form where there is one.
+
+    Args:
+        problem: the quadratic.
+
+    Returns:
+        A solver at the average.
+    """
+    elementwise = all(curvature.elementwise for curvature in problem.curvatures)
+    return ClosedForm(problem) if elementwise else ConjugateGradient(problem)
+
+
+class PublishedServer(Solver):
+    """The server of FedFisher as its authors run it: Adam-like steps without bias correction.
+
+    ``m = 0.9 m + g``, ``v = 0.99 v + g * g``, ``W -= 0.01 m / d``, with the damping 0.01 either
+    inside the root (K-FAC) or added to it (diagonal). It never finishes by itself.
+    """
+
+    def __init__(self, problem: Quadratic, *, damping_inside: bool) -> None:
+        """Starts at the average.
+
+        Args:
+            problem: the quadratic.
+            damping_inside: whether ``d`` is ``sqrt(v + 0.01)`` rather than ``sqrt(v) + 0.01``.
+        """
+        super().__init__(problem)
+        self._damping_inside = damping_inside
+        self._mean = torch.zeros_like(self.weights)
+        self._square = torch.zeros_like(self.weights)
+
+    def _step(self) -> None:
+        gradient = self.problem.gradient(self.weights)
+        self._mean = 0.9 * self._mean + gradient
+        self._square = 0.99 * self._square + gradient.square()
+        inside, outside = (0.01, 0.0) if self._damping_inside else (0.0, 0.01)
+        scale = (self._square + inside).sqrt() + outside
+        self.weights = self.weights - 0.01 * self._mean / scale

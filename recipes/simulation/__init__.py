@@ -1,0 +1,1 @@
+"""The pieces of the simulated federation: data, partition and models."""

@@ -1,0 +1,288 @@
+"""The steps of a simulated federation: fit a client, merge the updates, evaluate a model."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import lightning
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader
+from torchmetrics.functional.classification import multiclass_accuracy
+from tqdm import tqdm
+
+from lightning_fedfisher import METHODS, FedFisherCallback, FisherMergeModule
+from simulation.data import TensorImages, collate_images
+
+EXTRACTIONS: dict[str, tuple[str, str]] = {
+    "fedavg": ("identity", "exact"),
+    "fisher_merge": ("diagonal", "exact"),
+    "fedfisher_diag": ("diagonal", "exact"),
+    "fedfisher_kfac": ("kfac", "exact"),
+    "fedfisher": ("kfac", "normalised"),
+}
+"""Curvature and Fisher type that a client extracts for each method."""
+
+_EVALUATION_BATCH = 500
+_EXTRACTION_BATCH = 250
+
+
+class Classifier(LightningModule):
+    """A network trained with SGD and cross-entropy, as in the paper."""
+
+    def __init__(self, network: nn.Module, learning_rate: float) -> None:
+        """Wraps a network.
+
+        Args:
+            network: maps images to logits.
+            learning_rate: of SGD with momentum 0.9.
+        """
+        super().__init__()
+        self.network = network
+        self.learning_rate = learning_rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps images ``(n, channels, height, width)`` to logits ``(n, classes)``."""
+        return cast(Tensor, self.network(x))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Cross-entropy of a batch."""
+        x, y = batch
+        loss = functional.cross_entropy(self(x), y)
+        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """SGD with the paper's momentum."""
+        return torch.optim.SGD(self.parameters(), lr=self.learning_rate, momentum=0.9)
+
+
+@dataclass(frozen=True)
+class ClientResult:
+    """What the simulation keeps of a finished client, beside its updates.
+
+    Attributes:
+        num_samples: training samples it holds.
+        accuracy: of its own model, percent of the test set.
+        extraction_seconds: wall-clock time of each extraction, by update file name.
+    """
+
+    num_samples: int
+    accuracy: float
+    extraction_seconds: Mapping[str, float]
+
+
+class ClientFolder:
+    """Files of one client below the output folder: present means finished."""
+
+    def __init__(self, output_dir: Path, index: int) -> None:
+        """Names the files; creates nothing.
+
+        Args:
+            output_dir: of the federation.
+            index: of the client.
+        """
+        self.updates = output_dir / "updates" / f"client-{index}"
+        self._result = output_dir / "clients" / f"client-{index}.json"
+        self._predictions = self._result.with_suffix(".safetensors")
+
+    def update(self, method: str) -> Path:
+        """The update file that a method merges."""
+        curvature, fisher = EXTRACTIONS[method]
+        name = curvature if curvature == "identity" else f"{curvature}-{fisher}"
+        return self.updates / f"{name}.safetensors"
+
+    def save(self, setting: Mapping[str, Any], result: ClientResult, predicted: Tensor) -> None:
+        """Marks the client as finished, last of all."""
+        self._result.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"log_probabilities": predicted}, self._predictions)
+        text = json.dumps({"setting": setting, "result": asdict(result)}, indent=2)
+        partial = self._result.with_suffix(".partial")
+        partial.write_text(text)
+        partial.replace(self._result)
+
+    def load(
+        self, setting: Mapping[str, Any], methods: Sequence[str]
+    ) -> tuple[ClientResult, Tensor] | None:
+        """The finished client, or None.
+
+        Args:
+            setting: everything that its training depended on.
+            methods: those its updates must serve.
+
+        Returns:
+            The result and its log-probabilities on the test set.
+
+        Raises:
+            ValueError: if it was trained under another setting.
+        """
+        if not self._result.is_file():
+            return None
+        saved = json.loads(self._result.read_text())
+        if saved["setting"] != setting:
+            changed = sorted(
+                key
+                for key in saved["setting"].keys() | setting.keys()
+                if saved["setting"].get(key) != setting.get(key)
+            )
+            raise ValueError(
+                f"{self._result} was trained with another {', '.join(changed)}: resume with the "
+                "same flags, or choose another --output-dir"
+            )
+        if not all(self.update(method).is_file() for method in methods):
+            return None
+        return ClientResult(**saved["result"]), load_file(self._predictions)["log_probabilities"]
+
+
+def fit_client(
+    network: nn.Module,
+    samples: TensorImages,
+    folder: ClientFolder,
+    methods: Sequence[str],
+    *,
+    epochs: int,
+    learning_rate: float,
+    batch_size: int,
+    curvature_samples: int | None,
+    seed: int,
+    trainer_options: Mapping[str, Any],
+) -> tuple[Classifier, dict[str, float]]:
+    """Trains one client; the callbacks on its Trainer write one update for each kind needed.
+
+    Args:
+        network: with the weights all clients start from; trained in place.
+        samples: the client's own.
+        folder: where its updates go.
+        methods: merge methods the updates must serve.
+        epochs: of local training.
+        learning_rate: of SGD.
+        batch_size: of SGD.
+        curvature_samples: samples to average the curvature over; all if None.
+        seed: of shuffling and augmentation.
+        trainer_options: accelerator, devices, logger and the like.
+
+    Returns:
+        The trained classifier, and the seconds of each extraction by update file name.
+    """
+    lightning.seed_everything(seed, verbose=False)
+    plain = DataLoader(
+        samples.without_augmentation(), batch_size=_EXTRACTION_BATCH, collate_fn=collate_images
+    )
+    callbacks = {
+        folder.update(method): FedFisherCallback(
+            folder.update(method),
+            curvature=cast(Any, EXTRACTIONS[method][0]),
+            fisher=cast(Any, EXTRACTIONS[method][1]),
+            max_samples=curvature_samples,
+            dataloader=plain,
+        )
+        for method in methods
+    }
+    classifier = Classifier(network, learning_rate)
+    trainer = Trainer(max_epochs=epochs, callbacks=list(callbacks.values()), **trainer_options)
+    loader = DataLoader(samples, batch_size=batch_size, shuffle=True, collate_fn=collate_images)
+    trainer.fit(classifier, loader)
+    return classifier, {path.name: callback.seconds or 0.0 for path, callback in callbacks.items()}
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What one method made of the updates.
+
+    Attributes:
+        state_dict: the merged model.
+        seconds: wall-clock time from the files to the model.
+        labels: labelled samples the server used.
+        history: the merge, sweep by sweep (see `FisherMergeModule.history`).
+    """
+
+    state_dict: dict[str, Tensor]
+    seconds: float
+    labels: int
+    history: list[dict[str, float]]
+
+
+def merge(
+    method: str,
+    updates: Sequence[Path],
+    classifier: Classifier,
+    labelled: TensorImages,
+    trainer_options: Mapping[str, Any],
+) -> MergeResult:
+    """Merges update files with one method; only methods that select an iterate see labels.
+
+    Args:
+        method: its name.
+        updates: one file for each client.
+        classifier: takes the merged weights.
+        labelled: samples for the methods that need some.
+        trainer_options: accelerator, devices, logger and the like.
+
+    Returns:
+        The merged model and what it took.
+    """
+    started = time.perf_counter()
+    module = FisherMergeModule(updates, model=classifier, method=cast(Any, method))
+    loader = DataLoader(labelled, batch_size=_EVALUATION_BATCH, collate_fn=collate_images)
+    Trainer(max_epochs=-1, log_every_n_steps=1, num_sanity_val_steps=0, **trainer_options).fit(
+        module, val_dataloaders=loader if METHODS[cast(Any, method)].keeps_best else None
+    )
+    seconds = time.perf_counter() - started
+    return MergeResult(module.merged_state_dict(), seconds, module.server_labels, module.history)
+
+
+def predict(classifier: Classifier, samples: TensorImages, device: torch.device) -> Tensor:
+    """Class log-probabilities of a model.
+
+    Args:
+        classifier: the model; left in eval mode on the device.
+        samples: images.
+        device: where to run.
+
+    Returns:
+        Log-probabilities ``(n, classes)`` on the CPU.
+    """
+    classifier.to(device).eval()
+    loader = DataLoader(samples, batch_size=_EVALUATION_BATCH, collate_fn=collate_images)
+    with torch.inference_mode():
+        batches = [
+            classifier(x.to(device)).log_softmax(dim=1).cpu()
+            for x, _ in tqdm(loader, desc="evaluate", delay=2, leave=False)
+        ]
+    return torch.cat(batches)
+
+
+def ensemble(predictions: Sequence[Tensor]) -> Tensor:
+    """Log of the mean probability over models: what inference with all of them would say.
+
+    Args:
+        predictions: log-probabilities ``(n, classes)`` of each model.
+
+    Returns:
+        Log-probabilities ``(n, classes)``.
+    """
+    return torch.stack(list(predictions)).logsumexp(dim=0) - math.log(len(predictions))
+
+
+def score(log_probabilities: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Accuracy in percent and negative log-likelihood.
+
+    Args:
+        log_probabilities: ``(n, classes)``.
+        labels: ``(n,)``.
+
+    Returns:
+        Accuracy, and the mean negative log-likelihood in nats.
+    """
+    classes = log_probabilities.shape[1]
+    accuracy = multiclass_accuracy(log_probabilities, labels, num_classes=classes, average="micro")
+    return 100 * float(accuracy), float(functional.nll_loss(log_probabilities, labels))
