@@ -136,30 +136,24 @@ class FedFisherCallback(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Refused before the hours of training rather than after them.
+        loader = self._loader(trainer)
+        counted = deal_samples(loader, shard=_shard(trainer)).population is not None
+        partial = self._max_samples is not None or self._curvature == "identity"
+        if not counted and partial and self._num_samples is None:
+            raise ValueError(
+                "the number of training samples cannot be told from an iterable: pass num_samples="
+            )
         check_model(pl_module, self._curvature)
-        deal_samples(self._loader(trainer), shard=_shard(trainer))
+        if counted:  # a rehearsal on one sample; an iterable might not start anew
+            self._extract(trainer, pl_module, max_samples=1)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        loader = self._loader(trainer)
         dry = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-        one_batch = getattr(loader, "batch_size", None) or 1
-        extracted = extract_curvature(
-            pl_module,
-            loader,
-            self._curvature,
-            fisher=self._fisher,
-            likelihood=self._likelihood,
-            max_samples=one_batch if dry else self._max_samples,
-            batch_size=self._batch_size,
-            seed=self._seed,
-            mc_samples=self._mc_samples,
-            forward=self._forward,
-            shard=_shard(trainer),
-            progress=trainer.progress_bar_callback is not None,
-        )
+        one_batch = getattr(self._loader(trainer), "batch_size", None) or 1
+        extracted = self._extract(trainer, pl_module, one_batch if dry else self._max_samples)
         header = UpdateHeader(
-            num_samples=self._count(extracted),
+            num_samples=self._num_samples or extracted.population or extracted.num_samples,
             curvature=self._curvature,
             fisher="" if self._curvature == "identity" else self._fisher,
             likelihood=self._likelihood,
@@ -192,16 +186,22 @@ class FedFisherCallback(Callback):
             )
         return loader
 
-    def _count(self, extracted: ExtractedCurvature) -> int:
-        """Training samples the client holds."""
-        if self._num_samples is not None:
-            return self._num_samples
-        if extracted.population is not None:
-            return extracted.population
-        if self._max_samples is None and extracted.num_samples:
-            return extracted.num_samples
-        raise ValueError(
-            "the number of training samples cannot be told from an iterable: pass num_samples="
+    def _extract(
+        self, trainer: Trainer, pl_module: LightningModule, max_samples: int | None
+    ) -> ExtractedCurvature:
+        return extract_curvature(
+            pl_module,
+            self._loader(trainer),
+            self._curvature,
+            fisher=self._fisher,
+            likelihood=self._likelihood,
+            max_samples=max_samples,
+            batch_size=self._batch_size,
+            seed=self._seed,
+            mc_samples=self._mc_samples,
+            forward=self._forward,
+            shard=_shard(trainer),
+            progress=trainer.progress_bar_callback is not None,
         )
 
     def _write(self, trainer: Trainer, update: ClientUpdate) -> None:

@@ -283,7 +283,7 @@ def _labels_of(batch: Any) -> Tensor | None:
 
 
 class _CallCounter:
-    """Refuses modules that a forward pass calls twice or never: their blocks would be wrong."""
+    """Refuses modules that do not run once, with gradients: their blocks would be wrong."""
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer]) -> None:
         self._calls = {layer.name: 0 for layer in layers}
@@ -292,14 +292,15 @@ class _CallCounter:
 
     def _count(self, layer: Layer) -> Callable[[nn.Module, Any], None]:
         def count(module: nn.Module, inputs: Any) -> None:
-            self._calls[layer.name] += 1
+            self._calls[layer.name] += torch.is_grad_enabled()
 
         return count
 
     def check(self) -> None:
         """Raises if a layer did not run exactly once since the last check."""
         offenders = [
-            f"{name} ran {calls} times in one forward pass: its curvature needs exactly one call"
+            f"{name} ran {calls} times with gradients in one forward pass: its curvature needs "
+            "exactly one call"
             for name, calls in self._calls.items()
             if calls != 1
         ]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_fedfisher.curvature import Kronecker
-from lightning_fedfisher.layers import Layer
+from lightning_fedfisher.layers import Layer, UnsupportedModelError, no_gradient_reaches
 
 _ForwardHook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
 
@@ -39,6 +39,7 @@ class KroneckerSums:
         """
         self.sums: dict[str, dict[str, Tensor]] = {}
         self._graph_starts: list[Tensor] = []
+        self._unreached: set[str] = set()
         # Gradients at the outputs are all that is needed: back-propagation to the weights is
         # a third of the work of a training step, and is never asked for.
         model.requires_grad_(False)
@@ -71,6 +72,7 @@ class KroneckerSums:
             directions: of shape ``(n, samples, classes)``.
         """
         starts, self._graph_starts = self._graph_starts, []
+        self._unreached = set(self.sums)
         for index, direction in enumerate(directions):
             # Only the hooks on the way are wanted; a start that leads nowhere has no gradient.
             torch.autograd.grad(
@@ -80,6 +82,8 @@ class KroneckerSums:
                 retain_graph=index + 1 < len(directions),
                 allow_unused=True,
             )
+        if self._unreached:
+            raise UnsupportedModelError(no_gradient_reaches(self._unreached))
 
     @staticmethod
     def finish(layer: Layer, sums: dict[str, Tensor], count: int) -> Kronecker:
@@ -91,10 +95,13 @@ class KroneckerSums:
         has_bias = len(layer.parameters) == 2
 
         def collect_output_gradient(gradient: Tensor) -> None:
+            self._unreached.discard(layer.name)
             g = _positions_last(gradient)
             sums["output_factor"].addmm_(g, g.mT)
 
         def collect(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():
+                return output
             a, positions = _input_patches(module, inputs[0].detach())
             if has_bias:
                 a = torch.cat([a, a.new_ones(1, a.shape[1])])

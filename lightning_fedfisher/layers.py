@@ -146,6 +146,22 @@ def require_support(
         raise UnsupportedModelError(offenders)
 
 
+def no_gradient_reaches(names: Iterable[str]) -> list[str]:
+    """One line for each layer that the model's output does not depend on.
+
+    Args:
+        names: of the layers.
+
+    Returns:
+        Offenders for an `UnsupportedModelError`.
+    """
+    return [
+        f"{name}: no gradient reaches it from the logits (it is detached, or its output is not "
+        "used); make it a part of them, or take it out of the module"
+        for name in sorted(names)
+    ]
+
+
 def _tied(model: nn.Module) -> list[str]:
     """One line for each group of names that are the same parameter or share its memory."""
     names: dict[tuple[object, ...], list[str]] = {}

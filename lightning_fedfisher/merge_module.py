@@ -114,7 +114,7 @@ class FisherMergeModule(LightningModule):
         self._replica: list[nn.Module] = []
         self._accuracy, self._nll = MeanMetric(), MeanMetric()
         self._validation_samples = 0
-        self._owned: list[int] = []
+        self._turns = 0
         self._solvers: dict[int, Solver] = {}
         self._finished = False
         self._best: tuple[float, list[Tensor]] | None = None
@@ -144,14 +144,13 @@ class FisherMergeModule(LightningModule):
 
     @override
     def configure_optimizers(self) -> Optimizer:
-        return _SolverSteps(self.merged)
+        return _SweepCounter(self.merged)
 
     @override
     def train_dataloader(self) -> _Sweep:
-        self._owned = _deal([layer.shape for layer in self.layers], self.trainer.world_size)[
-            self.trainer.global_rank
-        ]
-        return _Sweep(self._owned)
+        hands = _deal([layer.shape for layer in self.layers], self.trainer.world_size)
+        self._turns = max(map(len, hands))
+        return _Sweep(hands[self.trainer.global_rank], self._turns)
 
     @override
     def on_fit_start(self) -> None:
@@ -166,15 +165,12 @@ class FisherMergeModule(LightningModule):
 
     @override
     def training_step(self, batch: int | None, batch_idx: int) -> None:
-        optimizer = self.optimizers()
-        assert not isinstance(optimizer, list)
-        optimizer.step(lambda: self._advance(batch))
-
-    @override
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        # Before validation, which follows the last batch of a sweep.
-        if batch_idx + 1 == len(_Sweep(self._owned)):
-            self._gather()
+        if batch is not None:
+            self._advance(batch)
+        if batch_idx + 1 == self._turns:
+            optimizer = self.optimizers()
+            assert not isinstance(optimizer, list)
+            optimizer.step(self._gather)
 
     @override
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -234,10 +230,8 @@ class FisherMergeModule(LightningModule):
         blocks = [update.block(layer).to(self.device, weights[0].dtype) for update in self.updates]
         return Quadratic(self._shares, weights, [self._method.transform(b) for b in blocks])
 
-    def _advance(self, index: int | None) -> None:
+    def _advance(self, index: int) -> None:
         """Moves one layer's solver by a sweep's iterations."""
-        if index is None:
-            return
         if index not in self._solvers:
             self._solvers[index] = self._method.solver(self._problem(self.layers[index]))
         solver = self._solvers[index]
@@ -279,10 +273,10 @@ class FisherMergeModule(LightningModule):
             matrix.data.copy_(value)
 
 
-class _SolverSteps(Optimizer):
-    """Runs the step it is given: an optimizer, so that Lightning counts the merge's steps.
+class _SweepCounter(Optimizer):
+    """Runs the closure it is given: an optimizer, so that Lightning counts sweeps as steps.
 
-    Checkpoints, loggers and progress bars all go by that count.
+    Checkpoints, loggers and progress bars go by that count, and it must be the same on every rank.
     """
 
     def __init__(self, parameters: nn.ParameterList) -> None:
@@ -293,21 +287,29 @@ class _SolverSteps(Optimizer):
 
 
 class _Sweep:
-    """The layers of one rank. No `DataLoader`: it must neither be sampled nor padded."""
+    """The layers of one rank. No `DataLoader`: it must neither be sampled nor filled with copies.
 
-    def __init__(self, owned: Sequence[int]) -> None:
-        self._owned = owned
+    Lightning exchanges a signal at every batch, so all ranks take the same number; a rank with
+    fewer layers has idle turns, `None`. They come first, then the cheaper layers, because the other
+    ranks wait for rank 0's signal at the start of a turn.
+    """
+
+    def __init__(self, owned: Sequence[int], turns: int) -> None:
+        self._turns = [None] * (turns - len(owned)) + list(owned)
 
     def __iter__(self) -> Iterator[int | None]:
-        # Lightning wants a batch from every rank, also from one that owns no layer.
-        return iter(self._owned) if self._owned else iter([None])
+        return iter(self._turns)
 
     def __len__(self) -> int:
-        return len(self._owned) or 1
+        return len(self._turns)
 
 
 def _deal(shapes: Sequence[tuple[int, int]], ranks: int) -> list[list[int]]:
-    """Deals layers to ranks by the cost of a step: the costliest first, each to the least busy."""
+    """Deals layers to ranks by the cost of a step: the costliest first, each to the least busy.
+
+    Returns:
+        The layers of each rank, the cheapest first.
+    """
     costs = [rows * columns * (rows + columns) for rows, columns in shapes]
     hands: list[list[int]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
@@ -315,7 +317,7 @@ def _deal(shapes: Sequence[tuple[int, int]], ranks: int) -> list[list[int]]:
         rank = loads.index(min(loads))
         hands[rank].append(index)
         loads[rank] += costs[index]
-    return hands
+    return [hand[::-1] for hand in hands]
 
 
 def _open_all(sources: Sequence[UpdateSource], method: MethodName) -> list[ClientUpdate]:

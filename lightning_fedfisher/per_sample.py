@@ -19,7 +19,7 @@ from backpack.extensions.backprop_extension import BackpropExtension
 from torch import Tensor, nn
 
 from lightning_fedfisher.curvature import Dense, Diagonal
-from lightning_fedfisher.layers import Layer
+from lightning_fedfisher.layers import Layer, UnsupportedModelError, no_gradient_reaches
 
 _SUPPORTED = (
     nn.Linear,
@@ -77,6 +77,13 @@ class _PerSampleSums(ABC):
                 warnings.filterwarnings("ignore", "Full backward hook is firing")
                 # A sum over samples, so that BackPACK's fields carry no 1 / samples.
                 torch.autograd.backward(logits, direction, retain_graph=more)
+            unreached = {
+                layer.name
+                for layer in self._layers
+                if any(self._parameters[name].grad is None for name in layer.parameter_names)
+            }
+            if unreached:
+                raise UnsupportedModelError(no_gradient_reaches(unreached))
             for layer in self._layers:
                 self._collect(layer)
 

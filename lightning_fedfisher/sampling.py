@@ -6,7 +6,7 @@ is a mean over the samples themselves, and the same number on one process and on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -112,9 +112,6 @@ def deal_samples(
                 "an iterable without indices cannot be dealt to several processes: pass "
                 "`dataloader=` a DataLoader over a map-style data set"
             )
-        count = len(dataloader) if isinstance(dataloader, Sized) else None
-        if count == 0:
-            raise ValueError("the client holds no samples: there is no curvature to extract")
         return DealtSamples(dataloader, None, None, None)
     population = _trained_indices(dataloader)
     chosen = population

@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 import numpy as np
 import torch
+import wandb
 from jsonargparse import ArgumentParser
 from lightning.pytorch.loggers import WandbLogger
 from lightning_utilities.core.rank_zero import rank_zero_only
@@ -257,9 +258,7 @@ class Federation:
             say(f"merging with {method}")
             classifier = Classifier(self.network(), self.flags.learning_rate)
             updates = [folder.update(method) for folder in self.folders]
-            options = self._trainer_options(
-                logger and WandbLogger(experiment=logger.experiment, prefix=method)
-            )
+            options = self._trainer_options(logger and self._prefixed(logger, method))
             result = merge(method, updates, classifier, labelled, options)
             classifier.load_state_dict(result.state_dict)
             predicted = predict(classifier, self.images.test, self.device)
@@ -270,15 +269,24 @@ class Federation:
     def _logger(self, job: str, name: str) -> WandbLogger | None:
         if self.flags.wandb == "disabled":
             return None
+        if not _is_first_process():
+            return WandbLogger()  # a dummy outside the first process
         return WandbLogger(
-            project="lightning-fedfisher",
-            group=self.group,
-            job_type=job,
-            name=name,
-            save_dir=self.output,
-            offline=self.flags.wandb == "offline",
-            config={key: str(value) for key, value in asdict(self.flags).items()},
+            experiment=wandb.init(
+                project="lightning-fedfisher",
+                group=self.group,
+                job_type=job,
+                name=name,
+                dir=self.output,
+                mode=self.flags.wandb,
+                config={key: str(value) for key, value in asdict(self.flags).items()},
+            )
         )
+
+    @staticmethod
+    def _prefixed(logger: WandbLogger, prefix: str) -> WandbLogger:
+        """A logger into the same run, with names of its own."""
+        return WandbLogger(experiment=logger.experiment, prefix=prefix)
 
     def _trainer_options(self, logger: WandbLogger | None) -> dict[str, Any]:
         return {
@@ -376,16 +384,9 @@ def show(results: Mapping[str, Any], console: Console) -> None:
         console: where to.
     """
     table = Table(title="Test accuracy of one-shot models")
-    for column in (
-        "model",
-        "accuracy %",
-        "NLL",
-        "upload / FedAvg",
-        "client s",
-        "server s",
-        "labels",
-    ):
-        table.add_column(column, justify="left" if column == "model" else "right")
+    table.add_column("model", no_wrap=True)
+    for column in ("accuracy %", "NLL", "upload", "client s", "server s", "labels"):
+        table.add_column(column, justify="right")
     best, together = results["best_client"], results["ensemble"]
     table.add_row("best single client", f"{best['accuracy']:.2f}", *[""] * 5)
     table.add_row(
@@ -397,12 +398,17 @@ def show(results: Mapping[str, Any], console: Console) -> None:
             method,
             f"{row['accuracy']:.2f}",
             f"{row['nll']:.3f}",
-            f"{row['upload_bytes'] / row['fedavg_bytes']:.2f}",
+            f"{row['upload_bytes'] / row['fedavg_bytes']:.2f}x",
             f"{row['client_seconds']:.1f}",
             f"{row['server_seconds']:.1f}",
             str(row["server_labels"]),
         )
     console.print(table)
+    console.print(
+        "upload: bytes a client sends, in multiples of its weights; client s: its extraction;\n"
+        "server s: the merge; labels: labelled samples the server used",
+        highlight=False,
+    )
 
 
 def run(flags: Flags) -> dict[str, Any]:
@@ -458,6 +464,8 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", ".*treespec.*", module="lightning")
+    warnings.filterwarnings("ignore", ".*have no `val_dataloader`.*")
     os.environ.setdefault("WANDB_SILENT", "true")
     flags = parse_flags()
     try:

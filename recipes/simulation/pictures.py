@@ -12,11 +12,13 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 # Okabe and Ito's palette, told apart by the colour-blind.
-_BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#E69F00", "#009E73", "#999999"
-_LINES = [_ORANGE, _GREEN, _BLUE, "#CC79A7", "#56B4E9"]
+_BLUE, _ORANGE, _GREEN = "#0072B2", "#D55E00", "#009E73"
+_LINES = [_ORANGE, _GREEN, _BLUE, "#CC79A7", "#E69F00"]
 
 
 def draw_partition(histogram: np.ndarray, path: Path) -> Path:
@@ -71,24 +73,28 @@ def draw_accuracies(results: Mapping[str, Any], path: Path) -> Path:
     figure, axes = plt.subplots(figsize=(7, 1.6 + 0.45 * len(bars)))
     colours = [_ORANGE if labels else _BLUE for _, _, labels in bars]
     drawn = axes.barh([bar[0] for bar in bars], [bar[1] for bar in bars], color=colours)
-    axes.bar_label(drawn, fmt="%.1f", padding=3)
+    axes.bar_label(drawn, fmt="%.1f", label_type="center", color="white", weight="bold")
     lines = {
         "best single client": (results["best_client"]["accuracy"], ":"),
         "ensemble of all clients": (results["ensemble"]["accuracy"], "--"),
     }
-    for name, (accuracy, style) in lines.items():
+    handles: list[Artist] = [
         axes.axvline(accuracy, color="black", linestyle=style, label=f"{name}, {accuracy:.1f}")
+        for name, (accuracy, style) in lines.items()
+    ]
     if any(labels for _, _, labels in bars):
-        axes.barh([], [], color=_BLUE, label="needs no server data")
-        axes.barh([], [], color=_ORANGE, label="picks its iterate on labelled samples")
-    axes.set_xlim(0, 105)
+        handles.append(Patch(color=_BLUE, label="needs no server data"))
+        handles.append(Patch(color=_ORANGE, label="picks its iterate on labelled samples"))
+    axes.set_xlim(0, 100)
     axes.set_xlabel("test accuracy, %")
     config = results["config"]
     axes.set_title(
         f"{config['dataset']}, {config['model']}, {config['clients']} clients, "
         f"alpha {config['alpha']:g}"
     )
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=2, frameon=False)
+    figure.legend(
+        handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, frameon=False
+    )
     return _save(figure, path)
 
 

@@ -1,0 +1,350 @@
+"""FisherMergeModule: the merge on a Trainer, its closed cases, its refusals and its manners."""
+
+import copy
+import json
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from federation import quiet_trainer, tiny_loader, tiny_model, tiny_updates
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from test_callback import run_ddp
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_fedfisher import (
+    METHODS,
+    ClientUpdate,
+    FisherMergeModule,
+    MergeError,
+    UpdateHeader,
+    extract_curvature,
+)
+from lightning_fedfisher.merge_module import _deal
+
+NEEDS = {
+    "fedavg": ("identity", "exact"),
+    "fisher_merge": ("diagonal", "exact"),
+    "fedfisher_diag": ("diagonal", "exact"),
+    "fedfisher_kfac": ("kfac", "exact"),
+    "fedfisher": ("kfac", "normalised"),
+}
+
+
+@pytest.fixture(scope="module")
+def updates(tmp_path_factory):
+    """Three clients' updates for each method."""
+    root = tmp_path_factory.mktemp("updates")
+    return {
+        method: tiny_updates(root / method, curvature=curvature, fisher=fisher)
+        for method, (curvature, fisher) in NEEDS.items()
+    }
+
+
+def merge(updates, root, val=None, trainer=(), **options):
+    module = FisherMergeModule(updates, **options)
+    quiet_trainer(root, **{"max_epochs": -1} | dict(trainer)).fit(module, val_dataloaders=val)
+    return module
+
+
+def assert_same(state, other, **tolerances):
+    assert state.keys() == other.keys()
+    for name, tensor in state.items():
+        torch.testing.assert_close(tensor, other[name], **tolerances)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_client_is_returned_to_the_bit(updates, method, tmp_path):
+    client = updates[method][0]
+    module = merge([client], tmp_path, method=method)
+    assert_same(module.merged_state_dict(), client.parameters, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_identical_clients_are_returned_to_the_bit(updates, method, tmp_path):
+    client = updates[method][1]
+    module = merge([client] * 3, tmp_path, method=method)
+    assert_same(module.merged_state_dict(), client.parameters, rtol=0, atol=0)
+
+
+def test_fedavg_is_the_weighted_average_and_takes_any_update(updates, tmp_path):
+    for kind in ("fedavg", "fedfisher"):
+        clients = updates[kind]
+        merged = merge(clients, tmp_path, method="fedavg").merged_state_dict()
+        total = sum(client.num_samples for client in clients)
+        for name in merged:
+            average = sum(c.num_samples / total * c.parameters[name] for c in clients)
+            torch.testing.assert_close(merged[name], average)
+
+
+def _reference_closed_form(clients, power):
+    total = sum(client.num_samples for client in clients)
+    merged = {}
+    for layer in clients[0].layers:
+        above, below = 0, 0
+        for client in clients:
+            f = client.num_samples / total * client.block(layer).diagonal().double().pow(power)
+            above, below = above + f * client.weights(layer).double(), below + f
+        average = sum(c.num_samples / total * c.weights(layer).double() for c in clients)
+        matrix = torch.where(below > 0, above / below, average)
+        merged |= layer.split(matrix.float())
+    return merged
+
+
+@pytest.mark.parametrize(("method", "power"), [("fisher_merge", 1.0), ("fedfisher", 0.5)])
+def test_diagonal_curvature_gives_the_closed_form(updates, method, power, tmp_path):
+    clients = updates["fisher_merge"]
+    module = merge(clients, tmp_path, method=method)
+    reference = _reference_closed_form(clients, power)
+    assert_same(module.merged_state_dict(), reference, rtol=2e-4, atol=1e-5)
+
+
+def test_fedfisher_is_the_minimiser_of_the_tempered_quadratic(updates, tmp_path):
+    clients = updates["fedfisher"]
+    module = merge(clients, tmp_path)
+    assert module.history[-1]["residual"] < 2e-4
+    total = sum(client.num_samples for client in clients)
+    for layer in clients[0].layers:
+        dense, right = 0, 0
+        for client in clients:
+            values, vectors = torch.linalg.eigh(client.block(layer).dense().double())
+            root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+            share = client.num_samples / total
+            dense = dense + share * root
+            right = right + share * root @ client.weights(layer).double().flatten()
+        merged = layer.join(module.merged_state_dict()).double().flatten()
+        gradient, scale = dense @ merged - right, right.norm()
+        assert gradient.norm() < 1e-3 * scale
+
+
+def test_order_of_clients_does_not_matter(updates, tmp_path):
+    clients = updates["fedfisher"]
+    there = merge(clients, tmp_path).merged_state_dict()
+    back = merge(clients[::-1], tmp_path).merged_state_dict()
+    assert_same(there, back, rtol=1e-3, atol=1e-3)
+
+
+def test_files_merge_like_updates_in_memory(updates, tmp_path):
+    clients = updates["fedfisher"]
+    paths = [client.save(tmp_path / f"{k}.safetensors") for k, client in enumerate(clients)]
+    from_files = merge(paths, tmp_path).merged_state_dict()
+    assert_same(from_files, merge(clients, tmp_path).merged_state_dict(), rtol=0, atol=0)
+
+
+def test_the_result_is_loaded_into_the_model(updates, tmp_path):
+    model = tiny_model(seed=9).train()
+    module = merge(updates["fedfisher"], tmp_path, model=model)
+    assert_same(dict(model.state_dict()), module.merged_state_dict(), rtol=0, atol=0)
+    assert model.training
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_published_methods_keep_the_best_iterate_on_labels(updates, tmp_path):
+    clients, loader = updates["fedfisher_kfac"], tiny_loader(seed=50, samples=40, shuffle=False)
+    model = tiny_model()
+    module = merge(clients, tmp_path, loader, method="fedfisher_kfac", model=model)
+    assert module.server_labels == 40
+    assert len(module.history) == 20
+    assert module.history[-1]["iterations"] == 2000
+    x, y = loader.dataset.tensors
+    accuracy = 100 * float((model.eval()(x).argmax(1) == y).float().mean())
+    assert accuracy == pytest.approx(max(entry["val_accuracy"] for entry in module.history))
+    last = merge(
+        clients, tmp_path, loader, method="fedfisher_kfac", model=tiny_model(), keep_best=False
+    )
+    alone = merge(clients, tmp_path, method="fedfisher_kfac")
+    assert last.server_labels == alone.server_labels == 0
+    assert_same(last.merged_state_dict(), alone.merged_state_dict(), rtol=0, atol=0)
+
+
+def test_watching_labels_does_not_change_our_merge(updates, tmp_path):
+    loader = tiny_loader(seed=50, samples=40, shuffle=False)
+    watched = merge(updates["fedfisher"], tmp_path, loader, model=tiny_model())
+    assert watched.server_labels == 0
+    assert "val_accuracy" in watched.history[-1]
+    alone = merge(updates["fedfisher"], tmp_path)
+    assert_same(watched.merged_state_dict(), alone.merged_state_dict(), rtol=0, atol=0)
+
+
+def test_checkpoints_and_early_stopping_mean_what_they_mean(updates, tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path / "kept", monitor="objective", save_top_k=1)
+    stop = EarlyStopping("val_accuracy", mode="max", patience=2)
+    loader = tiny_loader(seed=50, samples=40, shuffle=False)
+    module = FisherMergeModule(
+        updates["fedfisher_kfac"], method="fedfisher_kfac", model=tiny_model(), keep_best=False
+    )
+    trainer = quiet_trainer(
+        tmp_path, max_epochs=-1, callbacks=[checkpoint, stop], enable_checkpointing=True
+    )
+    with pytest.warns(UserWarning, match="has not converged"):
+        trainer.fit(module, val_dataloaders=loader)
+    assert stop.stopped_epoch > 0
+    saved = torch.load(checkpoint.best_model_path, weights_only=True)["state_dict"]
+    assert list(saved) == [f"merged.{index}" for index in range(4)]
+
+
+def test_too_few_epochs_warn(updates, tmp_path):
+    with pytest.warns(UserWarning, match="has not converged"):
+        merge(
+            updates["fedfisher_kfac"], tmp_path, method="fedfisher_kfac", trainer={"max_epochs": 2}
+        )
+
+
+def test_a_resumed_merge_gives_the_same_model(updates, tmp_path):
+    clients = updates["fedfisher_kfac"]
+    whole = merge(clients, tmp_path, method="fedfisher_kfac")
+    checkpoint = ModelCheckpoint(tmp_path / "kept", save_last=True)
+    options = {"callbacks": [checkpoint], "enable_checkpointing": True}
+    with pytest.warns(UserWarning, match="has not converged"):
+        merge(clients, tmp_path, method="fedfisher_kfac", trainer=options | {"max_epochs": 3})
+    module = FisherMergeModule(clients, method="fedfisher_kfac")
+    quiet_trainer(tmp_path, max_epochs=-1).fit(
+        module, ckpt_path=checkpoint.last_model_path, weights_only=True
+    )
+    assert_same(module.merged_state_dict(), whole.merged_state_dict(), rtol=0, atol=0)
+
+
+class WithBatchNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def _update_of(model, data, kind="diagonal"):
+    extracted = extract_curvature(model, DataLoader(data, batch_size=4), kind, progress=False)
+    kinds = {name: block.kind for name, block in extracted.blocks.items()}
+    header = UpdateHeader(
+        len(data), kind, "normalised", "categorical", extracted.num_samples, extracted.layers, kinds
+    )
+    return ClientUpdate.from_model(model, header, extracted.blocks)
+
+
+def test_batchnorm_statistics_are_pooled(tmp_path):
+    torch.manual_seed(0)
+    halves = [torch.randn(40, 4) + shift for shift in (-1.0, 2.0)]
+    pooled = torch.cat(halves)
+    clients = []
+    shared = WithBatchNorm()
+    for half in halves:
+        model = copy.deepcopy(shared)
+        model.layers[1].momentum = None  # cumulative: running statistics of one batch are its own
+        model.train()(half)
+        model.layers[1].running_var *= (len(half) - 1) / len(half)  # unbiased to biased
+        clients.append(_update_of(model, TensorDataset(half, torch.zeros(40, dtype=torch.long))))
+    merged = merge(clients, tmp_path, method="fedavg").merged_state_dict()
+    hidden = shared.layers[0](pooled)
+    torch.testing.assert_close(merged["layers.1.running_mean"], hidden.mean(0))
+    torch.testing.assert_close(merged["layers.1.running_var"], hidden.var(0, correction=0))
+    assert merged["layers.1.num_batches_tracked"] == 1
+
+
+def test_bad_updates_are_refused_together(updates, tmp_path):
+    good, other = updates["fedfisher"][:2]
+    truncated = good.save(tmp_path / "truncated.safetensors")
+    truncated.write_bytes(truncated.read_bytes()[:-100])
+    flipped = good.save(tmp_path / "flipped.safetensors")
+    content = bytearray(flipped.read_bytes())
+    content[-50] ^= 1
+    flipped.write_bytes(content)
+    foreign = _update_of(WithBatchNorm(), TensorDataset(torch.randn(9, 4), torch.arange(9) % 3))
+    with pytest.raises(MergeError) as error:
+        FisherMergeModule(
+            [good, truncated, flipped, tmp_path / "missing.safetensors", foreign, other]
+        )
+    message = str(error.value)
+    for part in ("truncated.safetensors", "flipped.safetensors", "digest", "missing.safetensors"):
+        assert part in message
+    assert "of another model" in message
+    assert "layers.0.weight is (5, 4), not absent" in message
+
+
+def test_no_updates_are_refused():
+    with pytest.raises(MergeError, match="there are none"):
+        FisherMergeModule([])
+    with pytest.raises(MergeError, match="pass a list"):
+        FisherMergeModule("updates/client-0.safetensors")
+
+
+def test_methods_refuse_curvature_they_are_not_defined_for(updates):
+    with pytest.raises(MergeError, match="fisher='exact'"):
+        FisherMergeModule(updates["fedfisher"], method="fedfisher_kfac")
+    with pytest.raises(MergeError, match="curvature='diagonal'"):
+        FisherMergeModule(updates["fedfisher"], method="fisher_merge")
+    mixed = [updates["fedfisher"][0], updates["fedfisher_kfac"][1]]
+    with pytest.raises(MergeError, match="extract both alike"):
+        FisherMergeModule(mixed)
+    with pytest.raises(ValueError, match="not one of fedavg"):
+        FisherMergeModule(updates["fedfisher"], method="fedsgd")
+
+
+def test_a_model_that_does_not_fit_is_refused(updates):
+    with pytest.raises(ValueError, match=r"network\.0\.bias is absent in it"):
+        FisherMergeModule(updates["fedfisher"], model=tiny_model(bias=False))
+
+
+def test_labels_without_a_model_and_half_precision_are_refused(updates, tmp_path):
+    with pytest.raises(ValueError, match="needs a model"):
+        merge(updates["fedfisher"], tmp_path, tiny_loader())
+    with pytest.raises(ValueError, match="full precision"):
+        merge(updates["fedfisher"], tmp_path, trainer={"precision": "bf16-mixed"})
+
+
+def test_random_state_is_untouched(updates, tmp_path):
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    merge(updates["fedfisher"], tmp_path)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_layers_are_dealt_by_cost_each_once():
+    shapes = [(10, 10), (100, 100), (20, 20), (99, 99), (5, 5)]
+    hands = _deal(shapes, 2)
+    assert sorted(index for hand in hands for index in hand) == [0, 1, 2, 3, 4]
+    assert hands == [[1], [4, 0, 2, 3]]
+    assert _deal(shapes[:1], 3) == [[0], [], []]
+
+
+DDP_SCRIPT = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import torch
+from federation import quiet_trainer, tiny_loader, tiny_model
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning_fedfisher import FisherMergeModule
+
+root, method, devices = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+checkpoint = ModelCheckpoint(root / "kept", save_last=True)
+module = FisherMergeModule(
+    sorted((root / method).glob("*.safetensors")), method=method, model=tiny_model()
+)
+trainer = quiet_trainer(
+    root, max_epochs=-1, devices=devices, strategy="ddp", use_distributed_sampler=False,
+    callbacks=[checkpoint], enable_checkpointing=True,
+)
+trainer.fit(module, val_dataloaders=tiny_loader(seed=50, samples=40, shuffle=False))
+if trainer.is_global_zero:
+    torch.save(module.merged_state_dict(), root / "merged.pt")
+    (root / "history.json").write_text(json.dumps(module.history))
+"""
+
+
+@pytest.mark.parametrize(("method", "devices"), [("fedfisher", 2), ("fedfisher_kfac", 3)])
+def test_processes_do_not_change_the_result(updates, method, devices, tmp_path):
+    clients = updates[method]
+    for index, client in enumerate(clients):
+        client.save(tmp_path / method / f"{index}.safetensors")
+    script = tmp_path / "merge.py"
+    script.write_text(textwrap.dedent(DDP_SCRIPT.format(tests=str(Path(__file__).parent))))
+    run_ddp(str(script), str(tmp_path), method, str(devices))
+    loader = tiny_loader(seed=50, samples=40, shuffle=False)
+    alone = merge(clients, tmp_path, loader, method=method, model=tiny_model())
+    together = torch.load(tmp_path / "merged.pt", weights_only=True)
+    assert_same(together, alone.merged_state_dict(), rtol=1e-5, atol=1e-6)
+    history = json.loads((tmp_path / "history.json").read_text())
+    for ours, theirs in zip(alone.history, history, strict=True):
+        assert theirs == pytest.approx(ours, rel=1e-3)
