@@ -23,7 +23,13 @@ from tqdm import tqdm
 
 from lightning_fedfisher.curvature import Curvature, Identity
 from lightning_fedfisher.kfac import KroneckerSums
-from lightning_fedfisher.layers import Layer, UnsupportedModelError, find_layers, require_support
+from lightning_fedfisher.layers import (
+    Layer,
+    UnsupportedModelError,
+    find_layers,
+    require_single_use,
+    require_support,
+)
 from lightning_fedfisher.likelihood import (
     FISHER_TYPES,
     LIKELIHOODS,
@@ -154,7 +160,7 @@ def extract_curvature(
         mc_samples: draws a sample for ``fisher="mc"``.
         forward: maps ``(module, batch)`` to logits, or to ``(logits, labels)``.
         shard: this process's place among several; sums are reduced once at the end.
-        progress: show a progress bar, after two seconds, on rank 0.
+        progress: show a progress bar, after two seconds, on rank 0 and on a terminal.
 
     Returns:
         The curvature of every layer, averaged over the samples, on the model's device.
@@ -175,30 +181,43 @@ def extract_curvature(
     if kind == "identity":
         identity = {layer.name: Identity(layer.shape) for layer in layers}
         return ExtractedCurvature(layers, identity, 0, samples.population, 0.0)
-    replica = _replicate(model)
-    calls = _CallCounter(replica, layers)
-    extractor = _EXTRACTORS[kind](replica, layers)
-    uniforms = samples.uniforms(mc_samples, seed)
     count = 0
     with (
-        _isolated(replica),
+        _isolated(model),
         tqdm(
             desc=f"{fisher} {kind} curvature",
             total=samples.count,
             unit=" samples",
             delay=2,
-            disable=not progress or shard.rank != 0,
+            # None: shown on a terminal only.
+            disable=None if progress and shard.rank == 0 else True,
         ) as bar,
     ):
+        replica = _replicate(model)
+        calls = _CallCounter(replica, layers)
+        extractor: _Sums | None = None
+        uniforms = samples.uniforms(mc_samples, seed)
         for batch in samples.batches:
+            if extractor is None:  # the extractor's hooks would hide parts of the graph
+                logits, _ = _run(replica, batch, forward)
+                calls.check(len(logits))
+                require_single_use(replica, logits)
+                extractor = _EXTRACTORS[kind](replica, layers)
             logits, labels = _run(replica, batch, forward)
-            calls.check()
+            calls.check(len(logits))
+            count += len(logits)
+            if samples.indices is not None and count > len(samples.indices):
+                raise ValueError(
+                    "the model gives more rows of logits than there are samples: pass `forward` to "
+                    "return one row for each sample"
+                )
             draws = uniforms(len(logits)) if fisher == "mc" else None
             extractor.add(logits, residual_directions(logits, labels, fisher, draws))
-            count += len(logits)
             bar.update(len(logits) * shard.world_size)
             if samples.count is None and max_samples is not None and count >= max_samples:
                 break
+        # A rank without samples takes part in the sums.
+        extractor = extractor or _EXTRACTORS[kind](replica, layers)
     device = next(replica.parameters()).device
     count = int(shard.total(torch.tensor(count, device=device)))
     if count == 0:
@@ -254,22 +273,35 @@ def _run(model: nn.Module, batch: Any, forward: Forward | None) -> tuple[Tensor,
         return tensor.to(like.device, like.dtype if tensor.is_floating_point() else None)
 
     batch = apply_to_collection(batch, Tensor, move)
-    if forward is not None:
+    if forward is None:
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise ValueError(
+                f"a batch is {type(batch).__name__}, not a pair (x, y): pass `forward`, a function "
+                "of (module, batch) that returns logits, or (logits, labels)"
+            )
+        forward = _forward_pair
+    try:
         output = forward(model, batch)
-        logits, labels = output if isinstance(output, tuple) else (output, _labels_of(batch))
-    elif isinstance(batch, tuple | list) and len(batch) == 2:
-        logits, labels = model(batch[0]), batch[1]
-    else:
-        raise ValueError(
-            f"a batch is {type(batch).__name__}, not a pair (x, y): pass `forward`, a function of "
-            "(module, batch) that returns logits, or (logits, labels)"
-        )
+    except RuntimeError as error:
+        if "BackwardHookFunction" not in str(error):
+            raise
+        raise UnsupportedModelError(
+            [
+                "a layer's output is changed in place, which BackPACK does not allow: use the "
+                "out-of-place form (functional.relu(x), x = x + y)"
+            ]
+        ) from error
+    logits, labels = output if isinstance(output, tuple) else (output, _labels_of(batch))
     if not isinstance(logits, Tensor) or not logits.requires_grad:
         raise ValueError(
             "the model's output is no tensor with a gradient: pass `forward` to return its logits, "
             "and compute them outside torch.no_grad()"
         )
     return logits, labels
+
+
+def _forward_pair(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    return model(batch[0]), batch[1]
 
 
 def _labels_of(batch: Any) -> Tensor | None:
@@ -283,27 +315,40 @@ def _labels_of(batch: Any) -> Tensor | None:
 
 
 class _CallCounter:
-    """Refuses modules that do not run once, with gradients: their blocks would be wrong."""
+    """Refuses modules that do not run once, with gradients, on one row for each sample.
+
+    Their blocks would be wrong without any sign of it.
+    """
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer]) -> None:
-        self._calls = {layer.name: 0 for layer in layers}
+        self._inputs: dict[str, list[Any]] = {layer.name: [] for layer in layers}
         for layer in layers:
-            model.get_submodule(layer.module_name).register_forward_pre_hook(self._count(layer))
+            module = model.get_submodule(layer.module_name)
+            module.register_forward_pre_hook(self._record(layer))
 
-    def _count(self, layer: Layer) -> Callable[[nn.Module, Any], None]:
-        def count(module: nn.Module, inputs: Any) -> None:
-            self._calls[layer.name] += torch.is_grad_enabled()
+    def _record(self, layer: Layer) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def record(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if torch.is_grad_enabled():
+                self._inputs[layer.name].append(len(inputs[0]) if inputs else None)
 
-        return count
+        return record
 
-    def check(self) -> None:
-        """Raises if a layer did not run exactly once since the last check."""
-        offenders = [
-            f"{name} ran {calls} times with gradients in one forward pass: its curvature needs "
-            "exactly one call"
-            for name, calls in self._calls.items()
-            if calls != 1
-        ]
+    def check(self, samples: int) -> None:
+        """Raises unless every layer ran as it must since the last check."""
+        offenders = []
+        for name, rows in self._inputs.items():
+            if len(rows) != 1:
+                offenders.append(
+                    f"{name} ran {len(rows)} times with gradients in one forward pass: its "
+                    "curvature needs exactly one call"
+                )
+            elif rows[0] is None:
+                offenders.append(f"{name} is called by keyword: pass its input by position")
+            elif rows[0] != samples:
+                offenders.append(
+                    f"the input of {name} has {rows[0]} rows for {samples} samples: its first "
+                    "dimension must be the samples"
+                )
+        self._inputs = {name: [] for name in self._inputs}
         if offenders:
             raise UnsupportedModelError(offenders)
-        self._calls = dict.fromkeys(self._calls, 0)

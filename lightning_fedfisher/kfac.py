@@ -4,8 +4,8 @@ For a layer with inputs ``a`` (the bias adding a constant 1) and back-propagated
 ``g`` at its outputs, ``F = G (x) A``. Where a layer is applied at ``T`` positions of a sample (a
 convolution, a Linear over a sequence), ``A`` is the mean over positions and ``G`` the sum over
 positions, both the mean over samples (Grosse & Martens, 2016, with spatially uncorrelated
-derivatives; "expand" of Eschenhagen et al., 2023). Without weight sharing, and for linear networks,
-this is exact.
+derivatives; "expand" of Eschenhagen et al., 2023). It is exact for one sample without weight
+sharing, and for deep linear networks whose residual directions do not depend on the sample.
 """
 
 from __future__ import annotations
@@ -14,10 +14,17 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional
 
 from lightning_fedfisher.curvature import Kronecker
-from lightning_fedfisher.layers import Layer, UnsupportedModelError, no_gradient_reaches
+from lightning_fedfisher.layers import (
+    Layer,
+    UnsupportedModelError,
+    is_plain,
+    no_gradient_reaches,
+    same_padding,
+)
 
 _ForwardHook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
 
@@ -39,6 +46,7 @@ class KroneckerSums:
         """
         self.sums: dict[str, dict[str, Tensor]] = {}
         self._graph_starts: list[Tensor] = []
+        self._edges: list[GradientEdge] = []
         self._unreached: set[str] = set()
         # Gradients at the outputs are all that is needed: back-propagation to the weights is
         # a third of the work of a training step, and is never asked for.
@@ -56,7 +64,7 @@ class KroneckerSums:
     @staticmethod
     def why_not(module: nn.Module) -> str | None:
         """Why a module's curvature has no Kronecker form here, or None if it has."""
-        if not isinstance(module, nn.Linear | nn.Conv2d):
+        if not is_plain(module, (nn.Linear, nn.Conv2d)):
             return 'has no Kronecker factors: use curvature="diagonal", or Linear and Conv2d layers'
         if isinstance(module, nn.Conv2d) and module.groups != 1:
             return 'Kronecker factors of a grouped convolution are missing: use "diagonal"'
@@ -71,7 +79,8 @@ class KroneckerSums:
             logits: of the batch whose forward pass just ran, shape ``(samples, classes)``.
             directions: of shape ``(n, samples, classes)``.
         """
-        starts, self._graph_starts = self._graph_starts, []
+        starts = self._graph_starts or self._edges
+        self._graph_starts, self._edges = [], []
         self._unreached = set(self.sums)
         for index, direction in enumerate(directions):
             # Only the hooks on the way are wanted; a start that leads nowhere has no gradient.
@@ -111,6 +120,7 @@ class KroneckerSums:
                 self._graph_starts.append(start)
                 # A clone, because an in-place activation must not write to a leaf.
                 output = start.clone()
+            self._edges.append(get_gradient_edge(output))
             # On the tensor rather than the module: it then sees the gradient before any in-place
             # change of the output.
             output.register_hook(collect_output_gradient)  # type: ignore[no-untyped-call]
@@ -122,24 +132,15 @@ class KroneckerSums:
 def _input_patches(module: nn.Module, inputs: Tensor) -> tuple[Tensor, int]:
     """What each output position of a layer sees: ``(in, samples * positions)``, and positions."""
     if isinstance(module, nn.Conv2d):
-        padded = functional.pad(inputs, _padding(module))
+        # Last dimension first, as `functional.pad` wants it.
+        zeros = [side for pair in reversed(same_padding(module)) for side in pair]
+        padded = functional.pad(inputs, zeros)
         patches = functional.unfold(
             padded, module.kernel_size, dilation=module.dilation, stride=module.stride
         )
         return patches.transpose(0, 1).flatten(1), patches.shape[2]
     samples, features = inputs.shape[0], inputs.shape[-1]
     return inputs.reshape(-1, features).mT, inputs.numel() // (samples * features)
-
-
-def _padding(module: nn.Conv2d) -> list[int]:
-    """Zeros on each side, last dimension first, as `functional.pad` wants them."""
-    if isinstance(module.padding, str):
-        total = [
-            d * (k - 1) if module.padding == "same" else 0
-            for d, k in zip(module.dilation, module.kernel_size, strict=True)
-        ]
-        return [side for t in reversed(total) for side in (t // 2, t - t // 2)]
-    return [side for p in reversed(module.padding) for side in (p, p)]
 
 
 def _positions_last(gradient: Tensor) -> Tensor:

@@ -102,9 +102,12 @@ def find_layers(model: nn.Module) -> tuple[Layer, ...]:
         The layers, in the order of ``model.named_parameters()``.
 
     Raises:
-        UnsupportedModelError: if parameters are tied, frozen or empty; all are named at once.
+        UnsupportedModelError: if parameters are tied, frozen, empty or not yet initialised; all
+            are named at once.
     """
-    offenders = [*_tied(model), *_frozen_or_empty(model)]
+    offenders = _unusable(model)
+    if not any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
+        offenders += _tied(model)
     if offenders:
         raise UnsupportedModelError(offenders)
     layers = []
@@ -146,6 +149,39 @@ def require_support(
         raise UnsupportedModelError(offenders)
 
 
+def require_single_use(model: nn.Module, output: Tensor) -> None:
+    """Refuses parameters that an output depends on in more than one way.
+
+    Args:
+        model: the model, all its parameters requiring gradients.
+        output: computed by it, with its graph.
+
+    Raises:
+        UnsupportedModelError: naming every parameter used more than once, for example by its module
+            and by a function.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    uses: dict[str, int] = {}
+    pending, seen = [output.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for following, _ in node.next_functions:
+            leaf = getattr(following, "variable", None)
+            if id(leaf) in names:
+                uses[names[id(leaf)]] = uses.get(names[id(leaf)], 0) + 1
+            pending.append(following)
+    offenders = [
+        f"{name} is used {count} times in one forward pass: its curvature needs exactly one use"
+        for name, count in sorted(uses.items())
+        if count > 1
+    ]
+    if offenders:
+        raise UnsupportedModelError(offenders)
+
+
 def no_gradient_reaches(names: Iterable[str]) -> list[str]:
     """One line for each layer that the model's output does not depend on.
 
@@ -162,26 +198,68 @@ def no_gradient_reaches(names: Iterable[str]) -> list[str]:
     ]
 
 
+def is_plain(module: nn.Module, types: Iterable[type[nn.Module]]) -> bool:
+    """Whether a module computes what one of the types computes.
+
+    Args:
+        module: any module.
+        types: module types; a subclass counts unless it has a forward pass of its own.
+
+    Returns:
+        True if it does.
+    """
+    return any(isinstance(module, t) and type(module).forward is t.forward for t in types)
+
+
+def same_padding(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[tuple[int, int], ...]:
+    """Zeros that a convolution adds before and after, for each spatial dimension.
+
+    Args:
+        module: a convolution; its padding may be a word.
+
+    Returns:
+        A pair for each dimension; ``"same"`` with an even kernel adds one more after than before.
+    """
+    if not isinstance(module.padding, str):
+        return tuple((int(p), int(p)) for p in module.padding)
+    total = [
+        d * (k - 1) if module.padding == "same" else 0
+        for d, k in zip(module.dilation, module.kernel_size, strict=True)
+    ]
+    return tuple((t // 2, t - t // 2) for t in total)
+
+
 def _tied(model: nn.Module) -> list[str]:
-    """One line for each group of names that are the same parameter or share its memory."""
-    names: dict[tuple[object, ...], list[str]] = {}
+    """One line for each group of names that share memory."""
+    spans = []
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        key = (parameter.data_ptr() or id(parameter), parameter.shape, parameter.stride())
-        names.setdefault(key, []).append(name)
+        reach = sum((n - 1) * s for n, s in zip(parameter.shape, parameter.stride(), strict=True))
+        start = parameter.data_ptr()
+        spans.append((start, start + (reach + 1) * parameter.element_size(), name))
+    groups: list[list[str]] = []
+    end = -1
+    for start, stop, name in sorted(spans):
+        if start < end:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+        end = max(end, stop)
     return [
         f"{' and '.join(group)} are tied: their curvature is not the sum of two layers'; untie them"
-        for group in names.values()
+        for group in groups
         if len(group) > 1
     ]
 
 
-def _frozen_or_empty(model: nn.Module) -> list[str]:
+def _unusable(model: nn.Module) -> list[str]:
     offenders = []
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            offenders.append(f"{name} is not initialised: run one forward pass first")
+        elif parameter.numel() == 0:
+            offenders.append(f"{name} is empty: remove it")
+        elif not parameter.requires_grad:
             offenders.append(
                 f"{name} is frozen: unfreeze it, or make it a buffer if it is a constant"
             )
-        if parameter.numel() == 0:
-            offenders.append(f"{name} is empty: remove it")
     return offenders

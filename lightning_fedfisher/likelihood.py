@@ -63,7 +63,9 @@ def residual_directions(
         if uniforms is None:
             raise ValueError("the mc Fisher needs uniform draws")
         cumulative = log_p.exp().cumsum(dim=1)
-        drawn = torch.searchsorted(cumulative, uniforms.to(cumulative) * cumulative[:, -1:])
+        drawn = torch.searchsorted(
+            cumulative, uniforms.to(cumulative) * cumulative[:, -1:], right=True
+        )
         drawn = drawn.clamp_max(classes - 1).T
         directions = torch.stack([_residual(log_p, y) for y in drawn]) / len(drawn) ** 0.5
     else:
@@ -98,6 +100,8 @@ def _check_logits(logits: Tensor) -> None:
             "the categorical likelihood needs logits of shape (samples, classes) with at least "
             f"2 classes, got {tuple(logits.shape)}: pass `forward` to map a batch to such logits"
         )
+    if len(logits) == 0:
+        raise ValueError("a batch holds no samples: leave it out")
     if not torch.isfinite(logits).all():
         raise ValueError("the model's logits are not finite: it has diverged, or a batch holds NaN")
 

@@ -19,18 +19,26 @@ from backpack.extensions.backprop_extension import BackpropExtension
 from torch import Tensor, nn
 
 from lightning_fedfisher.curvature import Dense, Diagonal
-from lightning_fedfisher.layers import Layer, UnsupportedModelError, no_gradient_reaches
-
-_SUPPORTED = (
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.Embedding,
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
+from lightning_fedfisher.layers import (
+    Layer,
+    UnsupportedModelError,
+    is_plain,
+    no_gradient_reaches,
+    same_padding,
 )
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_SUPPORTED = (nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, *_CONVOLUTIONS)
+
+
+def _why_not_padding(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> str | None:
+    if module.padding_mode != "zeros":
+        return f"BackPACK does not know padding_mode={module.padding_mode!r}: use zeros"
+    if any(before != after for before, after in same_padding(module)):
+        return (
+            'padding="same" of an even kernel is uneven, which BackPACK does not know: use numbers'
+        )
+    return None
 
 
 class _PerSampleSums(ABC):
@@ -49,6 +57,9 @@ class _PerSampleSums(ABC):
         for module in model.modules():
             if getattr(module, "inplace", False):
                 module.inplace = False  # type: ignore[assignment]
+            if isinstance(module, _CONVOLUTIONS):
+                # BackPACK would read a padding given as a word wrongly.
+                module.padding = tuple(before for before, _ in same_padding(module))
         known = len(CTX.hook_handles)
         for layer in layers:
             extend(model.get_submodule(layer.module_name))
@@ -59,8 +70,8 @@ class _PerSampleSums(ABC):
     @staticmethod
     def why_not(module: nn.Module) -> str | None:
         """Why BackPACK has no per-sample gradients of a module, or None if it has."""
-        if isinstance(module, _SUPPORTED):
-            return None
+        if is_plain(module, _SUPPORTED):
+            return _why_not_padding(module) if isinstance(module, _CONVOLUTIONS) else None
         return 'BackPACK has no per-sample gradients of it: merge it with curvature="identity"'
 
     def add(self, logits: Tensor, directions: Tensor) -> None:

@@ -154,9 +154,9 @@ def _trained_indices(dataloader: DataLoader[Any]) -> list[int]:
     if whole:
         indices = list(range(size))
     elif type(sampler) is SubsetRandomSampler:
-        indices = sorted(set(sampler.indices))
+        indices = sorted({int(index) for index in sampler.indices})
     elif isinstance(sampler, list | tuple | range):
-        indices = sorted(set(sampler))
+        indices = sorted({int(index) for index in sampler})
     else:
         raise ValueError(
             f"{type(sampler).__name__} hides which samples the client trains on, or repeats some: "

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import platform
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
+import lightning
 import numpy as np
 import torch
 import wandb
@@ -337,10 +339,23 @@ def report(
             for key, value in asdict(federation.flags).items()
         },
         "data": federation.images.note,
+        "environment": environment(federation.device),
         "clients": [{"num_samples": c.num_samples, "accuracy": c.accuracy} for c in clients],
         "best_client": {"accuracy": max(client.accuracy for client in clients)},
         "ensemble": {"accuracy": ensemble_accuracy, "nll": ensemble_nll},
         "methods": methods,
+    }
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """What the times depend on: date, versions and hardware."""
+    processor = f"{os.cpu_count()} cores, {platform.machine()}"
+    return {
+        "date": f"{datetime.now():%Y-%m-%d}",
+        "hardware": torch.cuda.get_device_name() if device.type == "cuda" else processor,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
     }
 
 

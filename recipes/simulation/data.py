@@ -353,7 +353,10 @@ def _read_debian_fashionmnist() -> tuple[ImagesAndLabels, ImagesAndLabels]:
 
 def _decode(dataset: datasets.VisionDataset, title: str) -> ImagesAndLabels:
     samples = [
-        dataset[i] for i in trange(len(dataset), desc=f"decoding {title}", delay=2, mininterval=1)
+        dataset[i]
+        for i in trange(
+            len(dataset), desc=f"decoding {title}", delay=2, mininterval=1, disable=None
+        )
     ]
     images, labels = zip(*samples, strict=True)
     return torch.stack(images), torch.tensor(labels, dtype=torch.int64)

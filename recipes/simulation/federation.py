@@ -256,7 +256,7 @@ def predict(classifier: Classifier, samples: TensorImages, device: torch.device)
     with torch.inference_mode():
         batches = [
             classifier(x.to(device)).log_softmax(dim=1).cpu()
-            for x, _ in tqdm(loader, desc="evaluate", delay=2, leave=False)
+            for x, _ in tqdm(loader, desc="evaluate", delay=2, leave=False, disable=None)
         ]
     return torch.cat(batches)
 

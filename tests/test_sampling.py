@@ -1,0 +1,210 @@
+"""Samples are dealt seeded, unpadded and each exactly once, and draws belong to samples."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+
+from lightning_fedfisher.sampling import Shard, deal_samples
+
+SAMPLES = 21
+
+
+class _Numbers(Dataset):
+    """Sample i is the number i."""
+
+    def __len__(self):
+        return SAMPLES
+
+    def __getitem__(self, index):
+        return torch.tensor(int(index))
+
+
+def _read(dealt):
+    return [batch.tolist() for batch in dealt.batches]
+
+
+def _flat(dealt):
+    return [number for batch in _read(dealt) for number in batch]
+
+
+def _loader(**options):
+    return DataLoader(_Numbers(), **{"batch_size": 4} | options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"shuffle": True},
+        {"shuffle": True, "drop_last": True},
+        {"sampler": SequentialSampler(_Numbers())},
+        {"sampler": RandomSampler(_Numbers(), num_samples=5)},
+        {"sampler": DistributedSampler(_Numbers(), num_replicas=4, rank=1)},
+        {"sampler": list(reversed(range(SAMPLES)))},
+        {"sampler": range(SAMPLES)},
+    ],
+    ids=["plain", "shuffled", "drop_last", "sequential", "random", "distributed", "list", "range"],
+)
+def test_every_sample_once_and_in_order(options):
+    dealt = deal_samples(_loader(**options))
+    assert _flat(dealt) == list(range(SAMPLES))
+    assert [len(batch) for batch in _read(dealt)] == [4, 4, 4, 4, 4, 1]
+    assert dealt.count == dealt.population == SAMPLES
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [SubsetRandomSampler([9, 2, 9, 5]), [9, 2, 9, 5], (9, 2, 5)],
+    ids=["subset sampler", "list", "tuple"],
+)
+def test_a_subset_of_the_samples(sampler):
+    dealt = deal_samples(_loader(sampler=sampler))
+    assert _flat(dealt) == [2, 5, 9]
+    assert dealt.count == dealt.population == 3
+
+
+def test_a_subset_given_as_a_tensor_holds_each_sample_once():
+    dealt = deal_samples(_loader(sampler=SubsetRandomSampler(torch.tensor([9, 2, 9, 5]))))
+    assert _flat(dealt) == [2, 5, 9]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampler": WeightedRandomSampler([1.0] * SAMPLES, SAMPLES)}, "WeightedRandomSampler"),
+        ({"sampler": RandomSampler(_Numbers(), replacement=True)}, "RandomSampler hides"),
+        ({"sampler": type("Mine", (SequentialSampler,), {})(_Numbers())}, "Mine hides"),
+        (
+            {"batch_size": 1, "batch_sampler": type("Mine", (BatchSampler,), {})([0], 2, False)},
+            "custom batch sampler",
+        ),
+        ({"sampler": []}, "holds no samples"),
+    ],
+    ids=["weighted", "replacement", "subclass", "batch sampler", "empty"],
+)
+def test_what_cannot_be_dealt_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        deal_samples(_loader(**options))
+
+
+@pytest.mark.parametrize("max_samples", [0, -1])
+def test_max_samples_below_one(max_samples):
+    with pytest.raises(ValueError, match="at least 1"):
+        deal_samples(_loader(), max_samples=max_samples)
+
+
+def test_max_samples_is_seeded_and_within_the_population():
+    sampler = SubsetRandomSampler(range(3, 18))
+    subsets = [
+        deal_samples(_loader(sampler=sampler), max_samples=6, seed=seed) for seed in (0, 0, 1)
+    ]
+    assert {(dealt.count, dealt.population) for dealt in subsets} == {(6, 15)}
+    first, again, other = (_flat(dealt) for dealt in subsets)
+    assert first == again == sorted(set(first))
+    assert len(first) == 6
+    assert set(first) <= set(range(3, 18))
+    assert other != first
+
+
+def test_every_sample_is_as_likely():
+    counts = np.zeros(SAMPLES)
+    for seed in range(400):
+        counts[_flat(deal_samples(_loader(), max_samples=7, seed=seed))] += 1
+    # A third of 400, give or take four standard deviations.
+    assert abs(counts - 400 / 3).max() < 4 * np.sqrt(400 * (1 / 3) * (2 / 3))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 30])
+@pytest.mark.parametrize("max_samples", [None, 10])
+def test_processes_share_the_samples(world_size, max_samples):
+    alone = deal_samples(_loader(), max_samples=max_samples)
+    shares = [
+        deal_samples(_loader(shuffle=True), max_samples=max_samples, shard=Shard(rank, world_size))
+        for rank in range(world_size)
+    ]
+    assert {(share.count, share.population) for share in shares} == {
+        (alone.count, alone.population)
+    }
+    read = [_flat(share) for share in shares]
+    assert sorted(number for numbers in read for number in numbers) == _flat(alone)
+    sizes = [len(numbers) for numbers in read]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_batch_size_and_collate_function_of_the_loader():
+    def collate(samples):
+        return -torch.stack(samples)
+
+    loader = _loader(collate_fn=collate, shuffle=True)
+    assert _read(deal_samples(loader))[0] == [0, -1, -2, -3]
+    assert [len(b) for b in _read(deal_samples(loader, batch_size=8))] == [8, 8, 5]
+
+
+def test_the_loaders_own_order_is_not_disturbed():
+    def order(loader):
+        return [number for batch in loader for number in batch.tolist()]
+
+    loaders = [_loader(shuffle=True, generator=torch.Generator().manual_seed(3)) for _ in range(2)]
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    _flat(deal_samples(loaders[0]))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert order(loaders[0]) == order(loaders[1])
+
+
+class _Stream(IterableDataset):
+    def __iter__(self):
+        return iter(_Numbers()[i] for i in range(SAMPLES))
+
+
+@pytest.mark.parametrize("form", ["list", "generator", "stream"])
+def test_other_iterables_are_read_as_they_come(form):
+    batches = list(_loader())
+    iterable = {
+        "list": batches,
+        "generator": iter(batches),
+        "stream": DataLoader(_Stream(), batch_size=4),
+    }[form]
+    dealt = deal_samples(iterable, max_samples=3)
+    assert (dealt.count, dealt.population, dealt.indices) == (None, None, None)
+    assert _flat(dealt) == list(range(SAMPLES))
+    with pytest.raises(ValueError, match="several processes"):
+        deal_samples(batches, shard=Shard(0, 2))
+
+
+@pytest.mark.parametrize("max_samples", [None, 10])
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("sizes", [(1,), (4,), (2, 3, 1)])
+def test_draws_belong_to_samples(max_samples, world_size, sizes):
+    count = max_samples or SAMPLES
+    rows = np.random.default_rng(7).random((count, 2))
+    for rank in range(world_size):
+        dealt = deal_samples(_loader(), max_samples=max_samples, shard=Shard(rank, world_size))
+        uniforms, drawn = dealt.uniforms(2, seed=7), []
+        left = len(range(rank, count, world_size))
+        while left:
+            size = min(left, sizes[len(drawn) % len(sizes)])
+            drawn.append(uniforms(size))
+            assert drawn[-1].shape == (size, 2)
+            left -= size
+        assert np.array_equal(torch.cat(drawn).numpy(), rows[rank::world_size])
+
+
+def test_draws_of_an_iterable_are_those_of_a_loader():
+    counted, uncounted = deal_samples(_loader()), deal_samples(list(_loader()))
+    draws = [
+        torch.cat([uniforms(4), uniforms(8), uniforms(9)])
+        for uniforms in (counted.uniforms(3, seed=7), uncounted.uniforms(3, seed=7))
+    ]
+    assert torch.equal(*draws)
