@@ -10,13 +10,15 @@ from lightning_fedfisher.callback import FedFisherCallback
 from lightning_fedfisher.extraction import ExtractedCurvature, extract_curvature
 
 # Server
-from lightning_fedfisher.merge_module import FisherMergeModule, MergeError
+from lightning_fedfisher.admission import MergeError
+from lightning_fedfisher.merge_module import FisherMergeModule
 from lightning_fedfisher.methods import METHODS
 
 # What crosses between them, and what it is made of
 from lightning_fedfisher.curvature import KINDS, Curvature, Dense, Diagonal, Identity, Kronecker
 from lightning_fedfisher.layers import Layer, UnsupportedModelError, find_layers
-from lightning_fedfisher.update import ClientUpdate, UpdateError, UpdateHeader
+from lightning_fedfisher.update import ClientUpdate
+from lightning_fedfisher.update_header import UpdateError, UpdateHeader
 
 __all__ = [
     "KINDS",

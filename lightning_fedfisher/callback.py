@@ -24,7 +24,8 @@ from lightning_fedfisher.extraction import (
 from lightning_fedfisher.likelihood import FisherType, LikelihoodType
 from lightning_fedfisher.sampling import Shard, deal_samples
 from lightning_fedfisher.strategies import require_whole_model
-from lightning_fedfisher.update import ClientUpdate, UpdateHeader
+from lightning_fedfisher.update import ClientUpdate
+from lightning_fedfisher.update_header import UpdateHeader
 
 
 class FedFisherCallback(Callback):

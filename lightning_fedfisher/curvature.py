@@ -266,9 +266,9 @@ class Kronecker(Curvature):
 
     @override
     def inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
-        output_values, output_basis = torch.linalg.eigh(self.output_factor)
-        input_values, input_basis = torch.linalg.eigh(self.input_factor)
-        spectrum = torch.outer(output_values.clamp_min(0), input_values.clamp_min(0))
+        output_values, output_basis = _eigen(self.output_factor)
+        input_values, input_basis = _eigen(self.input_factor)
+        spectrum = torch.outer(output_values, input_values)
         damped = _damp(spectrum, damping)
         return lambda matrix: (
             output_basis @ ((output_basis.mT @ matrix @ input_basis) / damped) @ input_basis.mT
@@ -314,8 +314,8 @@ class Dense(Curvature):
 
     @override
     def inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
-        values, basis = torch.linalg.eigh(self.matrix)
-        damped = _damp(values.clamp_min(0), damping)
+        values, basis = _eigen(self.matrix)
+        damped = _damp(values, damping)
         return lambda matrix: (basis @ ((basis.mT @ matrix.flatten()) / damped)).view(self.size)
 
     @override
@@ -349,12 +349,19 @@ def _damp(spectrum: Tensor, damping: float) -> Tensor:
     return spectrum + damping * spectrum.max()
 
 
-def _symmetric_power(matrix: Tensor, exponent: float) -> Tensor:
-    """Power of a symmetric positive semi-definite matrix through its eigenvalues.
+def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of a symmetric positive semi-definite matrix.
 
     Only what rounding made negative is cut off. Cutting small eigenvalues as well would leave
-    directions in which one client resists less than rounding and another pulls.
+    directions in which one client resists less than rounding and another pulls. In float64, so that
+    an input that is always zero keeps a row that is.
     """
-    values, vectors = torch.linalg.eigh(matrix)
-    result: Tensor = (vectors * values.clamp_min(0).pow(exponent)) @ vectors.mT
-    return result
+    values, vectors = torch.linalg.eigh(matrix.double())
+    return values.clamp_min(0).to(matrix.dtype), vectors.to(matrix.dtype)
+
+
+def _symmetric_power(matrix: Tensor, exponent: float) -> Tensor:
+    values, vectors = _eigen(matrix.double())
+    powered = (vectors * values.pow(exponent)) @ vectors.mT
+    known = (matrix != 0).any(dim=1)
+    return torch.where(known & known.unsqueeze(1), powered, 0.0).to(matrix.dtype)

@@ -8,8 +8,7 @@ the end of each sweep the ranks put the global model together. Nothing is exchan
 from __future__ import annotations
 
 import copy
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,26 +21,12 @@ from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
+from lightning_fedfisher.admission import UpdateSource, check_fit, open_updates
 from lightning_fedfisher.layers import Layer
 from lightning_fedfisher.methods import METHODS, MethodName
 from lightning_fedfisher.quadratic import Quadratic, Solver, average
 from lightning_fedfisher.strategies import require_whole_model
-from lightning_fedfisher.update import ClientUpdate, UpdateError
-
-UpdateSource = str | os.PathLike[str] | ClientUpdate
-
-
-class MergeError(ValueError):
-    """The updates cannot be merged: some are unusable, or they do not belong together."""
-
-    def __init__(self, offenders: Sequence[str]) -> None:
-        """Lists every offender in one message.
-
-        Args:
-            offenders: one line for each update refused, with the reason.
-        """
-        self.offenders = tuple(offenders)
-        super().__init__("These updates cannot be merged:\n" + "\n".join(offenders))
+from lightning_fedfisher.update import ClientUpdate
 
 
 class FisherMergeModule(LightningModule):
@@ -98,7 +83,7 @@ class FisherMergeModule(LightningModule):
         self._method = METHODS[method]
         self._keep_best = self._method.keeps_best if keep_best is None else keep_best
         self._max_iterations = max_iterations or self._method.iterations
-        self.updates = _open_all(updates, method)
+        self.updates = open_updates(updates, method)
         self.layers = self.updates[0].layers
         self._shares = [update.num_samples for update in self.updates]
         # Parameters, so that checkpoints hold them and DDP takes the module. Buffers or submodules
@@ -110,7 +95,7 @@ class FisherMergeModule(LightningModule):
         self._dtypes = {n: t.dtype for n, t in self.updates[0].parameters.items()}
         self._target: list[nn.Module] = [] if model is None else [model]
         if model is not None:
-            _check_fit(model, self.merged_state_dict())
+            check_fit(model, self.merged_state_dict())
         self._replica: list[nn.Module] = []
         self._accuracy, self._nll = MeanMetric(), MeanMetric()
         self._validation_samples = 0
@@ -320,59 +305,6 @@ def _deal(shapes: Sequence[tuple[int, int]], ranks: int) -> list[list[int]]:
     return [hand[::-1] for hand in hands]
 
 
-def _open_all(sources: Sequence[UpdateSource], method: MethodName) -> list[ClientUpdate]:
-    """Opens and reads every update once, and refuses all bad ones together."""
-    if isinstance(sources, str | os.PathLike):
-        raise MergeError([f"{sources!s} is one path: pass a list of update files"])
-    if not sources:
-        raise MergeError(["there are none: pass the update files of at least one client"])
-    opened: list[ClientUpdate] = []
-    offenders: list[str] = []
-    for source in sources:
-        try:
-            update = source if isinstance(source, ClientUpdate) else ClientUpdate.open(source)
-            update.verify()
-        except (UpdateError, FileNotFoundError) as error:
-            offenders.append(str(error))
-            continue
-        opened.append(update)
-        if refusal := METHODS[method].refusal(update.header.curvature, update.header.fisher):
-            offenders.append(f"{update.source} {refusal}, as method {method!r} needs")
-    for update in opened[1:]:
-        ours, theirs = (
-            (u.header.curvature, u.header.fisher, u.header.likelihood) for u in (opened[0], update)
-        )
-        if METHODS[method].curvatures and ours != theirs:
-            offenders.append(
-                f"{update.source} holds {' '.join(theirs)} curvature, {opened[0].source} "
-                f"{' '.join(ours)}: extract both alike"
-            )
-        if differences := _differences(opened[0], update):
-            offenders.append(
-                f"{update.source} is of another model than {opened[0].source}: {differences}"
-            )
-    if offenders:
-        raise MergeError(offenders)
-    return opened
-
-
-def _differences(first: ClientUpdate, second: ClientUpdate) -> str:
-    """How the architectures of two updates differ; empty if they do not."""
-
-    def describe(update: ClientUpdate) -> dict[str, object]:
-        shapes: dict[str, object] = dict(
-            parameter for layer in update.layers for parameter in layer.parameters
-        )
-        return shapes | {n: tuple(b.shape) for n, b in update.buffers.items()}
-
-    mine, theirs = describe(first), describe(second)
-    return ", ".join(
-        f"{name} is {theirs.get(name, 'absent')}, not {mine.get(name, 'absent')}"
-        for name in sorted(mine.keys() | theirs.keys())
-        if mine.get(name) != theirs.get(name)
-    )
-
-
 def _merge_buffers(updates: Sequence[ClientUpdate]) -> dict[str, Tensor]:
     """Counters by maximum, running variances by the law of total variance, the rest by average."""
     shares = [update.num_samples for update in updates]
@@ -391,15 +323,3 @@ def _merge_buffers(updates: Sequence[ClientUpdate]) -> dict[str, Tensor]:
         else:
             merged[name] = average(shares, values)
     return merged
-
-
-def _check_fit(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    new = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    wrong = [
-        f"{name} is {own.get(name, 'absent')} in it, {new.get(name, 'absent')} in the updates"
-        for name in sorted(own.keys() | new.keys())
-        if own.get(name) != new.get(name)
-    ]
-    if wrong:
-        raise ValueError("the model does not fit the updates: " + "; ".join(wrong))

@@ -5,12 +5,12 @@ For one layer, clients ``k`` with shares ``p_k``, weights ``W_k`` and curvatures
     Q(W) = sum_k p_k <W - W_k, F_k (W - W_k)>.
 
 FedAvg, Fisher merging and FedFisher (arXiv 2403.12329, equation 7) are all this problem. Solvers
-start at the average ``sum_k p_k W_k`` and move only where some curvature is: a direction that no
-client has information on stays at the average.
+start at the average ``sum_k p_k W_k``, and a weight that no client has information on stays there.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,7 +73,7 @@ class Quadratic:
         they cancel it is rounding. Zero only if no client wants to move.
         """
         terms = zip(self.shares, self.weights, self.curvatures, strict=True)
-        return sum(p * float(f.apply(self.average - w).norm()) for p, w, f in terms)
+        return sum(p * _norm(f.apply(self.average - w)) for p, w, f in terms)
 
     def objective(self, matrix: Tensor) -> float:
         """``Q(W)``.
@@ -85,7 +85,7 @@ class Quadratic:
             The value, zero only where every client is content.
         """
         terms = zip(self.shares, self.weights, self.curvatures, strict=True)
-        return float(sum(p * torch.sum((matrix - w) * f.apply(matrix - w)) for p, w, f in terms))
+        return sum(p * _dot(matrix - w, f.apply(matrix - w)) for p, w, f in terms)
 
     def gradient(self, matrix: Tensor) -> Tensor:
         """``sum_k p_k F_k (W - W_k)``, half the gradient of ``Q``.
@@ -110,6 +110,15 @@ class Quadratic:
         """
         terms = zip(self.shares, self.curvatures, strict=True)
         return sum((p * f.apply(matrix) for p, f in terms), torch.zeros_like(matrix))
+
+
+def _dot(one: Tensor, other: Tensor) -> float:
+    # In float64: the curvature of a certain client may be fainter than float32's smallest square.
+    return float((one.double() * other.double()).sum())
+
+
+def _norm(matrix: Tensor) -> float:
+    return math.sqrt(_dot(matrix, matrix))
 
 
 class Solver(ABC):
@@ -151,7 +160,7 @@ class Solver(ABC):
         """Norm of the gradient at the iterate, relative to the clients' pulls at the average."""
         if self._pull == 0:
             return 0.0
-        return float(self.problem.gradient(self.weights).norm()) / self._pull
+        return _norm(self.problem.gradient(self.weights)) / self._pull
 
     @abstractmethod
     def _step(self) -> None:
@@ -205,26 +214,26 @@ class ConjugateGradient(Solver):
         super().__init__(problem)
         self._target = tolerance * problem.pull
         self._residual = -problem.gradient(self.weights)
-        self.finished = float(self._residual.norm()) <= self._target
+        self.finished = _norm(self._residual) <= self._target
         if self.finished:
             return
         mean = type(problem.curvatures[0]).mean(problem.curvatures, problem.shares)
         self._precondition = mean.inverse(self._DAMPING)
         self._direction = self._precondition(self._residual)
-        self._squared = float((self._residual * self._direction).sum())
+        self._squared = _dot(self._residual, self._direction)
 
     def _step(self) -> None:
         curved = self.problem.curve(self._direction)
-        bend = float((self._direction * curved).sum())
+        bend = _dot(self._direction, curved)
         if bend <= 0:  # only rounding is left of this direction's curvature
             self.finished = True
             return
         step = self._squared / bend
         self.weights = self.weights + step * self._direction
         self._residual = self._residual - step * curved
-        self.finished = float(self._residual.norm()) <= self._target
+        self.finished = _norm(self._residual) <= self._target
         preconditioned = self._precondition(self._residual)
-        squared = float((self._residual * preconditioned).sum())
+        squared = _dot(self._residual, preconditioned)
         self._direction = preconditioned + (squared / self._squared) * self._direction
         self._squared = squared
 

@@ -597,49 +597,12 @@ def test_solvers_leave_the_problem_alone(kind, name):
     assert torch.equal(problem.average, average(SHARES, before.weights))
 
 
-# Defects known today: each is what should hold
-
-
-@pytest.mark.xfail(
-    strict=True, reason="rounding errors of null eigenvalues are taken for curvature"
-)
-@pytest.mark.parametrize(
-    ("dtype", "tolerance", "power"),
-    [(torch.float32, 1e-4, 1), (torch.float32, 1e-4, 0.5), (torch.float64, 1e-10, 0.5)],
-    ids=str,
-)
-@pytest.mark.parametrize("kind", ["kronecker", "dense"])
-def test_rounding_moves_nothing_in_a_common_null_space(kind, dtype, tolerance, power):
-    worst = max(_drift(kind, seed, tolerance, power, dtype)[0] for seed in range(8))
-    assert worst < 1e-2
-
-
-@pytest.mark.xfail(
-    strict=True, reason="rounding errors of null eigenvalues are taken for curvature"
-)
 def test_dead_inputs_and_outputs_stay_at_the_average_in_float32():
     problem, dead = _dead(20, 50, every=7, dtype=torch.float32, power=0.5)
     move = _solved(problem).weights - problem.average
     assert float(move[dead].abs().max()) < 1e-2
 
 
-@pytest.mark.xfail(strict=True, reason="the preconditioner leaves the range of the sum")
-def test_kronecker_clients_stay_at_the_average_where_each_lacks_another_factor():
-    generator = torch.Generator().manual_seed(0)
-    first = Kronecker(_spd(ROWS, generator, ROWS - 1), _spd(COLUMNS, generator))
-    second = Kronecker(_spd(ROWS, generator), _spd(COLUMNS, generator, COLUMNS - 1))
-    weights = [torch.randn(SHAPE, generator=generator).double() for _ in range(2)]
-    problem = Quadratic([1, 1], weights, [first, second])
-    blind = (
-        torch.linalg.eigh(first.output_factor)[1][:, 0],
-        torch.linalg.eigh(second.input_factor)[1][:, 0],
-    )
-    assert float(problem.curve(torch.outer(*blind)).norm()) < 1e-12
-    solver = _solved(problem, partial(ConjugateGradient, tolerance=1e-10))
-    assert abs(float(blind[0] @ (solver.weights - problem.average) @ blind[1])) < 1e-6
-
-
-@pytest.mark.xfail(strict=True, reason="a norm of float32 underflows below about 1e-20")
 def test_faint_curvature_of_float32_is_no_absence_of_curvature():
     problem = _problem("kronecker", dtype=torch.float32)
     faint = [Kronecker(f.output_factor * 1e-24, f.input_factor) for f in problem.curvatures]

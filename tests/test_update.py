@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import re
 import struct
 from dataclasses import asdict, replace
 
@@ -15,11 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_fedfisher import update as update_module
+from lightning_fedfisher import ClientUpdate, UpdateError, UpdateHeader, update_file
 from lightning_fedfisher.curvature import Diagonal, Identity
 from lightning_fedfisher.extraction import extract_curvature
 from lightning_fedfisher.layers import find_layers
-from lightning_fedfisher.update import ClientUpdate, UpdateError, UpdateHeader
 
 KINDS = ("identity", "diagonal", "kfac", "dense")
 METADATA = {"город": "Ærøskøbing", "emoji": "🐟", "empty": "", "quoted": 'a "b"\\\n\t\x00'}
@@ -323,6 +323,7 @@ def reads(monkeypatch):
     class Slice:
         def __init__(self, wrapped):
             self.get_shape = wrapped.get_shape  # and no way to read values
+            self.get_dtype = wrapped.get_dtype
 
     class Recorder:
         def __init__(self, path, framework):
@@ -348,7 +349,7 @@ def reads(monkeypatch):
             names.append(name)
             return self._file.get_tensor(name)
 
-    monkeypatch.setattr(update_module, "safe_open", Recorder)
+    monkeypatch.setattr(update_file, "safe_open", Recorder)
     return names
 
 
@@ -419,9 +420,9 @@ def test_a_failed_save_leaves_the_old_file_and_no_partial(
         raise error
 
     if broken == "save_file":
-        monkeypatch.setattr(update_module, "save_file", save_half)
+        monkeypatch.setattr(update_file, "save_file", save_half)
     else:
-        monkeypatch.setattr(update_module.os, "replace", fail)
+        monkeypatch.setattr(update_file.os, "replace", fail)
     with pytest.raises(type(error)):
         _update("diagonal")[2].save(path)
     assert len(seen[0]) == len(before) + 1  # it did write something, beside the old file
@@ -690,7 +691,9 @@ def test_missing_or_malformed_headers_are_refused(metadata, tmp_path):
 def test_missing_and_wrong_digests_are_refused(digests, tmp_path):
     path = tmp_path / "client.safetensors"
     _raw(path, {ENTRY: _sign(_matrix_fields(digests=digests))}, MATRIX)
-    assert "parameters/w does not match its digest" in _refusal(path)
+    assert re.search(
+        "parameters/w (does not match its|is missing, or has no) digest", _refusal(path)
+    )
 
 
 @pytest.mark.parametrize("digests", [None, 5, "ab", [1], [[[], 1]]], ids=str)
@@ -755,9 +758,6 @@ def test_from_model_refuses_blocks_of_other_layers():
         ClientUpdate.from_model(model, update.header, wrong)
 
 
-# Defects known today: each is what should hold
-
-
 def _double_name(fields, tensors):
     fields["layers"] = [{"name": "x", "parameters": [[name, [3]]]} for name in ("a", "b")]
     fields["kinds"] = {"x": "diagonal"}
@@ -767,26 +767,22 @@ def _double_name(fields, tensors):
     fields["digests"] = {}
 
 
-@pytest.mark.xfail(strict=True, reason="two layers of one name silently share one block")
 def test_duplicate_layer_names_are_refused(file):
     _forge(file, _double_name)
     assert "x" in _refusal(file)
 
 
-@pytest.mark.xfail(strict=True, reason="digests are not compared with the tensors in the file")
 def test_a_missing_buffer_is_refused(file):
     _forge(file, _drop("buffers/norm.running_var"))
     assert "buffers/norm.running_var" in _refusal(file)
 
 
-@pytest.mark.xfail(strict=True, reason="True == 1 == 1.0")
 @pytest.mark.parametrize("schema", [True, 1.0])
 def test_schema_is_exactly_a_number(schema, file):
     _forge(file, _set("schema", schema))
     assert "schema" in _refusal(file)
 
 
-@pytest.mark.xfail(strict=True, reason="only floating point is looked at")
 @pytest.mark.parametrize("group", ["parameters/w", "buffers/b"])
 def test_complex_nan_is_refused(group, tmp_path):
     array = {group: ("C64", [2, 3], struct.pack("<f", float("nan")) * 12)}
@@ -798,7 +794,6 @@ def test_complex_nan_is_refused(group, tmp_path):
     assert group in _refusal(path)
 
 
-@pytest.mark.xfail(strict=True, reason="weights of integers are taken, and cannot be merged")
 @pytest.mark.parametrize(("dtype", "name"), [("I32", torch.int32), ("U32", torch.uint32)])
 def test_weights_that_are_no_numbers_with_a_point_are_refused(dtype, name, tmp_path):
     array = {"parameters/w": (dtype, [2, 3], bytes(24))}
@@ -808,7 +803,6 @@ def test_weights_that_are_no_numbers_with_a_point_are_refused(dtype, name, tmp_p
     assert "parameters/w" in _refusal(path)
 
 
-@pytest.mark.xfail(strict=True, raises=(TypeError, RuntimeError), reason="not an UpdateError")
 @pytest.mark.parametrize(
     ("shape", "data"),
     [([0, 2**63], b""), ([0, 2**40, 2**40], b""), ([1] * 70, bytes(4))],
@@ -822,7 +816,6 @@ def test_buffers_torch_cannot_hold_are_refused(shape, data, tmp_path):
     assert "buffers/b" in _refusal(path)
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="Python prints no 4300 digits")
 @pytest.mark.parametrize("kind", ["diagonal", "kronecker", "dense"])
 def test_sizes_too_long_to_print_are_refused(kind, tmp_path):
     shape = [1, 10**4000, 10**4000]
@@ -833,7 +826,6 @@ def test_sizes_too_long_to_print_are_refused(kind, tmp_path):
     assert "w" in _refusal(path)
 
 
-@pytest.mark.xfail(strict=True, reason="the client checks less than the server")
 @pytest.mark.parametrize(
     "changes",
     [
@@ -850,6 +842,5 @@ def test_a_client_cannot_write_what_no_server_reads(changes, tmp_path):
     linear = nn.Linear(3, 2)
     layers = find_layers(linear)
     blocks = {layer.name: Identity(layer.shape) for layer in layers}
-    header = _header("identity", layers, blocks, **changes)
-    with pytest.raises(UpdateError, match="this update"):
-        ClientUpdate.from_model(linear, header, blocks)
+    with pytest.raises(TypeError, match="expected"):
+        _header("identity", layers, blocks, **changes)

@@ -1,0 +1,113 @@
+"""Admission to a merge: which updates are usable, and which belong together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from lightning_fedfisher.methods import METHODS, MethodName
+from lightning_fedfisher.update import ClientUpdate
+from lightning_fedfisher.update_header import UpdateError
+
+UpdateSource = str | os.PathLike[str] | ClientUpdate
+
+
+class MergeError(ValueError):
+    """The updates cannot be merged: some are unusable, or they do not belong together."""
+
+    def __init__(self, offenders: Sequence[str]) -> None:
+        """Lists every offender in one message.
+
+        Args:
+            offenders: one line for each update refused, with the reason.
+        """
+        self.offenders = tuple(offenders)
+        super().__init__("These updates cannot be merged:\n" + "\n".join(offenders))
+
+
+def open_updates(sources: Sequence[UpdateSource], method: MethodName) -> list[ClientUpdate]:
+    """Opens and reads every update once, and refuses all bad ones together.
+
+    Args:
+        sources: update files or `ClientUpdate` objects, one for each client.
+        method: name of the merge method they are for.
+
+    Returns:
+        The updates, in the order given.
+
+    Raises:
+        MergeError: naming every update that is missing, corrupt, of another model, or without the
+            curvature the method needs.
+    """
+    if isinstance(sources, str | os.PathLike):
+        raise MergeError([f"{sources!s} is one path: pass a list of update files"])
+    if not sources:
+        raise MergeError(["there are none: pass the update files of at least one client"])
+    opened: list[ClientUpdate] = []
+    offenders: list[str] = []
+    for source in sources:
+        try:
+            update = source if isinstance(source, ClientUpdate) else ClientUpdate.open(source)
+            update.verify()
+        except (UpdateError, FileNotFoundError) as error:
+            offenders.append(str(error))
+            continue
+        opened.append(update)
+        if refusal := METHODS[method].refusal(update.header.curvature, update.header.fisher):
+            offenders.append(f"{update.source} {refusal}, as method {method!r} needs")
+    for update in opened[1:]:
+        ours, theirs = (
+            (u.header.curvature, u.header.fisher, u.header.likelihood) for u in (opened[0], update)
+        )
+        if METHODS[method].curvatures and ours != theirs:
+            offenders.append(
+                f"{update.source} holds {' '.join(theirs)} curvature, {opened[0].source} "
+                f"{' '.join(ours)}: extract both alike"
+            )
+        if differences := _differences(opened[0], update):
+            offenders.append(
+                f"{update.source} is of another model than {opened[0].source}: {differences}"
+            )
+    if offenders:
+        raise MergeError(offenders)
+    return opened
+
+
+def _differences(first: ClientUpdate, second: ClientUpdate) -> str:
+    """How the architectures of two updates differ; empty if they do not."""
+
+    def describe(update: ClientUpdate) -> dict[str, object]:
+        shapes: dict[str, object] = dict(
+            parameter for layer in update.layers for parameter in layer.parameters
+        )
+        return shapes | {n: tuple(b.shape) for n, b in update.buffers.items()}
+
+    mine, theirs = describe(first), describe(second)
+    return ", ".join(
+        f"{name} is {theirs.get(name, 'absent')}, not {mine.get(name, 'absent')}"
+        for name in sorted(mine.keys() | theirs.keys())
+        if mine.get(name) != theirs.get(name)
+    )
+
+
+def check_fit(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Refuses a model that cannot take the merged weights.
+
+    Args:
+        model: to be loaded with them.
+        state: the merged parameters and buffers by name.
+
+    Raises:
+        ValueError: naming every parameter and buffer that differs.
+    """
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    new = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    wrong = [
+        f"{name} is {own.get(name, 'absent')} in it, {new.get(name, 'absent')} in the updates"
+        for name in sorted(own.keys() | new.keys())
+        if own.get(name) != new.get(name)
+    ]
+    if wrong:
+        raise ValueError("the model does not fit the updates: " + "; ".join(wrong))

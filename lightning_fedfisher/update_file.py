@@ -1,0 +1,136 @@
+"""The file of a client update: safetensors, read tensor by tensor, trusted in nothing.
+
+Tensors are named ``parameters/<name>``, ``buffers/<name>`` and ``curvature/<layer>/<field>``. One
+metadata entry holds the header as JSON, with a SHA-256 digest of itself and of each tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lightning_fedfisher.update_header import UpdateError, UpdateHeader, is_possible
+
+SCHEMA = 1
+_METADATA_KEY = "lightning_fedfisher"
+_FLOATS = {"F16", "BF16", "F32", "F64"}
+_BUFFER_TYPES = _FLOATS | {"BOOL", "U8", "I8", "I16", "I32", "I64"}
+
+
+def write_file(path: Path, header: UpdateHeader, tensors: Mapping[str, Tensor]) -> None:
+    """Writes an update; a reader sees the old file or the whole new one.
+
+    Args:
+        path: of the file; missing folders are made.
+        header: what the tensors mean.
+        tensors: by their names in the file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fields = {
+        **asdict(header),
+        "schema": SCHEMA,
+        "digests": {name: _digest(tensor) for name, tensor in tensors.items()},
+    }
+    # One entry of sorted JSON: with several, the order of the bytes changes from run to run.
+    text = json.dumps(fields, sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    metadata = {_METADATA_KEY: json.dumps({"digest": digest, "header": text}, sort_keys=True)}
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        save_file(dict(tensors), partial, metadata)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+class UpdateFile(Mapping[str, Tensor]):
+    """The tensors of a file, each read when asked for and checked against its digest."""
+
+    def __init__(self, path: Path) -> None:
+        """Opens the file and checks its header; reads no tensor.
+
+        Args:
+            path: of the file.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            UpdateError: if it is truncated, no update or of another schema.
+        """
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no update file {path}")
+        self._path = path
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                self.shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+                types = {name: part.get_dtype() for name, part in slices.items()}
+        except (SafetensorError, OSError) as error:
+            raise UpdateError(str(path), [f"it is truncated or damaged: {error}"]) from error
+        try:
+            envelope = json.loads(metadata[_METADATA_KEY])
+            text = str(envelope["header"])
+            if hashlib.sha256(text.encode()).hexdigest() != envelope["digest"]:
+                raise ValueError("it does not match its digest")
+            fields = json.loads(text)
+            schema = fields.pop("schema")
+            self._digests: dict[str, str] = dict(fields.pop("digests"))
+            if type(schema) is not int or schema != SCHEMA:
+                raise UpdateError(
+                    str(path),
+                    [f"its schema is {schema!r}, this version reads {SCHEMA}: extract it anew"],
+                )
+            self.header = UpdateHeader.from_json(fields)
+        except UpdateError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            reason = f"its header is missing or malformed ({type(error).__name__}: {error})"
+            raise UpdateError(str(path), [reason]) from error
+        offenders = [
+            f"{name} is missing, or has no digest"
+            for name in sorted(self._digests.keys() ^ self.shapes.keys())
+        ]
+        for name, found in types.items():
+            allowed = _BUFFER_TYPES if name.startswith("buffers/") else _FLOATS
+            if found not in allowed:
+                offenders.append(f"{name} is of type {found}, not of {', '.join(sorted(allowed))}")
+            if not is_possible(self.shapes[name]):
+                offenders.append(f"{name} has an impossible shape")
+        if offenders:
+            raise UpdateError(str(path), offenders)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.shapes:
+            raise KeyError(name)
+        try:
+            with safe_open(self._path, framework="pt") as file:
+                tensor: Tensor = file.get_tensor(name)
+        except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:
+            raise UpdateError(str(self._path), [f"{name} cannot be read: {error}"]) from error
+        if self._digests.get(name) != _digest(tensor):
+            raise UpdateError(
+                str(self._path), [f"{name} does not match its digest: the file is damaged"]
+            )
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def _digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's type, shape and bytes."""
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

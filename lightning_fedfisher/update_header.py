@@ -1,0 +1,171 @@
+"""What the tensors of a client update mean, and what contradicts itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self, TypeVar
+
+from lightning_fedfisher.curvature import KINDS
+from lightning_fedfisher.layers import Layer
+
+_MOST_ELEMENTS, _MOST_DIMENSIONS = 2**48, 16
+_T = TypeVar("_T")
+
+
+class UpdateError(ValueError):
+    """An update cannot be used: it is corrupt, not finite, or contradicts itself."""
+
+    def __init__(self, source: str, offenders: Sequence[str]) -> None:
+        """Lists every offender in one message.
+
+        Args:
+            source: the file, or a word for an update in memory.
+            offenders: one line for each tensor or field refused, with the reason.
+        """
+        self.offenders = tuple(offenders)
+        lines = "\n".join(f"  - {offender}" for offender in offenders)
+        super().__init__(f"{source} is not a usable client update:\n{lines}")
+
+
+@dataclass(frozen=True)
+class UpdateHeader:
+    """What the tensors of an update mean.
+
+    Attributes:
+        num_samples: training samples the client holds; its share of the merge.
+        curvature: kind of curvature extracted, as given to the extraction.
+        fisher: Fisher type; empty for the identity.
+        likelihood: of the labels given the logits.
+        curvature_samples: samples the curvature is averaged over.
+        layers: the model's layers, which cover each parameter exactly once.
+        kinds: kind of each layer's block, by layer name.
+        metadata: anything the client wants to add, as strings.
+
+    Raises:
+        TypeError, ValueError: if an attribute, down to the shapes, is not of its type.
+    """
+
+    num_samples: int
+    curvature: str
+    fisher: str
+    likelihood: str
+    curvature_samples: int
+    layers: tuple[Layer, ...]
+    kinds: Mapping[str, str]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "curvature_samples"):
+            _typed(int, getattr(self, name))
+        for name in ("curvature", "fisher", "likelihood"):
+            _typed(str, getattr(self, name))
+        for table in (self.kinds, self.metadata):
+            for key, value in table.items():
+                _typed(str, key), _typed(str, value)
+        for layer in self.layers:
+            _typed(str, layer.name)
+            for name, shape in layer.parameters:
+                _typed(str, name)
+                if not all(_typed(int, size) > 0 for size in shape) or not is_possible(shape):
+                    raise ValueError(
+                        f"layer {layer.name}: parameters/{name} has an impossible shape"
+                    )
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        """Rebuilds a header from untrusted JSON.
+
+        Args:
+            fields: as `dataclasses.asdict` writes them.
+
+        Returns:
+            The header.
+
+        Raises:
+            TypeError, ValueError, KeyError: if a field is missing, unknown or of the wrong type.
+        """
+        layers = tuple(
+            Layer(layer["name"], tuple((name, tuple(shape)) for name, shape in layer["parameters"]))
+            for layer in fields["layers"]
+        )
+        missing = {field.name for field in dataclasses.fields(cls)} - fields.keys()
+        if missing:
+            raise KeyError(*sorted(missing))
+        return cls(**{**fields, "layers": layers})
+
+
+def inconsistencies(header: UpdateHeader, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Every way in which a header and the tensors it speaks of contradict each other.
+
+    Args:
+        header: of the update.
+        shapes: of its tensors, by their names in the file.
+
+    Returns:
+        One line for each.
+    """
+    offenders = []
+    if header.num_samples < 1:
+        offenders.append(f"num_samples is {header.num_samples}: an empty client has no say")
+    if header.curvature_samples < 0:
+        offenders.append(f"curvature_samples is {header.curvature_samples}")
+    expected: dict[str, tuple[int, ...]] = {}
+    names = [layer.name for layer in header.layers]
+    offenders += [
+        f"two layers are named {n}" for n in sorted({n for n in names if names.count(n) > 1})
+    ]
+    for layer in header.layers:
+        kind = KINDS.get(header.kinds.get(layer.name, "missing"))
+        if kind is None:
+            offenders.append(
+                f"layer {layer.name}: unknown curvature {header.kinds.get(layer.name)}"
+            )
+            continue
+        if not _forms_a_matrix(layer):
+            offenders.append(f"layer {layer.name}: its parameters form no matrix")
+            continue
+        for name, shape in layer.parameters:
+            if f"parameters/{name}" in expected:
+                offenders.append(f"parameter {name} belongs to two layers")
+            expected[f"parameters/{name}"] = shape
+        for part, shape in kind.tensor_shapes(layer.shape).items():
+            expected[f"curvature/{layer.name}/{part}"] = shape
+    found = {name: shape for name, shape in shapes.items() if not name.startswith("buffers/")}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            offenders.append(
+                f"{name} should be {expected.get(name, 'absent')}, is {found.get(name, 'absent')}"
+            )
+    return offenders
+
+
+def is_possible(shape: Sequence[int]) -> bool:
+    """Whether a tensor of such a shape can exist.
+
+    Args:
+        shape: any, from a stranger.
+
+    Returns:
+        False if it has too many dimensions or elements, even if some size is zero.
+    """
+    return (
+        len(shape) <= _MOST_DIMENSIONS
+        and math.prod(max(size, 1) for size in shape) <= _MOST_ELEMENTS
+    )
+
+
+def _forms_a_matrix(layer: Layer) -> bool:
+    if not layer.parameters:
+        return False
+    rows = math.prod(layer.parameters[0][1][:1])
+    return all(math.prod(shape) % rows == 0 for _, shape in layer.parameters)
+
+
+def _typed(kind: type[_T], value: Any) -> _T:
+    # Exactly this type: JSON's true and 1.0 are no sample counts.
+    if type(value) is not kind:
+        raise TypeError(f"expected {kind.__name__}, got {value!r}")
+    return value
