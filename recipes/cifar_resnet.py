@@ -189,7 +189,8 @@ class Federation:
         parts = reference_partition(labels, flags.clients, flags.alpha, flags.partition_seed)
         self.histogram = class_histogram(labels, parts, images.classes)
         self.parts = [chosen[part] for part in parts]
-        self.group = f"{flags.dataset}-{flags.model}-a{flags.alpha:g}-p{flags.partition_seed}"
+        setting = f"a{flags.alpha:g}-p{flags.partition_seed}-s{flags.seed}"
+        self.group = f"{flags.dataset}-{flags.model}-{setting}-{self.output.name}"
         self.device = torch.device(
             "cuda" if torch.cuda.is_available() and flags.accelerator != "cpu" else "cpu"
         )
@@ -400,13 +401,11 @@ def show(results: Mapping[str, Any], console: Console) -> None:
     """
     table = Table(title="Test accuracy of one-shot models")
     table.add_column("model", no_wrap=True)
-    for column in ("accuracy %", "NLL", "upload", "client s", "server s", "labels"):
-        table.add_column(column, justify="right")
+    for column in ("accuracy", "NLL", "upload", "client", "server", "labels"):
+        table.add_column(column, justify="right", no_wrap=True)
     best, together = results["best_client"], results["ensemble"]
     table.add_row("best single client", f"{best['accuracy']:.2f}", *[""] * 5)
-    table.add_row(
-        "ensemble of all clients", f"{together['accuracy']:.2f}", f"{together['nll']:.3f}"
-    )
+    table.add_row("ensemble of clients", f"{together['accuracy']:.2f}", f"{together['nll']:.3f}")
     table.add_section()
     for method, row in results["methods"].items():
         table.add_row(
@@ -414,14 +413,14 @@ def show(results: Mapping[str, Any], console: Console) -> None:
             f"{row['accuracy']:.2f}",
             f"{row['nll']:.3f}",
             f"{row['upload_bytes'] / row['fedavg_bytes']:.2f}x",
-            f"{row['client_seconds']:.1f}",
-            f"{row['server_seconds']:.1f}",
+            f"{row['client_seconds']:.1f} s",
+            f"{row['server_seconds']:.1f} s",
             str(row["server_labels"]),
         )
     console.print(table)
     console.print(
-        "upload: bytes a client sends, in multiples of its weights; client s: its extraction;\n"
-        "server s: the merge; labels: labelled samples the server used",
+        "accuracy in percent; upload: bytes a client sends, in multiples of its weights;\n"
+        "client: extraction; server: merge; labels: labelled samples the server used",
         highlight=False,
     )
 
