@@ -33,9 +33,10 @@ class FedFisherCallback(Callback):
 
     With no arguments it works: once the training ends, normally or early, it extracts the curvature
     over the training samples, each once, and rank 0 writes
-    ``<log dir or default_root_dir>/fedfisher/update.safetensors``. Nothing else about the run
-    changes. After an exception or Ctrl-C nothing is written; under ``fast_dev_run`` one batch is
-    extracted and nothing written.
+    ``<log dir or default_root_dir>/fedfisher/update.safetensors``. Before the training it rehearses
+    that on one sample, so that what cannot be extracted is refused at once. Weights, gradients,
+    modes and random states stay as they are. After an exception or Ctrl-C nothing is written; under
+    ``fast_dev_run`` one batch is extracted and nothing written.
 
     Example::
 
@@ -76,7 +77,7 @@ class FedFisherCallback(Callback):
             dataloader: the client's samples, if not those behind the training loader, for example
                 without its augmentation.
             num_samples: training samples the client holds, its weight in the merge; counted if
-                None.
+                None, which takes a map-style data set.
             forward: maps ``(module, batch)`` to logits, or ``(logits, labels)``; needed where
                 batches are not ``(x, y)`` or the module's output is not its logits.
             mc_samples: draws a sample for ``fisher="mc"``.
@@ -87,9 +88,18 @@ class FedFisherCallback(Callback):
             ValueError: if an option is unknown or out of range.
         """
         check_options(curvature, fisher, likelihood)
-        for name, value in (("max_samples", max_samples), ("num_samples", num_samples)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        counts = {
+            "max_samples": max_samples,
+            "num_samples": num_samples,
+            "batch_size": batch_size,
+            "mc_samples": mc_samples,
+        }
+        for name, value in counts.items():
+            if value is not None and not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
+        for item in (metadata or {}).items():
+            if not all(isinstance(part, str) for part in item):
+                raise ValueError(f"metadata must map strings to strings, got {item}")
         self._output = None if output is None else Path(output)
         self._curvature: CurvatureType = curvature
         self._fisher: FisherType = fisher
@@ -119,6 +129,8 @@ class FedFisherCallback(Callback):
             return
         self.update = self.path = self.seconds = None
         require_whole_model(trainer, "FedFisherCallback")
+        if self._output is not None and self._output.is_dir():
+            raise ValueError(f"output={self._output} is a folder: name a file in it")
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         later = callbacks[callbacks.index(self) + 1 :]
         averaging = [c for c in later if isinstance(c, WeightAveraging | StochasticWeightAveraging)]
@@ -139,10 +151,11 @@ class FedFisherCallback(Callback):
         # Refused before the hours of training rather than after them.
         loader = self._loader(trainer)
         counted = deal_samples(loader, shard=_shard(trainer)).population is not None
-        partial = self._max_samples is not None or self._curvature == "identity"
-        if not counted and partial and self._num_samples is None:
+        bounded = self._max_samples is not None or self._curvature == "identity"
+        if not counted and not (bounded and self._num_samples):
             raise ValueError(
-                "the number of training samples cannot be told from an iterable: pass num_samples="
+                "samples of an iterable cannot be counted, and it may have no end: pass "
+                "num_samples= (what the client holds) and max_samples= (for its curvature)"
             )
         check_model(pl_module, self._curvature)
         if counted:  # a rehearsal on one sample; an iterable might not start anew
@@ -154,7 +167,7 @@ class FedFisherCallback(Callback):
         one_batch = getattr(self._loader(trainer), "batch_size", None) or 1
         extracted = self._extract(trainer, pl_module, one_batch if dry else self._max_samples)
         header = UpdateHeader(
-            num_samples=self._num_samples or extracted.population or extracted.num_samples,
+            num_samples=self._num_samples or extracted.population or 0,
             curvature=self._curvature,
             fisher="" if self._curvature == "identity" else self._fisher,
             likelihood=self._likelihood,
@@ -201,6 +214,7 @@ class FedFisherCallback(Callback):
             seed=self._seed,
             mc_samples=self._mc_samples,
             forward=self._forward,
+            prepare=trainer.strategy.batch_to_device,
             shard=_shard(trainer),
             progress=trainer.progress_bar_callback is not None,
         )

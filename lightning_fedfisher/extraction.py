@@ -141,6 +141,7 @@ def extract_curvature(
     seed: int = 0,
     mc_samples: int = 1,
     forward: Forward | None = None,
+    prepare: Callable[[Any], Any] | None = None,
     shard: Shard | None = None,
     progress: bool = True,
 ) -> ExtractedCurvature:
@@ -159,6 +160,7 @@ def extract_curvature(
         seed: of the subset and of the Monte-Carlo draws.
         mc_samples: draws a sample for ``fisher="mc"``.
         forward: maps ``(module, batch)`` to logits, or to ``(logits, labels)``.
+        prepare: applied to each batch first, where the loader's are not what the model is given.
         shard: this process's place among several; sums are reduced once at the end.
         progress: show a progress bar, after two seconds, on rank 0 and on a terminal.
 
@@ -194,10 +196,14 @@ def extract_curvature(
         ) as bar,
     ):
         replica = _replicate(model)
+        for buffer in replica.buffers():
+            # Under DDP running statistics differ, and the first process's are sent.
+            buffer.copy_(shard.first(buffer))
         calls = _CallCounter(replica, layers)
         extractor: _Sums | None = None
         uniforms = samples.uniforms(mc_samples, seed)
         for batch in samples.batches:
+            batch = batch if prepare is None else prepare(batch)
             if extractor is None:  # the extractor's hooks would hide parts of the graph
                 logits, _ = _run(replica, batch, forward)
                 calls.check(len(logits))
@@ -213,6 +219,7 @@ def extract_curvature(
                 )
             draws = uniforms(len(logits)) if fisher == "mc" else None
             extractor.add(logits, residual_directions(logits, labels, fisher, draws))
+            calls.check_quiet()
             bar.update(len(logits) * shard.world_size)
             if samples.count is None and max_samples is not None and count >= max_samples:
                 break
@@ -332,6 +339,16 @@ class _CallCounter:
                 self._inputs[layer.name].append(len(inputs[0]) if inputs else None)
 
         return record
+
+    def check_quiet(self) -> None:
+        """Raises if a layer ran during a backward pass."""
+        offenders = [
+            f"{name} ran again in the backward pass: switch gradient checkpointing off"
+            for name, rows in self._inputs.items()
+            if rows
+        ]
+        if offenders:
+            raise UnsupportedModelError(offenders)
 
     def check(self, samples: int) -> None:
         """Raises unless every layer ran as it must since the last check."""

@@ -83,7 +83,7 @@ class KroneckerSums:
         self._graph_starts, self._edges = [], []
         self._unreached = set(self.sums)
         for index, direction in enumerate(directions):
-            # Only the hooks on the way are wanted; a start that leads nowhere has no gradient.
+            # The result is not looked at: the hooks that run on the way collect what is needed.
             torch.autograd.grad(
                 logits,
                 starts,
@@ -103,11 +103,6 @@ class KroneckerSums:
         sums = self.sums[layer.name]
         has_bias = len(layer.parameters) == 2
 
-        def collect_output_gradient(gradient: Tensor) -> None:
-            self._unreached.discard(layer.name)
-            g = _positions_last(gradient)
-            sums["output_factor"].addmm_(g, g.mT)
-
         def collect(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if not torch.is_grad_enabled():
                 return output
@@ -121,6 +116,12 @@ class KroneckerSums:
                 # A clone, because an in-place activation must not write to a leaf.
                 output = start.clone()
             self._edges.append(get_gradient_edge(output))
+
+            def collect_output_gradient(gradient: Tensor) -> None:
+                self._unreached.discard(layer.name)
+                g = _output_rows(module, gradient)
+                sums["output_factor"].addmm_(g, g.mT)
+
             # On the tensor rather than the module: it then sees the gradient before any in-place
             # change of the output.
             output.register_hook(collect_output_gradient)  # type: ignore[no-untyped-call]
@@ -143,8 +144,8 @@ def _input_patches(module: nn.Module, inputs: Tensor) -> tuple[Tensor, int]:
     return inputs.reshape(-1, features).mT, inputs.numel() // (samples * features)
 
 
-def _positions_last(gradient: Tensor) -> Tensor:
+def _output_rows(module: nn.Module, gradient: Tensor) -> Tensor:
     """Gradients at a layer's outputs as ``(out, samples * positions)``."""
-    if gradient.ndim == 4:
+    if isinstance(module, nn.Conv2d):
         return gradient.transpose(0, 1).flatten(1)
     return gradient.reshape(-1, gradient.shape[-1]).mT

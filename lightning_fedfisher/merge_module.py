@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 from torch.optim import Optimizer
+from torch.utils.data import DistributedSampler
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
@@ -27,6 +29,9 @@ from lightning_fedfisher.methods import METHODS, MethodName
 from lightning_fedfisher.quadratic import Quadratic, Solver, average
 from lightning_fedfisher.strategies import require_whole_model
 from lightning_fedfisher.update import ClientUpdate
+
+_IDLE = -1  # in place of a layer's index; Lightning would pass over a batch that is None
+_LARGE_RESIDUAL = 1e-3
 
 
 class FisherMergeModule(LightningModule):
@@ -82,6 +87,8 @@ class FisherMergeModule(LightningModule):
         self.method = method
         self._method = METHODS[method]
         self._keep_best = self._method.keeps_best if keep_best is None else keep_best
+        if max_iterations is not None and max_iterations < 1:
+            raise ValueError(f"max_iterations must be at least 1, got {max_iterations}")
         self._max_iterations = max_iterations or self._method.iterations
         self.updates = open_updates(updates, method)
         self.layers = self.updates[0].layers
@@ -101,6 +108,7 @@ class FisherMergeModule(LightningModule):
         self._validation_samples = 0
         self._turns = 0
         self._solvers: dict[int, Solver] = {}
+        self._progress: dict[int, tuple[Tensor, list[float]]] = {}
         self._finished = False
         self._best: tuple[float, list[Tensor]] | None = None
         self.history: list[dict[str, float]] = []
@@ -121,7 +129,7 @@ class FisherMergeModule(LightningModule):
     @override
     def setup(self, stage: str) -> None:
         require_whole_model(self.trainer, "FisherMergeModule")
-        if self.trainer.precision not in ("32-true", "64-true"):
+        if self.trainer.precision != "32-true":
             raise ValueError(
                 f"a merge needs full precision, got precision={self.trainer.precision!r}: "
                 'use Trainer(precision="32-true")'
@@ -139,18 +147,37 @@ class FisherMergeModule(LightningModule):
 
     @override
     def on_fit_start(self) -> None:
-        self._solvers, self._best, self._finished, self.history = {}, None, False, []
+        self._solvers, self._progress, self._best = {}, {}, None
+        self._finished, self.history = False, []
+
+    @override
+    def on_train_start(self) -> None:
+        if self.trainer.num_training_batches < self._turns:
+            raise ValueError(
+                "a sweep takes every layer, and limit_train_batches or fast_dev_run cuts it short: "
+                "leave them out"
+            )
 
     @override
     def on_validation_start(self) -> None:
         if not self._target:
             raise ValueError("a validation loader needs a model to run: pass model=...")
+        loaders = self.trainer.val_dataloaders
+        for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
+            if isinstance(getattr(loader, "sampler", None), DistributedSampler):
+                raise ValueError(
+                    "every process needs all validation samples, each once: use "
+                    "Trainer(use_distributed_sampler=False)"
+                )
+        # New ones each time: a state reset in inference mode could not be updated outside it.
+        self._accuracy = MeanMetric().to(self.device)
+        self._nll = MeanMetric().to(self.device)
         if not self._replica:
             self._replica = [copy.deepcopy(self._target[0]).to(self.device).eval()]
 
     @override
-    def training_step(self, batch: int | None, batch_idx: int) -> None:
-        if batch is not None:
+    def training_step(self, batch: int, batch_idx: int) -> None:
+        if batch != _IDLE:
             self._advance(batch)
         if batch_idx + 1 == self._turns:
             optimizer = self.optimizers()
@@ -168,12 +195,12 @@ class FisherMergeModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         samples = int(self._nll.weight)
         accuracy, nll = float(self._accuracy.compute()), float(self._nll.compute())
-        self._accuracy.reset()
-        self._nll.reset()
         if self.trainer.sanity_checking:
             return
-        self._validation_samples = samples
         self.log_dict({"val_accuracy": accuracy, "val_nll": nll}, prog_bar=True, batch_size=1)
+        if not self.history or self.trainer.state.fn != TrainerFn.FITTING:
+            return  # no sweep is complete, or this is no fit
+        self._validation_samples = samples
         self.history[-1] |= {"val_accuracy": accuracy, "val_nll": nll}
         if self._best is None or accuracy > self._best[0]:
             self._best = accuracy, [matrix.detach().clone() for matrix in self.merged]
@@ -184,15 +211,18 @@ class FisherMergeModule(LightningModule):
 
     @override
     def on_train_end(self) -> None:
-        if not self._finished:
+        reached = self.history[-1] if self.history else {"iterations": 0.0, "residual": 1.0}
+        short = self._method.converges and reached["residual"] > _LARGE_RESIDUAL
+        if not self._finished or short:
             rank_zero_warn(
-                f"the merge was stopped after {self.history[-1]['iterations']:.0f} iterations, at "
-                f"a relative residual of {self.history[-1]['residual']:.1e}: it has not converged. "
-                "Use Trainer(max_epochs=-1)"
+                f"the merge was stopped after {reached['iterations']:.0f} iterations, at a "
+                f"relative residual of {reached['residual']:.1e}: it has not converged. Use "
+                "Trainer(max_epochs=-1), and a larger max_iterations if that is not enough"
             )
         if self._keep_best and self._best is not None:
             self._set_merged(self._best[1])
         self._solvers.clear()
+        self._progress.clear()
         if self._target:
             self._target[0].load_state_dict(self.merged_state_dict())
 
@@ -215,26 +245,37 @@ class FisherMergeModule(LightningModule):
         blocks = [update.block(layer).to(self.device, weights[0].dtype) for update in self.updates]
         return Quadratic(self._shares, weights, [self._method.transform(b) for b in blocks])
 
+    @torch.no_grad()
     def _advance(self, index: int) -> None:
-        """Moves one layer's solver by a sweep's iterations."""
+        """Moves one layer's solver by a sweep's iterations, and lets go of it when it is done."""
+        if index in self._progress and index not in self._solvers:
+            return
+        layer = self.layers[index]
         if index not in self._solvers:
-            self._solvers[index] = self._method.solver(self._problem(self.layers[index]))
+            self._solvers[index] = self._method.solver(self._problem(layer))
         solver = self._solvers[index]
-        steps = min(self._method.sweep, self._max_iterations - solver.iterations)
-        with torch.no_grad():
-            solver.advance(steps)
+        solver.advance(min(self._method.sweep, self._max_iterations - solver.iterations))
+        if not torch.isfinite(solver.weights).all():
+            raise ValueError(
+                f"the merge of layer {layer.name} left the finite numbers within "
+                f"{solver.iterations} iterations: some client's curvature is too large, or none"
+            )
+        done = solver.finished or solver.iterations >= self._max_iterations
+        objective = solver.problem.objective(solver.weights)
+        status = [float(solver.iterations), objective, solver.residual, float(done)]
+        self._progress[index] = solver.weights, status
+        if done:
+            del self._solvers[index]
 
     @torch.no_grad()
     def _gather(self) -> None:
         """Puts the global model together: each layer from the rank that owns it."""
         status = torch.zeros(len(self.layers), 4, dtype=torch.float64)
-        for index, solver in self._solvers.items():
-            done = solver.finished or solver.iterations >= self._max_iterations
-            objective = solver.problem.objective(solver.weights)
-            status[index] = torch.tensor([solver.iterations, objective, solver.residual, done])
+        for index, (_, numbers) in self._progress.items():
+            status[index] = torch.tensor(numbers, dtype=torch.float64)
         matrices = []
         for index, matrix in enumerate(self.merged):
-            own = self._solvers[index].weights if index in self._solvers else None
+            own = self._progress[index][0] if index in self._progress else None
             # A sum of one term and zeros is exact.
             matrices.append(self._total(torch.zeros_like(matrix) if own is None else own.clone()))
         self._set_merged(matrices)
@@ -275,14 +316,14 @@ class _Sweep:
     """The layers of one rank. No `DataLoader`: it must neither be sampled nor filled with copies.
 
     Lightning exchanges a signal at every batch, so all ranks take the same number; a rank with
-    fewer layers has idle turns, `None`. They come first, then the cheaper layers, because the other
+    fewer layers has idle turns. They come first, then the cheaper layers, because the other
     ranks wait for rank 0's signal at the start of a turn.
     """
 
     def __init__(self, owned: Sequence[int], turns: int) -> None:
-        self._turns = [None] * (turns - len(owned)) + list(owned)
+        self._turns = [_IDLE] * (turns - len(owned)) + list(owned)
 
-    def __iter__(self) -> Iterator[int | None]:
+    def __iter__(self) -> Iterator[int]:
         return iter(self._turns)
 
     def __len__(self) -> int:

@@ -33,6 +33,7 @@ class Method:
         solver: how it minimises.
         iterations: steps after which it stops, if its solver has not finished before.
         sweep: steps between two looks at the model.
+        converges: whether it promises the minimum, rather than a number of steps.
         keeps_best: whether it returns its best iterate on labelled samples, when given some.
     """
 
@@ -42,6 +43,7 @@ class Method:
     solver: Callable[[Quadratic], Solver]
     iterations: int
     sweep: int
+    converges: bool = False
     keeps_best: bool = False
 
     def refusal(self, curvature: str, fisher: str) -> str | None:
@@ -107,7 +109,8 @@ METHODS: dict[MethodName, Method] = {
         _temper,
         exact_solver,
         iterations=1000,
-        sweep=20,
+        sweep=5,
+        converges=True,
     ),
 }
 """Every method. The published ones are FedFisher's (arXiv 2403.12329), with its server's steps."""

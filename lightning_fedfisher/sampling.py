@@ -38,6 +38,13 @@ class Shard:
     world_size: int = 1
     total: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
+    def first(self, tensor: Tensor) -> Tensor:
+        """The first process's tensor, on every process."""
+        if self.world_size == 1:
+            return tensor
+        # A sum of one term and zeros is exact.
+        return self.total(tensor.clone() if self.rank == 0 else torch.zeros_like(tensor))
+
 
 @dataclass(frozen=True)
 class DealtSamples:
@@ -113,7 +120,8 @@ def deal_samples(
                 "`dataloader=` a DataLoader over a map-style data set"
             )
         return DealtSamples(dataloader, None, None, None)
-    population = _trained_indices(dataloader)
+    batch_sampler = _batch_sampler(dataloader)
+    population = _trained_indices(dataloader, batch_sampler.sampler)
     chosen = population
     if max_samples is not None and max_samples < len(population):
         picks = np.random.default_rng(seed).choice(len(population), max_samples, replace=False)
@@ -121,7 +129,7 @@ def deal_samples(
     mine = range(shard.rank, len(chosen), shard.world_size)
     batches = DataLoader(
         dataloader.dataset,
-        batch_size=batch_size or dataloader.batch_size,
+        batch_size=batch_size or batch_sampler.batch_size,
         sampler=[chosen[place] for place in mine],
         collate_fn=dataloader.collate_fn,
         num_workers=dataloader.num_workers,
@@ -139,14 +147,17 @@ def _is_map_style(dataloader: Iterable[Any]) -> TypeGuard[DataLoader[Any]]:
     )
 
 
-def _trained_indices(dataloader: DataLoader[Any]) -> list[int]:
-    """Indices of the samples the loader trains on, each once, whatever its order and padding."""
+def _batch_sampler(dataloader: DataLoader[Any]) -> BatchSampler:
     if type(dataloader.batch_sampler) is not BatchSampler:
         raise ValueError(
-            "a custom batch sampler hides which samples the client trains on: pass `dataloader=` "
-            "a plain DataLoader over them"
+            "a custom batch sampler, or batch_size=None, hides which samples the client trains on: "
+            "pass `dataloader=` a plain DataLoader over them"
         )
-    sampler = dataloader.sampler
+    return dataloader.batch_sampler
+
+
+def _trained_indices(dataloader: DataLoader[Any], sampler: Iterable[Any]) -> list[int]:
+    """Indices of the samples the loader trains on, each once, whatever its order and padding."""
     size = len(dataloader.dataset)  # type: ignore[arg-type]
     whole = type(sampler) in (SequentialSampler, DistributedSampler) or (
         type(sampler) is RandomSampler and not sampler.replacement

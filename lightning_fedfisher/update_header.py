@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
@@ -114,9 +115,7 @@ def inconsistencies(header: UpdateHeader, shapes: Mapping[str, tuple[int, ...]])
         offenders.append(f"curvature_samples is {header.curvature_samples}")
     expected: dict[str, tuple[int, ...]] = {}
     names = [layer.name for layer in header.layers]
-    offenders += [
-        f"two layers are named {n}" for n in sorted({n for n in names if names.count(n) > 1})
-    ]
+    offenders += [f"two layers are named {name}" for name, n in Counter(names).items() if n > 1]
     for layer in header.layers:
         kind = KINDS.get(header.kinds.get(layer.name, "missing"))
         if kind is None:

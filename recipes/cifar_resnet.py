@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import lightning
 import numpy as np
@@ -25,6 +25,7 @@ import torch
 import wandb
 from jsonargparse import ArgumentParser
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.table import Table
@@ -46,11 +47,13 @@ from simulation.partition import class_histogram, reference_partition
 from simulation.pictures import draw_accuracies, draw_merge_curves, draw_partition
 from torch import Tensor, nn
 
+from lightning_fedfisher import METHODS, ClientUpdate
+from lightning_fedfisher.methods import MethodName
+
 DatasetName = Literal[
     "auto", "cifar10", "cifar100", "fashionmnist", "svhn", "gtsrb", "imagefolder", "digits"
 ]
 ModelName = Literal["auto", "lenet", "cnn", "resnet8", "resnet18"]
-Method = Literal["fedavg", "fisher_merge", "fedfisher_diag", "fedfisher_kfac", "fedfisher"]
 
 # The paper's networks; all other data sets take the CNN.
 _PAPER_MODELS = {"fashionmnist": "lenet", "cifar100": "resnet18", "gtsrb": "resnet18"}
@@ -74,7 +77,7 @@ class Flags:
 
     dataset: DatasetName = _flag("auto", "data set; auto: CIFAR-10 if it can be had, else digits")
     data_dir: Path = _flag(Path("data"), "folder of the data, and of downloads")
-    model: ModelName = _flag("auto", "network; auto: resnet8 on a CPU, the paper's on a GPU")
+    model: ModelName = _flag("auto", "network; auto: the paper's on a GPU, a small one on a CPU")
     clients: int = _flag(5, "number of clients")
     alpha: float = _flag(0.1, "Dirichlet concentration; smaller means more unlike clients")
     partition_seed: int = _flag(3, "seed of the partition")
@@ -84,8 +87,8 @@ class Flags:
     learning_rate: float = _flag(0.01, "of SGD with momentum 0.9")
     batch_size: int = _flag(64, "of local training")
     curvature_samples: int | None = _flag(None, "samples a client averages its curvature over")
-    methods: list[Method] = field(
-        default_factory=lambda: list(get_args(Method)),
+    methods: list[MethodName] = field(
+        default_factory=lambda: list(METHODS),
         metadata={"help": "merge methods to compare"},
     )
     output_dir: Path | None = _flag(None, "folder for everything written; a new one by default")
@@ -113,7 +116,7 @@ def parse_flags(arguments: Sequence[str] | None = None) -> Flags:
         if hints[flag.name] is bool:
             how = {"action": "store_true"}
         elif flag.name == "methods":
-            how |= {"type": Method, "nargs": "+"}
+            how |= {"type": MethodName, "nargs": "+"}
         name = "--" + flag.name.replace("_", "-")
         parser.add_argument(name, help=flag.metadata["help"], **how)
     parsed = parser.parse_args(arguments)
@@ -135,11 +138,17 @@ def settle(flags: Flags, images: ImageData) -> Flags:
     if model == "auto":
         paper = _PAPER_MODELS.get(images.name, "cnn")
         model = paper if on_gpu or paper == "lenet" else "resnet8"
-    epochs = flags.epochs or (_PAPER_EPOCHS if on_gpu else _CPU_EPOCHS[model])
-    subset = flags.max_train_samples or (None if on_gpu else _CPU_SAMPLES.get(model))
-    curvature_samples = flags.curvature_samples or (
-        None if on_gpu else _CPU_CURVATURE_SAMPLES.get(model)
+    epochs, subset, curvature_samples = (
+        flags.epochs,
+        flags.max_train_samples,
+        flags.curvature_samples,
     )
+    if epochs is None:
+        epochs = _PAPER_EPOCHS if on_gpu else _CPU_EPOCHS[model]
+    if subset is None and not on_gpu:
+        subset = _CPU_SAMPLES.get(model)
+    if curvature_samples is None and not on_gpu:
+        curvature_samples = _CPU_CURVATURE_SAMPLES.get(model)
     if subset is not None and subset >= len(images.train):
         subset = None
     output = flags.output_dir
@@ -282,7 +291,7 @@ class Federation:
                 name=name,
                 dir=self.output,
                 mode=self.flags.wandb,
-                config={key: str(value) for key, value in asdict(self.flags).items()},
+                config=_plain(self.flags),
             )
         )
 
@@ -324,21 +333,17 @@ def report(
     for method, (result, accuracy, nll) in merged.items():
         files = [folder.update(method) for folder in federation.folders]
         seconds = [client.extraction_seconds[files[0].name] for client in clients]
-        state = result.state_dict.values()
         methods[method] = {
             "accuracy": accuracy,
             "nll": nll,
             "upload_bytes": round(sum(file.stat().st_size for file in files) / len(files)),
-            "fedavg_bytes": sum(tensor.numel() * tensor.element_size() for tensor in state),
+            "fedavg_bytes": ClientUpdate.open(files[0]).fedavg_bytes,
             "client_seconds": sum(seconds) / len(seconds),
             "server_seconds": result.seconds,
             "server_labels": result.labels,
         }
     return {
-        "config": {
-            key: str(value) if isinstance(value, Path) else value
-            for key, value in asdict(federation.flags).items()
-        },
+        "config": _plain(federation.flags),
         "data": federation.images.note,
         "environment": environment(federation.device),
         "clients": [{"num_samples": c.num_samples, "accuracy": c.accuracy} for c in clients],
@@ -434,6 +439,12 @@ def run(flags: Flags) -> dict[str, Any]:
     Returns:
         The report, as written to ``results.json``.
     """
+    if flags.resume and flags.output_dir is None:
+        raise ValueError("--resume goes on in a folder: add --output-dir")
+    for name in ("clients", "epochs", "max_train_samples", "batch_size", "curvature_samples"):
+        value = getattr(flags, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     images = load_images(flags.dataset, flags.data_dir)
     flags = settle(flags, images)
     say(f"data: {images.note}")
@@ -462,6 +473,14 @@ def say(text: str) -> None:
     Console(highlight=False).print(text, soft_wrap=True, markup=False)
 
 
+def _plain(flags: Flags) -> dict[str, Any]:
+    """The flags in types that JSON and W&B know."""
+    return {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in asdict(flags).items()
+    }
+
+
 def _is_first_process() -> bool:
     return rank_zero_only.rank == 0
 
@@ -484,7 +503,7 @@ def main() -> None:
     flags = parse_flags()
     try:
         run(flags)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError, MisconfigurationException) as error:
         sys.exit(f"error: {error}")
 
 

@@ -13,7 +13,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger, Logger
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
 
 from lightning_fedfisher import (
     ClientUpdate,
@@ -134,6 +135,30 @@ def test_forward_serves_batches_of_another_form(tmp_path):
         torch.testing.assert_close(block.trace(), expected.blocks[name].trace())
 
 
+def test_batches_are_prepared_as_in_training(tmp_path):
+    class Scaling(TinyClassifier):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            x, y = batch
+            return 100 * x, y
+
+    torch.manual_seed(0)
+    callback = FedFisherCallback()
+    model = fit(tmp_path, callback, model=Scaling())
+    x, y = tiny_data().tensors
+    expected = extract_curvature(model, DataLoader(TensorDataset(100 * x, y), batch_size=8))
+    found = callback.update.blocks["network.0"].input_factor
+    torch.testing.assert_close(found, expected.blocks["network.0"].input_factor)
+
+
+def test_gradient_checkpointing_is_refused_before_training(tmp_path):
+    class Checkpointed(TinyClassifier):
+        def forward(self, x):
+            return checkpoint(self.network, x, use_reentrant=False)
+
+    with pytest.raises(UnsupportedModelError, match="gradient checkpointing"):
+        fit(tmp_path, FedFisherCallback(), model=Checkpointed())
+
+
 def test_every_logger_hears_of_the_extraction(tmp_path):
     class Recorder(Logger):
         name, version = "recorder", "0"
@@ -209,8 +234,11 @@ def test_bad_options_are_refused_together():
         ValueError, match=r"curvature='tensor'.*fisher='true'.*likelihood='poisson'"
     ):
         FedFisherCallback(curvature="tensor", fisher="true", likelihood="poisson")
-    with pytest.raises(ValueError, match="max_samples"):
-        FedFisherCallback(max_samples=0)
+    for name in ("max_samples", "num_samples", "batch_size", "mc_samples"):
+        with pytest.raises(ValueError, match=name):
+            FedFisherCallback(**{name: 0})
+    with pytest.raises(ValueError, match="metadata must map strings"):
+        FedFisherCallback(metadata={"round": 1})
 
 
 def test_unsupported_models_are_refused_before_training(tmp_path):
@@ -236,17 +264,19 @@ def test_loaders_that_hide_the_samples_are_refused_before_training(tmp_path):
         fit(tmp_path, FedFisherCallback(), loader=several)
 
 
-def test_an_iterable_needs_its_number_of_samples_only_with_a_limit(tmp_path):
+def test_an_iterable_needs_its_number_of_samples_and_a_limit(tmp_path):
     class Stream(IterableDataset):
         def __iter__(self):
             return iter(tiny_data())
 
     loader = DataLoader(Stream(), batch_size=8)
-    callback = FedFisherCallback()
+    callback = FedFisherCallback(num_samples=21, max_samples=16)
     fit(tmp_path, callback, loader=loader)
     assert callback.update.num_samples == 21
-    with pytest.raises(ValueError, match="num_samples"):
-        fit(tmp_path, FedFisherCallback(max_samples=8), loader=loader)
+    assert callback.update.header.curvature_samples == 16
+    for options in ({}, {"max_samples": 8}, {"num_samples": 21}):
+        with pytest.raises(ValueError, match=r"num_samples= .* and max_samples="):
+            fit(tmp_path, FedFisherCallback(**options), loader=loader)
 
 
 def test_mistakes_in_batches_are_found_before_training(tmp_path):

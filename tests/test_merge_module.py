@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import textwrap
 from pathlib import Path
 
@@ -191,6 +192,24 @@ def test_too_few_epochs_warn(updates, tmp_path):
         )
 
 
+def test_too_few_iterations_warn(updates, tmp_path):
+    with pytest.warns(UserWarning, match="has not converged"):
+        merge(updates["fedfisher"], tmp_path, max_iterations=1)
+    with pytest.raises(ValueError, match="max_iterations"):
+        FisherMergeModule(updates["fedfisher"], max_iterations=0)
+
+
+def test_validating_before_and_within_a_sweep_does_no_harm(updates, tmp_path):
+    loader = tiny_loader(seed=50, samples=40, shuffle=False)
+    module = FisherMergeModule(updates["fedfisher"], model=tiny_model())
+    trainer = quiet_trainer(tmp_path, max_epochs=-1, val_check_interval=0.5)
+    trainer.validate(module, loader, verbose=False)
+    assert module.history == []
+    trainer.fit(module, val_dataloaders=loader)
+    alone = merge(updates["fedfisher"], tmp_path)
+    assert_same(module.merged_state_dict(), alone.merged_state_dict(), rtol=0, atol=0)
+
+
 def test_a_resumed_merge_gives_the_same_model(updates, tmp_path):
     clients = updates["fedfisher_kfac"]
     whole = merge(clients, tmp_path, method="fedfisher_kfac")
@@ -289,6 +308,9 @@ def test_a_model_that_does_not_fit_is_refused(updates):
 def test_labels_without_a_model_and_half_precision_are_refused(updates, tmp_path):
     with pytest.raises(ValueError, match="needs a model"):
         merge(updates["fedfisher"], tmp_path, tiny_loader())
+    for trainer in ({"fast_dev_run": True}, {"limit_train_batches": 2}):
+        with pytest.raises(ValueError, match="cuts it short"):
+            merge(updates["fedfisher"], tmp_path, trainer=trainer)
     with pytest.raises(ValueError, match="full precision"):
         merge(updates["fedfisher"], tmp_path, trainer={"precision": "bf16-mixed"})
 
@@ -331,6 +353,23 @@ if trainer.is_global_zero:
     torch.save(module.merged_state_dict(), root / "merged.pt")
     (root / "history.json").write_text(json.dumps(module.history))
 """
+
+
+def test_more_processes_than_layers_finish(tmp_path):
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(12, 4), torch.arange(12) % 3)
+    models = [nn.Linear(4, 3) for _ in range(2)]
+    for index, model in enumerate(models):
+        _update_of(model, data, "kfac").save(tmp_path / "fedfisher" / f"{index}.safetensors")
+    script = tmp_path / "merge.py"
+    text = textwrap.dedent(DDP_SCRIPT.format(tests=str(Path(__file__).parent)))
+    text = text.replace("model=tiny_model()", "model=None")
+    text = re.sub(r"trainer\.fit\(module, .*\)", "trainer.fit(module)", text)
+    script.write_text(text)
+    run_ddp(str(script), str(tmp_path), "fedfisher", "2")
+    alone = merge(sorted((tmp_path / "fedfisher").glob("*")), tmp_path)
+    together = torch.load(tmp_path / "merged.pt", weights_only=True)
+    assert_same(together, alone.merged_state_dict(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("method", "devices"), [("fedfisher", 2), ("fedfisher_kfac", 3)])

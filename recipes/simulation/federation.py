@@ -233,9 +233,14 @@ def merge(
     started = time.perf_counter()
     module = FisherMergeModule(updates, model=classifier, method=cast(Any, method))
     loader = DataLoader(labelled, batch_size=_EVALUATION_BATCH, collate_fn=collate_images)
-    Trainer(max_epochs=-1, log_every_n_steps=1, num_sanity_val_steps=0, **trainer_options).fit(
-        module, val_dataloaders=loader if METHODS[cast(Any, method)].keeps_best else None
+    trainer = Trainer(
+        max_epochs=-1,
+        log_every_n_steps=1,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,  # every process looks at all labelled samples
+        **trainer_options,
     )
+    trainer.fit(module, val_dataloaders=loader if METHODS[cast(Any, method)].keeps_best else None)
     seconds = time.perf_counter() - started
     return MergeResult(module.merged_state_dict(), seconds, module.server_labels, module.history)
 
