@@ -41,6 +41,14 @@ class TinyClassifier(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.learning_rate)
 
 
+class NormedClassifier(TinyClassifier):
+    """The same with batch normalisation, whose running statistics differ by process."""
+
+    def __init__(self, learning_rate: float = 0.05):
+        super().__init__(learning_rate)
+        self.network[3] = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU())
+
+
 def tiny_data(seed: int = 0, samples: int = 21) -> TensorDataset:
     generator = torch.Generator().manual_seed(seed)
     y = torch.randint(0, 3, (samples,), generator=generator)

@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from federation import TinyClassifier, quiet_trainer, tiny_data, tiny_loader, tiny_model
+from federation import (
+    NormedClassifier,
+    TinyClassifier,
+    quiet_trainer,
+    tiny_data,
+    tiny_loader,
+    tiny_model,
+)
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger, Logger
@@ -344,7 +351,7 @@ DDP_SCRIPT = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from federation import TinyClassifier, quiet_trainer, tiny_loader, tiny_model
+from federation import NormedClassifier, TinyClassifier, quiet_trainer, tiny_loader, tiny_model
 from lightning_fedfisher import FedFisherCallback
 
 root = Path(sys.argv[1])
@@ -365,6 +372,32 @@ def run_ddp(script: str, *arguments: str) -> None:
     except subprocess.TimeoutExpired:
         pytest.fail("a DDP worker hung")
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+BUFFERS_SCRIPT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from federation import NormedClassifier, quiet_trainer, tiny_loader
+from lightning_fedfisher import FedFisherCallback
+
+root = Path(sys.argv[1])
+callback = FedFisherCallback(root / "update.safetensors", curvature="diagonal", fisher="exact")
+trainer = quiet_trainer(root, callbacks=[callback], devices=2, strategy="ddp")
+trainer.fit(NormedClassifier(), tiny_loader(samples=21))
+"""
+
+
+def test_two_processes_extract_with_the_buffers_that_are_sent(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(textwrap.dedent(BUFFERS_SCRIPT.format(tests=str(Path(__file__).parent))))
+    run_ddp(str(script), str(tmp_path))
+    update = ClientUpdate.open(tmp_path / "update.safetensors")
+    model = NormedClassifier()
+    model.load_state_dict(update.parameters | update.buffers)
+    alone = extract_curvature(model, tiny_loader(samples=21), "diagonal", fisher="exact")
+    for name, block in update.blocks.items():
+        torch.testing.assert_close(block.diagonal(), alone.blocks[name].diagonal())
 
 
 def test_two_processes_see_an_odd_number_of_samples_once_each(tmp_path):

@@ -118,6 +118,14 @@ def _positions():
     )
 
 
+def _channels_last():
+    return _Net(
+        lambda net, x: net.head(torch.tanh(net.embed(x.permute(0, 2, 3, 1))).mean((1, 2))),
+        embed=nn.Linear(2, 8),
+        head=nn.Linear(8, CLASSES),
+    )
+
+
 def _inplace_functional():
     def forward(net, x):
         out = F.relu_(net.first(x))
@@ -141,6 +149,7 @@ NETS = {
     "residual": (_residual, IMAGE),
     "inplace": (_inplace, IMAGE),
     "positions": (_positions, SEQUENCE),
+    "channels last": (_channels_last, IMAGE),
     "same": (lambda: _conv_head(nn.Conv2d(2, 2, (3, 5), padding="same"), 128), IMAGE),
     "same even": (
         lambda: _conv_head(nn.Conv2d(2, 2, (2, 4), padding="same", dilation=(1, 3)), 128),
@@ -1119,9 +1128,17 @@ def test_samplers_that_hide_which_samples_are_trained_on(options, message):
 
 def test_a_plain_batch_sampler_is_read():
     data = _vectors()
-    loader = DataLoader(data, batch_sampler=BatchSampler(SequentialSampler(data), 2, False))
-    extracted = _extract(nn.Linear(4, 3), loader, batch_size=2)
-    assert extracted.num_samples == SAMPLES
+    for sampler, samples in (
+        (SequentialSampler(data), SAMPLES),
+        (SubsetRandomSampler([1, 2, 3]), 3),
+    ):
+        loader = DataLoader(data, batch_sampler=BatchSampler(sampler, 2, False))
+        extracted = _extract(nn.Linear(4, 3), loader)
+        assert extracted.num_samples == extracted.population == samples
+    weighted = WeightedRandomSampler([1.0] * SAMPLES, SAMPLES)
+    loader = DataLoader(data, batch_sampler=BatchSampler(weighted, 2, False))
+    with pytest.raises(ValueError, match="WeightedRandomSampler"):
+        _extract(nn.Linear(4, 3), loader)
 
 
 def test_an_iterable_on_two_processes():
