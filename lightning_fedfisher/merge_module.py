@@ -197,11 +197,12 @@ class FisherMergeModule(LightningModule):
         accuracy, nll = float(self._accuracy.compute()), float(self._nll.compute())
         if self.trainer.sanity_checking:
             return
-        self.log_dict({"val_accuracy": accuracy, "val_nll": nll}, prog_bar=True, batch_size=1)
+        scores = {"val_accuracy": accuracy, "val_nll": nll}
+        self.log_dict(scores, prog_bar=True, batch_size=1, sync_dist=True)
         if not self.history or self.trainer.state.fn != TrainerFn.FITTING:
             return  # no sweep is complete, or this is no fit
         self._validation_samples = samples
-        self.history[-1] |= {"val_accuracy": accuracy, "val_nll": nll}
+        self.history[-1] |= scores
         if self._best is None or accuracy > self._best[0]:
             self._best = accuracy, [matrix.detach().clone() for matrix in self.merged]
 
@@ -287,7 +288,9 @@ class FisherMergeModule(LightningModule):
         }
         self._finished = bool(done.all())
         self.history.append(entry)
-        self.log_dict(entry, on_step=False, on_epoch=True, prog_bar=True, batch_size=1)
+        self.log_dict(
+            entry, on_step=False, on_epoch=True, prog_bar=True, batch_size=1, sync_dist=True
+        )
 
     def _total(self, tensor: Tensor) -> Tensor:
         total = self.trainer.strategy.reduce(tensor, reduce_op="sum")
