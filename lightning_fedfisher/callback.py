@@ -185,6 +185,8 @@ class FedFisherCallback(Callback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.update is None:
+            if trainer.train_dataloader is not None:
+                deal_samples(self._loader(trainer))  # an empty client is an error
             rank_zero_warn(
                 "FedFisherCallback extracted nothing, because not one batch was trained (a "
                 "finished checkpoint was resumed, max_epochs=0 or limit_train_batches=0): call "

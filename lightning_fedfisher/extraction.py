@@ -366,6 +366,12 @@ class _CallCounter:
                     f"the input of {name} has {rows[0]} rows for {samples} samples: its first "
                     "dimension must be the samples"
                 )
+        if not any(self._inputs.values()):
+            offenders = [
+                "no layer of the module's copy ran: its forward pass is tied to the original, as "
+                "torch.compile and functions set on an instance do, or runs without gradients; fit "
+                "it uncompiled, or define forward in the class"
+            ]
         self._inputs = {name: [] for name in self._inputs}
         if offenders:
             raise UnsupportedModelError(offenders)

@@ -206,6 +206,12 @@ def test_warns_before_a_weight_averaging_callback(tmp_path, averaging):
         fit(tmp_path, FedFisherCallback(), averaging)
 
 
+def test_an_empty_client_is_an_error(tmp_path):
+    empty = DataLoader(torch.utils.data.Subset(tiny_data(), []), batch_size=8)
+    with pytest.raises(ValueError, match="the client holds no samples"):
+        fit(tmp_path, FedFisherCallback(), loader=empty)
+
+
 def test_warns_when_nothing_was_trained(tmp_path):
     callback = FedFisherCallback()
     with pytest.warns(UserWarning, match="extracted nothing"):
