@@ -6,17 +6,19 @@ Usage: ``python recipes/results_table.py recipes/results/*.json``
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 
-def results_table(results: Sequence[dict[str, Any]]) -> str:
+def results_table(results: Sequence[dict[str, Any]], mean: bool = False) -> str:
     """Puts runs side by side: a row for each model, a column of accuracies for each run.
 
     Args:
         results: reports in the form of ``results.json``.
+        mean: add a column with the mean over the runs, which then should differ in a seed only.
 
     Returns:
         A Markdown table of test accuracies in percent.
@@ -33,6 +35,11 @@ def results_table(results: Sequence[dict[str, Any]]) -> str:
         found = [result["methods"].get(method) for result in results]
         labels = max(row["server_labels"] for row in found if row)
         rows.append([f"`{method}`", str(labels), *(_number(row) for row in found)])
+    if mean:
+        rows[0].append("mean")
+        rows[1].append("---:")
+        for row in rows[2:]:
+            row.append(f"{statistics.mean(float(cell) for cell in row[2:]):.1f}")
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
