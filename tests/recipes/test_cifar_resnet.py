@@ -138,8 +138,14 @@ def test_interrupted_in_client_three_the_others_survive(tmp_path):
     """Ctrl-C while the third client trains; ``--resume`` goes on from there."""
     output = tmp_path / "out"
     methods = ["--methods", "fedavg", "fedfisher", "--wandb", "disabled"]
-    command = [sys.executable, str(RECIPE), *SMALL, "--epochs", "8", "--output-dir", str(output)]
-    running = subprocess.Popen([*command, *methods], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, str(RECIPE), *SMALL, "--epochs", "15", "--output-dir", str(output)]
+    running = subprocess.Popen(
+        [*command, *methods],
+        stdout=subprocess.PIPE,
+        text=True,
+        # What a shell starts in the background ignores Ctrl-C, and its children do, too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     for line in running.stdout:
         if re.match(r"client 3 of 3, \d+ samples: training", line):
             time.sleep(0.5)
