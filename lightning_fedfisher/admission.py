@@ -84,12 +84,8 @@ def _differences(first: ClientUpdate, second: ClientUpdate) -> str:
         )
         return shapes | {n: tuple(b.shape) for n, b in update.buffers.items()}
 
-    mine, theirs = describe(first), describe(second)
-    return ", ".join(
-        f"{name} is {theirs.get(name, 'absent')}, not {mine.get(name, 'absent')}"
-        for name in sorted(mine.keys() | theirs.keys())
-        if mine.get(name) != theirs.get(name)
-    )
+    unlike = _unlike(describe(first), describe(second))
+    return ", ".join(f"{name} is {theirs}, not {mine}" for name, mine, theirs in unlike)
 
 
 def check_fit(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -104,10 +100,20 @@ def check_fit(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     new = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    wrong = [
-        f"{name} is {own.get(name, 'absent')} in it, {new.get(name, 'absent')} in the updates"
-        for name in sorted(own.keys() | new.keys())
-        if own.get(name) != new.get(name)
-    ]
-    if wrong:
+    unlike = _unlike(own, new)
+    if unlike:
+        wrong = (
+            f"{name} is {mine} in it, {theirs} in the updates" for name, mine, theirs in unlike
+        )
         raise ValueError("the model does not fit the updates: " + "; ".join(wrong))
+
+
+def _unlike(
+    one: Mapping[str, object], other: Mapping[str, object]
+) -> list[tuple[str, object, object]]:
+    """Names under which two tables differ, with what each holds there."""
+    return [
+        (name, one.get(name, "absent"), other.get(name, "absent"))
+        for name in sorted(one.keys() | other.keys())
+        if one.get(name) != other.get(name)
+    ]
