@@ -7,7 +7,12 @@ of the clients' quadratics.
 
 # Client
 from lightning_fedfisher.callback import FedFisherCallback
-from lightning_fedfisher.extraction import ExtractedCurvature, extract_curvature
+from lightning_fedfisher.extraction import (
+    ExtractedCurvature,
+    ExtractionOptions,
+    extract_curvature,
+    extract_curvatures,
+)
 
 # Server
 from lightning_fedfisher.admission import MergeError
@@ -15,7 +20,14 @@ from lightning_fedfisher.merge_module import FisherMergeModule
 from lightning_fedfisher.methods import METHODS
 
 # What crosses between them, and what it is made of
-from lightning_fedfisher.curvature import KINDS, Curvature, Dense, Diagonal, Identity, Kronecker
+from lightning_fedfisher.curvature import Curvature, Dense, Diagonal, Identity
+from lightning_fedfisher.kronecker import (
+    KINDS,
+    EigenKronecker,
+    Kronecker,
+    LookupEigenKronecker,
+    LookupKronecker,
+)
 from lightning_fedfisher.layers import Layer, UnsupportedModelError, find_layers
 from lightning_fedfisher.update import ClientUpdate
 from lightning_fedfisher.update_header import UpdateError, UpdateHeader
@@ -27,17 +39,22 @@ __all__ = [
     "Curvature",
     "Dense",
     "Diagonal",
+    "EigenKronecker",
     "ExtractedCurvature",
+    "ExtractionOptions",
     "FedFisherCallback",
     "FisherMergeModule",
     "Identity",
     "Kronecker",
     "Layer",
+    "LookupEigenKronecker",
+    "LookupKronecker",
     "MergeError",
     "UnsupportedModelError",
     "UpdateError",
     "UpdateHeader",
     "extract_curvature",
+    "extract_curvatures",
     "find_layers",
 ]
 __version__ = "0.1.0"

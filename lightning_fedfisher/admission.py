@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from lightning_fedfisher.layers import aliases
 from lightning_fedfisher.methods import METHODS, MethodName
 from lightning_fedfisher.update import ClientUpdate
+from lightning_fedfisher.update_file import digest
 from lightning_fedfisher.update_header import UpdateError
 
 UpdateSource = str | os.PathLike[str] | ClientUpdate
@@ -82,30 +84,45 @@ def _differences(first: ClientUpdate, second: ClientUpdate) -> str:
         shapes: dict[str, object] = dict(
             parameter for layer in update.layers for parameter in layer.parameters
         )
-        return shapes | {n: tuple(b.shape) for n, b in update.buffers.items()}
+        shapes |= {n: tuple(b.shape) for n, b in update.buffers.items()}
+        shapes |= {n: _frozen_at(d) for n, d in update.header.frozen.items()}
+        return shapes | {n: f"another name of {a}" for n, a in update.header.aliases.items()}
 
     unlike = _unlike(describe(first), describe(second))
     return ", ".join(f"{name} is {theirs}, not {mine}" for name, mine, theirs in unlike)
 
 
-def check_fit(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+def check_fit(model: nn.Module, state: Mapping[str, Tensor], frozen: Mapping[str, str]) -> None:
     """Refuses a model that cannot take the merged weights.
 
     Args:
         model: to be loaded with them.
         state: the merged parameters and buffers by name.
+        frozen: digests of the parameters that the model must bring along.
 
     Raises:
         ValueError: naming every parameter and buffer that differs.
     """
-    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    new = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    # Other names of a frozen parameter are neither merged nor brought along twice.
+    twice = {name for name, first in aliases(model).items() if first in frozen}
+    own: dict[str, object] = {}
+    for name, tensor in model.state_dict().items():
+        if name in frozen:
+            own[name] = _frozen_at(digest(tensor.detach().cpu()))
+        elif name not in twice:
+            own[name] = tuple(tensor.shape)
+    new: dict[str, object] = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    new |= {name: _frozen_at(found) for name, found in frozen.items()}
     unlike = _unlike(own, new)
     if unlike:
         wrong = (
             f"{name} is {mine} in it, {theirs} in the updates" for name, mine, theirs in unlike
         )
         raise ValueError("the model does not fit the updates: " + "; ".join(wrong))
+
+
+def _frozen_at(found: str) -> str:
+    return f"frozen with digest {found[:8]}"
 
 
 def _unlike(

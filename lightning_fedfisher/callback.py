@@ -14,27 +14,30 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_fedfisher.extraction import (
-    CurvatureType,
     ExtractedCurvature,
-    Forward,
-    check_model,
     check_options,
     extract_curvature,
 )
+from lightning_fedfisher.layers import find_layers
 from lightning_fedfisher.likelihood import FisherType, LikelihoodType
-from lightning_fedfisher.sampling import Shard, deal_samples
+from lightning_fedfisher.replica import Forward
+from lightning_fedfisher.sampling import MaxSamples, Shard, deal_samples, most_samples
 from lightning_fedfisher.strategies import require_whole_model
+from lightning_fedfisher.treatment import CurvatureType
 from lightning_fedfisher.update import ClientUpdate
 from lightning_fedfisher.update_header import UpdateHeader
+
+# Two at least, so that a sample whose logits depend on another is noticed.
+_REHEARSED = 2
 
 
 class FedFisherCallback(Callback):
     """Turns a finished fit into a `ClientUpdate`: the weights and the curvature around them.
 
     With no arguments it works: once the training ends, normally or early, it extracts the curvature
-    over the training samples, each once, and rank 0 writes
+    over every tenth training sample (at least 500), each once, and rank 0 writes
     ``<log dir or default_root_dir>/fedfisher/update.safetensors``. Before the training it rehearses
-    that on one sample, so that what cannot be extracted is refused at once. Weights, gradients,
+    that on two samples, so that what cannot be extracted is refused at once. Weights, gradients,
     modes and random states stay as they are. After an exception or Ctrl-C nothing is written; under
     ``fast_dev_run`` one batch is extracted and nothing written.
 
@@ -56,12 +59,12 @@ class FedFisherCallback(Callback):
         curvature: CurvatureType = "kfac",
         fisher: FisherType = "normalised",
         likelihood: LikelihoodType = "categorical",
-        max_samples: int | None = None,
+        max_samples: MaxSamples = "auto",
         batch_size: int | None = None,
         dataloader: Iterable[Any] | None = None,
         num_samples: int | None = None,
         forward: Forward | None = None,
-        mc_samples: int = 1,
+        draws: int = 1,
         seed: int = 0,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
@@ -72,7 +75,8 @@ class FedFisherCallback(Callback):
             curvature: kind of curvature; ``"identity"`` sends the weights alone.
             fisher: Fisher type.
             likelihood: of the labels given the logits.
-            max_samples: average over a seeded random subset of this size; all samples if None.
+            max_samples: average over a seeded random subset of this size; ``"auto"`` takes every
+                tenth sample but no fewer than 500, None takes all.
             batch_size: samples a batch; the loader's own if None.
             dataloader: the client's samples, if not those behind the training loader, for example
                 without its augmentation.
@@ -80,7 +84,7 @@ class FedFisherCallback(Callback):
                 None, which takes a map-style data set.
             forward: maps ``(module, batch)`` to logits, or ``(logits, labels)``; needed where
                 batches are not ``(x, y)`` or the module's output is not its logits.
-            mc_samples: draws a sample for ``fisher="mc"``.
+            draws: directions a sample for the Fisher types that draw.
             seed: of the subset and of the Monte-Carlo draws.
             metadata: anything to send along, as strings.
 
@@ -92,10 +96,11 @@ class FedFisherCallback(Callback):
             "max_samples": max_samples,
             "num_samples": num_samples,
             "batch_size": batch_size,
-            "mc_samples": mc_samples,
+            "draws": draws,
         }
         for name, value in counts.items():
-            if value is not None and not (isinstance(value, int) and value >= 1):
+            automatic = name == "max_samples" and value == "auto"
+            if not automatic and value is not None and not (isinstance(value, int) and value >= 1):
                 raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
         for item in (metadata or {}).items():
             if not all(isinstance(part, str) for part in item):
@@ -109,7 +114,7 @@ class FedFisherCallback(Callback):
         self._dataloader = dataloader
         self._num_samples = num_samples
         self._forward = forward
-        self._mc_samples = mc_samples
+        self._draws = draws
         self._seed = seed
         self._metadata = dict(metadata or {})
         self.update: ClientUpdate | None = None
@@ -155,17 +160,22 @@ class FedFisherCallback(Callback):
         if not counted and not (bounded and self._num_samples):
             raise ValueError(
                 "samples of an iterable cannot be counted, and it may have no end: pass "
-                "num_samples= (what the client holds) and max_samples= (for its curvature)"
+                "num_samples= (what the client holds), and leave max_samples= a number or 'auto'"
             )
-        check_model(pl_module, self._curvature)
-        if counted:  # a rehearsal on one sample; an iterable might not start anew
-            self._extract(trainer, pl_module, max_samples=1)
+        find_layers(pl_module)
+        if counted:  # a rehearsal; an iterable might not start anew
+            rehearsed = self._extract(trainer, pl_module, max_samples=_REHEARSED)
+            rank_zero_info(f"FedFisherCallback will extract\n{rehearsed.report}")
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         dry = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
         one_batch = getattr(self._loader(trainer), "batch_size", None) or 1
-        extracted = self._extract(trainer, pl_module, one_batch if dry else self._max_samples)
+        most = self._max_samples
+        if self._num_samples and most == "auto":
+            # What an iterable cannot tell.
+            most = most_samples(most, self._num_samples)
+        extracted = self._extract(trainer, pl_module, one_batch if dry else most)
         header = UpdateHeader(
             num_samples=self._num_samples or extracted.population or 0,
             curvature=self._curvature,
@@ -203,7 +213,7 @@ class FedFisherCallback(Callback):
         return loader
 
     def _extract(
-        self, trainer: Trainer, pl_module: LightningModule, max_samples: int | None
+        self, trainer: Trainer, pl_module: LightningModule, max_samples: MaxSamples
     ) -> ExtractedCurvature:
         return extract_curvature(
             pl_module,
@@ -214,7 +224,7 @@ class FedFisherCallback(Callback):
             max_samples=max_samples,
             batch_size=self._batch_size,
             seed=self._seed,
-            mc_samples=self._mc_samples,
+            draws=self._draws,
             forward=self._forward,
             prepare=trainer.strategy.batch_to_device,
             shard=_shard(trainer),

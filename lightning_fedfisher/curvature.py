@@ -88,8 +88,8 @@ class Curvature(ABC):
         return {name: getattr(self, name) for name in self.tensor_shapes(self.shape)}
 
     @classmethod
-    def mean(cls, curvatures: Sequence[Curvature], shares: Sequence[float]) -> Self:
-        """One curvature of this kind that stands for a weighted sum of others.
+    def mean(cls, curvatures: Sequence[Curvature], shares: Sequence[float]) -> Curvature:
+        """One curvature that stands for a weighted sum of others, and that can be inverted.
 
         Every defining tensor is averaged. That is the sum itself where the kind is linear in its
         tensors, and close to it where it is not.
@@ -167,7 +167,7 @@ class Identity(Curvature):
 
     @override
     def power(self, exponent: float) -> Identity:
-        _require_positive(exponent)
+        require_positive(exponent)
         return self
 
     @override
@@ -213,12 +213,12 @@ class Diagonal(Curvature):
 
     @override
     def power(self, exponent: float) -> Diagonal:
-        _require_positive(exponent)
+        require_positive(exponent)
         return Diagonal(self.values.clamp_min(0).pow(exponent))
 
     @override
     def inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
-        damped = _damp(self.values, damping)
+        damped = damp(self.values, damping)
         return lambda matrix: matrix / damped
 
     @override
@@ -229,60 +229,6 @@ class Diagonal(Curvature):
     @override
     def tensor_shapes(cls, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
         return {"values": shape}
-
-
-@dataclass(frozen=True, eq=False)
-class Kronecker(Curvature):
-    """``F W = G W A``: K-FAC (Martens & Grosse, 2015).
-
-    Attributes:
-        output_factor: ``G``, second moment of the gradients at the outputs, ``(out, out)``.
-        input_factor: ``A``, second moment of the inputs, ``(in, in)``.
-    """
-
-    output_factor: Tensor
-    input_factor: Tensor
-    kind: ClassVar[str] = "kronecker"
-
-    @property
-    @override
-    def shape(self) -> tuple[int, int]:
-        return self.output_factor.shape[0], self.input_factor.shape[0]
-
-    @override
-    def apply(self, matrix: Tensor) -> Tensor:
-        return self.output_factor @ matrix @ self.input_factor
-
-    @override
-    def power(self, exponent: float) -> Kronecker:
-        _require_positive(exponent)
-        if exponent == 1:
-            return self
-        # The power of a Kronecker product is the product of the factors' powers.
-        return Kronecker(
-            _symmetric_power(self.output_factor, exponent),
-            _symmetric_power(self.input_factor, exponent),
-        )
-
-    @override
-    def inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
-        output_values, output_basis = _eigen(self.output_factor)
-        input_values, input_basis = _eigen(self.input_factor)
-        spectrum = torch.outer(output_values, input_values)
-        damped = _damp(spectrum, damping)
-        return lambda matrix: (
-            output_basis @ ((output_basis.mT @ matrix @ input_basis) / damped) @ input_basis.mT
-        )
-
-    @override
-    def diagonal(self) -> Tensor:
-        return torch.outer(self.output_factor.diagonal(), self.input_factor.diagonal())
-
-    @classmethod
-    @override
-    def tensor_shapes(cls, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-        rows, columns = shape
-        return {"output_factor": (rows, rows), "input_factor": (columns, columns)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -309,13 +255,13 @@ class Dense(Curvature):
 
     @override
     def power(self, exponent: float) -> Dense:
-        _require_positive(exponent)
-        return Dense(_symmetric_power(self.matrix, exponent), self.size)
+        require_positive(exponent)
+        return Dense(symmetric_power(self.matrix, exponent), self.size)
 
     @override
     def inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
-        values, basis = _eigen(self.matrix)
-        damped = _damp(values, damping)
+        values, basis = eigen(self.matrix)
+        damped = damp(values, damping)
         return lambda matrix: (basis @ ((basis.mT @ matrix.flatten()) / damped)).view(self.size)
 
     @override
@@ -334,34 +280,34 @@ class Dense(Curvature):
         return cls(tensors["matrix"], shape)
 
 
-KINDS: dict[str, type[Curvature]] = {
-    cls.kind: cls for cls in (Identity, Diagonal, Kronecker, Dense)
-}
-"""Every kind by the name under which an update file records it."""
-
-
-def _require_positive(exponent: float) -> None:
+def require_positive(exponent: float) -> None:
+    """Refuses powers that are not greater than zero."""
     if not exponent > 0:
         raise ValueError(f"the power of a curvature must be greater than 0, got {exponent}")
 
 
-def _damp(spectrum: Tensor, damping: float) -> Tensor:
+def damp(spectrum: Tensor, damping: float) -> Tensor:
+    """Adds to every eigenvalue a share of the largest."""
     return spectrum + damping * spectrum.max()
 
 
-def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues and eigenvectors of a symmetric positive semi-definite matrix.
 
     Only what rounding made negative is cut off. Cutting small eigenvalues as well would leave
     directions in which one client resists less than rounding and another pulls. In float64, so that
     an input that is always zero keeps a row that is.
     """
-    values, vectors = torch.linalg.eigh(matrix.double())
-    return values.clamp_min(0).to(matrix.dtype), vectors.to(matrix.dtype)
+    known = (matrix != 0).any(dim=1).nonzero().squeeze(1)
+    found, basis = torch.linalg.eigh(matrix[known][:, known].double())
+    values = basis.new_zeros(len(matrix))
+    vectors = torch.eye(len(matrix), dtype=basis.dtype, device=basis.device)
+    values[known] = found.clamp_min(0)
+    vectors[known.unsqueeze(1), known] = basis
+    return values.to(matrix.dtype), vectors.to(matrix.dtype)
 
 
-def _symmetric_power(matrix: Tensor, exponent: float) -> Tensor:
-    values, vectors = _eigen(matrix.double())
-    powered = (vectors * values.pow(exponent)) @ vectors.mT
-    known = (matrix != 0).any(dim=1)
-    return torch.where(known & known.unsqueeze(1), powered, 0.0).to(matrix.dtype)
+def symmetric_power(matrix: Tensor, exponent: float) -> Tensor:
+    """A power of a symmetric positive semi-definite matrix."""
+    values, vectors = eigen(matrix.double())
+    return ((vectors * values.pow(exponent)) @ vectors.mT).to(matrix.dtype)

@@ -9,7 +9,7 @@ coordinate of Martens & Grosse, 2015). Parameters that fit no such pair form a l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -93,7 +93,10 @@ class Layer:
 
 
 def find_layers(model: nn.Module) -> tuple[Layer, ...]:
-    """Groups all parameters of a model into layers, each parameter exactly once.
+    """Groups the trained parameters of a model into layers, each parameter exactly once.
+
+    A parameter that several modules share is one parameter, under its first name (`aliases` has
+    the others). A frozen one belongs to no layer: it is the same on all clients and is not merged.
 
     Args:
         model: any module; nothing about it is changed.
@@ -102,137 +105,82 @@ def find_layers(model: nn.Module) -> tuple[Layer, ...]:
         The layers, in the order of ``model.named_parameters()``.
 
     Raises:
-        UnsupportedModelError: if parameters are tied, frozen, empty or not yet initialised; all
-            are named at once.
+        UnsupportedModelError: if parameters are empty or not yet initialised, share a part of their
+            memory, or if none is trained; all are named at once.
     """
     offenders = _unusable(model)
     if not any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
-        offenders += _tied(model)
+        offenders += _overlapping(model)
     if offenders:
         raise UnsupportedModelError(offenders)
-    layers = []
+    layers: list[Layer] = []
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
     for path, module in model.named_modules():
-        own = dict(module.named_parameters(prefix=path, recurse=False))
-        shapes = {name: tuple(parameter.shape) for name, parameter in own.items()}
-        weight, bias = (f"{path}.{leaf}".lstrip(".") for leaf in ("weight", "bias"))
-        if set(shapes) == {weight, bias} and shapes[bias] == shapes[weight][:1]:
-            layers.append(Layer(path or weight, ((weight, shapes[weight]), (bias, shapes[bias]))))
-        elif set(shapes) == {weight}:
-            layers.append(Layer(path or weight, ((weight, shapes[weight]),)))
-        else:
-            layers.extend(Layer(name, ((name, shape),)) for name, shape in shapes.items())
+        own = module.named_parameters(prefix=path, recurse=False)
+        shapes = {name: tuple(parameter.shape) for name, parameter in own if name in trained}
+        pairs = {} if isinstance(module, _TRANSPOSED) else _pairs(shapes)
+        for name, shape in shapes.items():
+            if name in pairs:
+                bias = pairs[name]
+                layers.append(Layer(_title(name), ((name, shape), (bias, shapes[bias]))))
+            elif name not in pairs.values():
+                alone = len(shapes) == 1
+                layers.append(Layer(_title(name) if alone else name, ((name, shape),)))
     if not layers:
-        raise UnsupportedModelError(["the model has no parameters"])
+        raise UnsupportedModelError(["the model has no parameters that are trained"])
     return tuple(layers)
 
 
-def require_support(
-    model: nn.Module, layers: Iterable[Layer], why_not: Callable[[nn.Module], str | None]
-) -> None:
-    """Refuses a model with layers that a kind of curvature does not cover.
+def aliases(model: nn.Module) -> dict[str, str]:
+    """Further names of parameters that several modules share.
 
     Args:
-        model: the model the layers were found in.
-        layers: from `find_layers`.
-        why_not: tells why a module is not supported, or None if it is.
-
-    Raises:
-        UnsupportedModelError: naming every layer refused.
-    """
-    offenders = []
-    for layer in layers:
-        module = model.get_submodule(layer.module_name)
-        if reason := why_not(module):
-            names = ", ".join(layer.parameter_names)
-            offenders.append(f"{names} of {type(module).__name__}: {reason}")
-    if offenders:
-        raise UnsupportedModelError(offenders)
-
-
-def require_single_use(model: nn.Module, output: Tensor) -> None:
-    """Refuses parameters that an output depends on in more than one way.
-
-    Args:
-        model: the model, all its parameters requiring gradients.
-        output: computed by it, with its graph.
-
-    Raises:
-        UnsupportedModelError: naming every parameter used more than once, for example by its module
-            and by a function.
-    """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    uses: dict[str, int] = {}
-    pending, seen = [output.grad_fn], set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        for following, _ in node.next_functions:
-            leaf = getattr(following, "variable", None)
-            if id(leaf) in names:
-                uses[names[id(leaf)]] = uses.get(names[id(leaf)], 0) + 1
-            pending.append(following)
-    offenders = [
-        f"{name} is used {count} times in one forward pass: its curvature needs exactly one use"
-        for name, count in sorted(uses.items())
-        if count > 1
-    ]
-    if offenders:
-        raise UnsupportedModelError(offenders)
-
-
-def no_gradient_reaches(names: Iterable[str]) -> list[str]:
-    """One line for each layer that the model's output does not depend on.
-
-    Args:
-        names: of the layers.
+        model: any module.
 
     Returns:
-        Offenders for an `UnsupportedModelError`.
+        The first name of a parameter, by each of its others.
     """
-    return [
-        f"{name}: no gradient reaches it from the logits (it is detached, or its output is not "
-        "used); make it a part of them, or take it out of the module"
-        for name in sorted(names)
-    ]
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        name: first[id(parameter)]
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if first[id(parameter)] != name
+    }
 
 
-def is_plain(module: nn.Module, types: Iterable[type[nn.Module]]) -> bool:
-    """Whether a module computes what one of the types computes.
+def frozen_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that are not trained, by name.
 
     Args:
-        module: any module.
-        types: module types; a subclass counts unless it has a forward pass of its own.
-
-    Returns:
-        True if it does.
+        model: any module.
     """
-    return any(isinstance(module, t) and type(module).forward is t.forward for t in types)
+    return {name: p for name, p in model.named_parameters() if not p.requires_grad}
 
 
-def same_padding(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[tuple[int, int], ...]:
-    """Zeros that a convolution adds before and after, for each spatial dimension.
-
-    Args:
-        module: a convolution; its padding may be a word.
-
-    Returns:
-        A pair for each dimension; ``"same"`` with an even kernel adds one more after than before.
-    """
-    if not isinstance(module.padding, str):
-        return tuple((int(p), int(p)) for p in module.padding)
-    total = [
-        d * (k - 1) if module.padding == "same" else 0
-        for d, k in zip(module.dilation, module.kernel_size, strict=True)
-    ]
-    return tuple((t // 2, t - t // 2) for t in total)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-def _tied(model: nn.Module) -> list[str]:
-    """One line for each group of names that share memory."""
+def _pairs(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """Biases by their weights: as many entries as the weight has rows, and a name that tells."""
+    pairs = {}
+    for name, shape in shapes.items():
+        path, _, leaf = name.rpartition(".")
+        bias = f"{path}.{leaf.replace('weight', 'bias')}".lstrip(".")
+        if "weight" in leaf and shape and shapes.get(bias) == shape[:1]:
+            pairs[name] = bias
+    return pairs
+
+
+def _title(name: str) -> str:
+    """The module's path, for its only layer; else the parameter's own name."""
+    path, _, leaf = name.rpartition(".")
+    return path if path and leaf == "weight" else name
+
+
+def _overlapping(model: nn.Module) -> list[str]:
+    """One line for each group of parameters that share memory without being the same."""
     spans = []
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in model.named_parameters():
         reach = sum((n - 1) * s for n, s in zip(parameter.shape, parameter.stride(), strict=True))
         start = parameter.data_ptr()
         spans.append((start, start + (reach + 1) * parameter.element_size(), name))
@@ -245,7 +193,8 @@ def _tied(model: nn.Module) -> list[str]:
             groups.append([name])
         end = max(end, stop)
     return [
-        f"{' and '.join(group)} are tied: their curvature is not the sum of two layers'; untie them"
+        f"{' and '.join(group)} share memory and are different parameters: make them one, which "
+        "both modules hold, or copy it"
         for group in groups
         if len(group) > 1
     ]
@@ -258,8 +207,20 @@ def _unusable(model: nn.Module) -> list[str]:
             offenders.append(f"{name} is not initialised: run one forward pass first")
         elif parameter.numel() == 0:
             offenders.append(f"{name} is empty: remove it")
-        elif not parameter.requires_grad:
+    for path, module in model.named_modules():
+        if isinstance(module, _BATCH_NORMS) and module.running_mean is None:
             offenders.append(
-                f"{name} is frozen: unfreeze it, or make it a buffer if it is a constant"
+                f"{path or 'the model'} normalises by the statistics of the batch even in eval "
+                "mode, so that there is no curvature of one sample: set track_running_stats=True"
             )
+        for weights in ("weight", "pos_weight"):
+            if isinstance(module, _LOSSES) and isinstance(getattr(module, weights, None), Tensor):
+                offenders.append(
+                    f"{path or 'the model'} is a {type(module).__name__} with {weights}: a "
+                    "likelihood has no class weights; train without, or balance the samples"
+                )
     return offenders
+
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_LOSSES = (nn.CrossEntropyLoss, nn.NLLLoss, nn.BCELoss, nn.BCEWithLogitsLoss)

@@ -2,119 +2,211 @@
 
 Every Fisher type is a second moment of back-propagated *residual directions*: vectors ``v`` in the
 space of a sample's logits, ``F = mean over samples of the sum over directions of J' v v' J``, with
-``J`` the Jacobian of the logits. For the categorical likelihood with ``p = softmax(logits)``:
+``J`` the Jacobian of the logits. A sample holds one or more *observations*, independent given its
+logits: the positions of a categorical likelihood (tokens, pixels), the outputs of a Bernoulli or
+Gaussian one. An observation with residual ``r`` (label minus mean) and label covariance ``S`` has
 
-========== ===================================== =============== ================================
-type       directions of a sample                how many        source
-========== ===================================== =============== ================================
-exact      ``sqrt(p_c) (e_c - p)``, every class  classes         Martens, 2020, section 5
-mc         ``(e_y - p) / sqrt(n)``, ``y ~ p``    n draws         the same
-empirical  ``e_y - p``, ``y`` the label          1               Kunstner et al., 2019
-normalised ``(e_y - p) / ||e_y - p||``           1               this package
-========== ===================================== =============== ================================
+========== ====================================== ==================== =========================
+type       directions of an observation           passes a sample      source
+========== ====================================== ==================== =========================
+exact      columns of a square root of ``S``      up to all logits     Martens, 2020, section 5
+mc         ``r / sqrt(n)``, label drawn           n draws              the same
+empirical  ``r``, the label its own               1                    Kunstner et al., 2019
+normalised ``r / ||r||``                          1                    this package
+========== ====================================== ==================== =========================
+
+where ``S`` is ``diag(p) - p p'`` (categorical, ``p = softmax(logits)``), ``p (1 - p)`` (Bernoulli,
+``p = sigmoid(logit)``) or 1 (Gaussian of unit variance).
 
 The exact Fisher of a sample vanishes as the model grows certain of it, so a merge weighted by it
-forgets what each client knows best. The normalised residual lets every sample speak with one voice.
+forgets what each client knows best. The normalised residual lets every observation speak with one
+voice, however certain. A Bernoulli or Gaussian residual has one entry, so its unit residual is a
+sign, whatever the label and even where the residual is zero: there, `normalised` is the
+Gauss-Newton matrix ``J' J``. Several observations of one sample are back-propagated at once with
+independent random signs, under which their cross terms vanish in expectation (Hutchinson, 1989).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from lightning_fedfisher.observations import Bernoulli, Categorical, Gaussian, Space
+
 FisherType = Literal["exact", "mc", "empirical", "normalised"]
-LikelihoodType = Literal["categorical"]
+LikelihoodType = Literal["categorical", "bernoulli", "gaussian"]
 
 FISHER_TYPES: tuple[FisherType, ...] = get_args(FisherType)
 LIKELIHOODS: tuple[LikelihoodType, ...] = get_args(LikelihoodType)
 
+Draw = Callable[[int], Tensor]
+"""Gives uniform draws from [0, 1) of shape ``(samples, n)`` for a number ``n``."""
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Residual directions of a batch: one for every sample, and further ones for some.
+
+    Attributes:
+        first: of the logits' shape.
+        rows: sample of each further direction, in order.
+        further: further directions by their indices, a tensor of shape ``(k, *logits.shape[1:])``.
+        trace: sum of the squared lengths of all directions, those left out included.
+        discarded: part of it that was left out.
+    """
+
+    first: Tensor
+    rows: Tensor
+    further: Callable[[Tensor], Tensor]
+    trace: float
+    discarded: float = 0.0
+
+    @property
+    def counts(self) -> Tensor:
+        """How many directions each sample has."""
+        return 1 + torch.bincount(self.rows, minlength=len(self.first))
+
+    @property
+    def most(self) -> int:
+        """How many further directions a sample has at most."""
+        return int(self.counts.max()) - 1
+
+    def of(self, samples: Tensor) -> list[Tensor]:
+        """All directions of some samples, those with fewer than others having zeros instead.
+
+        Args:
+            samples: their indices.
+
+        Returns:
+            As many as the sample with most has, each of the logits' shape for these samples.
+        """
+        place = torch.full_like(self.counts, -1)
+        place[samples] = torch.arange(len(samples), device=samples.device)
+        order = torch.arange(len(self.rows), device=self.rows.device)
+        ranks = order - torch.searchsorted(self.rows, self.rows)
+        found = [self.first[samples]]
+        for rank in range(int(self.counts[samples].max()) - 1):
+            indices = ((ranks == rank) & (place[self.rows] >= 0)).nonzero().squeeze(1)
+            whole = torch.zeros_like(found[0])
+            found.append(whole.index_copy(0, place[self.rows[indices]], self.further(indices)))
+        return found
+
 
 def residual_directions(
-    logits: Tensor, labels: Tensor | None, fisher: FisherType, uniforms: Tensor | None = None
-) -> Tensor:
+    logits: Tensor,
+    labels: Tensor | None,
+    fisher: FisherType,
+    likelihood: LikelihoodType = "categorical",
+    *,
+    draw: Draw | None = None,
+    draws: int = 1,
+    tolerance: float = 0.0,
+) -> Directions:
     """Directions in logit space whose back-propagated second moment is the Fisher.
 
     All arithmetic is in float64: a certain sample's residual is far below float32's resolution.
 
     Args:
-        logits: of shape ``(samples, classes)``, at least two classes.
-        labels: class indices of shape ``(samples,)``; needed by ``empirical`` and ``normalised``.
+        logits: of shape ``(samples, classes, *positions)``, at least two classes, for the
+            categorical likelihood; means or logits of shape ``(samples, *outputs)`` for the others.
+        labels: class indices of shape ``(samples, *positions)``, -100 where nothing is
+            observed; of the logits' shape for the other likelihoods. Needed by ``empirical``, and
+            by the categorical ``normalised``.
         fisher: the Fisher type.
-        uniforms: draws from [0, 1) of shape ``(samples, n)``; needed by ``mc``.
+        likelihood: of the labels given the logits.
+        draw: uniform draws; needed by ``mc``, and by ``normalised`` of several observations.
+        draws: directions a sample for the types that draw.
+        tolerance: share of the batch's trace that ``exact`` may leave out.
 
     Returns:
-        Directions of shape ``(n, samples, classes)``, detached, in the logits' dtype.
+        Directions, detached, in the logits' dtype.
 
     Raises:
-        ValueError: if shapes, labels or logits cannot be those of a classifier.
+        ValueError: if shapes, labels or logits cannot be those of the likelihood.
     """
-    _check_logits(logits)
+    _check_logits(logits, likelihood)
     # Apple's GPUs have no float64.
     exact = torch.float32 if logits.device.type == "mps" else torch.float64
-    log_p = torch.log_softmax(logits.detach().to(exact), dim=1)
-    classes = logits.shape[1]
-    if fisher == "exact":
-        p = log_p.exp()
-        one_hot = torch.eye(classes, dtype=exact, device=p.device)
-        directions = p.sqrt().T.unsqueeze(2) * (one_hot.unsqueeze(1) - p)
-    elif fisher == "mc":
-        if uniforms is None:
-            raise ValueError("the mc Fisher needs uniform draws")
-        cumulative = log_p.exp().cumsum(dim=1)
-        drawn = torch.searchsorted(
-            cumulative, uniforms.to(cumulative) * cumulative[:, -1:], right=True
-        )
-        drawn = drawn.clamp_max(classes - 1).T
-        directions = torch.stack([_residual(log_p, y) for y in drawn]) / len(drawn) ** 0.5
+    values = logits.detach().to(exact)
+    if likelihood == "categorical":
+        space: Space = Categorical(values, labels)
     else:
-        y = _check_labels(labels, logits)
-        residual = _unit_residual(log_p, y) if fisher == "normalised" else _residual(log_p, y)
-        directions = residual.unsqueeze(0)
-    result: Tensor = directions.to(logits.dtype)
-    return result
+        space = (Bernoulli if likelihood == "bernoulli" else Gaussian)(values, labels)
+    if fisher == "exact":
+        found = _in_parts(space, space.parts(), tolerance)
+    elif fisher == "empirical":
+        found = _jointly(space, [space.residual()])
+    elif space.observations == 1 and fisher == "normalised":
+        found = _jointly(space, [space.unit_residual()])
+    else:
+        if draw is None:
+            raise ValueError(f"the {fisher} Fisher of these labels needs uniform draws")
+        uniforms = draw(draws * space.observations).to(values)
+        uniforms = uniforms.reshape(len(logits), draws, space.observations).transpose(0, 1)
+        if fisher == "mc" and likelihood == "categorical" and space.observations == 1:
+            # Equal draws are one direction.
+            found = _in_parts(space, space.parts(uniforms.squeeze(2).T), 0.0)
+        elif fisher == "mc":
+            found = _jointly(space, [space.drawn_residual(u) / math.sqrt(draws) for u in uniforms])
+        else:
+            unit = space.unit_residual()
+            signs = (uniforms < 0.5).to(unit) * 2 - 1
+            found = _jointly(space, [space.signed(unit, s) / math.sqrt(draws) for s in signs])
+    dtype, further = logits.dtype, found.further
+    return Directions(
+        found.first.to(dtype),
+        found.rows,
+        lambda indices: further(indices).to(dtype),
+        found.trace,
+        found.discarded,
+    )
 
 
-def _residual(log_p: Tensor, y: Tensor) -> Tensor:
-    """``e_y - p``, with ``1 - p_y`` summed from the other classes, which loses no digits."""
-    others = log_p.exp().scatter(1, y.unsqueeze(1), 0.0)
-    return (-others).scatter(1, y.unsqueeze(1), others.sum(dim=1, keepdim=True))
-
-
-def _unit_residual(log_p: Tensor, y: Tensor) -> Tensor:
-    """``e_y - p`` at unit length.
-
-    Scaled by the largest wrong class before leaving log space, so that it stays finite and exact
-    however certain the model is: the limit of the direction exists where the residual is zero.
-    """
-    others = log_p.scatter(1, y.unsqueeze(1), -torch.inf)
-    residual = _residual(others - others.amax(dim=1, keepdim=True), y)
-    length: Tensor = torch.linalg.vector_norm(residual, dim=1, keepdim=True)
-    return residual / length
-
-
-def _check_logits(logits: Tensor) -> None:
-    if logits.ndim != 2 or logits.shape[1] < 2:
+def _check_logits(logits: Tensor, likelihood: LikelihoodType) -> None:
+    if likelihood == "categorical" and (logits.ndim < 2 or logits.shape[1] < 2):
         raise ValueError(
-            "the categorical likelihood needs logits of shape (samples, classes) with at least "
-            f"2 classes, got {tuple(logits.shape)}: pass `forward` to map a batch to such logits"
+            "the categorical likelihood needs logits of shape (samples, classes, *positions) with "
+            f"at least 2 classes, got {tuple(logits.shape)}: pass `forward` to map a batch to such "
+            "logits"
         )
-    if len(logits) == 0:
+    if logits.ndim < 1 or logits.numel() == 0:
         raise ValueError("a batch holds no samples: leave it out")
     if not torch.isfinite(logits).all():
         raise ValueError("the model's logits are not finite: it has diverged, or a batch holds NaN")
 
 
-def _check_labels(labels: Tensor | None, logits: Tensor) -> Tensor:
-    samples, classes = logits.shape
-    if labels is None:
-        raise ValueError("this Fisher type needs labels, and the batch holds none")
-    if labels.shape != (samples,) or labels.is_floating_point():
-        raise ValueError(
-            f"labels must be class indices of shape ({samples},), got {tuple(labels.shape)} "
-            f"of {labels.dtype}"
-        )
-    if labels.min() < 0 or labels.max() >= classes:
-        raise ValueError(f"labels must lie in [0, {classes}), got [{labels.min()}, {labels.max()}]")
-    return labels.to(torch.int64)
+def _jointly(space: Space, directions: list[Tensor]) -> Directions:
+    """One direction of all observations together, or the same number of them for every sample."""
+    samples = len(directions[0])
+    rows = torch.arange(samples, device=directions[0].device).repeat_interleave(len(directions) - 1)
+
+    stacked = torch.stack(directions)
+
+    def further(indices: Tensor) -> Tensor:
+        return stacked[indices % (len(directions) - 1) + 1, rows[indices]]
+
+    trace = sum(float(direction.square().sum()) for direction in directions)
+    return Directions(directions[0], rows, further, trace)
+
+
+def _in_parts(space: Space, squares: Tensor, tolerance: float) -> Directions:
+    """The longest direction of every sample, and all others but the shortest of the batch."""
+    trace = float(squares.sum())
+    ascending, order = squares.flatten().sort()
+    kept = torch.zeros_like(ascending, dtype=torch.bool)
+    kept[order] = (ascending.cumsum(0) > tolerance * trace) & (ascending > 0)
+    kept = kept.view_as(squares)
+    longest = squares.argmax(dim=1, keepdim=True)
+    kept.scatter_(1, longest, False)
+    rows, parts = kept.nonzero(as_tuple=True)
+    everyone = torch.arange(len(squares), device=squares.device)
+    first = space.part(everyone, longest.squeeze(1))
+    covered = float(squares.gather(1, longest).sum()) + float(squares[rows, parts].sum())
+    return Directions(
+        first, rows, lambda i: space.part(rows[i], parts[i]), trace, max(trace - covered, 0.0)
+    )

@@ -102,7 +102,7 @@ class FisherMergeModule(LightningModule):
         self._dtypes = {n: t.dtype for n, t in self.updates[0].parameters.items()}
         self._target: list[nn.Module] = [] if model is None else [model]
         if model is not None:
-            check_fit(model, self.merged_state_dict())
+            check_fit(model, self.merged_state_dict(), self.updates[0].header.frozen)
         self._replica: list[nn.Module] = []
         self._accuracy, self._nll = MeanMetric(), MeanMetric()
         self._validation_samples = 0
@@ -117,7 +117,8 @@ class FisherMergeModule(LightningModule):
         """The merged model: parameters and buffers by name, as the clients named them.
 
         Returns:
-            Tensors on the CPU, in the clients' own dtypes. Before the fit, the average.
+            Tensors on the CPU, in the clients' own dtypes. Before the fit, the average. Parameters
+            that the clients had frozen are not among them: the model brings its own.
         """
         return {name: tensor.cpu() for name, tensor in self._state().items()}
 
@@ -225,13 +226,16 @@ class FisherMergeModule(LightningModule):
         self._solvers.clear()
         self._progress.clear()
         if self._target:
-            self._target[0].load_state_dict(self.merged_state_dict())
+            # What is missing are parameters that no client trained; they stay.
+            self._target[0].load_state_dict(self.merged_state_dict(), strict=False)
 
     def _state(self) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}
         for layer, matrix in zip(self.layers, self.merged, strict=True):
             for name, tensor in layer.split(matrix.detach()).items():
                 state[name] = tensor.to(self._dtypes[name])
+        for name, first in self.updates[0].header.aliases.items():
+            state[name] = state[first]
         return state | {n: t.to(self.device) for n, t in self._merged_buffers.items()}
 
     def _weights(self, layer: Layer) -> list[Tensor]:

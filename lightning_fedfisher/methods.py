@@ -104,7 +104,7 @@ METHODS: dict[MethodName, Method] = {
         keeps_best=True,
     ),
     "fedfisher": Method(
-        ("kfac", "diagonal", "dense"),
+        ("kfac", "ekfac", "diagonal", "dense"),
         (),
         _temper,
         exact_solver,

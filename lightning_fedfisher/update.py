@@ -6,6 +6,7 @@ names file and tensor.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,9 +15,10 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from lightning_fedfisher.curvature import KINDS, Curvature
-from lightning_fedfisher.layers import Layer
-from lightning_fedfisher.update_file import UpdateFile, write_file
+from lightning_fedfisher.curvature import Curvature
+from lightning_fedfisher.kronecker import KINDS
+from lightning_fedfisher.layers import Layer, aliases, frozen_parameters
+from lightning_fedfisher.update_file import UpdateFile, digest, write_file
 from lightning_fedfisher.update_header import UpdateError, UpdateHeader, inconsistencies
 
 
@@ -59,8 +61,10 @@ class ClientUpdate:
         """Takes the update of a trained model.
 
         Args:
-            model: the model the curvature belongs to; its tensors are copied to the CPU.
-            header: what is sent with them; its kinds are those of the blocks.
+            model: the model the curvature belongs to; its tensors are copied to the CPU. Frozen
+                parameters are not sent, only their digests.
+            header: what is sent with them; its kinds are those of the blocks, and what it says of
+                shared and frozen parameters is taken from the model.
             blocks: the curvature of each layer, by layer name.
 
         Returns:
@@ -69,8 +73,13 @@ class ClientUpdate:
         Raises:
             UpdateError: if a weight, buffer or block is not finite; all are named.
         """
+        frozen = {n: digest(p.detach().cpu()) for n, p in frozen_parameters(model).items()}
+        shared = {n: first for n, first in aliases(model).items() if first not in frozen}
+        header = dataclasses.replace(header, aliases=shared, frozen=frozen)
         named: dict[str, Tensor] = {
-            f"parameters/{name}": tensor for name, tensor in model.named_parameters()
+            f"parameters/{name}": tensor
+            for name, tensor in model.named_parameters()
+            if name not in frozen
         }
         persistent = model.state_dict()
         for name, tensor in model.named_buffers():
@@ -99,7 +108,7 @@ class ClientUpdate:
 
     @property
     def parameters(self) -> dict[str, Tensor]:
-        """All weights by parameter name."""
+        """All trained weights by parameter name."""
         return {name: self._tensors[f"parameters/{name}"] for name in self._names("parameters")}
 
     @property

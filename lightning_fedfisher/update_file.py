@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_fedfisher.update_header import UpdateError, UpdateHeader, is_possible
 
-SCHEMA = 1
+SCHEMA = 2
 _METADATA_KEY = "lightning_fedfisher"
 _FLOATS = {"F16", "BF16", "F32", "F64"}
 _BUFFER_TYPES = _FLOATS | {"BOOL", "U8", "I8", "I16", "I32", "I64"}
@@ -38,12 +38,12 @@ def write_file(path: Path, header: UpdateHeader, tensors: Mapping[str, Tensor]) 
     fields = {
         **asdict(header),
         "schema": SCHEMA,
-        "digests": {name: _digest(tensor) for name, tensor in tensors.items()},
+        "digests": {name: digest(tensor) for name, tensor in tensors.items()},
     }
     # One entry of sorted JSON: with several, the order of the bytes changes from run to run.
     text = json.dumps(fields, sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    metadata = {_METADATA_KEY: json.dumps({"digest": digest, "header": text}, sort_keys=True)}
+    own = hashlib.sha256(text.encode()).hexdigest()
+    metadata = {_METADATA_KEY: json.dumps({"digest": own, "header": text}, sort_keys=True)}
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         save_file(dict(tensors), partial, metadata)
@@ -116,7 +116,7 @@ class UpdateFile(Mapping[str, Tensor]):
                 tensor: Tensor = file.get_tensor(name)
         except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:
             raise UpdateError(str(self._path), [f"{name} cannot be read: {error}"]) from error
-        if self._digests.get(name) != _digest(tensor):
+        if self._digests.get(name) != digest(tensor):
             raise UpdateError(
                 str(self._path), [f"{name} does not match its digest: the file is damaged"]
             )
@@ -129,8 +129,15 @@ class UpdateFile(Mapping[str, Tensor]):
         return len(self.shapes)
 
 
-def _digest(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's type, shape and bytes."""
-    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's type, shape and bytes.
+
+    Args:
+        tensor: on the CPU.
+
+    Returns:
+        In hexadecimal.
+    """
+    found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
-from lightning_fedfisher.curvature import KINDS
+from lightning_fedfisher.kronecker import KINDS
 from lightning_fedfisher.layers import Layer
 
 _MOST_ELEMENTS, _MOST_DIMENSIONS = 2**48, 16
@@ -44,6 +44,8 @@ class UpdateHeader:
         layers: the model's layers, which cover each parameter exactly once.
         kinds: kind of each layer's block, by layer name.
         metadata: anything the client wants to add, as strings.
+        aliases: further names of parameters that several modules share, with the first.
+        frozen: digest of each parameter that was not trained, and is not sent.
 
     Raises:
         TypeError, ValueError: if an attribute, down to the shapes, is not of its type.
@@ -57,13 +59,15 @@ class UpdateHeader:
     layers: tuple[Layer, ...]
     kinds: Mapping[str, str]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    frozen: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "curvature_samples"):
             _typed(int, getattr(self, name))
         for name in ("curvature", "fisher", "likelihood"):
             _typed(str, getattr(self, name))
-        for table in (self.kinds, self.metadata):
+        for table in (self.kinds, self.metadata, self.aliases, self.frozen):
             for key, value in table.items():
                 _typed(str, key), _typed(str, value)
         for layer in self.layers:
@@ -132,6 +136,14 @@ def inconsistencies(header: UpdateHeader, shapes: Mapping[str, tuple[int, ...]])
             expected[f"parameters/{name}"] = shape
         for part, shape in kind.tensor_shapes(layer.shape).items():
             expected[f"curvature/{layer.name}/{part}"] = shape
+    for name, first in header.aliases.items():
+        if f"parameters/{first}" not in expected or f"parameters/{name}" in expected:
+            offenders.append(f"{name} cannot be another name of {first}")
+    offenders += [
+        f"{name} is frozen and trained"
+        for name in header.frozen
+        if f"parameters/{name}" in expected
+    ]
     found = {name: shape for name, shape in shapes.items() if not name.startswith("buffers/")}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):

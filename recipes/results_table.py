@@ -5,6 +5,7 @@ Usage: ``python recipes/results_table.py recipes/results/*.json``
 
 from __future__ import annotations
 
+import csv
 import json
 import statistics
 import sys
@@ -68,6 +69,79 @@ def costs_table(result: dict[str, Any]) -> str:
             ]
         )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Reads the rows of a curvature study.
+
+    Args:
+        path: of its CSV file, whose comments tell date and hardware.
+
+    Returns:
+        One dictionary a row.
+    """
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+    return list(csv.DictReader(lines))
+
+
+def study_table(rows: Sequence[dict[str, str]]) -> str:
+    """Merged accuracy by setting: a column for each federation, and their mean.
+
+    Args:
+        rows: from `read_rows`.
+
+    Returns:
+        A Markdown table of test accuracies in percent, negative log-likelihoods and upload sizes.
+    """
+    cells = list(dict.fromkeys(_cell(row) for row in rows))
+    settings = list(dict.fromkeys(_setting(row) for row in rows))
+    found = {(_setting(row), _cell(row)): row for row in rows}
+    table = [
+        ["curvature", "Fisher", "samples", *cells, "mean", "NLL", "upload"],
+        ["---", "---", "---:", *["---:"] * (len(cells) + 3)],
+    ]
+    for setting in settings:
+        here = [found[setting, cell] for cell in cells]
+        accuracies = [float(row["accuracy"]) for row in here]
+        nll = statistics.mean(float(row["nll"]) for row in here)
+        sizes = [float(row["upload_bytes"]) / float(row["fedavg_bytes"]) for row in here]
+        low, high = f"{min(sizes):.1f}", f"{max(sizes):.1f}"
+        table.append(
+            [
+                *setting,
+                *(f"{accuracy:.1f}" for accuracy in accuracies),
+                f"{statistics.mean(accuracies):.2f}",
+                f"{nll:.2f}",
+                low if low == high else f"{low}-{high}",
+            ]
+        )
+    return "\n".join(f"| {' | '.join(row)} |" for row in table)
+
+
+def benchmark_table(report: dict[str, Any]) -> str:
+    """What extraction cost beside other libraries.
+
+    Args:
+        report: of ``extraction_benchmark.py`` on a trained client.
+
+    Returns:
+        A Markdown table.
+    """
+    table = [["what", "seconds", "training epochs"], ["---", "---:", "---:"]]
+    for name, row in report["rows"].items():
+        if "failed" in row:
+            table.append([name, f"failed: {row['failed'].splitlines()[0][:80]}", ""])
+        else:
+            table.append([name, f"{row['seconds']:.2f}", f"{row['epochs']:.1f}"])
+    return "\n".join(f"| {' | '.join(row)} |" for row in table)
+
+
+def _cell(row: dict[str, str]) -> str:
+    return f"{row['model']} a{row['alpha']} p{row['partition_seed']}"
+
+
+def _setting(row: dict[str, str]) -> tuple[str, str, str]:
+    return row["curvature"], row["fisher"], row["samples"]
 
 
 def _title(config: dict[str, Any]) -> str:

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_fedfisher.curvature import KINDS, Dense, Diagonal, Identity, Kronecker
+from lightning_fedfisher.curvature import Dense, Diagonal, Identity
+from lightning_fedfisher.kronecker import (
+    KINDS,
+    EigenKronecker,
+    Kronecker,
+    LookupEigenKronecker,
+    LookupKronecker,
+)
 
 SHAPE = (3, 4)
 CPU = torch.device("cpu")
@@ -32,6 +39,21 @@ def _make(kind, singular=False, seed=0):
             _factor(rows, rows + 2 - 3 * less, generator),
             _factor(columns, columns + 2 - 4 * less, generator),
         )
+    if kind == "lookup_kronecker":
+        values = torch.rand(rows, dtype=torch.float64, generator=generator) + 0.1
+        values[0] *= not singular
+        return LookupKronecker(values, _factor(columns, 2 if singular else 6, generator))
+    if "ekfac" in kind:
+        spectrum = torch.rand(SHAPE, dtype=torch.float64, generator=generator) + 0.1
+        spectrum[:, 0] *= not singular
+        output_basis, input_basis = (
+            torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator)).Q
+            for n in SHAPE
+        )
+        if kind == "ekfac":
+            return EigenKronecker(output_basis, input_basis, spectrum)
+        return LookupEigenKronecker(input_basis, spectrum)
+    assert kind == "dense"
     return Dense(_factor(rows * columns, 5 if singular else 20, generator), SHAPE)
 
 
@@ -43,6 +65,14 @@ def _reference_dense(curvature):
         return torch.diag(curvature.values.flatten())
     if isinstance(curvature, Kronecker):
         return torch.kron(curvature.output_factor, curvature.input_factor)
+    if isinstance(curvature, LookupKronecker):
+        return torch.kron(torch.diag(curvature.output_values), curvature.input_factor)
+    if isinstance(curvature, EigenKronecker | LookupEigenKronecker):
+        rows = torch.eye(SHAPE[0], dtype=curvature.spectrum.dtype)
+        if isinstance(curvature, EigenKronecker):
+            rows = curvature.output_basis
+        basis = torch.kron(rows.contiguous(), curvature.input_basis.contiguous())
+        return basis @ torch.diag(curvature.spectrum.flatten()) @ basis.T
     return curvature.matrix
 
 
@@ -66,7 +96,15 @@ singular_or_not = pytest.mark.parametrize("singular", [False, True], ids=["regul
 
 
 def test_the_names_of_the_kinds_are_a_format():
-    assert set(KINDS) == {"identity", "diagonal", "kronecker", "dense"}
+    assert set(KINDS) == {
+        "identity",
+        "diagonal",
+        "kronecker",
+        "lookup_kronecker",
+        "ekfac",
+        "lookup_ekfac",
+        "dense",
+    }
     assert all(cls.kind == kind for kind, cls in KINDS.items())
 
 
@@ -132,6 +170,16 @@ def test_power_of_a_rank_one_matrix_is_finite(kind, dtype):
         "kronecker": lambda: Kronecker(
             torch.outer(vector[:3], vector[:3]), torch.outer(vector[:4], vector[:4])
         ),
+        "lookup_kronecker": lambda: LookupKronecker(
+            torch.tensor([1, 0, -1e-9], dtype=dtype), torch.outer(vector[:4], vector[:4])
+        ),
+        "ekfac": lambda: EigenKronecker(
+            *(torch.eye(n, dtype=dtype) for n in SHAPE),
+            torch.eye(12, dtype=dtype)[0].view(SHAPE) - 1e-9,
+        ),
+        "lookup_ekfac": lambda: LookupEigenKronecker(
+            torch.eye(4, dtype=dtype), torch.eye(12, dtype=dtype)[0].view(SHAPE) - 1e-9
+        ),
         "dense": lambda: Dense(torch.outer(vector, vector), SHAPE),
     }[kind]()
     for exponent in EXPONENTS:
@@ -169,11 +217,49 @@ def test_inverse_without_damping(kind):
 def test_mean_averages_every_tensor(kind):
     curvatures, shares = [_make(kind, seed=seed) for seed in range(3)], [0.5, 0.3, 0.2]
     mean = KINDS[kind].mean(curvatures, shares)
-    assert type(mean) is KINDS[kind]
+    if "ekfac" in kind:
+        # Bases cannot be averaged: the nearest Kronecker products are.
+        curvatures = [curvature.kronecker() for curvature in curvatures]
+    assert type(mean) is type(curvatures[0])
     assert mean.shape == SHAPE
     for name, tensor in mean.tensors().items():
         expected = sum(p * c.tensors()[name] for p, c in zip(shares, curvatures, strict=True))
         _close(tensor, expected)
+
+
+@pytest.mark.parametrize("kind", ["kronecker", "lookup_kronecker"])
+@singular_or_not
+def test_an_eigendecomposition_is_the_same_operator(kind, singular):
+    curvature = _make(kind, singular)
+    turned = curvature.eigen()
+    assert turned.kind == kind.replace("kronecker", "ekfac")
+    _close(_reference_dense(turned), _reference_dense(curvature))
+
+
+@pytest.mark.parametrize("kind", ["kronecker", "lookup_kronecker"])
+def test_the_kronecker_product_of_an_eigendecomposition_is_the_first(kind):
+    curvature = _make(kind)
+    back = curvature.eigen().kronecker()
+    assert type(back) is type(curvature)
+    _close(_reference_dense(back), _reference_dense(curvature))
+
+
+@pytest.mark.parametrize("kind", ["ekfac", "lookup_ekfac"])
+@singular_or_not
+def test_the_kronecker_product_of_a_spectrum_keeps_its_traces(kind, singular):
+    curvature = _make(kind, singular)
+    dense, product = (
+        _reference_dense(c).view(*SHAPE, *SHAPE) for c in (curvature, curvature.kronecker())
+    )
+    for trace in ("iaja->ij", "aiaj->ij"):
+        _close(torch.einsum(trace, product), torch.einsum(trace, dense))
+
+
+def test_a_spectrum_of_zeros_has_a_kronecker_product_of_zeros():
+    for kind in ("ekfac", "lookup_ekfac"):
+        curvature = _make(kind)
+        nothing = curvature.with_spectrum(torch.zeros(SHAPE, dtype=torch.float64)).kronecker()
+        assert _reference_dense(nothing).abs().max() == 0
 
 
 @pytest.mark.parametrize("kind", ["identity", "diagonal", "dense"])
@@ -183,7 +269,7 @@ def test_mean_is_the_weighted_sum_where_the_kind_is_linear(kind):
     _close(_reference_dense(KINDS[kind].mean(curvatures, shares)), expected)
 
 
-@every_kind
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "ekfac" not in kind])
 def test_mean_of_one_is_itself(kind):
     curvature = _make(kind)
     mean = KINDS[kind].mean([curvature, curvature], [0.25, 0.75])
@@ -201,7 +287,7 @@ def test_tensors_round_trip(kind):
     assert torch.equal(_reference_dense(again), _reference_dense(curvature))
 
 
-@pytest.mark.parametrize("kind", ["diagonal", "kronecker", "dense"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "identity"])
 def test_from_tensors_refuses_what_does_not_fit(kind):
     tensors = _make(kind).tensors()
     name = next(iter(tensors))
@@ -210,7 +296,7 @@ def test_from_tensors_refuses_what_does_not_fit(kind):
         missing,
         tensors | {"surplus": torch.ones(1)},
         tensors | {name: tensors[name][:-1]},
-        tensors | {name: tensors[name].flatten()},
+        tensors | {name: tensors[name].unsqueeze(0)},
     ):
         with pytest.raises(ValueError, match=f"{kind} curvature of a .* needs tensors of shapes"):
             KINDS[kind].from_tensors(wrong, SHAPE)

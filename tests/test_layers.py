@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_fedfisher.layers import Layer, UnsupportedModelError, find_layers, require_support
+from lightning_fedfisher.layers import (
+    Layer,
+    UnsupportedModelError,
+    aliases,
+    find_layers,
+    frozen_parameters,
+)
 
 
 class _Bare(nn.Module):
@@ -120,6 +126,15 @@ def test_known_layers():
     assert (weight.name, weight.shape) == ("0.weight", (2, 12))
     assert (bias.name, bias.shape) == ("0.bias", (3, 1))
 
+    # A weight and its bias find each other by name and shape, in any module.
+    gru = {layer.name: layer.parameter_names for layer in find_layers(nn.GRU(3, 2))}
+    assert gru == {
+        "weight_ih_l0": ("weight_ih_l0", "bias_ih_l0"),
+        "weight_hh_l0": ("weight_hh_l0", "bias_hh_l0"),
+    }
+    attention = {layer.name: layer.shape for layer in find_layers(nn.MultiheadAttention(4, 2))}
+    assert attention == {"in_proj_weight": (12, 5), "out_proj": (4, 5)}
+
     bare = {layer.name: layer for layer in find_layers(_Bare())}
     assert {name: layer.shape for name, layer in bare.items()} == {
         "token": (2, 12),
@@ -140,7 +155,7 @@ def test_the_model_is_left_alone():
         assert parameter.grad is None
 
 
-def test_tied_frozen_and_empty_parameters_are_named_in_one_error():
+def _tied():
     shared = nn.Linear(3, 3)
     model = nn.ModuleDict(
         {
@@ -148,25 +163,69 @@ def test_tied_frozen_and_empty_parameters_are_named_in_one_error():
             "same_parameter": nn.Linear(3, 3),
             "module": shared,
             "same_module": shared,
-            "memory": nn.Linear(3, 3, bias=False),
-            "same_memory": nn.Linear(3, 3, bias=False),
-            "frozen": nn.Linear(3, 3),
-            "empty": nn.ParameterList([nn.Parameter(torch.empty(0, 3))]),
             "good": nn.Linear(3, 3),
         }
     )
     model["same_parameter"].weight = model["parameter"].weight
+    return model
+
+
+def test_a_shared_parameter_is_one_under_its_first_name():
+    model = _tied()
+    assert {layer.name: layer.parameter_names for layer in find_layers(model)} == {
+        "parameter": ("parameter.weight", "parameter.bias"),
+        "same_parameter.bias": ("same_parameter.bias",),
+        "module": ("module.weight", "module.bias"),
+        "good": ("good.weight", "good.bias"),
+    }
+    assert aliases(model) == {
+        "same_parameter.weight": "parameter.weight",
+        "same_module.weight": "module.weight",
+        "same_module.bias": "module.bias",
+    }
+    assert aliases(_deep()) == {}
+
+
+def test_frozen_parameters_belong_to_no_layer():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    model[0].bias.requires_grad_(False)
+    model[1].requires_grad_(False)
+    model[2].weight.requires_grad_(False)
+    assert {layer.name: layer.parameter_names for layer in find_layers(model)} == {
+        "0": ("0.weight",),
+        "2.bias": ("2.bias",),
+        "3": ("3.weight", "3.bias"),
+    }
+    frozen = frozen_parameters(model)
+    assert list(frozen) == ["0.bias", "1.weight", "1.bias", "2.weight"]
+    assert frozen["1.weight"] is model[1].weight
+    assert frozen_parameters(_deep()) == {}
+    # A frozen parameter may be shared: it has one name too.
+    shared = _tied()
+    shared["parameter"].weight.requires_grad_(False)
+    assert list(frozen_parameters(shared)) == ["parameter.weight"]
+
+
+def test_what_cannot_be_used_is_named_in_one_error():
+    model = nn.ModuleDict(
+        {
+            "memory": nn.Linear(3, 3, bias=False),
+            "same_memory": nn.Linear(3, 3, bias=False),
+            "empty": nn.ParameterList([nn.Parameter(torch.empty(0, 3))]),
+            "weighted": nn.CrossEntropyLoss(weight=torch.ones(3)),
+            "positive": nn.BCEWithLogitsLoss(pos_weight=torch.ones(3)),
+            "loss": nn.CrossEntropyLoss(),
+            "good": nn.Linear(3, 3),
+        }
+    )
     model["same_memory"].weight.data = model["memory"].weight.data
-    model["frozen"].bias.requires_grad_(False)
     with pytest.raises(UnsupportedModelError) as caught:
         find_layers(model)
     expected = (
-        ("parameter.weight", "same_parameter.weight", "tied"),
-        ("module.weight", "same_module.weight", "tied"),
-        ("module.bias", "same_module.bias", "tied"),
-        ("memory.weight", "same_memory.weight", "tied"),
-        ("frozen.bias", "frozen:"),
-        ("empty.0", "empty:"),
+        ("memory.weight", "same_memory.weight", "share memory"),
+        ("empty.0", "is empty"),
+        ("weighted", "CrossEntropyLoss with weight", "class weights"),
+        ("positive", "BCEWithLogitsLoss with pos_weight", "class weights"),
     )
     assert len(caught.value.offenders) == len(expected)
     for words in expected:
@@ -178,19 +237,46 @@ def test_tied_frozen_and_empty_parameters_are_named_in_one_error():
         assert offender in str(caught.value)
 
 
-def test_two_empty_parameters_are_not_tied():
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss, nn.NLLLoss, nn.BCELoss])
+def test_a_loss_with_class_weights_is_refused(loss):
+    model = _Wrapper(nn.Linear(3, 2))
+    model.loss = loss()
+    assert len(find_layers(model)) == 1
+    model.loss = loss(weight=torch.ones(2))
+    with pytest.raises(UnsupportedModelError, match=r"loss is a .*class weights"):
+        find_layers(model)
+
+
+def test_two_empty_parameters_share_no_memory():
     model = nn.ParameterList([nn.Parameter(torch.empty(0)), nn.Parameter(torch.empty(0))])
     with pytest.raises(UnsupportedModelError) as caught:
         find_layers(model)
     assert len(caught.value.offenders) == 2
-    assert "tied" not in str(caught.value)
+    assert "share" not in str(caught.value)
 
 
-def test_a_decoder_that_shares_its_encoders_memory_transposed_is_tied():
+def _transposed_decoder():
     model = nn.Sequential(nn.Linear(4, 3, bias=False), nn.Linear(3, 4, bias=False))
     model[1].weight.data = model[0].weight.data.T
-    with pytest.raises(UnsupportedModelError, match="tied"):
-        find_layers(model)
+    return model
+
+
+def _part_of_another():
+    model = nn.ParameterDict({"whole": torch.randn(4, 4)})
+    model["rows"] = nn.Parameter(model["whole"].data[1:3])
+    return model
+
+
+@pytest.mark.parametrize("build", [_transposed_decoder, _part_of_another])
+def test_different_parameters_that_overlap_in_memory_are_refused(build):
+    with pytest.raises(UnsupportedModelError, match="share memory"):
+        find_layers(build())
+
+
+def test_neighbours_in_one_buffer_do_not_overlap():
+    flat = torch.randn(21)
+    model = nn.ParameterList([nn.Parameter(flat[:9].view(3, 3)), nn.Parameter(flat[9:])])
+    assert len(find_layers(model)) == 2
 
 
 def test_a_lazy_parameter_is_named():
@@ -201,17 +287,5 @@ def test_a_lazy_parameter_is_named():
 def test_a_model_without_parameters_is_refused():
     with pytest.raises(UnsupportedModelError, match="no parameters"):
         find_layers(nn.Sequential(nn.ReLU(), nn.Flatten()))
-
-
-def test_require_support_names_every_refused_layer():
-    model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2), nn.Linear(2, 2), nn.PReLU())
-    layers = find_layers(model)
-    require_support(model, layers, lambda module: None)
-    with pytest.raises(UnsupportedModelError) as caught:
-        require_support(
-            model, layers, lambda module: None if isinstance(module, nn.Linear) else "why not"
-        )
-    assert caught.value.offenders == (
-        "1.weight, 1.bias of LayerNorm: why not",
-        "3.weight of PReLU: why not",
-    )
+    with pytest.raises(UnsupportedModelError, match="no parameters that are trained"):
+        find_layers(nn.Linear(3, 2).requires_grad_(False))

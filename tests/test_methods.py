@@ -7,21 +7,27 @@ from typing import get_args
 import pytest
 import torch
 
-from lightning_fedfisher.curvature import Dense, Diagonal, Identity, Kronecker
+from lightning_fedfisher.curvature import Dense, Diagonal, Identity
 from lightning_fedfisher.extraction import CURVATURE_TYPES
+from lightning_fedfisher.kronecker import (
+    EigenKronecker,
+    Kronecker,
+    LookupEigenKronecker,
+    LookupKronecker,
+)
 from lightning_fedfisher.likelihood import FISHER_TYPES
 from lightning_fedfisher.methods import METHODS, MethodName
 from lightning_fedfisher.quadratic import Quadratic
 
 PUBLISHED = ("fedfisher_diag", "fedfisher_kfac")
 ACCEPTED = {
-    "fedavg": {("identity", ""), *product(("diagonal", "kfac", "dense"), FISHER_TYPES)},
+    "fedavg": {("identity", ""), *product(("diagonal", "kfac", "ekfac", "dense"), FISHER_TYPES)},
     "fisher_merge": set(product(("diagonal",), FISHER_TYPES)),
     "fedfisher_diag": {("diagonal", "exact")},
     "fedfisher_kfac": {("kfac", "exact")},
-    "fedfisher": set(product(("kfac", "diagonal", "dense"), FISHER_TYPES)),
+    "fedfisher": set(product(("kfac", "ekfac", "diagonal", "dense"), FISHER_TYPES)),
 }
-UPDATES = [("identity", ""), *product(("diagonal", "kfac", "dense"), FISHER_TYPES)]
+UPDATES = [("identity", ""), *product(("diagonal", "kfac", "ekfac", "dense"), FISHER_TYPES)]
 
 
 def _factor(size, seed):
@@ -35,6 +41,15 @@ def _curvatures(seed=0):
     return {
         "diagonal": Diagonal(values),
         "kronecker": Kronecker(_factor(2, seed + 2), _factor(3, seed + 3)),
+        "ekfac": EigenKronecker(
+            torch.linalg.eigh(_factor(2, seed + 2))[1],
+            torch.linalg.eigh(_factor(3, seed + 3))[1],
+            values.flip(0),
+        ),
+        "lookup_kronecker": LookupKronecker(values[:, 0], _factor(3, seed + 3)),
+        "lookup_ekfac": LookupEigenKronecker(
+            torch.linalg.eigh(_factor(3, seed + 3))[1], values.flip(1)
+        ),
         "dense": Dense(_factor(6, seed + 4), (2, 3)),
     }
 
@@ -119,7 +134,7 @@ def test_following_the_remedies_leads_to_an_accepted_update(method, curvature, f
     assert row.refusal(**options) is None
 
 
-@pytest.mark.parametrize("kind", ["diagonal", "kronecker", "dense"])
+@pytest.mark.parametrize("kind", _curvatures())
 def test_fedavg_forgets_the_curvature(kind):
     curvature = _curvatures()[kind]
     forgotten = METHODS["fedavg"].transform(curvature)
@@ -130,7 +145,7 @@ def test_fedavg_forgets_the_curvature(kind):
     torch.testing.assert_close(solver.weights, (3 * weights[0] + weights[1]) / 4)
 
 
-@pytest.mark.parametrize("kind", ["diagonal", "kronecker", "dense"])
+@pytest.mark.parametrize("kind", _curvatures())
 def test_fedfisher_takes_the_square_root(kind):
     curvature = _curvatures()[kind]
     root = METHODS["fedfisher"].transform(curvature)
@@ -140,14 +155,14 @@ def test_fedfisher_takes_the_square_root(kind):
     assert torch.linalg.eigvalsh(root.dense()).min() > 0
 
 
-@pytest.mark.parametrize("kind", ["diagonal", "kronecker", "dense"])
+@pytest.mark.parametrize("kind", _curvatures())
 @pytest.mark.parametrize("method", ["fisher_merge", *PUBLISHED])
 def test_published_methods_leave_the_curvature_as_it_is(method, kind):
     curvature = _curvatures()[kind]
     assert METHODS[method].transform(curvature) is curvature
 
 
-@pytest.mark.parametrize("kind", ["diagonal", "kronecker", "dense"])
+@pytest.mark.parametrize("kind", _curvatures())
 def test_fedfisher_ends_in_the_minimum_of_the_square_roots(kind):
     weights, curvatures, solver = _merge("fedfisher", kind)
     assert solver.finished

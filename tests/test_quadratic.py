@@ -7,7 +7,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from lightning_fedfisher.curvature import Dense, Diagonal, Identity, Kronecker
+from lightning_fedfisher.curvature import Dense, Diagonal, Identity
+from lightning_fedfisher.kronecker import Kronecker
 from lightning_fedfisher.quadratic import (
     ClosedForm,
     ConjugateGradient,

@@ -15,7 +15,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_fedfisher.sampling import Shard, deal_samples
+from lightning_fedfisher.sampling import Shard, deal_samples, most_samples
 
 SAMPLES = 21
 
@@ -188,23 +188,114 @@ def test_other_iterables_are_read_as_they_come(form):
 @pytest.mark.parametrize("sizes", [(1,), (4,), (2, 3, 1)])
 def test_draws_belong_to_samples(max_samples, world_size, sizes):
     count = max_samples or SAMPLES
-    rows = np.random.default_rng(7).random((count, 2))
+    rows = np.stack([np.random.default_rng((7, place)).random(2) for place in range(count)])
     for rank in range(world_size):
         dealt = deal_samples(_loader(), max_samples=max_samples, shard=Shard(rank, world_size))
-        uniforms, drawn = dealt.uniforms(2, seed=7), []
+        uniforms, drawn = dealt.uniforms(7), []
         left = len(range(rank, count, world_size))
         while left:
             size = min(left, sizes[len(drawn) % len(sizes)])
-            drawn.append(uniforms(size))
+            drawn.append(uniforms(size, 2))
             assert drawn[-1].shape == (size, 2)
             left -= size
         assert np.array_equal(torch.cat(drawn).numpy(), rows[rank::world_size])
 
 
-def test_draws_of_an_iterable_are_those_of_a_loader():
-    counted, uncounted = deal_samples(_loader()), deal_samples(list(_loader()))
-    draws = [
-        torch.cat([uniforms(4), uniforms(8), uniforms(9)])
-        for uniforms in (counted.uniforms(3, seed=7), uncounted.uniforms(3, seed=7))
-    ]
-    assert torch.equal(*draws)
+def test_the_first_draws_do_not_depend_on_their_number():
+    few, many = (deal_samples(_loader()).uniforms(7)(SAMPLES, n) for n in (2, 5))
+    assert torch.equal(few, many[:, :2])
+    assert len(many.unique()) == many.numel()
+
+
+def test_draws_depend_on_the_seed():
+    one, again, other = (deal_samples(_loader()).uniforms(seed)(SAMPLES, 2) for seed in (1, 1, 2))
+    assert torch.equal(one, again)
+    assert not (one == other).any()
+
+
+def test_draws_of_an_iterable_are_seeded_and_fresh_for_every_sample():
+    one, again = (
+        torch.cat([uniforms(4, 3), uniforms(8, 3), uniforms(9, 3)])
+        for uniforms in (deal_samples(list(_loader())).uniforms(7) for _ in range(2))
+    )
+    assert torch.equal(one, again)
+    assert len(one.unique()) == one.numel()
+
+
+def test_another_batch_size_gives_the_same_samples_and_draws():
+    dealt = deal_samples(_loader(), max_samples=10, shard=Shard(1, 2))
+    smaller = dealt.rebatch(2)
+    assert (dealt.batch_size, smaller.batch_size) == (4, 2)
+    assert [len(batch) for batch in _read(smaller)] == [2, 2, 1]
+    assert _flat(smaller) == _flat(dealt)
+    assert torch.equal(smaller.uniforms(7)(5, 3), dealt.uniforms(7)(5, 3))
+    assert (smaller.count, smaller.population, smaller.indices) == (10, 21, range(1, 10, 2))
+
+
+def test_an_iterable_has_no_other_batch_size():
+    dealt = deal_samples(list(_loader()))
+    assert dealt.rebatch is None
+    assert dealt.batch_size is None
+
+
+@pytest.mark.parametrize("shard", [Shard(0, 1), Shard(0, 3), Shard(2, 3)])
+def test_every_process_previews_the_same_samples(shard):
+    dealt = deal_samples(_loader(sampler=range(5, 19)), shard=shard)
+    for _ in range(2):
+        assert dealt.preview().tolist() == [5, 6, 7, 8]
+    assert deal_samples(_loader(sampler=[3, 1]), shard=shard).preview().tolist() == [1, 3]
+    assert _flat(dealt) == list(range(5, 19))[shard.rank :: shard.world_size]
+
+
+@pytest.mark.parametrize("form", ["list", "generator", "stream"])
+def test_a_preview_takes_no_sample_away(form):
+    iterable = {
+        "list": list(_loader()),
+        "generator": iter(list(_loader())),
+        "stream": DataLoader(_Stream(), batch_size=4),
+    }[form]
+    dealt = deal_samples(iterable)
+    assert dealt.preview().tolist() == [0, 1, 2, 3]
+    assert _flat(dealt) == list(range(SAMPLES))
+    assert dealt.again == (form != "generator")
+    assert _flat(dealt) == (list(range(SAMPLES)) if dealt.again else [])
+
+
+@pytest.mark.parametrize("form", ["list", "generator", "stream"])
+def test_a_second_preview_takes_no_sample_away_either(form):
+    iterable = {
+        "list": list(_loader()),
+        "generator": iter(list(_loader())),
+        "stream": DataLoader(_Stream(), batch_size=4),
+    }[form]
+    dealt = deal_samples(iterable)
+    for _ in range(2):
+        assert dealt.preview().tolist() == [0, 1, 2, 3]
+    assert _flat(dealt) == list(range(SAMPLES))
+
+
+def test_an_empty_iterable_has_no_preview():
+    with pytest.raises(ValueError, match="holds no samples"):
+        deal_samples([]).preview()
+
+
+def test_the_first_process_tells_the_others():
+    tensors = [torch.full((2,), float(rank + 1)) for rank in range(3)]
+    passed = []
+    for rank, tensor in enumerate(tensors):
+        Shard(rank, 3, lambda t: passed.append(t) or t).first(tensor)
+    assert torch.equal(sum(passed), tensors[0])
+    assert Shard().first(tensors[1]) is tensors[1]
+
+
+@pytest.mark.parametrize(
+    ("population", "most"),
+    [(3, 3), (500, 500), (501, 500), (5000, 500), (5010, 501), (60000, 6000)],
+)
+def test_auto_takes_a_tenth_but_no_fewer_than_500(population, most):
+    assert most_samples("auto", population) == most
+
+
+def test_most_samples():
+    assert most_samples(None, 7) == most_samples(9, 7) == 7
+    assert most_samples(5, 7) == 5

@@ -156,7 +156,7 @@ def _matrix_fields(**changes):
     """Header of `MATRIX`: one layer of one parameter ``w``."""
     digest = _reference_digest(torch.float32, *MATRIX["parameters/w"][1:])
     fields = {
-        "schema": 1,
+        "schema": 2,
         "num_samples": 3,
         "curvature": "identity",
         "fisher": "",
@@ -165,6 +165,8 @@ def _matrix_fields(**changes):
         "layers": [{"name": "w", "parameters": [["w", [2, 3]]]}],
         "kinds": {"w": "identity"},
         "metadata": {},
+        "aliases": {},
+        "frozen": {},
         "digests": {"parameters/w": digest},
     }
     return fields | changes
@@ -591,7 +593,7 @@ LIES = {
         "parameters/conv.weight",
     ),
     "curvature shape": (_put("curvature/norm/values", torch.ones(2, 3)), "curvature/norm/values"),
-    "kind unknown": (_kind("ekfac"), "layer norm: unknown curvature ekfac"),
+    "kind unknown": (_kind("kfac2"), "layer norm: unknown curvature kfac2"),
     "kind of another block": (_kind("kronecker"), "curvature/norm/output_factor"),
     "kind is a class path": (_kind("builtins.eval"), "layer norm"),
     "no kinds": (_set("kinds", {}), "layer norm"),
@@ -618,8 +620,15 @@ LIES = {
     "fisher list": (_set("fisher", ["exact"]), "got ['exact']"),
     "metadata number": (_set("metadata", {"epochs": 3}), "expected str, got 3"),
     "metadata list": (_set("metadata", [["a", "b"]]), "header is missing or malformed"),
-    "schema 2": (_set("schema", 2), "its schema is 2, this version reads 1"),
-    "schema string": (_set("schema", "1"), "its schema is '1'"),
+    "alias of nothing": (_set("aliases", {"v": "nothing"}), "v cannot be another name of nothing"),
+    "alias is a parameter": (
+        _set("aliases", {"norm.weight": "norm.weight"}),
+        "norm.weight cannot be another name",
+    ),
+    "frozen and trained": (_set("frozen", {"norm.weight": "0"}), "norm.weight is frozen and"),
+    "frozen at a number": (_set("frozen", {"v": 0}), "expected str, got 0"),
+    "schema 1": (_set("schema", 1), "its schema is 1, this version reads 2"),
+    "schema string": (_set("schema", "2"), "its schema is '2'"),
     "field unknown": (_set("unknown", 1), "unknown"),
     "deep value": (_set("num_samples", json.loads("[" * 900 + "]" * 900)), "expected int"),
 }
@@ -777,7 +786,7 @@ def test_a_missing_buffer_is_refused(file):
     assert "buffers/norm.running_var" in _refusal(file)
 
 
-@pytest.mark.parametrize("schema", [True, 1.0])
+@pytest.mark.parametrize("schema", [True, 2.0])
 def test_schema_is_exactly_a_number(schema, file):
     _forge(file, _set("schema", schema))
     assert "schema" in _refusal(file)

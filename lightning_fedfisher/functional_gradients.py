@@ -1,0 +1,160 @@
+"""Per-sample gradients of any parameters, by running the model on each sample alone.
+
+The way for parameters whose use is not known (see `uses`): class tokens, positions, layer scales,
+recurrent weights, tied weights. All samples run at once through `torch.func.vmap`, or one after the
+other where the model does something that has no batched form.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from lightning_fedfisher.layers import Layer, UnsupportedModelError
+
+# Numbers of gradients held at a time.
+_CHUNK = 2**25
+# Largest difference between a sample's logits alone and within its batch, relative to the largest.
+_ROUNDING = 1e-3
+
+
+class FunctionalGradients:
+    """Per-sample gradients of some layers of a model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        logits_of: Callable[[nn.Module, Any], Tensor],
+    ) -> None:
+        """Keeps the model; changes nothing.
+
+        Args:
+            model: in eval mode.
+            layers: whose gradients are wanted.
+            logits_of: maps the model and a batch to logits, samples first.
+        """
+        self._whole = _Whole(model, logits_of)
+        self._layers = layers
+        parameters = dict(model.named_parameters())
+        self._parameters = {
+            f"model.{name}": parameters[name].detach()
+            for layer in layers
+            for name in layer.parameter_names
+        }
+        self._batched = True
+
+    def __call__(
+        self, batch: Any, logits: Tensor, directions: Tensor
+    ) -> Iterator[dict[str, Tensor]]:
+        """Gradients of ``<logits, direction>``, sample by sample.
+
+        Args:
+            batch: whose tensors run over samples first.
+            logits: of the whole batch, to compare with.
+            directions: of the logits' shape.
+
+        Yields:
+            ``(samples, out, in)`` by layer name, for some samples after the others.
+
+        Raises:
+            UnsupportedModelError: if a sample's logits depend on the others of its batch.
+        """
+        samples = len(logits)
+        tensors = [t for t in _tensors(batch) if t.ndim and len(t) == samples]
+
+        def scalar(
+            parameters: Mapping[str, Tensor], own: Sequence[Tensor], direction: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            remaining = iter(own)
+
+            def mine(tensor: Tensor) -> Tensor:
+                whole = tensor.ndim and len(tensor) == samples
+                return next(remaining).unsqueeze(0) if whole else tensor
+
+            one = apply_to_collection(batch, Tensor, mine)
+            result = functional_call(self._whole, dict(parameters), (one,))
+            if len(result) != 1:
+                raise UnsupportedModelError([_MIXED])
+            return (result[0] * direction).sum(), result[0].detach()
+
+        gradient = grad(scalar, has_aux=True)
+        step = max(1, _CHUNK // sum(p.numel() for p in self._parameters.values()))
+        for start in range(0, samples, step):
+            here = slice(start, start + step)
+            found, alone = self._run(gradient, [t[here] for t in tensors], directions[here])
+            apart = (alone - logits[here]).abs().max()
+            if apart > _ROUNDING * logits.abs().max().clamp_min(1.0):
+                raise UnsupportedModelError([_MIXED])
+            yield {
+                layer.name: torch.cat(
+                    [
+                        found[f"model.{name}"].reshape(len(alone), layer.shape[0], -1)
+                        for name in layer.parameter_names
+                    ],
+                    dim=2,
+                )
+                for layer in self._layers
+            }
+
+    def _run(
+        self, gradient: Callable[..., Any], tensors: Sequence[Tensor], directions: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Gradients and logits of some samples: all at once, or one by one if that cannot be."""
+        if self._batched:
+            every = vmap(gradient, in_dims=(None, 0, 0), randomness="different")
+            try:
+                with warnings.catch_warnings():
+                    # Where attention has no batched form, vmap loops, and says so.
+                    warnings.filterwarnings("ignore", "There is a performance drop")
+                    found, alone = every(self._parameters, list(tensors), directions)
+            except (UnsupportedModelError, torch.OutOfMemoryError):
+                raise
+            except (RuntimeError, ValueError, TypeError, NotImplementedError):
+                self._batched = False
+            else:
+                return found, alone
+        try:
+            parts = [
+                gradient(self._parameters, [t[n] for t in tensors], direction)
+                for n, direction in enumerate(directions)
+            ]
+        except ValueError as error:
+            raise UnsupportedModelError([f"{_MIXED} ({error})"]) from error
+        stacked = {name: torch.stack([p[0][name] for p in parts]) for name in self._parameters}
+        return stacked, torch.stack([p[1] for p in parts])
+
+
+_MIXED = (
+    "the logits of a sample depend on the other samples of its batch, or on how many there are (a "
+    "normalisation by batch statistics?): there is no curvature of one sample"
+)
+
+
+class _Whole(nn.Module):
+    """A model and how to get logits from it, as one module."""
+
+    def __init__(self, model: nn.Module, logits_of: Callable[[nn.Module, Any], Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self._logits_of = logits_of
+
+    def forward(self, batch: Any) -> Tensor:
+        return self._logits_of(self.model, batch)
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    apply_to_collection(batch, Tensor, keep)
+    return found

@@ -1,0 +1,64 @@
+"""The study and the benchmark end to end on embedded data."""
+
+import argparse
+import math
+
+import curvature_study
+import extraction_benchmark
+import pytest
+from curvature_study import Cell, Setting
+from results_table import benchmark_table, read_rows, study_table
+
+CELL = Cell("digits", "lenet", 1.0, 3, 0)
+SETTINGS = [Setting("kfac", "normalised", "auto"), Setting("ekfac", "exact", "50")]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(curvature_study, "CELLS", {"development": [CELL]})
+    monkeypatch.setattr(extraction_benchmark, "CELLS", {"development": [CELL]})
+    monkeypatch.setattr(curvature_study, "SETTINGS", SETTINGS)
+    monkeypatch.setattr(curvature_study, "_EPOCHS", {"lenet": 1})
+
+
+def _study(monkeypatch, output):
+    monkeypatch.setattr("sys.argv", ["curvature_study.py", "--output-dir", str(output)])
+    curvature_study.main()
+    return output / "development.csv"
+
+
+def test_study_writes_a_row_for_each_setting_and_goes_on(small, monkeypatch, tmp_path):
+    table = _study(monkeypatch, tmp_path)
+    whole = table.read_text()
+    rows = read_rows(table)
+    assert [row["curvature"] for row in rows] == ["kfac", "ekfac"]
+    assert all(0 <= float(row["accuracy"]) <= 100 for row in rows)
+    assert float(rows[0]["upload_bytes"]) > float(rows[0]["fedavg_bytes"])
+    assert "| ekfac | exact | 50 |" in study_table(rows)
+    # Interrupted before the last row: only that is done again, from the clients kept.
+    table.write_text("".join(whole.splitlines(keepends=True)[:-1]))
+    monkeypatch.setattr(curvature_study, "fit_client", None)
+    again = read_rows(_study(monkeypatch, tmp_path))
+    assert again[0] == rows[0]
+    assert again[1]["accuracy"] == rows[1]["accuracy"]
+
+
+def test_benchmark_measures_and_compares(small, tmp_path):
+    flags = argparse.Namespace(
+        model="lenet",
+        samples=60,
+        batch_size=30,
+        repeats=1,
+        data_dir=tmp_path,
+        clients_dir=tmp_path,
+        output=None,
+    )
+    report = extraction_benchmark.client(flags)
+    assert report["samples"] == 60
+    ours = {name: row for name, row in report["rows"].items() if name.startswith("ours")}
+    assert len(ours) == 5
+    assert all(row["seconds"] > 0 for row in ours.values())
+    assert set(report["relative_errors"]) == {"kfac", "diagonal", "ekfac"}
+    assert all(error < 1e-3 for error in report["relative_errors"].values())
+    assert all(math.isfinite(size) for size in report["peak_bytes_batch_250"].values())
+    assert "| ours, exact K-FAC |" in benchmark_table(report)
