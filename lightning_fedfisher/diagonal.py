@@ -18,7 +18,7 @@ from backpack.extensions import SumGradSquared
 from torch import Tensor, nn
 
 from lightning_fedfisher.layers import Layer
-from lightning_fedfisher.uses import Survey
+from lightning_fedfisher.survey import Survey
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _SUPPORTED = (nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, *_CONVOLUTIONS)

@@ -40,7 +40,7 @@ class ExtractionOptions(TypedDict, total=False):
             long as memory does not suffice.
         seed: of the subset and of all draws.
         draws: directions a sample, for the Fisher types that draw; 1 by default.
-        tolerance: share of each batch's trace that the exact type may leave out; 1e-5 by default.
+        tolerance: share of each batch's trace that the exact type may leave out; 5e-6 by default.
         forward: maps ``(module, batch)`` to logits, or to ``(logits, labels)``.
         prepare: applied to each batch first, where the loader's are not what the model is given.
         shard: this process's place among several; sums are reduced once at the end.
@@ -170,7 +170,7 @@ def extract_curvatures(
         options.get("likelihood", "categorical"),
         options.get("fisher", "normalised"),
         options.get("draws", 1),
-        options.get("tolerance", 1e-5),
+        options.get("tolerance", 5e-6),
     )
     for kind in kinds:
         check_options(kind, likelihood.fisher, likelihood.name)

@@ -29,7 +29,7 @@ from lightning_fedfisher.operations import Linear, Lookup, Product
 from lightning_fedfisher.uses import Use
 
 # Numbers unfolded at a time: few enough for a processor's cache and for no memory to speak of.
-_CHUNK = 2**22
+_CHUNK = 2**21
 # Numbers that a processor's cache holds.
 _CACHED = 2**19
 # Size from which a symmetric product is worth computing by its upper blocks only.

@@ -28,6 +28,9 @@ from typing_extensions import override
 class Operation(ABC):
     """One use of a layer in a forward pass."""
 
+    title: ClassVar[str] = ""
+    """What to call it in a report, where it has no Kronecker factors."""
+
     def leading(self, dimensions: int) -> int:
         """How many first dimensions of an input may run over samples.
 
@@ -232,6 +235,7 @@ class GroupedConvolution(Operation):
     window: Window
     bias: bool
     groups: int
+    title: ClassVar[str] = "a grouped convolution"
 
     @override
     def per_sample(self, inputs: Tensor, gradient: Tensor, samples: int) -> Tensor:
@@ -309,6 +313,7 @@ class Affine(Operation):
     shift: bool
     features: tuple[int, ...]
     trailing: bool
+    title: ClassVar[str] = "a scale or shift"
 
     @override
     def leading(self, dimensions: int) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_fedfisher.curvature import Curvature
 from lightning_fedfisher.functional_gradients import FunctionalGradients
+from lightning_fedfisher.gradients import GradientCollector
 from lightning_fedfisher.kronecker import (
     EigenKronecker,
     Kronecker,
@@ -25,8 +26,9 @@ from lightning_fedfisher.moments import (
     SpectrumMoments,
     written,
 )
+from lightning_fedfisher.survey import Survey
 from lightning_fedfisher.treatment import CurvatureType, Treatment, kind_of
-from lightning_fedfisher.uses import GradientCollector, Survey, Use
+from lightning_fedfisher.uses import Use
 
 # Uses kept for the eigenvalue correction before it takes a second pass instead.
 _KEPT_BYTES = 2**30
@@ -100,8 +102,8 @@ class SecondMoments:
             if reason:
                 way = "torch.func"
             elif kind == "diagonal" and curvature != "diagonal":
-                operation = type(self._survey.operations[layer.name][0]).__name__
-                reason = f"{operation} has no Kronecker factors"
+                title = self._survey.operations[layer.name][0].title
+                reason = f"{title} has no Kronecker factors"
             found.append(Treatment(layer, kind, way, reason))
         return tuple(found)
 

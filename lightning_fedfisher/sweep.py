@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,8 +35,8 @@ from lightning_fedfisher.likelihood import (
 from lightning_fedfisher.replica import Runner, replicate
 from lightning_fedfisher.sampling import DealtSamples, Shard
 from lightning_fedfisher.second_moments import SecondMoments
+from lightning_fedfisher.survey import Survey, Surveyor
 from lightning_fedfisher.treatment import CurvatureType, Treatment
-from lightning_fedfisher.uses import Survey, Surveyor
 
 Found = dict[CurvatureType, tuple[dict[str, Curvature], tuple[Treatment, ...]]]
 """Blocks by layer name and treatments, by kind."""
@@ -157,11 +157,18 @@ class Sweep:
             if "ekfac" in self._kinds:
                 self._correct(sums, shard, count)
             found = {
-                kind: (sums.finish(kind, shard.total, count), sums.treatments(kind))
+                kind: (sums.finish(kind, shard.total, count), self._treatments(sums, kind))
                 for kind in self._kinds
             }
         self.count, (self.trace, self.discarded) = count, totals[1:]
         return found
+
+    def _treatments(self, sums: SecondMoments, kind: CurvatureType) -> tuple[Treatment, ...]:
+        treatments = sums.treatments(kind)
+        if not self._why_not_backpack:
+            return treatments
+        because = f"not by BackPACK, as {self._why_not_backpack}"
+        return tuple(replace(t, reason=t.reason or because) for t in treatments)
 
     def _correct(self, sums: SecondMoments, shard: Shard, count: int) -> None:
         """Turns factors into eigenbases and finds their spectra, in a second pass if need be."""

@@ -159,7 +159,7 @@ def fit_cell(
             save_file(network.state_dict(), partial)
             partial.replace(file)
         network.load_state_dict(load_file(file))
-        yield network, samples.without_augmentation()
+        yield network, samples
 
 
 def as_update(network: nn.Module, extracted: ExtractedCurvature, setting: Setting) -> ClientUpdate:
@@ -204,7 +204,8 @@ def run_setting(
     """
     updates, seconds = [], []
     for network, samples in clients:
-        loader = DataLoader(samples, batch_size=_BATCH, collate_fn=collate_images)
+        plain = samples.without_augmentation()
+        loader = DataLoader(plain, batch_size=_BATCH, collate_fn=collate_images)
         kind = cast(CurvatureType, setting.curvature)
         extracted = extract_curvatures(
             network,

@@ -748,9 +748,9 @@ def test_the_report_says_how_each_layer_was_treated_and_why():
     treated = {t.layer.name: (t.kind, t.way, t.reason) for t in extracted.treatments}
     assert treated["head"] == ("kronecker", "hooks", "")
     assert treated["second"][:2] == treated["norm"][:2] == ("diagonal", "hooks")
-    assert "GroupedConvolution" in treated["second"][2]
-    assert "Affine" in treated["norm"][2]
-    for words in ("kronecker (hooks)", "GroupedConvolution", "norm", "head"):
+    assert "grouped convolution" in treated["second"][2]
+    assert "scale or shift" in treated["norm"][2]
+    for words in ("kronecker (hooks)", "a grouped convolution has no", "norm", "head"):
         assert words in extracted.report
     unknown = _extract(_net("recurrent"), _data(SEQUENCE))
     assert {t.layer.name: t.way for t in unknown.treatments} == {
@@ -760,6 +760,9 @@ def test_the_report_says_how_each_layer_was_treated_and_why():
     }
     whole = _extract(_net("lenet"), _data(IMAGE), "diagonal")
     assert {t.way for t in whole.treatments} == {"backpack"}
+    other = _extract(_net("circular"), _data(IMAGE), "diagonal")
+    assert {t.way for t in other.treatments} == {"hooks"}
+    assert "not by BackPACK, as 0 has padding_mode='circular'" in other.report
     assert len(_extract(_net("lenet"), _data(IMAGE), "identity").treatments) == 3
 
 
