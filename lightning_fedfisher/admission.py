@@ -68,6 +68,12 @@ def open_updates(sources: Sequence[UpdateSource], method: MethodName) -> list[Cl
                 f"{update.source} holds {' '.join(theirs)} curvature, {opened[0].source} "
                 f"{' '.join(ours)}: extract both alike"
             )
+        kinds, wanted = update.header.kinds, opened[0].header.kinds
+        if METHODS[method].curvatures and (odd := _unlike(wanted, kinds)):
+            offenders.append(
+                f"{update.source} was treated unlike {opened[0].source}: "
+                + ", ".join(f"layer {name} is {theirs}, not {mine}" for name, mine, theirs in odd)
+            )
         if differences := _differences(opened[0], update):
             offenders.append(
                 f"{update.source} is of another model than {opened[0].source}: {differences}"
@@ -107,6 +113,8 @@ def check_fit(model: nn.Module, state: Mapping[str, Tensor], frozen: Mapping[str
     twice = {name for name, first in aliases(model).items() if first in frozen}
     own: dict[str, object] = {}
     for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):  # a module's extra state
+            continue
         if name in frozen:
             own[name] = _frozen_at(digest(tensor.detach().cpu()))
         elif name not in twice:

@@ -65,7 +65,9 @@ def read_call(
     return None if reader is None else reader(*args, **kwargs)
 
 
-def _linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call:
+def _linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call | None:
+    if weight.ndim != 2:
+        return None
     features = () if bias is None else tuple(bias.shape)
     return Call(inputs, weight, bias, Linear, Affine(None, True, features, True))
 

@@ -49,7 +49,10 @@ def why_not(model: nn.Module, layers: Sequence[Layer], survey: Survey) -> str | 
         if not supported or len(whole) != len(layer.parameters):
             return f"{layer.name} is a {kind.__name__}"
         if layer.name not in survey.plain:
-            return f"{layer.name} runs more than once, or on more rows than samples"
+            return (
+                f"{layer.name} runs more than once, or on an input that is of another precision or "
+                "does not have samples first"
+            )
         if isinstance(module, _CONVOLUTIONS):
             if module.padding_mode != "zeros":
                 return f"{layer.name} has padding_mode={module.padding_mode!r}"

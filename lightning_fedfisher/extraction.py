@@ -200,7 +200,9 @@ def extract_curvatures(
     sweep = Sweep(
         model,
         # Under DDP running statistics differ, and the first process's are sent.
-        {name: shard.first(buffer) for name, buffer in model.named_buffers()},
+        {name: shard.first(buffer) for name, buffer in model.named_buffers()}
+        if shard.world_size > 1
+        else {},
         layers,
         passing,
         likelihood,

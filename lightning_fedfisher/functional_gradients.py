@@ -15,6 +15,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.overrides import TorchFunctionMode
 
 from lightning_fedfisher.layers import Layer, UnsupportedModelError
 
@@ -84,11 +85,10 @@ class FunctionalGradients:
                 raise UnsupportedModelError([_MIXED])
             return (result[0] * direction).sum(), result[0].detach()
 
-        gradient = grad(scalar, has_aux=True)
         step = max(1, _CHUNK // sum(p.numel() for p in self._parameters.values()))
         for start in range(0, samples, step):
             here = slice(start, start + step)
-            found, alone = self._run(gradient, [t[here] for t in tensors], directions[here])
+            found, alone = self._run(scalar, [t[here] for t in tensors], directions[here])
             apart = (alone - logits[here]).abs().max()
             if apart > _ROUNDING * logits.abs().max().clamp_min(1.0):
                 raise UnsupportedModelError([_MIXED])
@@ -104,11 +104,14 @@ class FunctionalGradients:
             }
 
     def _run(
-        self, gradient: Callable[..., Any], tensors: Sequence[Tensor], directions: Tensor
+        self,
+        scalar: Callable[..., tuple[Tensor, Tensor]],
+        tensors: Sequence[Tensor],
+        directions: Tensor,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Gradients and logits of some samples: all at once, or one by one if that cannot be."""
         if self._batched:
-            every = vmap(gradient, in_dims=(None, 0, 0), randomness="different")
+            every = vmap(grad(scalar, has_aux=True), in_dims=(None, 0, 0), randomness="different")
             try:
                 with warnings.catch_warnings():
                     # Where attention has no batched form, vmap loops, and says so.
@@ -120,21 +123,43 @@ class FunctionalGradients:
                 self._batched = False
             else:
                 return found, alone
-        try:
-            parts = [
-                gradient(self._parameters, [t[n] for t in tensors], direction)
-                for n, direction in enumerate(directions)
-            ]
-        except ValueError as error:
-            raise UnsupportedModelError([f"{_MIXED} ({error})"]) from error
-        stacked = {name: torch.stack([p[0][name] for p in parts]) for name in self._parameters}
-        return stacked, torch.stack([p[1] for p in parts])
+        gradients: dict[str, list[Tensor]] = {name: [] for name in self._parameters}
+        logits = []
+        for n, direction in enumerate(directions):
+            # Plain autograd, which knows more operations than torch.func does.
+            own = {name: p.detach().requires_grad_() for name, p in self._parameters.items()}
+            try:
+                value, alone = scalar(own, [t[n] for t in tensors], direction)
+            except ValueError as error:
+                raise UnsupportedModelError([f"{_MIXED} ({error})"]) from error
+            found_here = torch.autograd.grad(value, list(own.values()), allow_unused=True)
+            for (name, p), g in zip(own.items(), found_here, strict=True):
+                gradients[name].append(torch.zeros_like(p) if g is None else g)
+            logits.append(alone)
+        stacked = {name: torch.stack(found_there) for name, found_there in gradients.items()}
+        return stacked, torch.stack(logits)
 
 
 _MIXED = (
-    "the logits of a sample depend on the other samples of its batch, or on how many there are (a "
-    "normalisation by batch statistics?): there is no curvature of one sample"
+    "the logits of a sample depend on the other samples of its batch, on how many there are (a "
+    "normalisation by batch statistics?) or on chance: there is no curvature of one sample"
 )
+
+
+class _SlowPath(TorchFunctionMode):
+    """Changes nothing, but keeps attention from its fast path over nested tensors.
+
+    These have no per-sample gradients, and modules leave that path where a mode is active.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        return func(*args, **(kwargs or {}))
 
 
 class _Whole(nn.Module):
@@ -146,7 +171,8 @@ class _Whole(nn.Module):
         self._logits_of = logits_of
 
     def forward(self, batch: Any) -> Tensor:
-        return self._logits_of(self.model, batch)
+        with _SlowPath():
+            return self._logits_of(self.model, batch)
 
 
 def _tensors(batch: Any) -> list[Tensor]:

@@ -51,6 +51,7 @@ class GradientCollector(UseRecorder):
         # Gradients at the outputs are all that is needed: back-propagation to the weights is
         # a third of the work of a training step, and is never asked for.
         model.requires_grad_(False)
+        self._dtype = next(model.parameters()).dtype
         self._expected_calls, self._layouts = survey.calls, survey.layouts
         self._seen = survey.operations.keys()
         self._deliver = deliver
@@ -133,7 +134,9 @@ class GradientCollector(UseRecorder):
                 "samples: its samples were found elsewhere in the first batch"
             )
         inputs = layout.samples_first(inputs, self._samples)
-        gradient = layout.samples_first(gradient, self._samples)
+        gradient = layout.samples_first(gradient, self._samples).to(self._dtype)
+        if inputs.is_floating_point():  # in less where the model opens autocast itself
+            inputs = inputs.to(self._dtype)
         for layer, operation in uses:
             _, arrived = self._arrived.setdefault(layer.name, (layer, {}))
             _, _, gradients = arrived.setdefault(place, (operation, inputs, []))

@@ -8,6 +8,7 @@ coordinate of Martens & Grosse, 2015). Parameters that fit no such pair form a l
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -132,20 +133,22 @@ def find_layers(model: nn.Module) -> tuple[Layer, ...]:
 
 
 def aliases(model: nn.Module) -> dict[str, str]:
-    """Further names of parameters that several modules share.
+    """Further names of parameters and buffers that several modules share.
 
     Args:
         model: any module.
 
     Returns:
-        The first name of a parameter, by each of its others.
+        The first name of a parameter or buffer, by each of its others.
     """
-    first = {id(parameter): name for name, parameter in model.named_parameters()}
-    return {
-        name: first[id(parameter)]
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if first[id(parameter)] != name
+    first = {
+        id(tensor): name
+        for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers())
     }
+    every = itertools.chain(
+        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    )
+    return {name: first[id(tensor)] for name, tensor in every if first[id(tensor)] != name}
 
 
 def frozen_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

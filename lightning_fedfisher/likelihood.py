@@ -197,10 +197,11 @@ def _jointly(space: Space, directions: list[Tensor]) -> Directions:
 def _in_parts(space: Space, squares: Tensor, tolerance: float) -> Directions:
     """The longest direction of every sample, and all others but the shortest of the batch."""
     trace = float(squares.sum())
-    ascending, order = squares.flatten().sort()
+    # On the CPU: a CUDA device may have no deterministic sum.
+    ascending, order = squares.flatten().cpu().sort()
     kept = torch.zeros_like(ascending, dtype=torch.bool)
     kept[order] = (ascending.cumsum(0) > tolerance * trace) & (ascending > 0)
-    kept = kept.view_as(squares)
+    kept = kept.view_as(squares).to(squares.device)
     longest = squares.argmax(dim=1, keepdim=True)
     kept.scatter_(1, longest, False)
     rows, parts = kept.nonzero(as_tuple=True)

@@ -234,9 +234,9 @@ class FisherMergeModule(LightningModule):
         for layer, matrix in zip(self.layers, self.merged, strict=True):
             for name, tensor in layer.split(matrix.detach()).items():
                 state[name] = tensor.to(self._dtypes[name])
-        for name, first in self.updates[0].header.aliases.items():
-            state[name] = state[first]
-        return state | {n: t.to(self.device) for n, t in self._merged_buffers.items()}
+        state |= {n: t.to(self.device) for n, t in self._merged_buffers.items()}
+        shared = self.updates[0].header.aliases
+        return state | {name: state[first] for name, first in shared.items()}
 
     def _weights(self, layer: Layer) -> list[Tensor]:
         """Reads one layer's matrix from every update, in at least float32."""

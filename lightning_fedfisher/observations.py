@@ -222,7 +222,8 @@ class Gaussian(_Outputs):
 
 def _drawn(log_p: Tensor, uniforms: Tensor) -> Tensor:
     """Classes drawn by the inverse of the distribution function."""
-    cumulative = log_p.exp().cumsum(dim=-1)
+    # On the CPU: a CUDA device may have no deterministic sum.
+    cumulative = log_p.exp().cpu().cumsum(dim=-1).to(log_p.device)
     drawn = torch.searchsorted(cumulative, uniforms * cumulative[..., -1:], right=True)
     return drawn.clamp_max(log_p.shape[-1] - 1)
 

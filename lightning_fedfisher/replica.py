@@ -75,6 +75,11 @@ class Runner:
                 )
             forward = _forward_pair
         output = forward(model, batch)
+        if isinstance(output, tuple) and len(output) != 2:
+            raise ValueError(
+                f"the model's output is a tuple of {len(output)}: pass `forward` to return its "
+                "logits, or (logits, labels)"
+            )
         logits, labels = output if isinstance(output, tuple) else (output, _labels_of(batch))
         if not isinstance(logits, Tensor):
             raise ValueError(
@@ -93,7 +98,7 @@ def replicate(model: nn.Module, buffers: Mapping[str, Tensor]) -> nn.Module:
 
     Args:
         model: to copy.
-        buffers: to give it.
+        buffers: values to give it, by name.
 
     Returns:
         The copy.
@@ -107,8 +112,11 @@ def replicate(model: nn.Module, buffers: Mapping[str, Tensor]) -> nn.Module:
         )
         raise
     replica.zero_grad(set_to_none=True)
-    for name, buffer in replica.named_buffers():
-        buffer.copy_(buffers[name])
+    for name, buffer in buffers.items():
+        replica.get_buffer(name).copy_(buffer)
+    for module in replica.modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            module.sparse = False  # whose gradients know few operations
     low_precision = {p.dtype for p in replica.parameters()} & {torch.float16, torch.bfloat16}
     return (replica.float() if low_precision else replica).eval()
 
@@ -126,8 +134,12 @@ def isolated(model: nn.Module) -> Iterator[None]:
     device = next(model.parameters()).device
     python_state, numpy_state = random.getstate(), np.random.get_state()
     cuda = [device] if device.type == "cuda" else []
+    # cuDNN's recurrent layers have no backward pass in eval mode.
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    cudnn = torch.backends.cudnn.enabled and not recurrent
     try:
         with (
+            torch.backends.cudnn.flags(enabled=cudnn),
             torch.random.fork_rng(cuda),
             torch.inference_mode(False),
             torch.enable_grad(),

@@ -28,7 +28,7 @@ MaxSamples = int | Literal["auto"] | None
 """How many samples at most: so many, every tenth but no fewer than 500, or all."""
 
 # Samples looked at beforehand.
-_PREVIEW = 4
+PREVIEW = 4
 # From here on the merged accuracy gains less than half a point from all samples (see the recipes'
 # curvature study), and a tenth of them costs less than a quarter of an epoch.
 _SHARE, _FEWEST = 10, 500
@@ -146,8 +146,9 @@ def deal_samples(
         ValueError: if there are no samples, or it cannot be told which the client trains on.
     """
     shard = shard or Shard()
-    if isinstance(max_samples, int) and max_samples < 1:
-        raise ValueError(f"max_samples must be at least 1, got {max_samples}")
+    counted = type(max_samples) is int and max_samples >= 1
+    if not counted and max_samples not in (None, "auto"):
+        raise ValueError(f"max_samples must be at least 1, None or 'auto', got {max_samples!r}")
     if not _is_map_style(dataloader):
         if shard.world_size > 1:
             raise ValueError(
@@ -177,11 +178,12 @@ def deal_samples(
             timeout=dataloader.timeout,
             generator=torch.Generator().manual_seed(seed),
         )
-        looked_at = min(_PREVIEW, max(2, size or 1))
+        looked_at = min(PREVIEW, max(2, size or 1))
         few = DataLoader(
             dataloader.dataset,
             batch_size=looked_at,
-            sampler=chosen[:looked_at],
+            # A lone sample twice, so that one can be told from another.
+            sampler=(chosen * 2)[:looked_at],
             collate_fn=dataloader.collate_fn,
             generator=torch.Generator().manual_seed(seed),
         )

@@ -203,7 +203,7 @@ class SecondMoments:
             kind = self._kind(curvature, layer)
             if kind in _FACTORS:
                 spectrum = self._spectra[layer.name]
-                sums = {name: total(tensor) for name, tensor in spectrum.sums.items()}
+                sums = _totals(spectrum, total)
                 blocks[layer.name] = spectrum.finish(sums, count)
             else:
                 blocks[layer.name] = self._total(layer, kind, total, count)
@@ -211,8 +211,12 @@ class SecondMoments:
 
     def _total(self, layer: Layer, kind: str, total: Total, count: int) -> Curvature:
         moments = self._moments[layer.name, kind]
-        sums = {name: total(tensor) for name, tensor in moments.sums.items()}
-        return moments.finish(sums, count)
+        return moments.finish(_totals(moments, total), count)
 
     def _kind(self, curvature: CurvatureType, layer: Layer) -> str:
         return kind_of(curvature, self._survey.operations.get(layer.name))
+
+
+def _totals(moments: Moments, total: Total) -> dict[str, Tensor]:
+    """Sums over all processes; of copies, because a reduction may work in place."""
+    return {name: total(tensor.clone()) for name, tensor in moments.sums.items()}

@@ -53,7 +53,7 @@ class Survey:
         operations: of each layer that is fully seen, by layer name, one for each of its calls.
         unseen: why each other layer is not, by layer name.
         unreached: layers that the logits do not depend on.
-        plain: layers with one call, on one row for each sample, by name.
+        plain: layers with one call, whose input has samples first and the weight's precision.
     """
 
     calls: tuple[tuple[str, ...], ...]
@@ -151,9 +151,12 @@ class Surveyor(UseRecorder):
         seen = {name: tuple(ops) for name, ops in operations.items() if name not in unseen}
         plain = {
             layer.name
-            for (_, uses, _), layout in zip(self._calls, layouts, strict=True)
+            for (call, uses, _), layout in zip(self._calls, layouts, strict=True)
             for layer, _ in uses
-            if layout == Layout(0) and len(seen.get(layer.name, ())) == 1
+            if layout == Layout(0)
+            and len(seen.get(layer.name, ())) == 1
+            and call.weight is not None
+            and call.weight.dtype == call.inputs.dtype
         }
         calls = tuple(tuple(layer.name for layer, _ in uses) for _, uses, _ in self._calls)
         return Survey(calls, tuple(layouts), seen, unseen, tuple(unreached), frozenset(plain))

@@ -33,7 +33,7 @@ from lightning_fedfisher.likelihood import (
     residual_directions,
 )
 from lightning_fedfisher.replica import Runner, replicate
-from lightning_fedfisher.sampling import DealtSamples, Shard
+from lightning_fedfisher.sampling import PREVIEW, DealtSamples, Shard
 from lightning_fedfisher.second_moments import SecondMoments
 from lightning_fedfisher.survey import Survey, Surveyor
 from lightning_fedfisher.treatment import CurvatureType, Treatment
@@ -191,7 +191,7 @@ class Sweep:
     def _survey(self, batch: Any) -> Survey:
         """What one forward pass of a few samples tells about the model."""
         replica = replicate(self._model, self._buffers)
-        batch = self._runner.prepare(replica, batch)
+        batch = self._few(replica, self._runner.prepare(replica, batch))
         surveyor = Surveyor(replica, self._layers)
         with surveyor:
             logits = self._runner.logits(replica, batch)
@@ -219,6 +219,14 @@ class Sweep:
                 ]
             )
         return survey
+
+    def _few(self, replica: nn.Module, batch: Any) -> Any:
+        """The first samples of a batch, where it can be cut: a survey runs each on its own."""
+        with torch.no_grad():
+            samples = len(self._runner.logits(replica, batch))
+            few = _cut(batch, samples, slice(PREVIEW))
+            fits = samples > PREVIEW and len(self._runner.logits(replica, few)) == PREVIEW
+        return few if fits else batch
 
     def _begin(self, survey: Survey) -> None:
         replica = self._replica = replicate(self._model, self._buffers)
@@ -275,19 +283,14 @@ class Sweep:
 
     def _some(self, batch: Any, logits: Tensor, directions: Directions, rows: Tensor) -> None:
         """Runs some samples of a batch with all their directions."""
-        samples = len(logits)
-
-        def mine(tensor: Tensor) -> Tensor:
-            return tensor[rows] if tensor.ndim and len(tensor) == samples else tensor
-
-        some = apply_to_collection(batch, Tensor, mine)
+        some = _cut(batch, len(logits), rows)
         again, _ = self._forward(some)
         apart = (again.detach() - logits[rows]).abs().max() if len(again) == len(rows) else np.inf
         if apart > _ROUNDING * logits.abs().max().clamp_min(1.0):
             raise UnsupportedModelError(
                 [
-                    "the logits of a sample depend on the other samples of its batch: there is no "
-                    "curvature of one sample"
+                    "the logits of a sample depend on the other samples of its batch, or on "
+                    "chance: there is no curvature of one sample"
                 ]
             )
         self._backward(some, again, directions.of(rows))
@@ -316,6 +319,15 @@ class Sweep:
             if "BackwardHookFunction" in str(error):
                 raise BackpackError("an output is changed in place") from error
             raise
+
+
+def _cut(batch: Any, samples: int, rows: Tensor | slice) -> Any:
+    """Some samples of a batch: of every tensor that has as many entries as there are samples."""
+
+    def mine(tensor: Tensor) -> Tensor:
+        return tensor[rows] if tensor.ndim and len(tensor) == samples else tensor
+
+    return apply_to_collection(batch, Tensor, mine)
 
 
 def _alike(directions: Directions, samples: int) -> Iterator[Tensor]:

@@ -74,14 +74,18 @@ class ClientUpdate:
             UpdateError: if a weight, buffer or block is not finite; all are named.
         """
         frozen = {n: digest(p.detach().cpu()) for n, p in frozen_parameters(model).items()}
-        shared = {n: first for n, first in aliases(model).items() if first not in frozen}
+        persistent = model.state_dict()
+        shared = {
+            name: first
+            for name, first in aliases(model).items()
+            if first not in frozen and first in persistent
+        }
         header = dataclasses.replace(header, aliases=shared, frozen=frozen)
         named: dict[str, Tensor] = {
             f"parameters/{name}": tensor
             for name, tensor in model.named_parameters()
             if name not in frozen
         }
-        persistent = model.state_dict()
         for name, tensor in model.named_buffers():
             if name in persistent:
                 named[f"buffers/{name}"] = tensor

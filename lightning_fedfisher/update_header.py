@@ -44,7 +44,7 @@ class UpdateHeader:
         layers: the model's layers, which cover each parameter exactly once.
         kinds: kind of each layer's block, by layer name.
         metadata: anything the client wants to add, as strings.
-        aliases: further names of parameters that several modules share, with the first.
+        aliases: further names of parameters and buffers that several modules share, with the first.
         frozen: digest of each parameter that was not trained, and is not sent.
 
     Raises:
@@ -137,7 +137,8 @@ def inconsistencies(header: UpdateHeader, shapes: Mapping[str, tuple[int, ...]])
         for part, shape in kind.tensor_shapes(layer.shape).items():
             expected[f"curvature/{layer.name}/{part}"] = shape
     for name, first in header.aliases.items():
-        if f"parameters/{first}" not in expected or f"parameters/{name}" in expected:
+        known = f"parameters/{first}" in expected or f"buffers/{first}" in shapes
+        if not known or f"parameters/{name}" in expected or f"buffers/{name}" in shapes:
             offenders.append(f"{name} cannot be another name of {first}")
     offenders += [
         f"{name} is frozen and trained"

@@ -49,7 +49,7 @@ class _Net(nn.Module):
         super().__init__()
         self._forward = forward
         for name, module in modules.items():
-            self.add_module(name, module)
+            setattr(self, name, module)
 
     def forward(self, x):
         return self._forward(self, x)
@@ -1692,3 +1692,122 @@ def test_a_model_that_cannot_be_copied_says_why():
     with pytest.raises(RuntimeError) as caught:
         _extract(model, _vectors())
     assert any("deep copy" in note for note in caught.value.__notes__)
+
+
+# ---------------------------------------------------------------------------------------------
+# What people do
+# ---------------------------------------------------------------------------------------------
+
+
+def test_a_reduction_in_place_counts_every_kind_once():
+    kinds = ("kfac", "ekfac", "diagonal")
+    model, loader = _net("normed and grouped"), DataLoader(_data(IMAGE), batch_size=BATCH)
+    shard = Shard(total=lambda tensor: tensor.mul_(2))  # as two processes with the same samples
+    twice = extract_curvatures(model, loader, kinds, shard=shard, progress=False)
+    once = extract_curvatures(model, loader, kinds, progress=False)
+    for kind in kinds:
+        assert _same(twice[kind], once[kind], 1e-10)
+
+
+def test_a_survey_of_a_stream_looks_at_few_samples():
+    seen = []
+
+    class Counting(nn.Linear):
+        def forward(self, x):
+            if torch.is_grad_enabled():
+                seen.append(len(x))
+            return super().forward(x)
+
+    x = torch.randn(64, 4)
+    _extract(Counting(4, 3), [(x, torch.zeros(64, dtype=torch.long))])
+    assert seen == [4, 64]
+
+
+def _padded(net, x):
+    known = torch.ones(x.shape[:2], dtype=torch.bool)
+    known[:, -1] = False
+    return net.head(net.encoder(x, src_key_padding_mask=~known).mean(1) * net.scale)
+
+
+class _Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 3 * ctx.saved_tensors[0] ** 2 * gradient
+
+
+def _packed(net, x):
+    lengths = torch.full((len(x),), x.shape[1])
+    packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+    return net.head(net.cell(packed)[1][0])
+
+
+AWKWARD = {
+    "attention with padding before a bare parameter": lambda: _Net(
+        _padded,
+        encoder=nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True), 1
+        ),
+        head=nn.Linear(4, CLASSES),
+        scale=nn.Parameter(torch.rand(4) + 0.5),
+    ),
+    "packed sequences": lambda: _Net(
+        _packed, cell=nn.GRU(4, 3, batch_first=True), head=nn.Linear(3, CLASSES)
+    ),
+    "a function of the user's": lambda: _Net(
+        lambda net, x: net.head(_Cube.apply(x.mean(1) * net.scale)),
+        head=nn.Linear(4, CLASSES),
+        scale=nn.Parameter(torch.rand(4) + 0.5),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_what_torch_func_does_not_know_is_run_sample_by_sample(name):
+    torch.manual_seed(0)
+    model = AWKWARD[name]().double().eval()
+    x = torch.randn(4, 5, 4, dtype=torch.float64)
+    y = torch.arange(4) % CLASSES
+    found = _extract(model, TensorDataset(x, y), "diagonal", fisher="empirical")
+    expected = {}
+    for sample, label in zip(x, y, strict=True):
+        logits = model(sample.unsqueeze(0))
+        model.zero_grad()
+        F.cross_entropy(logits, label.unsqueeze(0)).backward()
+        for parameter, p in model.named_parameters():
+            expected[parameter] = expected.get(parameter, 0) + p.grad**2 / len(x)
+    for layer in found.layers:
+        torch.testing.assert_close(
+            found.blocks[layer.name].values, layer.join(expected), rtol=1e-9, atol=1e-15
+        )
+
+
+def test_sparse_embeddings_expanded_buffers_and_autocast_of_the_models_own():
+    def forward(net, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return net.head(net.embed(x).mean(1) + net.shift.sum()).float()
+
+    model = _Net(forward, embed=nn.Embedding(5, 4, sparse=True), head=nn.Linear(4, CLASSES))
+    model.register_buffer("shift", torch.ones(1).expand(4))
+    data = TensorDataset(torch.arange(12).view(4, 3) % 5, torch.arange(4) % CLASSES)
+    for kind in ("kfac", "diagonal"):
+        extracted = _extract(model, data, kind)
+        assert all(torch.isfinite(block.trace()) for block in extracted.blocks.values())
+        assert extracted.blocks["head"].diagonal().dtype == torch.float32
+    assert model.embed.sparse
+
+
+def test_outputs_of_several_parts_need_forward():
+    model = _Net(lambda net, x: (net.head(x), x, x), head=nn.Linear(4, CLASSES))
+    with pytest.raises(ValueError, match="pass `forward`"):
+        _extract(model, _vectors(), forward=lambda module, batch: module(batch[0].float()))
+
+
+@pytest.mark.parametrize("max_samples", ["all", 2.5, True])
+def test_max_samples_of_another_kind(max_samples):
+    with pytest.raises(ValueError, match="max_samples must be at least 1, None or 'auto'"):
+        _extract(_net("lenet"), _data(IMAGE), max_samples=max_samples)

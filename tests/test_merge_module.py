@@ -1,6 +1,7 @@
 """FisherMergeModule: the merge on a Trainer, its closed cases, its refusals and its manners."""
 
 import copy
+import dataclasses
 import json
 import re
 import textwrap
@@ -356,6 +357,48 @@ def test_frozen_weights_must_be_the_same_everywhere(tmp_path):
     stranger = ClientUpdate.from_model(other, updates[0].header, extracted.blocks)
     with pytest.raises(MergeError, match=r"network\.1\.bias is frozen with digest"):
         FisherMergeModule([*updates, stranger])
+
+
+def test_a_module_under_two_names_merges_with_its_buffers(tmp_path):
+    class Twice(TinyClassifier):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64))
+            self.network = nn.Sequential(self.stem, nn.Linear(64, 3))
+
+        def get_extra_state(self):
+            return {"note": 1}
+
+        def set_extra_state(self, state):
+            pass
+
+    torch.manual_seed(0)
+    start, updates = Twice().state_dict(), []
+    for client in range(2):
+        model = Twice()
+        model.load_state_dict(start)
+        callback = FedFisherCallback(tmp_path / f"{client}.safetensors")
+        trainer = quiet_trainer(tmp_path, callbacks=[callback])
+        trainer.fit(model, tiny_loader(seed=client))
+        updates.append(callback.update)
+    server = Twice()
+    merged = merge(updates, tmp_path, model=server).merged_state_dict()
+    assert torch.equal(merged["network.0.1.running_mean"], merged["stem.1.running_mean"])
+    assert torch.equal(server.stem[1].running_var, merged["stem.1.running_var"])
+    assert merged.keys() == {name for name, t in start.items() if isinstance(t, torch.Tensor)}
+
+
+def test_layers_treated_unlike_are_refused_by_name(updates):
+    first, other = updates["fedfisher"][:2]
+    model = tiny_model()
+    diagonal = extract_curvature(model, tiny_loader(), "diagonal").blocks
+    blocks = {**other.blocks, "network.2": diagonal["network.2"]}
+    kinds = {name: block.kind for name, block in blocks.items()}
+    header = dataclasses.replace(other.header, kinds=kinds)
+    odd = ClientUpdate.from_model(model, header, blocks)
+    with pytest.raises(MergeError, match=r"layer network\.2 is diagonal, not kronecker"):
+        FisherMergeModule([first, odd])
+    FisherMergeModule([first, odd], method="fedavg")
 
 
 def test_bad_updates_are_refused_together(updates, tmp_path):
