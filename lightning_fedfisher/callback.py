@@ -35,7 +35,7 @@ class FedFisherCallback(Callback):
     """Turns a finished fit into a `ClientUpdate`: the weights and the curvature around them.
 
     With no arguments it works: once the training ends, normally or early, it extracts the curvature
-    over every tenth training sample (at least 500), each once, and rank 0 writes
+    over every twelfth training sample (at least 300), each once, and rank 0 writes
     ``<log dir or default_root_dir>/fedfisher/update.safetensors``. Before the training it rehearses
     that on two samples, so that what cannot be extracted is refused at once. Weights, gradients,
     modes and random states stay as they are. After an exception or Ctrl-C nothing is written; under
@@ -76,7 +76,7 @@ class FedFisherCallback(Callback):
             fisher: Fisher type.
             likelihood: of the labels given the logits.
             max_samples: average over a seeded random subset of this size; ``"auto"`` takes every
-                tenth sample but no fewer than 500, None takes all.
+                twelfth sample but no fewer than 300, None takes all.
             batch_size: samples a batch; the loader's own if None.
             dataloader: the client's samples, if not those behind the training loader, for example
                 without its augmentation.

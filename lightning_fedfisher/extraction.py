@@ -34,7 +34,7 @@ class ExtractionOptions(TypedDict, total=False):
             positions after the classes, unobserved ones labelled -100), ``"bernoulli"`` or
             ``"gaussian"``.
         max_samples: average over a seeded random subset of this size; ``"auto"`` (default) takes
-            every tenth sample but no fewer than 500, None takes all. Of an iterable without
+            every twelfth sample but no fewer than 300, None takes all. Of an iterable without
             indices, the first samples, to the batch; ``"auto"`` takes all of it.
         batch_size: samples a batch, the loader's own by default. Halved, with a warning, for as
             long as memory does not suffice.

@@ -228,7 +228,12 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     report = large(flags) if flags.model == "resnet18" else client(flags)
     report |= {
-        "config": {key: str(value) for key, value in vars(flags).items() if key != "config"},
+        "config": {
+            "model": flags.model,
+            "samples": flags.samples,
+            "batch_size": flags.batch_size,
+            "repeats": flags.repeats,
+        },
         "environment": environment(torch.device("cpu")),
     }
     text = json.dumps(report, indent=2, default=str) + "\n"
@@ -291,7 +296,7 @@ def client(flags: Any) -> dict[str, Any]:
             print(name, rows[name])
     whole = DataLoader(TensorDataset(x.double(), y), batch_size=flags.batch_size)
     exact = ours(copy.deepcopy(network).double(), whole, _ALL, fisher="exact", tolerance=0.0)
-    # The default, as the callback runs it: a tenth of all of the client's samples.
+    # The default, as the callback runs it: a twelfth of all of the client's samples.
     loader = DataLoader(every, batch_size=250, collate_fn=collate_images)
     _, default = timed(lambda: ours(network, loader, ("kfac",), max_samples="auto"), flags.repeats)
     _, own = timed(lambda: train_epoch(trained, trained_on, _TRAINING_BATCH), flags.repeats)

@@ -136,6 +136,62 @@ def benchmark_table(report: dict[str, Any]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in table)
 
 
+def extraction_summary(reports: Sequence[dict[str, Any]]) -> str:
+    """The figures of extraction benchmarks that matter, a column for each network.
+
+    Args:
+        reports: of ``extraction_benchmark.py`` on trained clients.
+
+    Returns:
+        A Markdown table.
+    """
+
+    def errors(report: dict[str, Any]) -> str:
+        found = report["relative_errors"]
+        return " / ".join(f"{found[kind]:.0e}" for kind in ("kfac", "diagonal", "ekfac"))
+
+    def memory(report: dict[str, Any]) -> str:
+        peaks = report["peak_bytes_batch_250"]
+        kinds = ("normalised K-FAC", "exact K-FAC", "exact EKFAC")
+        return " / ".join(f"{peaks[kind] / peaks['training']:.1f}" for kind in kinds)
+
+    rows = [
+        ["", *(report["config"]["model"] for report in reports)],
+        ["---", *["---:"] * len(reports)],
+        [
+            "the callback's default, in epochs of that client's training",
+            *(f"{report['default_epochs']:.2f}" for report in reports),
+        ],
+        [
+            "exact K-FAC, diagonal and EKFAC together: times faster than NNGeometry 0.4's exact "
+            "K-FAC and diagonal",
+            *(f"{report['times_faster_than_nngeometry']:.1f}" for report in reports),
+        ],
+        ["their relative error (K-FAC / diagonal / EKFAC)", *map(errors, reports)],
+        [
+            "peak memory over a training step's, batches of 250 (default / exact K-FAC / EKFAC)",
+            *map(memory, reports),
+        ],
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def large_table(report: dict[str, Any]) -> str:
+    """Time and memory of extraction from a large network.
+
+    Args:
+        report: of ``extraction_benchmark.py --model resnet18``.
+
+    Returns:
+        A Markdown table.
+    """
+    table = [["what", "seconds", "peak memory, GB"], ["---", "---:", "---:"]]
+    for name, row in report["rows"].items():
+        seconds = f"{row['seconds']:.0f}" if "seconds" in row else ""
+        table.append([name, seconds, f"{row['peak_bytes'] / 1e9:.1f}"])
+    return "\n".join(f"| {' | '.join(row)} |" for row in table)
+
+
 def _cell(row: dict[str, str]) -> str:
     return f"{row['model']} a{row['alpha']} p{row['partition_seed']}"
 

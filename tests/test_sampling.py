@@ -290,9 +290,9 @@ def test_the_first_process_tells_the_others():
 
 @pytest.mark.parametrize(
     ("population", "most"),
-    [(3, 3), (500, 500), (501, 500), (5000, 500), (5010, 501), (60000, 6000)],
+    [(3, 3), (300, 300), (301, 300), (3600, 300), (3612, 301), (60000, 5000)],
 )
-def test_auto_takes_a_tenth_but_no_fewer_than_500(population, most):
+def test_auto_takes_a_twelfth_but_no_fewer_than_300(population, most):
     assert most_samples("auto", population) == most
 
 

@@ -4,7 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
-from results_table import costs_table, results_table
+from results_table import (
+    benchmark_table,
+    costs_table,
+    extraction_summary,
+    large_table,
+    read_rows,
+    results_table,
+    study_table,
+)
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "recipes" / "results"
@@ -33,3 +41,20 @@ def test_recipes_readme_shows_every_recorded_table():
     assert results_table(seeds, mean=True) in text
     for name in ("fashionmnist-lenet-a0.1-p3-s0", "cifar10-cnn", "cifar10-resnet18"):
         assert costs_table(*load(name)) in text
+
+
+@pytest.mark.parametrize("cells", ["development", "held_out"])
+def test_recipes_readme_shows_the_curvature_studies(cells):
+    path = RESULTS / f"curvature_study_{cells}.csv"
+    assert path.read_text().startswith("# 20")  # the date, then the hardware
+    assert study_table(read_rows(path)) in (ROOT / "recipes" / "README.md").read_text()
+
+
+def test_readmes_show_the_extraction_benchmarks():
+    reports = load("extraction_lenet", "extraction_cnn")
+    text = (ROOT / "recipes" / "README.md").read_text()
+    for report in reports:
+        assert benchmark_table(report) in text
+    assert large_table(*load("extraction_resnet18")) in text
+    assert extraction_summary(reports) in text
+    assert extraction_summary(reports) in (ROOT / "README.md").read_text()
