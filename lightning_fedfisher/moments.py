@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -42,13 +43,25 @@ _WORTH_WRITING = 8
 
 
 class Moments(ABC):
-    """Sums over samples for one layer.
+    """Sums over samples for one layer: of the tensors that define its curvature.
 
     Attributes:
         sums: the state, additive over batches and processes.
     """
 
-    sums: dict[str, Tensor]
+    kind: ClassVar[type[Curvature]]
+    """What comes of the sums."""
+
+    def __init__(self, layer: Layer, like: Tensor) -> None:
+        """Starts at zero.
+
+        Args:
+            layer: the layer.
+            like: gives dtype and device.
+        """
+        self._shape = layer.shape
+        shapes = self.kind.tensor_shapes(layer.shape)
+        self.sums = {name: like.new_zeros(shape) for name, shape in shapes.items()}
 
     @abstractmethod
     def add(self, uses: Sequence[Use], samples: int) -> None:
@@ -59,11 +72,6 @@ class Moments(ABC):
             samples: how many there are; these are all directions they have.
         """
 
-    def add_gradients(self, gradients: Tensor) -> None:
-        """Adds per-sample gradients ``(samples, out, in)``, where these are what is at hand."""
-        raise NotImplementedError
-
-    @abstractmethod
     def finish(self, sums: Mapping[str, Tensor], count: int) -> Curvature:
         """The curvature, from sums over all processes.
 
@@ -71,23 +79,22 @@ class Moments(ABC):
             sums: of all processes.
             count: samples over all processes.
         """
+        means = {name: total / count for name, total in sums.items()}
+        return self.kind.from_tensors(means, self._shape)
+
+
+class GradientMoments(Moments):
+    """Sums that per-sample gradients are enough for."""
+
+    @abstractmethod
+    def add_gradients(self, gradients: Tensor) -> None:
+        """Adds per-sample gradients ``(samples, out, in)``, where these are what is at hand."""
 
 
 class KroneckerMoments(Moments):
     """Kronecker factors of layers whose gradient is a product."""
 
-    def __init__(self, layer: Layer, like: Tensor) -> None:
-        """Starts at zero.
-
-        Args:
-            layer: the layer.
-            like: gives dtype and device.
-        """
-        rows, columns = layer.shape
-        self.sums = {
-            "output_factor": like.new_zeros(rows, rows),
-            "input_factor": like.new_zeros(columns, columns),
-        }
+    kind = Kronecker
 
     @override
     def add(self, uses: Sequence[Use], samples: int) -> None:
@@ -103,26 +110,11 @@ class KroneckerMoments(Moments):
                 _add_gram(from_inputs, seen, 1 / positions)
                 _add_gram(from_gradient, operation.from_gradient(piece.gradient, n), 1.0)
 
-    @override
-    def finish(self, sums: Mapping[str, Tensor], count: int) -> Kronecker:
-        return Kronecker(sums["output_factor"] / count, sums["input_factor"] / count)
-
 
 class LookupMoments(Moments):
     """Token frequencies, and the second moment of the gradient at an embedding's output."""
 
-    def __init__(self, layer: Layer, like: Tensor) -> None:
-        """Starts at zero.
-
-        Args:
-            layer: the layer.
-            like: gives dtype and device.
-        """
-        rows, columns = layer.shape
-        self.sums = {
-            "output_values": like.new_zeros(rows),
-            "input_factor": like.new_zeros(columns, columns),
-        }
+    kind = LookupKronecker
 
     @override
     def add(self, uses: Sequence[Use], samples: int) -> None:
@@ -135,22 +127,11 @@ class LookupMoments(Moments):
             self.sums["output_values"].index_add_(0, tokens, shares)
             self.sums["input_factor"].addmm_(gradient.mT, gradient)
 
-    @override
-    def finish(self, sums: Mapping[str, Tensor], count: int) -> LookupKronecker:
-        return LookupKronecker(sums["output_values"] / count, sums["input_factor"] / count)
 
-
-class DiagonalMoments(Moments):
+class DiagonalMoments(GradientMoments):
     """Sums of squared per-sample gradients, exact for every operation."""
 
-    def __init__(self, layer: Layer, like: Tensor) -> None:
-        """Starts at zero.
-
-        Args:
-            layer: the layer.
-            like: gives dtype and device.
-        """
-        self.sums = {"values": like.new_zeros(layer.shape)}
+    kind = Diagonal
 
     @override
     def add(self, uses: Sequence[Use], samples: int) -> None:
@@ -160,12 +141,8 @@ class DiagonalMoments(Moments):
     def add_gradients(self, gradients: Tensor) -> None:
         self.sums["values"] += _sum_of_squares(gradients)
 
-    @override
-    def finish(self, sums: Mapping[str, Tensor], count: int) -> Diagonal:
-        return Diagonal(sums["values"] / count)
 
-
-class SpectrumMoments(Moments):
+class SpectrumMoments(GradientMoments):
     """Squared per-sample gradients in the eigenbasis of the Kronecker factors: EKFAC.
 
     (George et al., 2018, "Fast Approximate Natural Gradient Descent in a Kronecker-factored
@@ -178,39 +155,28 @@ class SpectrumMoments(Moments):
         Args:
             basis: the eigenbasis; its spectrum is replaced.
         """
-        self._basis = basis
+        self._curvature = basis
+        rows = basis.output_basis if isinstance(basis, EigenKronecker) else None
+        self._bases = rows, basis.input_basis
         self.sums = {"spectrum": torch.zeros_like(basis.spectrum)}
 
     @override
     def add(self, uses: Sequence[Use], samples: int) -> None:
-        basis = self._basis
-        rows = basis.output_basis if isinstance(basis, EigenKronecker) else None
-        _add_squares(self.sums["spectrum"], uses, samples, rows, basis.input_basis)
+        _add_squares(self.sums["spectrum"], uses, samples, *self._bases)
 
     @override
     def add_gradients(self, gradients: Tensor) -> None:
-        basis = self._basis
-        rows = basis.output_basis if isinstance(basis, EigenKronecker) else None
-        self.sums["spectrum"] += _sum_of_squares(_turned(gradients, rows, basis.input_basis))
+        self.sums["spectrum"] += _sum_of_squares(_turned(gradients, *self._bases))
 
     @override
     def finish(self, sums: Mapping[str, Tensor], count: int) -> Curvature:
-        return self._basis.with_spectrum(sums["spectrum"] / count)
+        return self._curvature.with_spectrum(sums["spectrum"] / count)
 
 
-class DenseMoments(Moments):
+class DenseMoments(GradientMoments):
     """Outer products of per-sample gradients: exact blocks, for small layers only."""
 
-    def __init__(self, layer: Layer, like: Tensor) -> None:
-        """Starts at zero.
-
-        Args:
-            layer: the layer.
-            like: gives dtype and device.
-        """
-        entries = layer.shape[0] * layer.shape[1]
-        self._shape = layer.shape
-        self.sums = {"matrix": like.new_zeros(entries, entries)}
+    kind = Dense
 
     @override
     def add(self, uses: Sequence[Use], samples: int) -> None:
@@ -221,10 +187,6 @@ class DenseMoments(Moments):
     def add_gradients(self, gradients: Tensor) -> None:
         flat = gradients.flatten(1)
         self.sums["matrix"].addmm_(flat.mT, flat)
-
-    @override
-    def finish(self, sums: Mapping[str, Tensor], count: int) -> Dense:
-        return Dense(sums["matrix"] / count, self._shape)
 
 
 def written(uses: Sequence[Use], samples: int, shape: tuple[int, int]) -> list[Tensor] | None:

@@ -20,6 +20,7 @@ from lightning_fedfisher.layers import Layer
 from lightning_fedfisher.moments import (
     DenseMoments,
     DiagonalMoments,
+    GradientMoments,
     KroneckerMoments,
     LookupMoments,
     Moments,
@@ -32,11 +33,8 @@ from lightning_fedfisher.uses import Use
 
 # Uses kept for the eigenvalue correction before it takes a second pass instead.
 _KEPT_BYTES = 2**30
-_MOMENTS: dict[str, Callable[[Layer, Tensor], Moments]] = {
-    "kronecker": KroneckerMoments,
-    "lookup_kronecker": LookupMoments,
-    "diagonal": DiagonalMoments,
-    "dense": DenseMoments,
+_MOMENTS: dict[str, type[Moments]] = {
+    cls.kind.kind: cls for cls in (KroneckerMoments, LookupMoments, DiagonalMoments, DenseMoments)
 }
 # The factors whose eigenbases an eigenvalue-corrected kind stands in.
 _FACTORS = {"ekfac": "kronecker", "lookup_ekfac": "lookup_kronecker"}
@@ -122,6 +120,7 @@ class SecondMoments:
                 for gradients in self._functional(batch, logits.detach(), direction):
                     for name, gradient in gradients.items():
                         for moments in self._of(name):
+                            assert isinstance(moments, GradientMoments)
                             moments.add_gradients(gradient)
 
     def _of(self, name: str) -> list[Moments]:
@@ -134,10 +133,10 @@ class SecondMoments:
             return
         owned = self._of(layer.name)
         keeps = layer.name in self._corrected and not self.needs_second_pass
-        wants_all = [m for m in owned if isinstance(m, DiagonalMoments | DenseMoments)]
-        gradients = written(uses, self._samples, layer.shape) if keeps or wants_all else None
+        wants = keeps or any(isinstance(moments, GradientMoments) for moments in owned)
+        gradients = written(uses, self._samples, layer.shape) if wants else None
         for moments in owned:
-            if gradients is None or moments not in wants_all:
+            if gradients is None or not isinstance(moments, GradientMoments):
                 moments.add(uses, self._samples)
             else:
                 for part in gradients:
