@@ -67,7 +67,6 @@ class SecondMoments:
             logits_of: maps the model and a batch to logits.
         """
         self._layers = layers
-        self._curvatures = curvatures
         self._survey = survey
         parameters = dict(model.named_parameters())
         self._moments: dict[tuple[str, str], Moments] = {}
@@ -78,10 +77,11 @@ class SecondMoments:
                 self._moments.setdefault((layer.name, base), _MOMENTS[base](layer, like))
         self._kept: list[tuple[Layer, Sequence[Use | Tensor], int]] = []
         self._kept_bytes = 0
+        # By layer name, the kind of the factors; in the order in which all processes reduce them.
         self._corrected = {
-            layer.name
+            layer.name: _FACTORS[kind]
             for layer in layers
-            if "ekfac" in curvatures and self._kind("ekfac", layer) in _FACTORS
+            if "ekfac" in curvatures and (kind := self._kind("ekfac", layer)) in _FACTORS
         }
         self._bases: dict[str, EigenKronecker | LookupEigenKronecker] = {}
         self._spectra: dict[str, SpectrumMoments] = {}
@@ -155,24 +155,21 @@ class SecondMoments:
             self.needs_second_pass = True
 
     def turn(self, total: Total, first: Total, count: int) -> None:
-        """Turns the factors into eigenbases.
+        """Turns the factors into eigenbases, and starts their spectra at zero.
 
         Args:
             total: adds a tensor up over all processes.
             first: the first process's tensor, on every process.
             count: samples over all processes.
         """
-        for layer in self._layers:
-            kind = self._kind("ekfac", layer)
-            if kind not in _FACTORS:
-                continue
-            factors = self._total(layer, _FACTORS[kind], total, count)
+        for name, kind in self._corrected.items():
+            factors = _finished(self._moments[name, kind], total, count)
             assert isinstance(factors, Kronecker | LookupKronecker)
             basis = factors.eigen()
             # Bases are not unique: all processes must stand in the same.
-            same = {name: first(tensor) for name, tensor in basis.tensors().items()}
-            self._bases[layer.name] = type(basis).from_tensors(same, layer.shape)
-        self._spectra = {name: SpectrumMoments(basis) for name, basis in self._bases.items()}
+            same = {part: first(tensor) for part, tensor in basis.tensors().items()}
+            self._bases[name] = type(basis).from_tensors(same, basis.shape)
+        self.begin_second_pass()
 
     def correct_kept(self) -> None:
         """Adds the spectra of what was kept."""
@@ -200,22 +197,15 @@ class SecondMoments:
         blocks: dict[str, Curvature] = {}
         for layer in self._layers:
             kind = self._kind(curvature, layer)
-            if kind in _FACTORS:
-                spectrum = self._spectra[layer.name]
-                sums = _totals(spectrum, total)
-                blocks[layer.name] = spectrum.finish(sums, count)
-            else:
-                blocks[layer.name] = self._total(layer, kind, total, count)
+            corrected = kind in _FACTORS
+            moments = self._spectra[layer.name] if corrected else self._moments[layer.name, kind]
+            blocks[layer.name] = _finished(moments, total, count)
         return blocks
-
-    def _total(self, layer: Layer, kind: str, total: Total, count: int) -> Curvature:
-        moments = self._moments[layer.name, kind]
-        return moments.finish(_totals(moments, total), count)
 
     def _kind(self, curvature: CurvatureType, layer: Layer) -> str:
         return kind_of(curvature, self._survey.operations.get(layer.name))
 
 
-def _totals(moments: Moments, total: Total) -> dict[str, Tensor]:
-    """Sums over all processes; of copies, because a reduction may work in place."""
-    return {name: total(tensor.clone()) for name, tensor in moments.sums.items()}
+def _finished(moments: Moments, total: Total, count: int) -> Curvature:
+    """The curvature from all processes; of copies, because a reduction may work in place."""
+    return moments.finish({name: total(t.clone()) for name, t in moments.sums.items()}, count)
