@@ -12,17 +12,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.overrides import TorchFunctionMode
 
 from lightning_fedfisher.layers import Layer, UnsupportedModelError
+from lightning_fedfisher.replica import MixedSamplesError, map_samples, require_same_logits
 
 # Numbers of gradients held at a time.
 _CHUNK = 2**25
-# Largest difference between a sample's logits alone and within its batch, relative to the largest.
-_ROUNDING = 1e-3
 
 
 class FunctionalGradients:
@@ -65,33 +63,32 @@ class FunctionalGradients:
             ``(samples, out, in)`` by layer name, for some samples after the others.
 
         Raises:
-            UnsupportedModelError: if a sample's logits depend on the others of its batch.
+            MixedSamplesError: if a sample's logits depend on the others of its batch.
         """
         samples = len(logits)
-        tensors = [t for t in _tensors(batch) if t.ndim and len(t) == samples]
+        tensors: list[Tensor] = []
+
+        def collect(tensor: Tensor) -> Tensor:
+            tensors.append(tensor)
+            return tensor
+
+        map_samples(batch, samples, collect)
 
         def scalar(
             parameters: Mapping[str, Tensor], own: Sequence[Tensor], direction: Tensor
         ) -> tuple[Tensor, Tensor]:
             remaining = iter(own)
-
-            def mine(tensor: Tensor) -> Tensor:
-                whole = tensor.ndim and len(tensor) == samples
-                return next(remaining).unsqueeze(0) if whole else tensor
-
-            one = apply_to_collection(batch, Tensor, mine)
+            one = map_samples(batch, samples, lambda _: next(remaining).unsqueeze(0))
             result = functional_call(self._whole, dict(parameters), (one,))
             if len(result) != 1:
-                raise UnsupportedModelError([_MIXED])
+                raise MixedSamplesError
             return (result[0] * direction).sum(), result[0].detach()
 
         step = max(1, _CHUNK // sum(p.numel() for p in self._parameters.values()))
         for start in range(0, samples, step):
             here = slice(start, start + step)
             found, alone = self._run(scalar, [t[here] for t in tensors], directions[here])
-            apart = (alone - logits[here]).abs().max()
-            if apart > _ROUNDING * logits.abs().max().clamp_min(1.0):
-                raise UnsupportedModelError([_MIXED])
+            require_same_logits(alone, logits, here)
             yield {
                 layer.name: torch.cat(
                     [
@@ -131,19 +128,13 @@ class FunctionalGradients:
             try:
                 value, alone = scalar(own, [t[n] for t in tensors], direction)
             except ValueError as error:
-                raise UnsupportedModelError([f"{_MIXED} ({error})"]) from error
+                raise MixedSamplesError(error) from error
             found_here = torch.autograd.grad(value, list(own.values()), allow_unused=True)
             for (name, p), g in zip(own.items(), found_here, strict=True):
                 gradients[name].append(torch.zeros_like(p) if g is None else g)
             logits.append(alone)
         stacked = {name: torch.stack(found_there) for name, found_there in gradients.items()}
         return stacked, torch.stack(logits)
-
-
-_MIXED = (
-    "the logits of a sample depend on the other samples of its batch, on how many there are (a "
-    "normalisation by batch statistics?) or on chance: there is no curvature of one sample"
-)
 
 
 class _SlowPath(TorchFunctionMode):
@@ -173,14 +164,3 @@ class _Whole(nn.Module):
     def forward(self, batch: Any) -> Tensor:
         with _SlowPath():
             return self._logits_of(self.model, batch)
-
-
-def _tensors(batch: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    apply_to_collection(batch, Tensor, keep)
-    return found

@@ -17,8 +17,12 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from lightning_fedfisher.layers import UnsupportedModelError
+
 Forward = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Tensor]]
 
+# Largest difference between a sample's logits in two batches, relative to the largest.
+_ROUNDING = 1e-3
 _LABEL_KEYS = ("label", "labels", "target", "targets", "y")
 
 
@@ -149,6 +153,62 @@ def isolated(model: nn.Module) -> Iterator[None]:
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
+
+
+def map_samples(batch: Any, samples: int, change: Callable[[Tensor], Tensor]) -> Any:
+    """Changes what of a batch runs over its samples.
+
+    Args:
+        batch: of any form.
+        samples: how many there are.
+        change: applied to every tensor that has as many entries.
+
+    Returns:
+        The batch of the same form.
+    """
+
+    def mine(tensor: Tensor) -> Tensor:
+        return change(tensor) if tensor.ndim and len(tensor) == samples else tensor
+
+    return apply_to_collection(batch, Tensor, mine)
+
+
+class MixedSamplesError(UnsupportedModelError):
+    """The logits of a sample are not its own."""
+
+    def __init__(self, detail: object = "") -> None:
+        """Says so.
+
+        Args:
+            detail: what gave it away, if that is worth telling.
+        """
+        because = f" ({detail})" if detail else ""
+        super().__init__(
+            [
+                "the logits of a sample depend on the other samples of its batch, on how many "
+                "there are (a normalisation by batch statistics?) or on chance: there is no "
+                f"curvature of one sample{because}"
+            ]
+        )
+
+
+def require_same_logits(again: Tensor, logits: Tensor, rows: Tensor | slice) -> None:
+    """Refuses logits of some samples that differ from those within the whole batch.
+
+    Args:
+        again: of some samples without the others.
+        logits: of the whole batch.
+        rows: which samples.
+
+    Raises:
+        MixedSamplesError: if they differ by more than rounding.
+    """
+    before = logits[rows]
+    if len(again) != len(before):
+        raise MixedSamplesError
+    apart = (again.detach() - before).abs().max()
+    if apart > _ROUNDING * logits.abs().max().clamp_min(1.0):
+        raise MixedSamplesError
 
 
 def _forward_pair(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:

@@ -15,9 +15,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
@@ -32,7 +30,7 @@ from lightning_fedfisher.likelihood import (
     LikelihoodType,
     residual_directions,
 )
-from lightning_fedfisher.replica import Runner, replicate
+from lightning_fedfisher.replica import Runner, map_samples, replicate, require_same_logits
 from lightning_fedfisher.sampling import PREVIEW, DealtSamples, Shard
 from lightning_fedfisher.second_moments import SecondMoments
 from lightning_fedfisher.survey import Survey, Surveyor
@@ -40,9 +38,6 @@ from lightning_fedfisher.treatment import CurvatureType, Treatment
 
 Found = dict[CurvatureType, tuple[dict[str, Curvature], tuple[Treatment, ...]]]
 """Blocks by layer name and treatments, by kind."""
-
-# Largest difference between logits of a sample in two batches, relative to the largest.
-_ROUNDING = 1e-3
 
 
 @dataclass(frozen=True)
@@ -224,7 +219,7 @@ class Sweep:
         """The first samples of a batch, where it can be cut: a survey runs each on its own."""
         with torch.no_grad():
             samples = len(self._runner.logits(replica, batch))
-            few = _cut(batch, samples, slice(PREVIEW))
+            few = map_samples(batch, samples, lambda tensor: tensor[:PREVIEW])
             fits = samples > PREVIEW and len(self._runner.logits(replica, few)) == PREVIEW
         return few if fits else batch
 
@@ -283,16 +278,9 @@ class Sweep:
 
     def _some(self, batch: Any, logits: Tensor, directions: Directions, rows: Tensor) -> None:
         """Runs some samples of a batch with all their directions."""
-        some = _cut(batch, len(logits), rows)
+        some = map_samples(batch, len(logits), lambda tensor: tensor[rows])
         again, _ = self._forward(some)
-        apart = (again.detach() - logits[rows]).abs().max() if len(again) == len(rows) else np.inf
-        if apart > _ROUNDING * logits.abs().max().clamp_min(1.0):
-            raise UnsupportedModelError(
-                [
-                    "the logits of a sample depend on the other samples of its batch, or on "
-                    "chance: there is no curvature of one sample"
-                ]
-            )
+        require_same_logits(again, logits, rows)
         self._backward(some, again, directions.of(rows))
 
     def _backward(self, batch: Any, logits: Tensor, directions: Sequence[Tensor]) -> None:
@@ -319,15 +307,6 @@ class Sweep:
             if "BackwardHookFunction" in str(error):
                 raise BackpackError("an output is changed in place") from error
             raise
-
-
-def _cut(batch: Any, samples: int, rows: Tensor | slice) -> Any:
-    """Some samples of a batch: of every tensor that has as many entries as there are samples."""
-
-    def mine(tensor: Tensor) -> Tensor:
-        return tensor[rows] if tensor.ndim and len(tensor) == samples else tensor
-
-    return apply_to_collection(batch, Tensor, mine)
 
 
 def _alike(directions: Directions, samples: int) -> Iterator[Tensor]:
