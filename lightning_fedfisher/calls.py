@@ -23,9 +23,8 @@ from lightning_fedfisher.operations import (
     Lookup,
     Operation,
     TransposedConvolution,
-    Window,
-    spatial,
 )
+from lightning_fedfisher.window import Window
 
 
 @dataclass(frozen=True)
@@ -81,17 +80,9 @@ def _convolution(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Call | None:
-    kernel = tuple(weight.shape[2:])
     if inputs.ndim != weight.ndim:
         return None
-    strides, dilations = spatial(stride, len(kernel)), spatial(dilation, len(kernel))
-    if isinstance(padding, str):
-        reach = [d * (k - 1) * (padding == "same") for d, k in zip(dilations, kernel, strict=True)]
-        # An even kernel adds one more zero after than before.
-        sides = tuple((r // 2, r - r // 2) for r in reach)
-    else:
-        sides = tuple((p, p) for p in spatial(padding, len(kernel)))
-    window = Window(kernel, strides, sides, dilations)
+    window = Window.of(weight.shape[2:], stride, padding, dilation)
 
     def operation(has_bias: bool) -> Operation:
         if groups == 1:
@@ -111,11 +102,9 @@ def _transposed(
     groups: int = 1,
     dilation: int | Sequence[int] = 1,
 ) -> Call | None:
-    kernel = tuple(weight.shape[2:])
     if inputs.ndim != weight.ndim:
         return None
-    sides = tuple((p, p) for p in spatial(padding, len(kernel)))
-    window = Window(kernel, spatial(stride, len(kernel)), sides, spatial(dilation, len(kernel)))
+    window = Window.of(weight.shape[2:], stride, padding, dilation)
     positions = tuple(inputs.shape[2:])
 
     def operation(has_bias: bool) -> Operation:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lightning_fedfisher.layers import Layer
 from lightning_fedfisher.survey import Survey
+from lightning_fedfisher.window import Window
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _SUPPORTED = (nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, *_CONVOLUTIONS)
@@ -126,10 +127,5 @@ class BackpackDiagonal:
 
 def _padding(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[tuple[int, int], ...]:
     """Zeros before and after, in each spatial dimension, where the padding may be a word."""
-    if not isinstance(module.padding, str):
-        return tuple((int(p), int(p)) for p in module.padding)
-    reach = [
-        d * (k - 1) if module.padding == "same" else 0
-        for d, k in zip(module.dilation, module.kernel_size, strict=True)
-    ]
-    return tuple((r // 2, r - r // 2) for r in reach)
+    window = Window.of(module.kernel_size, module.stride, module.padding, module.dilation)
+    return window.padding

@@ -13,9 +13,8 @@ same forward pass.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from typing_extensions import override
+
+from lightning_fedfisher.window import Window
 
 
 class Operation(ABC):
@@ -151,49 +152,6 @@ class Linear(Product):
     @override
     def from_one(self, gradient: Tensor, samples: int) -> Tensor:
         return gradient.reshape(samples, -1, gradient.shape[-1]).mT
-
-
-@dataclass(frozen=True)
-class Window:
-    """How a convolution slides, in each spatial dimension.
-
-    Attributes:
-        kernel: size.
-        stride: between positions.
-        padding: zeros before and after.
-        dilation: between a kernel's elements.
-    """
-
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]
-    dilation: tuple[int, ...]
-
-    @property
-    def growth(self) -> int:
-        """How many times an image is seen, at most."""
-        return max(1, math.prod(self.kernel) // math.prod(self.stride))
-
-    def patches(self, image: Tensor) -> Tensor:
-        """What each position sees: ``(channels * elements, batch, positions)``."""
-        sides = [side for pair in reversed(self.padding) for side in pair]
-        image = functional.pad(image, sides).contiguous()
-        batch, channels, *sizes = image.shape
-        steps = image.stride()[2:]
-        places = [
-            (size - d * (k - 1) - 1) // s + 1
-            for size, k, s, d in zip(sizes, self.kernel, self.stride, self.dilation, strict=True)
-        ]
-        seen = image.as_strided(
-            (channels, *self.kernel, batch, *places),
-            (
-                image.stride(1),
-                *(step * d for step, d in zip(steps, self.dilation, strict=True)),
-                image.stride(0),
-                *(step * s for step, s in zip(steps, self.stride, strict=True)),
-            ),
-        )
-        return seen.reshape(channels * math.prod(self.kernel), batch, -1)
 
 
 @dataclass(frozen=True)
@@ -380,21 +338,6 @@ class Lookup(Operation):
             return owners, tokens, flat
         real = tokens != self.padding
         return owners[real], tokens[real], flat[real]
-
-
-def spatial(value: int | Sequence[int], dimensions: int) -> tuple[int, ...]:
-    """A number for each spatial dimension.
-
-    Args:
-        value: one for all, or one for each.
-        dimensions: how many there are.
-
-    Returns:
-        One for each.
-    """
-    if isinstance(value, int):
-        return (value,) * dimensions
-    return tuple(value) * (dimensions if len(value) == 1 else 1)
 
 
 def _with_ones(tensor: Tensor, dim: int, wanted: bool) -> Tensor:
