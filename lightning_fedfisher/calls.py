@@ -9,6 +9,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -67,8 +68,7 @@ def read_call(
 def _linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call | None:
     if weight.ndim != 2:
         return None
-    features = () if bias is None else tuple(bias.shape)
-    return Call(inputs, weight, bias, Linear, Affine(None, True, features, True))
+    return Call(inputs, weight, bias, Linear, _shift(bias, trailing=True))
 
 
 def _convolution(
@@ -89,7 +89,7 @@ def _convolution(
             return Convolution(window, has_bias)
         return GroupedConvolution(window, has_bias, groups)
 
-    return Call(inputs, weight, bias, operation, _shift(bias))
+    return Call(inputs, weight, bias, operation, _shift(bias, trailing=False))
 
 
 def _transposed(
@@ -110,7 +110,9 @@ def _transposed(
     def operation(has_bias: bool) -> Operation:
         return TransposedConvolution(window, positions)
 
-    return Call(inputs, weight, bias, operation if groups == 1 else None, _shift(bias))
+    return Call(
+        inputs, weight, bias, operation if groups == 1 else None, _shift(bias, trailing=False)
+    )
 
 
 def _embedding(
@@ -147,10 +149,9 @@ def _batch_norm(
                 "is no curvature of one sample: keep running statistics"
             ]
         )
-
-    def normalised(x: Tensor) -> Tensor:
-        return functional.batch_norm(x, running_mean, running_var, eps=eps)
-
+    normalised = partial(
+        functional.batch_norm, running_mean=running_mean, running_var=running_var, eps=eps
+    )
     return _normalisation(inputs, weight, bias, normalised, trailing=False)
 
 
@@ -161,9 +162,7 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Call:
-    def normalised(x: Tensor) -> Tensor:
-        return functional.layer_norm(x, list(normalized_shape), eps=eps)
-
+    normalised = partial(functional.layer_norm, normalized_shape=list(normalized_shape), eps=eps)
     return _normalisation(inputs, weight, bias, normalised, trailing=True)
 
 
@@ -173,9 +172,7 @@ def _rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Call:
-    def normalised(x: Tensor) -> Tensor:
-        return functional.rms_norm(x, list(normalized_shape), eps=eps)
-
+    normalised = partial(functional.rms_norm, normalized_shape=list(normalized_shape), eps=eps)
     return _normalisation(inputs, weight, None, normalised, trailing=True)
 
 
@@ -186,9 +183,7 @@ def _group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Call:
-    def normalised(x: Tensor) -> Tensor:
-        return functional.group_norm(x, num_groups, eps=eps)
-
+    normalised = partial(functional.group_norm, num_groups=num_groups, eps=eps)
     return _normalisation(inputs, weight, bias, normalised, trailing=False)
 
 
@@ -199,17 +194,15 @@ def _normalisation(
     normalised: Callable[[Tensor], Tensor],
     trailing: bool,
 ) -> Call:
-    shift = None if bias is None else Affine(None, True, tuple(bias.shape), trailing)
-
     def operation(has_bias: bool) -> Operation:
         assert weight is not None
         return Affine(normalised, has_bias, tuple(weight.shape), trailing)
 
-    return Call(inputs, weight, bias, operation, shift)
+    return Call(inputs, weight, bias, operation, _shift(bias, trailing))
 
 
-def _shift(bias: Tensor | None) -> Operation | None:
-    return None if bias is None else Affine(None, True, tuple(bias.shape), trailing=False)
+def _shift(bias: Tensor | None, trailing: bool) -> Operation | None:
+    return None if bias is None else Affine(None, True, tuple(bias.shape), trailing)
 
 
 # Attention hides its linear maps behind a check for overloads; this is the same code without.
