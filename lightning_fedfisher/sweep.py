@@ -106,9 +106,8 @@ class Sweep:
         """
 
         def attempt(dealt: DealtSamples) -> None:
-            self.count, self.trace, self.discarded = 0, 0.0, 0.0
             self._sums = None
-            survey = self._survey(dealt.preview())
+            survey = self._survey(dealt)
             try:
                 self._begin(survey)
                 self._pass(dealt, max_samples, bar)
@@ -183,10 +182,13 @@ class Sweep:
 
         _until_it_fits(self._samples, attempt)
 
-    def _survey(self, batch: Any) -> Survey:
+    def _survey(self, samples: DealtSamples) -> Survey:
         """What one forward pass of a few samples tells about the model."""
+        # A copy of its own, lest what the model remembers of this pass is there in the next.
         replica = replicate(self._model, self._buffers)
-        batch = self._few(replica, self._runner.prepare(replica, batch))
+        batch = self._runner.prepare(replica, samples.preview())
+        if samples.count is None:  # the preview is a whole batch
+            batch = self._few(replica, batch)
         surveyor = Surveyor(replica, self._layers)
         with surveyor:
             logits = self._runner.logits(replica, batch)
