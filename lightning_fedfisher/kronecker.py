@@ -6,9 +6,10 @@ looks up one token, and is kept so: a vocabulary squared would fit no file.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -26,8 +27,84 @@ from lightning_fedfisher.curvature import (
 )
 
 
+class Factored(Curvature):
+    """A Kronecker product, by a factor on either side."""
+
+    @abstractmethod
+    def eigen(self) -> Eigenbased:
+        """The same operator by its eigenbases and spectrum."""
+
+    @abstractmethod
+    def _powered(self, exponent: float) -> Self:
+        """The product of the factors' powers."""
+
+    @override
+    def power(self, exponent: float) -> Self:
+        require_positive(exponent)
+        return self if exponent == 1 else self._powered(exponent)
+
+    @override
+    def inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
+        return self.eigen().inverse(damping)
+
+
+class Eigenbased(Curvature):
+    """A spectrum in a Kronecker product of eigenbases.
+
+    Attributes:
+        input_basis: orthogonal, ``(in, in)``.
+        spectrum: of shape ``(out, in)``.
+    """
+
+    input_basis: Tensor
+    spectrum: Tensor
+
+    @abstractmethod
+    def _scale(self, matrix: Tensor, spectrum: Tensor) -> Tensor:
+        """Applies the operator with another spectrum."""
+
+    @abstractmethod
+    def kronecker(self) -> Factored:
+        """A Kronecker product of the same traces over either side."""
+
+    @property
+    @override
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.spectrum.shape
+        return rows, columns
+
+    @override
+    def apply(self, matrix: Tensor) -> Tensor:
+        return self._scale(matrix, self.spectrum)
+
+    @override
+    def power(self, exponent: float) -> Self:
+        require_positive(exponent)
+        return self.with_spectrum(self.spectrum.clamp_min(0).pow(exponent))
+
+    @override
+    def inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
+        inverse = 1 / damp(self.spectrum, damping)
+        return lambda matrix: self._scale(matrix, inverse)
+
+    @override
+    def trace(self) -> Tensor:
+        return self.spectrum.sum()
+
+    @classmethod
+    @override
+    def mean(cls, curvatures: Sequence[Curvature], shares: Sequence[float]) -> Curvature:
+        # Bases cannot be averaged; the closest Kronecker products can.
+        parts = [c.kronecker() for c in curvatures if isinstance(c, cls)]
+        return type(parts[0]).mean(parts, shares)
+
+    def with_spectrum(self, spectrum: Tensor) -> Self:
+        """The operator with another spectrum in the same basis."""
+        return self.from_tensors({**self.tensors(), "spectrum": spectrum}, self.shape)
+
+
 @dataclass(frozen=True, eq=False)
-class Kronecker(Curvature):
+class Kronecker(Factored):
     """``F W = G W A``: K-FAC (Martens & Grosse, 2015).
 
     Attributes:
@@ -49,25 +126,17 @@ class Kronecker(Curvature):
         return self.output_factor @ matrix @ self.input_factor
 
     @override
-    def power(self, exponent: float) -> Kronecker:
-        require_positive(exponent)
-        if exponent == 1:
-            return self
-        # The power of a Kronecker product is the product of the factors' powers.
-        return Kronecker(
+    def _powered(self, exponent: float) -> Self:
+        return type(self)(
             symmetric_power(self.output_factor, exponent),
             symmetric_power(self.input_factor, exponent),
         )
 
+    @override
     def eigen(self) -> EigenKronecker:
-        """The same operator by its eigenbases and spectrum."""
         output_values, output_basis = eigen(self.output_factor)
         input_values, input_basis = eigen(self.input_factor)
         return EigenKronecker(output_basis, input_basis, torch.outer(output_values, input_values))
-
-    @override
-    def inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
-        return self.eigen().inverse(damping)
 
     @override
     def diagonal(self) -> Tensor:
@@ -81,7 +150,7 @@ class Kronecker(Curvature):
 
 
 @dataclass(frozen=True, eq=False)
-class LookupKronecker(Curvature):
+class LookupKronecker(Factored):
     """``F W = diag(t) W A``: K-FAC of an embedding, whose factor over tokens is diagonal.
 
     Attributes:
@@ -103,18 +172,11 @@ class LookupKronecker(Curvature):
         return self.output_values.unsqueeze(1) * (matrix @ self.input_factor)
 
     @override
-    def power(self, exponent: float) -> LookupKronecker:
-        require_positive(exponent)
-        if exponent == 1:
-            return self
-        return LookupKronecker(
+    def _powered(self, exponent: float) -> Self:
+        return type(self)(
             self.output_values.clamp_min(0).pow(exponent),
             symmetric_power(self.input_factor, exponent),
         )
-
-    @override
-    def inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
-        return self.eigen().inverse(damping)
 
     @override
     def diagonal(self) -> Tensor:
@@ -126,14 +188,14 @@ class LookupKronecker(Curvature):
         rows, columns = shape
         return {"output_values": (rows,), "input_factor": (columns, columns)}
 
+    @override
     def eigen(self) -> LookupEigenKronecker:
-        """The same operator by its eigenbasis and spectrum."""
         values, basis = eigen(self.input_factor)
         return LookupEigenKronecker(basis, torch.outer(self.output_values, values))
 
 
 @dataclass(frozen=True, eq=False)
-class EigenKronecker(Curvature):
+class EigenKronecker(Eigenbased):
     """``F W = U (S * (U' W V)) V'``: EKFAC, K-FAC's eigenbases with a spectrum of its own.
 
     (George et al., 2018.)
@@ -149,43 +211,14 @@ class EigenKronecker(Curvature):
     spectrum: Tensor
     kind: ClassVar[str] = "ekfac"
 
-    @property
     @override
-    def shape(self) -> tuple[int, int]:
-        rows, columns = self.spectrum.shape
-        return rows, columns
-
     def _scale(self, matrix: Tensor, spectrum: Tensor) -> Tensor:
         turned = self.output_basis.mT @ matrix @ self.input_basis
         return self.output_basis @ (spectrum * turned) @ self.input_basis.mT
 
     @override
-    def apply(self, matrix: Tensor) -> Tensor:
-        return self._scale(matrix, self.spectrum)
-
-    @override
-    def power(self, exponent: float) -> EigenKronecker:
-        require_positive(exponent)
-        return self.with_spectrum(self.spectrum.clamp_min(0).pow(exponent))
-
-    @override
-    def inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
-        inverse = 1 / damp(self.spectrum, damping)
-        return lambda matrix: self._scale(matrix, inverse)
-
-    @override
     def diagonal(self) -> Tensor:
         return self.output_basis.square() @ self.spectrum @ self.input_basis.square().mT
-
-    @override
-    def trace(self) -> Tensor:
-        return self.spectrum.sum()
-
-    @classmethod
-    @override
-    def mean(cls, curvatures: Sequence[Curvature], shares: Sequence[float]) -> Curvature:
-        # Bases cannot be averaged; the closest Kronecker products can.
-        return Kronecker.mean([c.kronecker() for c in curvatures if isinstance(c, cls)], shares)
 
     @classmethod
     @override
@@ -197,12 +230,8 @@ class EigenKronecker(Curvature):
             "spectrum": (rows, columns),
         }
 
-    def with_spectrum(self, spectrum: Tensor) -> EigenKronecker:
-        """The operator with another spectrum in the same basis."""
-        return EigenKronecker(self.output_basis, self.input_basis, spectrum)
-
+    @override
     def kronecker(self) -> Kronecker:
-        """A Kronecker product of the same traces over either side."""
         outputs, inputs = self.spectrum.sum(1), self.spectrum.mean(0)
         total = self.spectrum.mean().clamp_min(torch.finfo(self.spectrum.dtype).tiny)
         return Kronecker(
@@ -212,7 +241,7 @@ class EigenKronecker(Curvature):
 
 
 @dataclass(frozen=True, eq=False)
-class LookupEigenKronecker(Curvature):
+class LookupEigenKronecker(Eigenbased):
     """``F W = (S * (W V)) V'``: EKFAC of an embedding, whose basis over tokens is the identity.
 
     Attributes:
@@ -224,39 +253,13 @@ class LookupEigenKronecker(Curvature):
     spectrum: Tensor
     kind: ClassVar[str] = "lookup_ekfac"
 
-    @property
     @override
-    def shape(self) -> tuple[int, int]:
-        rows, columns = self.spectrum.shape
-        return rows, columns
-
-    @override
-    def apply(self, matrix: Tensor) -> Tensor:
-        return (self.spectrum * (matrix @ self.input_basis)) @ self.input_basis.mT
-
-    @override
-    def power(self, exponent: float) -> LookupEigenKronecker:
-        require_positive(exponent)
-        return self.with_spectrum(self.spectrum.clamp_min(0).pow(exponent))
-
-    @override
-    def inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
-        damped = damp(self.spectrum, damping)
-        return lambda matrix: ((matrix @ self.input_basis) / damped) @ self.input_basis.mT
+    def _scale(self, matrix: Tensor, spectrum: Tensor) -> Tensor:
+        return (spectrum * (matrix @ self.input_basis)) @ self.input_basis.mT
 
     @override
     def diagonal(self) -> Tensor:
         return self.spectrum @ self.input_basis.square().mT
-
-    @override
-    def trace(self) -> Tensor:
-        return self.spectrum.sum()
-
-    @classmethod
-    @override
-    def mean(cls, curvatures: Sequence[Curvature], shares: Sequence[float]) -> Curvature:
-        parts = [c.kronecker() for c in curvatures if isinstance(c, cls)]
-        return LookupKronecker.mean(parts, shares)
 
     @classmethod
     @override
@@ -264,12 +267,8 @@ class LookupEigenKronecker(Curvature):
         rows, columns = shape
         return {"input_basis": (columns, columns), "spectrum": (rows, columns)}
 
-    def with_spectrum(self, spectrum: Tensor) -> LookupEigenKronecker:
-        """The operator with another spectrum in the same basis."""
-        return LookupEigenKronecker(self.input_basis, spectrum)
-
+    @override
     def kronecker(self) -> LookupKronecker:
-        """A Kronecker product of the same traces over either side."""
         total = self.spectrum.mean().clamp_min(torch.finfo(self.spectrum.dtype).tiny)
         inputs = self.spectrum.mean(0) / total
         return LookupKronecker(

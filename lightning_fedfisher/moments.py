@@ -20,9 +20,9 @@ from typing_extensions import override
 
 from lightning_fedfisher.curvature import Curvature, Dense, Diagonal
 from lightning_fedfisher.kronecker import (
+    Eigenbased,
     EigenKronecker,
     Kronecker,
-    LookupEigenKronecker,
     LookupKronecker,
 )
 from lightning_fedfisher.layers import Layer
@@ -149,7 +149,7 @@ class SpectrumMoments(GradientMoments):
     Eigenbasis", section 3.)
     """
 
-    def __init__(self, basis: EigenKronecker | LookupEigenKronecker) -> None:
+    def __init__(self, basis: Eigenbased) -> None:
         """Starts at zero.
 
         Args:

@@ -10,12 +10,7 @@ from torch import Tensor, nn
 from lightning_fedfisher.curvature import Curvature
 from lightning_fedfisher.functional_gradients import FunctionalGradients
 from lightning_fedfisher.gradients import GradientCollector
-from lightning_fedfisher.kronecker import (
-    EigenKronecker,
-    Kronecker,
-    LookupEigenKronecker,
-    LookupKronecker,
-)
+from lightning_fedfisher.kronecker import Eigenbased, Factored
 from lightning_fedfisher.layers import Layer
 from lightning_fedfisher.moments import (
     DenseMoments,
@@ -83,7 +78,7 @@ class SecondMoments:
             for layer in layers
             if "ekfac" in curvatures and (kind := self._kind("ekfac", layer)) in _FACTORS
         }
-        self._bases: dict[str, EigenKronecker | LookupEigenKronecker] = {}
+        self._bases: dict[str, Eigenbased] = {}
         self._spectra: dict[str, SpectrumMoments] = {}
         self.needs_second_pass = False
         self._samples = 0
@@ -164,7 +159,7 @@ class SecondMoments:
         """
         for name, kind in self._corrected.items():
             factors = _finished(self._moments[name, kind], total, count)
-            assert isinstance(factors, Kronecker | LookupKronecker)
+            assert isinstance(factors, Factored)
             basis = factors.eigen()
             # Bases are not unique: all processes must stand in the same.
             same = {part: first(tensor) for part, tensor in basis.tensors().items()}
