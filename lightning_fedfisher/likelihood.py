@@ -71,11 +71,6 @@ class Directions:
         """How many directions each sample has."""
         return 1 + torch.bincount(self.rows, minlength=len(self.first))
 
-    @property
-    def most(self) -> int:
-        """How many further directions a sample has at most."""
-        return int(self.counts.max()) - 1
-
     def of(self, samples: Tensor) -> list[Tensor]:
         """All directions of some samples, those with fewer than others having zeros instead.
 
@@ -140,9 +135,9 @@ def residual_directions(
     if fisher == "exact":
         found = _in_parts(space, space.parts(), tolerance)
     elif fisher == "empirical":
-        found = _jointly(space, [space.residual()])
+        found = _jointly([space.residual()])
     elif space.observations == 1 and fisher == "normalised":
-        found = _jointly(space, [space.unit_residual()])
+        found = _jointly([space.unit_residual()])
     else:
         if draw is None:
             raise ValueError(f"the {fisher} Fisher of these labels needs uniform draws")
@@ -152,11 +147,11 @@ def residual_directions(
             # Equal draws are one direction.
             found = _in_parts(space, space.parts(uniforms.squeeze(2).T), 0.0)
         elif fisher == "mc":
-            found = _jointly(space, [space.drawn_residual(u) / math.sqrt(draws) for u in uniforms])
+            found = _jointly([space.drawn_residual(u) / math.sqrt(draws) for u in uniforms])
         else:
             unit = space.unit_residual()
             signs = (uniforms < 0.5).to(unit) * 2 - 1
-            found = _jointly(space, [space.signed(unit, s) / math.sqrt(draws) for s in signs])
+            found = _jointly([space.signed(unit, s) / math.sqrt(draws) for s in signs])
     dtype, further = logits.dtype, found.further
     return Directions(
         found.first.to(dtype),
@@ -180,11 +175,10 @@ def _check_logits(logits: Tensor, likelihood: LikelihoodType) -> None:
         raise ValueError("the model's logits are not finite: it has diverged, or a batch holds NaN")
 
 
-def _jointly(space: Space, directions: list[Tensor]) -> Directions:
+def _jointly(directions: list[Tensor]) -> Directions:
     """One direction of all observations together, or the same number of them for every sample."""
     samples = len(directions[0])
     rows = torch.arange(samples, device=directions[0].device).repeat_interleave(len(directions) - 1)
-
     stacked = torch.stack(directions)
 
     def further(indices: Tensor) -> Tensor:

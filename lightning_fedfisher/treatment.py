@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -60,21 +59,15 @@ def describe(treatments: Iterable[Treatment]) -> str:
     Returns:
         One line for each combination.
     """
-    layers: Counter[tuple[str, str, str]] = Counter()
-    weights: Counter[tuple[str, str, str]] = Counter()
-    names: dict[tuple[str, str, str], list[str]] = {}
+    alike: dict[tuple[str, str, str], list[Layer]] = {}
     for treatment in treatments:
         key = treatment.kind, treatment.way, treatment.reason
-        layers[key] += 1
-        weights[key] += treatment.layer.shape[0] * treatment.layer.shape[1]
-        names.setdefault(key, []).append(treatment.layer.name)
+        alike.setdefault(key, []).append(treatment.layer)
     lines = []
-    for kind, way, reason in layers:
-        key = kind, way, reason
-        few = ", ".join(names[key][:3]) + (", ..." if layers[key] > 3 else "")
+    for (kind, way, reason), layers in alike.items():
+        weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
+        few = ", ".join(layer.name for layer in layers[:3]) + (", ..." if len(layers) > 3 else "")
         why = f"; {reason}" if reason else ""
-        plural = "s" if layers[key] > 1 else ""
-        lines.append(
-            f"{kind} ({way}{why}): {layers[key]} layer{plural}, {weights[key]} weights: {few}"
-        )
+        plural = "s" if len(layers) > 1 else ""
+        lines.append(f"{kind} ({way}{why}): {len(layers)} layer{plural}, {weights} weights: {few}")
     return "\n".join(lines)

@@ -41,7 +41,7 @@ def results_table(results: Sequence[dict[str, Any]], mean: bool = False) -> str:
         rows[1].append("---:")
         for row in rows[2:]:
             row.append(f"{statistics.mean(float(cell) for cell in row[2:]):.1f}")
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return _markdown(rows)
 
 
 def costs_table(result: dict[str, Any]) -> str:
@@ -68,7 +68,7 @@ def costs_table(result: dict[str, Any]) -> str:
                 f"{row['server_seconds']:.1f}",
             ]
         )
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return _markdown(rows)
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -115,7 +115,7 @@ def study_table(rows: Sequence[dict[str, str]]) -> str:
                 low if low == high else f"{low}-{high}",
             ]
         )
-    return "\n".join(f"| {' | '.join(row)} |" for row in table)
+    return _markdown(table)
 
 
 def benchmark_table(report: dict[str, Any]) -> str:
@@ -133,7 +133,7 @@ def benchmark_table(report: dict[str, Any]) -> str:
             table.append([name, f"failed: {row['failed'].splitlines()[0][:80]}", ""])
         else:
             table.append([name, f"{row['seconds']:.2f}", f"{row['epochs']:.1f}"])
-    return "\n".join(f"| {' | '.join(row)} |" for row in table)
+    return _markdown(table)
 
 
 def extraction_summary(reports: Sequence[dict[str, Any]]) -> str:
@@ -173,7 +173,7 @@ def extraction_summary(reports: Sequence[dict[str, Any]]) -> str:
             *map(memory, reports),
         ],
     ]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return _markdown(rows)
 
 
 def large_table(report: dict[str, Any]) -> str:
@@ -189,7 +189,11 @@ def large_table(report: dict[str, Any]) -> str:
     for name, row in report["rows"].items():
         seconds = f"{row['seconds']:.0f}" if "seconds" in row else ""
         table.append([name, seconds, f"{row['peak_bytes'] / 1e9:.1f}"])
-    return "\n".join(f"| {' | '.join(row)} |" for row in table)
+    return _markdown(table)
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _cell(row: dict[str, str]) -> str:

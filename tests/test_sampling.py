@@ -168,19 +168,21 @@ class _Stream(IterableDataset):
         return iter(_Numbers()[i] for i in range(SAMPLES))
 
 
-@pytest.mark.parametrize("form", ["list", "generator", "stream"])
-def test_other_iterables_are_read_as_they_come(form):
-    batches = list(_loader())
-    iterable = {
-        "list": batches,
-        "generator": iter(batches),
+def _iterable(form):
+    return {
+        "list": list(_loader()),
+        "generator": iter(list(_loader())),
         "stream": DataLoader(_Stream(), batch_size=4),
     }[form]
-    dealt = deal_samples(iterable, max_samples=3)
+
+
+@pytest.mark.parametrize("form", ["list", "generator", "stream"])
+def test_other_iterables_are_read_as_they_come(form):
+    dealt = deal_samples(_iterable(form), max_samples=3)
     assert (dealt.count, dealt.population, dealt.indices) == (None, None, None)
     assert _flat(dealt) == list(range(SAMPLES))
     with pytest.raises(ValueError, match="several processes"):
-        deal_samples(batches, shard=Shard(0, 2))
+        deal_samples(_iterable(form), shard=Shard(0, 2))
 
 
 @pytest.mark.parametrize("max_samples", [None, 10])
@@ -249,12 +251,7 @@ def test_every_process_previews_the_same_samples(shard):
 
 @pytest.mark.parametrize("form", ["list", "generator", "stream"])
 def test_a_preview_takes_no_sample_away(form):
-    iterable = {
-        "list": list(_loader()),
-        "generator": iter(list(_loader())),
-        "stream": DataLoader(_Stream(), batch_size=4),
-    }[form]
-    dealt = deal_samples(iterable)
+    dealt = deal_samples(_iterable(form))
     assert dealt.preview().tolist() == [0, 1, 2, 3]
     assert _flat(dealt) == list(range(SAMPLES))
     assert dealt.again == (form != "generator")
@@ -263,12 +260,7 @@ def test_a_preview_takes_no_sample_away(form):
 
 @pytest.mark.parametrize("form", ["list", "generator", "stream"])
 def test_a_second_preview_takes_no_sample_away_either(form):
-    iterable = {
-        "list": list(_loader()),
-        "generator": iter(list(_loader())),
-        "stream": DataLoader(_Stream(), batch_size=4),
-    }[form]
-    dealt = deal_samples(iterable)
+    dealt = deal_samples(_iterable(form))
     for _ in range(2):
         assert dealt.preview().tolist() == [0, 1, 2, 3]
     assert _flat(dealt) == list(range(SAMPLES))
