@@ -21,11 +21,16 @@ from lightning_fedfisher.extraction import (
 from lightning_fedfisher.layers import find_layers
 from lightning_fedfisher.likelihood import FisherType, LikelihoodType
 from lightning_fedfisher.replica import Forward
-from lightning_fedfisher.sampling import MaxSamples, Shard, deal_samples, most_samples
+from lightning_fedfisher.sampling import (
+    MaxSamples,
+    Shard,
+    check_max_samples,
+    deal_samples,
+    most_samples,
+)
 from lightning_fedfisher.strategies import require_whole_model
 from lightning_fedfisher.treatment import CurvatureType
 from lightning_fedfisher.update import ClientUpdate
-from lightning_fedfisher.update_header import UpdateHeader
 
 # Two at least, so that a sample whose logits depend on another is noticed.
 _REHEARSED = 2
@@ -92,15 +97,10 @@ class FedFisherCallback(Callback):
             ValueError: if an option is unknown or out of range.
         """
         check_options(curvature, fisher, likelihood)
-        counts = {
-            "max_samples": max_samples,
-            "num_samples": num_samples,
-            "batch_size": batch_size,
-            "draws": draws,
-        }
+        check_max_samples(max_samples)
+        counts = {"num_samples": num_samples, "batch_size": batch_size, "draws": draws}
         for name, value in counts.items():
-            automatic = name == "max_samples" and value == "auto"
-            if not automatic and value is not None and not (isinstance(value, int) and value >= 1):
+            if value is not None and not (isinstance(value, int) and value >= 1):
                 raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
         for item in (metadata or {}).items():
             if not all(isinstance(part, str) for part in item):
@@ -176,16 +176,7 @@ class FedFisherCallback(Callback):
             # What an iterable cannot tell.
             most = most_samples(most, self._num_samples)
         extracted = self._extract(trainer, pl_module, one_batch if dry else most)
-        header = UpdateHeader(
-            num_samples=self._num_samples or extracted.population or 0,
-            curvature=self._curvature,
-            fisher="" if self._curvature == "identity" else self._fisher,
-            likelihood=self._likelihood,
-            curvature_samples=extracted.num_samples,
-            layers=extracted.layers,
-            kinds={name: block.kind for name, block in extracted.blocks.items()},
-            metadata=self._metadata,
-        )
+        header = extracted.header(self._num_samples, self._metadata)
         self.update = ClientUpdate.from_model(pl_module, header, extracted.blocks)
         self.seconds = extracted.seconds
         if not dry:

@@ -22,6 +22,7 @@ from lightning_fedfisher.replica import Forward, Runner, isolated
 from lightning_fedfisher.sampling import MaxSamples, Shard, deal_samples
 from lightning_fedfisher.sweep import Likelihood, Sweep
 from lightning_fedfisher.treatment import CURVATURE_TYPES, CurvatureType, Treatment, describe
+from lightning_fedfisher.update_header import UpdateHeader
 
 
 class ExtractionOptions(TypedDict, total=False):
@@ -65,6 +66,8 @@ class ExtractedCurvature:
     """The curvature of a trained model.
 
     Attributes:
+        kind: of curvature, as asked for.
+        likelihood: with the Fisher type.
         layers: the layers of the model, which cover each trained parameter exactly once.
         blocks: the curvature of each layer, by layer name.
         treatments: how each layer was treated, and why.
@@ -74,6 +77,8 @@ class ExtractedCurvature:
         discarded: share of the Fisher's trace, in the space of the logits, that was left out.
     """
 
+    kind: CurvatureType
+    likelihood: Likelihood
     layers: tuple[Layer, ...]
     blocks: Mapping[str, Curvature]
     treatments: tuple[Treatment, ...]
@@ -91,6 +96,29 @@ class ExtractedCurvature:
     def report(self) -> str:
         """How the layers were treated, in a few lines."""
         return describe(self.treatments)
+
+    def header(
+        self, num_samples: int | None = None, metadata: Mapping[str, str] | None = None
+    ) -> UpdateHeader:
+        """What an update that sends this curvature says of it.
+
+        Args:
+            num_samples: training samples the client holds; those the loader counts if None.
+            metadata: anything to send along, as strings.
+
+        Returns:
+            The header, for `ClientUpdate.from_model`.
+        """
+        return UpdateHeader(
+            num_samples=num_samples or self.population or 0,
+            curvature=self.kind,
+            fisher="" if self.kind == "identity" else self.likelihood.fisher,
+            likelihood=self.likelihood.name,
+            curvature_samples=self.num_samples,
+            layers=self.layers,
+            kinds={name: block.kind for name, block in self.blocks.items()},
+            metadata=dict(metadata or {}),
+        )
 
 
 def check_options(curvature: str, fisher: str, likelihood: str) -> None:
@@ -193,7 +221,9 @@ def extract_curvatures(
     if "identity" in kinds:
         same = {layer.name: Identity(layer.shape) for layer in layers}
         none = tuple(Treatment(layer, "identity", "none") for layer in layers)
-        found["identity"] = ExtractedCurvature(layers, same, none, 0, samples.population, 0.0)
+        found["identity"] = ExtractedCurvature(
+            "identity", likelihood, layers, same, none, 0, samples.population, 0.0
+        )
     passing: list[CurvatureType] = [kind for kind in kinds if kind != "identity"]
     if not passing:
         return found
@@ -225,6 +255,8 @@ def extract_curvatures(
     seconds = time.perf_counter() - started
     for kind, (blocks, treatments) in extracted.items():
         found[kind] = ExtractedCurvature(
+            kind,
+            likelihood,
             layers,
             blocks,
             treatments,

@@ -34,6 +34,20 @@ PREVIEW = 4
 _SHARE, _FEWEST = 12, 300
 
 
+def check_max_samples(max_samples: object) -> None:
+    """Refuses what is no `MaxSamples`.
+
+    Args:
+        max_samples: as asked for.
+
+    Raises:
+        ValueError: if it is neither a number from 1, ``"auto"`` nor None.
+    """
+    counted = type(max_samples) is int and max_samples >= 1
+    if not counted and max_samples not in (None, "auto"):
+        raise ValueError(f"max_samples must be at least 1, None or 'auto', got {max_samples!r}")
+
+
 def most_samples(max_samples: MaxSamples, population: int) -> int:
     """How many of a client's samples its curvature is averaged over.
 
@@ -146,9 +160,7 @@ def deal_samples(
         ValueError: if there are no samples, or it cannot be told which the client trains on.
     """
     shard = shard or Shard()
-    counted = type(max_samples) is int and max_samples >= 1
-    if not counted and max_samples not in (None, "auto"):
-        raise ValueError(f"max_samples must be at least 1, None or 'auto', got {max_samples!r}")
+    check_max_samples(max_samples)
     if not _is_map_style(dataloader):
         if shard.world_size > 1:
             raise ValueError(

@@ -30,13 +30,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from lightning_fedfisher import (
-    ClientUpdate,
-    ExtractedCurvature,
-    FisherMergeModule,
-    UpdateHeader,
-    extract_curvatures,
-)
+from lightning_fedfisher import ClientUpdate, FisherMergeModule, extract_curvatures
 from lightning_fedfisher.treatment import CurvatureType
 
 _EPOCHS = {"lenet": 30, "cnn": 10}
@@ -162,29 +156,6 @@ def fit_cell(
         yield network, samples
 
 
-def as_update(network: nn.Module, extracted: ExtractedCurvature, setting: Setting) -> ClientUpdate:
-    """What the client would send.
-
-    Args:
-        network: the trained network.
-        extracted: its curvature.
-        setting: how that came about.
-
-    Returns:
-        The update, in memory.
-    """
-    header = UpdateHeader(
-        num_samples=extracted.population or 0,
-        curvature=setting.curvature,
-        fisher=setting.fisher,
-        likelihood="categorical",
-        curvature_samples=extracted.num_samples,
-        layers=extracted.layers,
-        kinds={name: block.kind for name, block in extracted.blocks.items()},
-    )
-    return ClientUpdate.from_model(network, header, extracted.blocks)
-
-
 def run_setting(
     cell: Cell,
     setting: Setting,
@@ -216,7 +187,7 @@ def run_setting(
             progress=False,
         )[kind]
         seconds.append(extracted.seconds)
-        updates.append(as_update(network, extracted, setting))
+        updates.append(ClientUpdate.from_model(network, extracted.header(), extracted.blocks))
     network = build_model(cell.model, *images.train.images.shape[1:3], images.classes)
     module = FisherMergeModule(updates, model=network)
     Trainer(max_epochs=-1, **_QUIET).fit(module)
