@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 
+from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from lightning_fedfisher.layers import aliases
-from lightning_fedfisher.methods import METHODS, MethodName
+from lightning_fedfisher.methods import Method
 from lightning_fedfisher.update import ClientUpdate
 from lightning_fedfisher.update_file import digest
 from lightning_fedfisher.update_header import UpdateError
@@ -29,12 +31,16 @@ class MergeError(ValueError):
         super().__init__("These updates cannot be merged:\n" + "\n".join(offenders))
 
 
-def open_updates(sources: Sequence[UpdateSource], method: MethodName) -> list[ClientUpdate]:
-    """Opens and reads every update once, and refuses all bad ones together.
+def open_updates(sources: Sequence[UpdateSource], method: Method, name: str) -> list[ClientUpdate]:
+    """Opens every update, reads it once, and refuses all bad ones together.
+
+    Of several processes only the first reads all: it starts before the others, or takes them with
+    it. What they read later is checked against the same digests.
 
     Args:
         sources: update files or `ClientUpdate` objects, one for each client.
-        method: name of the merge method they are for.
+        method: the merge method they are for.
+        name: of the method, for messages.
 
     Returns:
         The updates, in the order given.
@@ -49,27 +55,30 @@ def open_updates(sources: Sequence[UpdateSource], method: MethodName) -> list[Cl
         raise MergeError(["there are none: pass the update files of at least one client"])
     opened: list[ClientUpdate] = []
     offenders: list[str] = []
-    for source in sources:
+    first = getattr(rank_zero_only, "rank", 0) == 0
+    silent = None if first else True
+    for source in tqdm(sources, desc="verify", delay=2, leave=False, disable=silent):
         try:
             update = source if isinstance(source, ClientUpdate) else ClientUpdate.open(source)
-            update.verify()
+            if first:
+                update.verify()
         except (UpdateError, FileNotFoundError) as error:
             offenders.append(str(error))
             continue
         opened.append(update)
-        if refusal := METHODS[method].refusal(update.header.curvature, update.header.fisher):
-            offenders.append(f"{update.source} {refusal}, as method {method!r} needs")
+        if refusal := method.refusal(update.header.curvature, update.header.fisher):
+            offenders.append(f"{update.source} {refusal}, as method {name!r} needs")
     for update in opened[1:]:
         ours, theirs = (
             (u.header.curvature, u.header.fisher, u.header.likelihood) for u in (opened[0], update)
         )
-        if METHODS[method].curvatures and ours != theirs:
+        if method.curvatures and ours != theirs:
             offenders.append(
                 f"{update.source} holds {' '.join(theirs)} curvature, {opened[0].source} "
                 f"{' '.join(ours)}: extract both alike"
             )
         kinds, wanted = update.header.kinds, opened[0].header.kinds
-        if METHODS[method].curvatures and (odd := _unlike(wanted, kinds)):
+        if method.curvatures and (odd := _unlike(wanted, kinds)):
             offenders.append(
                 f"{update.source} was treated unlike {opened[0].source}: "
                 + ", ".join(f"layer {name} is {theirs}, not {mine}" for name, mine, theirs in odd)

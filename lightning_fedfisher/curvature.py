@@ -2,8 +2,9 @@
 
 Every merge method of this package minimises the same quadratic,
 ``sum_k p_k <W - W_k, F_k (W - W_k)>``, and differs only in the kind of ``F_k``. A kind knows how to
-apply itself, how to raise itself to a power, its diagonal and trace, and how to write itself out
-densely. Nothing else in the package branches on the kind.
+apply itself, how to raise itself to a power, what is left of it on either side of the matrix, its
+diagonal and trace, and how to write itself out densely. Nothing else in the package branches on the
+kind.
 
 A layer's weights are a matrix ``W`` of shape ``(out, in)``, the bias being its last column. Dense
 matrices act on ``W`` flattened row by row. All kinds are immutable.
@@ -12,13 +13,26 @@ matrices act on ``W`` flattened row by row. All kinds are immutable.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 from typing_extensions import override
+
+
+@dataclass(frozen=True)
+class PseudoInverse:
+    """How to solve with an operator that may be singular.
+
+    Attributes:
+        solve: from a weight matrix to the pseudo-inverse times it.
+        project: from a weight matrix to its part in directions that are not singular.
+    """
+
+    solve: Callable[[Tensor], Tensor]
+    project: Callable[[Tensor], Tensor]
 
 
 class Curvature(ABC):
@@ -59,15 +73,33 @@ class Curvature(ABC):
         """
 
     @abstractmethod
-    def inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
-        """Prepares to solve with the operator, damped.
+    def pseudo_inverse(self, cut: float) -> PseudoInverse:
+        """Prepares to solve with the operator where it is not singular.
 
         Args:
-            damping: added to every eigenvalue, in units of the largest.
+            cut: eigenvalues up to this share of the largest (for a Kronecker product, of either
+                factor) count as zero.
 
         Returns:
-            A function from a weight matrix to ``(F + damping * max(F) I)^-1`` times it.
+            The pseudo-inverse, and the projection onto the directions that are left.
         """
+
+    @abstractmethod
+    def over_outputs(self) -> Curvature:
+        """Averages over the input side, so that all inputs of an output count the same.
+
+        Returns:
+            ``P x I / in`` with ``P`` the partial trace over the inputs; a curvature of the same
+            kind and trace.
+        """
+
+    def of_inputs(self) -> Curvature:
+        """The second moment of the inputs alone, as RegMean weighs them.
+
+        Returns:
+            ``I x A`` where the kind holds the inputs' second moment ``A``, else the identity.
+        """
+        return Identity(self.shape)
 
     @abstractmethod
     def diagonal(self) -> Tensor:
@@ -88,11 +120,11 @@ class Curvature(ABC):
         return {name: getattr(self, name) for name in self.tensor_shapes(self.shape)}
 
     @classmethod
-    def mean(cls, curvatures: Sequence[Curvature], shares: Sequence[float]) -> Curvature:
+    def mean(cls, curvatures: Iterable[Curvature], shares: Sequence[float]) -> Curvature:
         """One curvature that stands for a weighted sum of others, and that can be inverted.
 
         Every defining tensor is averaged. That is the sum itself where the kind is linear in its
-        tensors, and close to it where it is not.
+        tensors, and close to it where it is not. They are gone through once, one at a time.
 
         Args:
             curvatures: of this kind, on weight matrices of one shape.
@@ -101,14 +133,12 @@ class Curvature(ABC):
         Returns:
             The mean.
         """
-        parts = [curvature.tensors() for curvature in curvatures]
-        means = {
-            name: torch.stack([p * part[name] for p, part in zip(shares, parts, strict=True)]).sum(
-                0
-            )
-            for name in parts[0]
-        }
-        return cls.from_tensors(means, curvatures[0].shape)
+        means: dict[str, Tensor] = {}
+        for share, curvature in zip(shares, curvatures, strict=True):
+            shape = curvature.shape
+            for name, tensor in curvature.tensors().items():
+                means[name] = means.get(name, torch.zeros_like(tensor)) + share * tensor
+        return cls.from_tensors(means, shape)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Self:
@@ -171,8 +201,12 @@ class Identity(Curvature):
         return self
 
     @override
-    def inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
-        return lambda matrix: matrix / (1 + damping)
+    def pseudo_inverse(self, cut: float) -> PseudoInverse:
+        return PseudoInverse(lambda matrix: matrix, lambda matrix: matrix)
+
+    @override
+    def over_outputs(self) -> Identity:
+        return self
 
     @override
     def diagonal(self) -> Tensor:
@@ -217,9 +251,13 @@ class Diagonal(Curvature):
         return Diagonal(self.values.clamp_min(0).pow(exponent))
 
     @override
-    def inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
-        damped = damp(self.values, damping)
-        return lambda matrix: matrix / damped
+    def pseudo_inverse(self, cut: float) -> PseudoInverse:
+        inverse, support = reciprocal(self.values, cut)
+        return PseudoInverse(lambda matrix: matrix * inverse, lambda matrix: matrix * support)
+
+    @override
+    def over_outputs(self) -> Diagonal:
+        return Diagonal(self.values.mean(1, keepdim=True).expand_as(self.values).contiguous())
 
     @override
     def diagonal(self) -> Tensor:
@@ -259,10 +297,21 @@ class Dense(Curvature):
         return Dense(symmetric_power(self.matrix, exponent), self.size)
 
     @override
-    def inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
+    def pseudo_inverse(self, cut: float) -> PseudoInverse:
         values, basis = eigen(self.matrix)
-        damped = damp(values, damping)
-        return lambda matrix: (basis @ ((basis.mT @ matrix.flatten()) / damped)).view(self.size)
+
+        def scaled_by(spectrum: Tensor) -> Callable[[Tensor], Tensor]:
+            return lambda m: (basis @ (spectrum * (basis.mT @ m.flatten()))).view(self.size)
+
+        inverse, support = reciprocal(values, cut)
+        return PseudoInverse(scaled_by(inverse), scaled_by(support))
+
+    @override
+    def over_outputs(self) -> Dense:
+        rows, columns = self.size
+        blocks = self.matrix.view(rows, columns, rows, columns)
+        partial = blocks.diagonal(dim1=1, dim2=3).mean(-1)
+        return Dense(torch.kron(partial, torch.eye(columns).to(partial)), self.size)
 
     @override
     def diagonal(self) -> Tensor:
@@ -286,9 +335,18 @@ def require_positive(exponent: float) -> None:
         raise ValueError(f"the power of a curvature must be greater than 0, got {exponent}")
 
 
-def damp(spectrum: Tensor, damping: float) -> Tensor:
-    """Adds to every eigenvalue a share of the largest."""
-    return spectrum + damping * spectrum.max()
+def reciprocal(spectrum: Tensor, cut: float) -> tuple[Tensor, Tensor]:
+    """Inverts the eigenvalues that do not count as zero.
+
+    Args:
+        spectrum: of any shape.
+        cut: share of the largest up to which they do.
+
+    Returns:
+        The inverse with zeros in the other places, and ones and zeros for which is which.
+    """
+    support = spectrum > cut * spectrum.max().clamp_min(0)
+    return torch.where(support, 1 / spectrum, 0.0), support.to(spectrum.dtype)
 
 
 def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:

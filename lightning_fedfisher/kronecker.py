@@ -7,7 +7,7 @@ looks up one token, and is kept so: a vocabulary squared would fit no file.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -20,8 +20,9 @@ from lightning_fedfisher.curvature import (
     Dense,
     Diagonal,
     Identity,
-    damp,
+    PseudoInverse,
     eigen,
+    reciprocal,
     require_positive,
     symmetric_power,
 )
@@ -31,8 +32,15 @@ class Factored(Curvature):
     """A Kronecker product, by a factor on either side."""
 
     @abstractmethod
-    def eigen(self) -> Eigenbased:
-        """The same operator by its eigenbases and spectrum."""
+    def eigen(self, cut: float = 0.0) -> Eigenbased:
+        """The same operator by its eigenbases and spectrum.
+
+        Args:
+            cut: a factor's eigenvalues up to this share of its largest become zero.
+
+        Returns:
+            The operator.
+        """
 
     @abstractmethod
     def _powered(self, exponent: float) -> Self:
@@ -44,8 +52,9 @@ class Factored(Curvature):
         return self if exponent == 1 else self._powered(exponent)
 
     @override
-    def inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
-        return self.eigen().inverse(damping)
+    def pseudo_inverse(self, cut: float) -> PseudoInverse:
+        # Either factor is cut by itself: what both sides see little of is still seen.
+        return self.eigen(cut).pseudo_inverse(0.0)
 
 
 class Eigenbased(Curvature):
@@ -58,6 +67,7 @@ class Eigenbased(Curvature):
 
     input_basis: Tensor
     spectrum: Tensor
+    factored: ClassVar[type[Factored]]
 
     @abstractmethod
     def _scale(self, matrix: Tensor, spectrum: Tensor) -> Tensor:
@@ -83,9 +93,16 @@ class Eigenbased(Curvature):
         return self.with_spectrum(self.spectrum.clamp_min(0).pow(exponent))
 
     @override
-    def inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
-        inverse = 1 / damp(self.spectrum, damping)
-        return lambda matrix: self._scale(matrix, inverse)
+    def pseudo_inverse(self, cut: float) -> PseudoInverse:
+        inverse, support = reciprocal(self.spectrum, cut)
+        return PseudoInverse(
+            lambda matrix: self._scale(matrix, inverse), lambda matrix: self._scale(matrix, support)
+        )
+
+    @override
+    def over_outputs(self) -> Self:
+        rows = self.spectrum.mean(1, keepdim=True)
+        return self.with_spectrum(rows.expand_as(self.spectrum).contiguous())
 
     @override
     def trace(self) -> Tensor:
@@ -93,10 +110,9 @@ class Eigenbased(Curvature):
 
     @classmethod
     @override
-    def mean(cls, curvatures: Sequence[Curvature], shares: Sequence[float]) -> Curvature:
+    def mean(cls, curvatures: Iterable[Curvature], shares: Sequence[float]) -> Curvature:
         # Bases cannot be averaged; the closest Kronecker products can.
-        parts = [c.kronecker() for c in curvatures if isinstance(c, cls)]
-        return type(parts[0]).mean(parts, shares)
+        return cls.factored.mean((c.kronecker() for c in curvatures if isinstance(c, cls)), shares)
 
     def with_spectrum(self, spectrum: Tensor) -> Self:
         """The operator with another spectrum in the same basis."""
@@ -133,10 +149,20 @@ class Kronecker(Factored):
         )
 
     @override
-    def eigen(self) -> EigenKronecker:
+    def eigen(self, cut: float = 0.0) -> EigenKronecker:
         output_values, output_basis = eigen(self.output_factor)
         input_values, input_basis = eigen(self.input_factor)
-        return EigenKronecker(output_basis, input_basis, torch.outer(output_values, input_values))
+        spectrum = torch.outer(_without(output_values, cut), _without(input_values, cut))
+        return EigenKronecker(output_basis, input_basis, spectrum)
+
+    @override
+    def over_outputs(self) -> Self:
+        mean = self.input_factor.diagonal().mean()
+        return type(self)(self.output_factor, mean * torch.eye(self.shape[1]).to(mean))
+
+    @override
+    def of_inputs(self) -> Self:
+        return type(self)(torch.eye(self.shape[0]).to(self.output_factor), self.input_factor)
 
     @override
     def diagonal(self) -> Tensor:
@@ -189,9 +215,20 @@ class LookupKronecker(Factored):
         return {"output_values": (rows,), "input_factor": (columns, columns)}
 
     @override
-    def eigen(self) -> LookupEigenKronecker:
+    def eigen(self, cut: float = 0.0) -> LookupEigenKronecker:
         values, basis = eigen(self.input_factor)
-        return LookupEigenKronecker(basis, torch.outer(self.output_values, values))
+        spectrum = torch.outer(_without(self.output_values, cut), _without(values, cut))
+        return LookupEigenKronecker(basis, spectrum)
+
+    @override
+    def over_outputs(self) -> Self:
+        mean = self.input_factor.diagonal().mean()
+        return type(self)(self.output_values, mean * torch.eye(self.shape[1]).to(mean))
+
+    @override
+    def of_inputs(self) -> Self:
+        # The inputs of an embedding are its tokens, one for each row.
+        return type(self)(self.output_values, torch.eye(self.shape[1]).to(self.input_factor))
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,6 +247,7 @@ class EigenKronecker(Eigenbased):
     input_basis: Tensor
     spectrum: Tensor
     kind: ClassVar[str] = "ekfac"
+    factored: ClassVar[type[Factored]] = Kronecker
 
     @override
     def _scale(self, matrix: Tensor, spectrum: Tensor) -> Tensor:
@@ -252,6 +290,7 @@ class LookupEigenKronecker(Eigenbased):
     input_basis: Tensor
     spectrum: Tensor
     kind: ClassVar[str] = "lookup_ekfac"
+    factored: ClassVar[type[Factored]] = LookupKronecker
 
     @override
     def _scale(self, matrix: Tensor, spectrum: Tensor) -> Tensor:
@@ -274,6 +313,11 @@ class LookupEigenKronecker(Eigenbased):
         return LookupKronecker(
             self.spectrum.mean(1), (self.input_basis * inputs) @ self.input_basis.mT
         )
+
+
+def _without(values: Tensor, cut: float) -> Tensor:
+    """Eigenvalues of which the small ones are zero."""
+    return torch.where(values > cut * values.max(), values, 0.0)
 
 
 KINDS: dict[str, type[Curvature]] = {

@@ -3,12 +3,16 @@
 The merge is a separate problem for each layer, so a Lightning `Trainer` runs it with the parts it
 has: the train loader yields this rank's layers, a training step advances one layer's solver, and at
 the end of each sweep the ranks put the global model together. Nothing is exchanged in between.
+
+Memory is bounded by a budget: a layer is not begun while those in work leave no room for it, and
+one that is too large by itself is worked on from disk.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,13 +28,16 @@ from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from lightning_fedfisher.admission import UpdateSource, check_fit, open_updates
-from lightning_fedfisher.layers import Layer
-from lightning_fedfisher.methods import METHODS, MethodName
-from lightning_fedfisher.quadratic import Quadratic, Solver, average
+from lightning_fedfisher.layer_problems import LayerProblems
+from lightning_fedfisher.methods import METHODS, Method, MethodName
+from lightning_fedfisher.quadratic import Solver, average
+from lightning_fedfisher.schedule import IDLE, Sweep, SweepCounter, deal
 from lightning_fedfisher.strategies import require_whole_model
 from lightning_fedfisher.update import ClientUpdate
+from lightning_fedfisher.update_file import digest
 
-_IDLE = -1  # in place of a layer's index; Lightning would pass over a batch that is None
+_DONE = -1  # column of a layer's status: iterations, objective, residual, whether it is done
+_CHECKPOINT_KEY = "lightning_fedfisher_merge"
 _LARGE_RESIDUAL = 1e-3
 
 
@@ -45,15 +52,20 @@ class FisherMergeModule(LightningModule):
 
     It stops the trainer by itself once every layer is solved, so ``max_epochs=-1`` is right. Under
     ``strategy="ddp"`` ranks own whole layers, dealt by cost, and the result does not depend on
-    their number. A merge resumed from a checkpoint starts over, to the same result.
+    their number. A merge resumed from a checkpoint (``Trainer.fit(merge, ckpt_path=...)``) keeps
+    the layers that were solved, and ends in the same model.
+
+    After every sweep it logs ``objective``, ``residual`` (the largest of any layer) and
+    ``iterations`` (the most of any layer), and both for each layer as ``residual/NAME`` and
+    ``iterations/NAME``.
 
     With a validation loader of ``(x, y)`` batches and a `model`, accuracy and negative
     log-likelihood of the global model are logged after every sweep.
 
     Attributes:
         updates: the opened updates, in the order given.
-        history: one dictionary a sweep: ``iterations``, ``objective``, ``residual`` and, with a
-            validation loader, ``val_accuracy`` (percent) and ``val_nll``.
+        history: one dictionary a sweep: ``iterations``, ``objective`` (of the layers begun),
+            ``residual`` and, with a validation loader, ``val_accuracy`` (percent) and ``val_nll``.
     """
 
     def __init__(
@@ -61,19 +73,23 @@ class FisherMergeModule(LightningModule):
         updates: Sequence[UpdateSource],
         *,
         model: nn.Module | None = None,
-        method: MethodName = "fedfisher",
+        method: MethodName | Method = "fedfisher",
         keep_best: bool | None = None,
         max_iterations: int | None = None,
+        memory_budget: int = 2**30,
     ) -> None:
         """Opens and checks all updates.
 
         Args:
             updates: update files or `ClientUpdate` objects, one for each client.
             model: loaded with the result when the fit ends, and used for validation; optional.
-            method: name of the merge method, a key of `METHODS`.
+            method: name of the merge method, a key of `METHODS`, or a row of your own.
             keep_best: return the iterate best on the validation loader rather than the last one.
                 As the method has it if None: the published methods do, ours does not.
             max_iterations: solver steps a layer at most; the method's own if None.
+            memory_budget: bytes of clients' curvature and weights to hold at a time; beyond it,
+                layers wait for their turn, and one that exceeds it alone is kept on disk, in the
+                folder for temporary files.
 
         Raises:
             MergeError: naming every update that is missing, corrupt, of another architecture, or
@@ -81,23 +97,26 @@ class FisherMergeModule(LightningModule):
             ValueError: if the method is unknown or the model does not fit the updates.
         """
         super().__init__()
-        if method not in METHODS:
+        if not isinstance(method, Method) and method not in METHODS:
             raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
         self.automatic_optimization = False
-        self.method = method
-        self._method = METHODS[method]
+        self._method = method if isinstance(method, Method) else METHODS[method]
+        self.method = "custom" if isinstance(method, Method) else method
         self._keep_best = self._method.keeps_best if keep_best is None else keep_best
         if max_iterations is not None and max_iterations < 1:
             raise ValueError(f"max_iterations must be at least 1, got {max_iterations}")
         self._max_iterations = max_iterations or self._method.iterations
-        self.updates = open_updates(updates, method)
+        if memory_budget < 0:
+            raise ValueError(f"memory_budget must be at least 0 bytes, got {memory_budget}")
+        self.updates = open_updates(updates, self._method, self.method)
         self.layers = self.updates[0].layers
-        self._shares = [update.num_samples for update in self.updates]
+        self._problems = LayerProblems(self.updates, self._method, memory_budget)
         # Parameters, so that checkpoints hold them and DDP takes the module. Buffers or submodules
         # would be overwritten by rank 0's, so the model stays outside the module tree.
         self.merged = nn.ParameterList(
-            nn.Parameter(average(self._shares, self._weights(layer))) for layer in self.layers
+            nn.Parameter(self._problems.average(layer)) for layer in self.layers
         )
+        self._fingerprint = _fingerprint(self.method, self.updates, self.merged)
         self._merged_buffers = _merge_buffers(self.updates)
         self._dtypes = {n: t.dtype for n, t in self.updates[0].parameters.items()}
         self._target: list[nn.Module] = [] if model is None else [model]
@@ -107,11 +126,19 @@ class FisherMergeModule(LightningModule):
         self._accuracy, self._nll = MeanMetric(), MeanMetric()
         self._validation_samples = 0
         self._turns = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        """Starts a merge with nothing solved."""
         self._solvers: dict[int, Solver] = {}
         self._progress: dict[int, tuple[Tensor, list[float]]] = {}
-        self._finished = False
+        self._status = torch.zeros(len(self.layers), 4, dtype=torch.float64)
         self._best: tuple[float, list[Tensor]] | None = None
         self.history: list[dict[str, float]] = []
+
+    @property
+    def _finished(self) -> bool:
+        return bool(self._status[:, _DONE].all())
 
     def merged_state_dict(self) -> dict[str, Tensor]:
         """The merged model: parameters and buffers by name, as the clients named them.
@@ -135,21 +162,39 @@ class FisherMergeModule(LightningModule):
                 f"a merge needs full precision, got precision={self.trainer.precision!r}: "
                 'use Trainer(precision="32-true")'
             )
+        if stage == TrainerFn.FITTING:
+            self._forget()
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[_CHECKPOINT_KEY] = {
+            "fingerprint": self._fingerprint,
+            "status": self._status,
+            "history": self.history,
+            "best": self._best,
+            "validation_samples": self._validation_samples,
+        }
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get(_CHECKPOINT_KEY, {})
+        if saved.get("fingerprint") != self._fingerprint:
+            raise ValueError(
+                "the checkpoint is of another merge: resume it with the same updates, in the same "
+                "order, and the same method"
+            )
+        self._status, self.history = saved["status"].cpu(), list(saved["history"])
+        self._best, self._validation_samples = saved["best"], saved["validation_samples"]
 
     @override
     def configure_optimizers(self) -> Optimizer:
-        return _SweepCounter(self.merged)
+        return SweepCounter(self.merged)
 
     @override
-    def train_dataloader(self) -> _Sweep:
-        hands = _deal([layer.shape for layer in self.layers], self.trainer.world_size)
+    def train_dataloader(self) -> Sweep:
+        hands = deal([layer.shape for layer in self.layers], self.trainer.world_size)
         self._turns = max(map(len, hands))
-        return _Sweep(hands[self.trainer.global_rank], self._turns)
-
-    @override
-    def on_fit_start(self) -> None:
-        self._solvers, self._progress, self._best = {}, {}, None
-        self._finished, self.history = False, []
+        return Sweep(hands[self.trainer.global_rank], self._turns)
 
     @override
     def on_train_start(self) -> None:
@@ -178,7 +223,7 @@ class FisherMergeModule(LightningModule):
 
     @override
     def training_step(self, batch: int, batch_idx: int) -> None:
-        if batch != _IDLE:
+        if batch != IDLE:
             self._advance(batch)
         if batch_idx + 1 == self._turns:
             optimizer = self.optimizers()
@@ -205,7 +250,7 @@ class FisherMergeModule(LightningModule):
         self._validation_samples = samples
         self.history[-1] |= scores
         if self._best is None or accuracy > self._best[0]:
-            self._best = accuracy, [matrix.detach().clone() for matrix in self.merged]
+            self._best = accuracy, [matrix.detach().cpu().clone() for matrix in self.merged]
 
     @override
     def on_train_epoch_end(self) -> None:
@@ -213,14 +258,8 @@ class FisherMergeModule(LightningModule):
 
     @override
     def on_train_end(self) -> None:
-        reached = self.history[-1] if self.history else {"iterations": 0.0, "residual": 1.0}
-        short = self._method.converges and reached["residual"] > _LARGE_RESIDUAL
-        if not self._finished or short:
-            rank_zero_warn(
-                f"the merge was stopped after {reached['iterations']:.0f} iterations, at a "
-                f"relative residual of {reached['residual']:.1e}: it has not converged. Use "
-                "Trainer(max_epochs=-1), and a larger max_iterations if that is not enough"
-            )
+        if self._method.converges or not self._finished:
+            self._warn_of_what_is_unsolved()
         if self._keep_best and self._best is not None:
             self._set_merged(self._best[1])
         self._solvers.clear()
@@ -228,6 +267,21 @@ class FisherMergeModule(LightningModule):
         if self._target:
             # What is missing are parameters that no client trained; they stay.
             self._target[0].load_state_dict(self.merged_state_dict(), strict=False)
+
+    def _warn_of_what_is_unsolved(self) -> None:
+        short = [
+            f"{layer.name} (residual {residual:.1e} after {iterations:.0f} iterations)"
+            for layer, (iterations, _, residual, done) in zip(
+                self.layers, self._status.tolist(), strict=True
+            )
+            if not done or (self._method.converges and residual > _LARGE_RESIDUAL)
+        ]
+        if short:
+            rank_zero_warn(
+                f"the merge has not converged in {len(short)} of {len(self.layers)} layers: "
+                f"{', '.join(short)}. Use Trainer(max_epochs=-1), and a larger max_iterations if "
+                "that is not enough"
+            )
 
     def _state(self) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}
@@ -238,26 +292,25 @@ class FisherMergeModule(LightningModule):
         shared = self.updates[0].header.aliases
         return state | {name: state[first] for name, first in shared.items()}
 
-    def _weights(self, layer: Layer) -> list[Tensor]:
-        """Reads one layer's matrix from every update, in at least float32."""
-        weights = [update.weights(layer) for update in self.updates]
-        dtype = torch.promote_types(weights[0].dtype, torch.float32)
-        return [matrix.to(self.device, dtype) for matrix in weights]
-
-    def _problem(self, layer: Layer) -> Quadratic:
-        """Reads one layer's quadratic from every update."""
-        weights = self._weights(layer)
-        blocks = [update.block(layer).to(self.device, weights[0].dtype) for update in self.updates]
-        return Quadratic(self._shares, weights, [self._method.transform(b) for b in blocks])
+    @property
+    def _looks(self) -> bool:
+        return self._keep_best and bool(self._target)
 
     @torch.no_grad()
     def _advance(self, index: int) -> None:
         """Moves one layer's solver by a sweep's iterations, and lets go of it when it is done."""
-        if index in self._progress and index not in self._solvers:
-            return
         layer = self.layers[index]
+        if index in self._progress and self._progress[index][1][_DONE]:
+            return
+        if self._status[index, _DONE]:  # before the merge was interrupted
+            self._progress[index] = self._merged(index), self._status[index].tolist()
+            return
         if index not in self._solvers:
-            self._solvers[index] = self._method.solver(self._problem(layer))
+            # A method that looks for its best iterate moves all layers at once.
+            if not self._looks and not self._problems.fits(index, self._solvers):
+                self._progress[index] = self._merged(index), [0.0, 0.0, 1.0, 0.0]
+                return
+            self._solvers[index] = self._method.solver(self._problems.read(index, self.device))
         solver = self._solvers[index]
         solver.advance(min(self._method.sweep, self._max_iterations - solver.iterations))
         if not torch.isfinite(solver.weights).all():
@@ -268,14 +321,14 @@ class FisherMergeModule(LightningModule):
         done = solver.finished or solver.iterations >= self._max_iterations
         objective = solver.problem.objective(solver.weights)
         status = [float(solver.iterations), objective, solver.residual, float(done)]
-        self._progress[index] = solver.weights, status
+        self._progress[index] = solver.weights.to(self.merged[index].dtype), status
         if done:
             del self._solvers[index]
 
     @torch.no_grad()
     def _gather(self) -> None:
         """Puts the global model together: each layer from the rank that owns it."""
-        status = torch.zeros(len(self.layers), 4, dtype=torch.float64)
+        status = torch.zeros_like(self._status)
         for index, (_, numbers) in self._progress.items():
             status[index] = torch.tensor(numbers, dtype=torch.float64)
         matrices = []
@@ -284,17 +337,24 @@ class FisherMergeModule(LightningModule):
             # A sum of one term and zeros is exact.
             matrices.append(self._total(torch.zeros_like(matrix) if own is None else own.clone()))
         self._set_merged(matrices)
-        iterations, objectives, residuals, done = self._total(status.to(self.device)).cpu().T
+        self._status = self._total(status.to(self.device)).cpu()
+        iterations, objectives, residuals, _ = self._status.T
         entry = {
             "iterations": float(iterations.max()),
             "objective": float(objectives.sum()),
             "residual": float(residuals.max()),
         }
-        self._finished = bool(done.all())
         self.history.append(entry)
-        self.log_dict(
-            entry, on_step=False, on_epoch=True, prog_bar=True, batch_size=1, sync_dist=True
-        )
+        how: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": 1}
+        self.log_dict(entry, prog_bar=True, sync_dist=True, **how)
+        for name, column in (("iterations", iterations), ("residual", residuals)):
+            by_layer = zip(self.layers, column.tolist(), strict=True)
+            found = {f"{name}/{layer.name}": value for layer, value in by_layer}
+            self.log_dict(found, sync_dist=True, **how)
+
+    def _merged(self, index: int) -> Tensor:
+        matrix: Tensor = self.merged[index]
+        return matrix.detach().clone()
 
     def _total(self, tensor: Tensor) -> Tensor:
         total = self.trainer.strategy.reduce(tensor, reduce_op="sum")
@@ -306,51 +366,14 @@ class FisherMergeModule(LightningModule):
             matrix.data.copy_(value)
 
 
-class _SweepCounter(Optimizer):
-    """Runs the closure it is given: an optimizer, so that Lightning counts sweeps as steps.
-
-    Checkpoints, loggers and progress bars go by that count, and it must be the same on every rank.
-    """
-
-    def __init__(self, parameters: nn.ParameterList) -> None:
-        super().__init__(list(parameters), {})
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        return None if closure is None else closure()
-
-
-class _Sweep:
-    """The layers of one rank. No `DataLoader`: it must neither be sampled nor filled with copies.
-
-    Lightning exchanges a signal at every batch, so all ranks take the same number; a rank with
-    fewer layers has idle turns. They come first, then the cheaper layers, because the other
-    ranks wait for rank 0's signal at the start of a turn.
-    """
-
-    def __init__(self, owned: Sequence[int], turns: int) -> None:
-        self._turns = [_IDLE] * (turns - len(owned)) + list(owned)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._turns)
-
-    def __len__(self) -> int:
-        return len(self._turns)
-
-
-def _deal(shapes: Sequence[tuple[int, int]], ranks: int) -> list[list[int]]:
-    """Deals layers to ranks by the cost of a step: the costliest first, each to the least busy.
-
-    Returns:
-        The layers of each rank, the cheapest first.
-    """
-    costs = [rows * columns * (rows + columns) for rows, columns in shapes]
-    hands: list[list[int]] = [[] for _ in range(ranks)]
-    loads = [0] * ranks
-    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        rank = loads.index(min(loads))
-        hands[rank].append(index)
-        loads[rank] += costs[index]
-    return [hand[::-1] for hand in hands]
+def _fingerprint(method: str, updates: Sequence[ClientUpdate], averages: Iterable[Tensor]) -> str:
+    """Tells one merge from another: the averages depend on every weight of every client."""
+    parts = [
+        method,
+        str([u.num_samples for u in updates]),
+        *(digest(matrix.detach().cpu()) for matrix in averages),
+    ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _merge_buffers(updates: Sequence[ClientUpdate]) -> dict[str, Tensor]:

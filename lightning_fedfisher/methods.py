@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, get_args
 
+import torch
+
 from lightning_fedfisher.curvature import Curvature, Identity
 from lightning_fedfisher.quadratic import (
     ClosedForm,
@@ -19,7 +21,9 @@ from lightning_fedfisher.quadratic import (
     exact_solver,
 )
 
-MethodName = Literal["fedavg", "fisher_merge", "fedfisher_diag", "fedfisher_kfac", "fedfisher"]
+MethodName = Literal[
+    "fedavg", "fisher_merge", "regmean", "fedfisher_diag", "fedfisher_kfac", "fedfisher"
+]
 
 
 @dataclass(frozen=True)
@@ -29,20 +33,23 @@ class Method:
     Attributes:
         curvatures: kinds of curvature it can merge; any if empty.
         fishers: Fisher types it is defined for; any if empty.
-        transform: what it makes of a client's curvature.
+        transform: what it makes of a client's curvature; the flag tells whether the layer is the
+            one whose outputs are the logits (see `feeds_softmax`).
         solver: how it minimises.
         iterations: steps after which it stops, if its solver has not finished before.
         sweep: steps between two looks at the model.
+        share_power: a client of ``n`` samples counts as ``n ** share_power``.
         converges: whether it promises the minimum, rather than a number of steps.
         keeps_best: whether it returns its best iterate on labelled samples, when given some.
     """
 
     curvatures: tuple[str, ...]
     fishers: tuple[str, ...]
-    transform: Callable[[Curvature], Curvature]
+    transform: Callable[[Curvature, bool], Curvature]
     solver: Callable[[Quadratic], Solver]
     iterations: int
     sweep: int
+    share_power: float = 1.0
     converges: bool = False
     keeps_best: bool = False
 
@@ -65,26 +72,60 @@ class Method:
         return f"holds {found}: extract it with FedFisherCallback({wanted}, ...)"
 
 
-def _unchanged(curvature: Curvature) -> Curvature:
+def feeds_softmax(curvature: Curvature) -> bool:
+    """Whether a constant added to all outputs of a layer changes nothing, as it is with logits.
+
+    Args:
+        curvature: of the layer.
+
+    Returns:
+        True if the curvature against such a constant is nothing beside that in other directions.
+    """
+    rows = curvature.over_outputs()
+    constant = rows.apply(torch.ones_like(rows.diagonal()))
+    return float(constant.sum()) <= _NOTHING * float(rows.trace())
+
+
+def _unchanged(curvature: Curvature, head: bool) -> Curvature:
     return curvature
 
 
-def _forget(curvature: Curvature) -> Curvature:
+def _forget(curvature: Curvature, head: bool) -> Curvature:
     return Identity(curvature.shape)
 
 
-def _temper(curvature: Curvature) -> Curvature:
+def _regress(curvature: Curvature, head: bool) -> Curvature:
+    return curvature.of_inputs()
+
+
+def _temper(curvature: Curvature, head: bool) -> Curvature:
     # At power 1 the few steepest directions of each client rule, and the exact minimum forgets the
     # rest; at power 1/2 the minimum itself is the model wanted, and no labels decide when to stop.
-    return curvature.power(0.5)
+    # The inputs of the head have a mean far larger than their spread. Weighing by their second
+    # moment ties the clients to how much they prefer a class whatever the input, which is about
+    # the classes they happened to hold; so the head is weighed by its outputs alone.
+    return (curvature.over_outputs() if head else curvature).power(0.5)
 
 
+# Of the mean eigenvalue; quantised curvature is not exactly blind to constants.
+_NOTHING = 0.05
+# The square root of float32's rounding, with room: what the power makes of eigenvalues that are 0.
+_TEMPERED_ROUNDING = 1e-3
 _PUBLISHED_STEPS = 2000
 _PUBLISHED_LOOK = 100
 
 METHODS: dict[MethodName, Method] = {
     "fedavg": Method((), (), _forget, ClosedForm, iterations=1, sweep=1),
     "fisher_merge": Method(("diagonal",), (), _unchanged, ClosedForm, iterations=1, sweep=1),
+    "regmean": Method(
+        ("kfac",),
+        (),
+        _regress,
+        exact_solver,
+        iterations=1000,
+        sweep=5,
+        converges=True,
+    ),
     "fedfisher_diag": Method(
         ("diagonal",),
         ("exact",),
@@ -107,12 +148,18 @@ METHODS: dict[MethodName, Method] = {
         ("kfac", "ekfac", "diagonal", "dense"),
         (),
         _temper,
-        exact_solver,
+        partial(exact_solver, cut=_TEMPERED_ROUNDING),
         iterations=1000,
         sweep=5,
+        share_power=0.5,
         converges=True,
     ),
 }
-"""Every method. The published ones are FedFisher's (arXiv 2403.12329), with its server's steps."""
+"""Every method.
+
+The published ones are FedFisher's (arXiv 2403.12329), with its server's steps. RegMean (Jin et al.,
+2023) has the inputs' second moment from the K-FAC factor, which for convolutions is that of
+unfolded patches; layers without one are averaged.
+"""
 
 assert set(METHODS) == set(get_args(MethodName))

@@ -4,8 +4,12 @@ For one layer, clients ``k`` with shares ``p_k``, weights ``W_k`` and curvatures
 
     Q(W) = sum_k p_k <W - W_k, F_k (W - W_k)>.
 
-FedAvg, Fisher merging and FedFisher (arXiv 2403.12329, equation 7) are all this problem. Solvers
-start at the average ``sum_k p_k W_k``, and a weight that no client has information on stays there.
+FedAvg, RegMean, Fisher merging and FedFisher (arXiv 2403.12329, equation 7) are all this problem.
+Solvers start at the average ``sum_k p_k W_k``, and a direction that no client has information on
+stays there.
+
+The clients are gone through one after the other, their weights once, so that a sequence that reads
+curvature from disk will do (`spill.Spilled`).
 """
 
 from __future__ import annotations
@@ -15,11 +19,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from lightning_fedfisher.curvature import Curvature
+from lightning_fedfisher.curvature import Curvature, PseudoInverse
 
 
 def average(shares: Sequence[float], weights: Sequence[Tensor]) -> Tensor:
@@ -44,7 +50,7 @@ class Quadratic:
     Attributes:
         shares: ``p_k``, positive, one for each client.
         weights: ``W_k``, matrices of one shape.
-        curvatures: ``F_k``, acting on that shape.
+        curvatures: ``F_k``, acting on that shape; may be read from disk at every use.
     """
 
     shares: Sequence[float]
@@ -66,14 +72,27 @@ class Quadratic:
         return average(self.shares, self.weights)
 
     @cached_property
+    def _at_average(self) -> tuple[float, Tensor, float]:
+        """The clients' pulls, the gradient and the objective at the average."""
+        pull, gradient, objective = 0.0, torch.zeros_like(self.average), 0.0
+        for share, weights, curvature in zip(
+            self.shares, self.weights, self.curvatures, strict=True
+        ):
+            offset = self.average - weights
+            force = curvature.apply(offset)
+            pull += share * _norm(force)
+            gradient += share * force
+            objective += share * _dot(offset, force)
+        return pull, gradient, objective
+
+    @property
     def pull(self) -> float:
         """``sum_k p_k ||F_k (W_avg - W_k)||``, how hard the clients pull at the average.
 
         The measure of what is a small gradient: the gradient is the sum of these pulls, and where
         they cancel it is rounding. Zero only if no client wants to move.
         """
-        terms = zip(self.shares, self.weights, self.curvatures, strict=True)
-        return sum(p * _norm(f.apply(self.average - w)) for p, w, f in terms)
+        return self._at_average[0]
 
     def objective(self, matrix: Tensor) -> float:
         """``Q(W)``.
@@ -84,8 +103,9 @@ class Quadratic:
         Returns:
             The value, zero only where every client is content.
         """
-        terms = zip(self.shares, self.weights, self.curvatures, strict=True)
-        return sum(p * _dot(matrix - w, f.apply(matrix - w)) for p, w, f in terms)
+        _, gradient, objective = self._at_average
+        offset = matrix - self.average
+        return objective + _dot(offset, 2 * gradient + self.curve(offset))
 
     def gradient(self, matrix: Tensor) -> Tensor:
         """``sum_k p_k F_k (W - W_k)``, half the gradient of ``Q``.
@@ -96,8 +116,12 @@ class Quadratic:
         Returns:
             A matrix of the same shape.
         """
-        terms = zip(self.shares, self.weights, self.curvatures, strict=True)
-        return sum((p * f.apply(matrix - w) for p, w, f in terms), torch.zeros_like(matrix))
+        return self._at_average[1] + self.curve(matrix - self.average)
+
+    @cached_property
+    def mean(self) -> Curvature:
+        """One curvature that stands for the clients' sum, and that can be inverted."""
+        return type(self.curvatures[0]).mean(self.curvatures, self.shares)
 
     def curve(self, matrix: Tensor) -> Tensor:
         """``sum_k p_k F_k V``, the Hessian's action on a direction ``V``.
@@ -110,6 +134,24 @@ class Quadratic:
         """
         terms = zip(self.shares, self.curvatures, strict=True)
         return sum((p * f.apply(matrix) for p, f in terms), torch.zeros_like(matrix))
+
+    def in_double(self) -> Quadratic:
+        """The same problem in float64, its curvature converted at every use."""
+        weights = [matrix.double() for matrix in self.weights]
+        return Quadratic(self.shares, weights, _InDouble(self.curvatures, weights[0].device))
+
+
+class _InDouble(Sequence[Curvature]):
+    """Curvature in float64, one at a time."""
+
+    def __init__(self, curvatures: Sequence[Curvature], device: torch.device) -> None:
+        self._curvatures, self._device = curvatures, device
+
+    def __len__(self) -> int:
+        return len(self._curvatures)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._curvatures[index].to(self._device, torch.float64)
 
 
 def _dot(one: Tensor, other: Tensor) -> float:
@@ -197,58 +239,104 @@ class ClosedForm(Solver):
 class ConjugateGradient(Solver):
     """Preconditioned conjugate gradients (Hestenes & Stiefel, 1952) to a relative residual.
 
-    The preconditioner is the inverse of the clients' mean curvature, which for Kronecker factors
-    takes tens of steps where plain conjugate gradients take a thousand.
+    The preconditioner is the pseudo-inverse of the clients' mean curvature. For Kronecker factors
+    that takes tens of steps where plain conjugate gradients take a thousand, and directions in
+    which no client has curvature stay where they are: at the average. If float32 cannot reach the
+    tolerance, it goes on in float64.
     """
 
-    # Small enough to leave the preconditioner sharp, large enough for float32 to invert.
-    _DAMPING = 1e-6
+    # Steps without progress after which it cannot be hoped for.
+    _PATIENCE = 100
+    # A true residual that agrees with the one carried along.
+    _AGREES = 1.1
 
-    def __init__(self, problem: Quadratic, tolerance: float = 1e-4) -> None:
+    def __init__(self, problem: Quadratic, tolerance: float = 1e-4, cut: float = 1e-6) -> None:
         """Starts at the average.
 
         Args:
             problem: the quadratic.
             tolerance: `residual` at which it is finished.
+            cut: share of the mean curvature's largest eigenvalue (for a Kronecker product, of
+                either factor) up to which a direction counts as one without curvature.
         """
         super().__init__(problem)
-        self._target = tolerance * problem.pull
-        self._residual = -problem.gradient(self.weights)
-        self.finished = _norm(self._residual) <= self._target
-        if self.finished:
-            return
-        mean = type(problem.curvatures[0]).mean(problem.curvatures, problem.shares)
-        self._precondition = mean.inverse(self._DAMPING)
-        self._direction = self._precondition(self._residual)
+        self._tolerance, self._cut = tolerance, cut
+        self._inverse: PseudoInverse | None = None
+        self.finished = _norm(problem.gradient(self.weights)) <= tolerance * self._pull
+        if not self.finished:
+            self._begin()
+
+    @property
+    @override
+    def residual(self) -> float:
+        """Norm of the gradient in directions with curvature, relative to the clients' pulls."""
+        if self._pull == 0:
+            return 0.0
+        return _norm(self._true_residual()) / self._pull
+
+    def _true_residual(self) -> Tensor:
+        residual = -self.problem.gradient(self.weights)
+        return residual if self._inverse is None else self._inverse.project(residual)
+
+    def _begin(self) -> None:
+        """Starts, or starts anew, at the iterate."""
+        if self._inverse is None:
+            self._inverse = self.problem.mean.pseudo_inverse(self._cut)
+        self._residual = self._true_residual()
+        self._started_at = self._least = _norm(self._residual)
+        self._waited = 0
+        self.finished = self._least <= self._AGREES * self._tolerance * self._pull
+        self._direction = self._inverse.solve(self._residual)
         self._squared = _dot(self._residual, self._direction)
 
+    @override
     def _step(self) -> None:
+        assert self._inverse is not None
         curved = self.problem.curve(self._direction)
         bend = _dot(self._direction, curved)
         if bend <= 0:  # only rounding is left of this direction's curvature
-            self.finished = True
+            self._check()
             return
         step = self._squared / bend
         self.weights = self.weights + step * self._direction
-        self._residual = self._residual - step * curved
-        self.finished = _norm(self._residual) <= self._target
-        preconditioned = self._precondition(self._residual)
+        self._residual = self._residual - step * self._inverse.project(curved)
+        norm = _norm(self._residual)
+        self._waited = 0 if norm < self._least else self._waited + 1
+        self._least = min(norm, self._least)
+        if norm <= self._tolerance * self._pull or self._waited > self._PATIENCE:
+            self._check()
+            return
+        preconditioned = self._inverse.solve(self._residual)
         squared = _dot(self._residual, preconditioned)
         self._direction = preconditioned + (squared / self._squared) * self._direction
         self._squared = squared
 
+    def _check(self) -> None:
+        """Compares with the true residual: done, once more, in float64, or as far as it goes."""
+        before = self._started_at
+        self._begin()
+        if self.finished or self._started_at < before / 2:
+            return
+        if self.weights.dtype == torch.float64:
+            self.finished = True
+            return
+        self.problem, self.weights = self.problem.in_double(), self.weights.double()
+        self._inverse = None
+        self._begin()
 
-def exact_solver(problem: Quadratic) -> Solver:
+
+def exact_solver(problem: Quadratic, cut: float = 1e-6) -> Solver:
     """The solver that reaches the minimum: the closed form where there is one.
 
     Args:
         problem: the quadratic.
+        cut: of `ConjugateGradient`.
 
     Returns:
         A solver at the average.
     """
     elementwise = all(curvature.elementwise for curvature in problem.curvatures)
-    return ClosedForm(problem) if elementwise else ConjugateGradient(problem)
+    return ClosedForm(problem) if elementwise else ConjugateGradient(problem, cut=cut)
 
 
 class PublishedServer(Solver):

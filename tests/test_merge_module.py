@@ -25,11 +25,12 @@ from lightning_fedfisher import (
     UpdateHeader,
     extract_curvature,
 )
-from lightning_fedfisher.merge_module import _deal
+from lightning_fedfisher.schedule import deal
 
 NEEDS = {
     "fedavg": ("identity", "exact"),
     "fisher_merge": ("diagonal", "exact"),
+    "regmean": ("kfac", "normalised"),
     "fedfisher_diag": ("diagonal", "exact"),
     "fedfisher_kfac": ("kfac", "exact"),
     "fedfisher": ("kfac", "normalised"),
@@ -464,10 +465,10 @@ def test_random_state_is_untouched(updates, tmp_path):
 
 def test_layers_are_dealt_by_cost_each_once():
     shapes = [(10, 10), (100, 100), (20, 20), (99, 99), (5, 5)]
-    hands = _deal(shapes, 2)
+    hands = deal(shapes, 2)
     assert sorted(index for hand in hands for index in hand) == [0, 1, 2, 3, 4]
     assert hands == [[1], [4, 0, 2, 3]]
-    assert _deal(shapes[:1], 3) == [[0], [], []]
+    assert deal(shapes[:1], 3) == [[0], [], []]
 
 
 DDP_SCRIPT = """

@@ -23,6 +23,7 @@ PUBLISHED = ("fedfisher_diag", "fedfisher_kfac")
 ACCEPTED = {
     "fedavg": {("identity", ""), *product(("diagonal", "kfac", "ekfac", "dense"), FISHER_TYPES)},
     "fisher_merge": set(product(("diagonal",), FISHER_TYPES)),
+    "regmean": set(product(("kfac",), FISHER_TYPES)),
     "fedfisher_diag": {("diagonal", "exact")},
     "fedfisher_kfac": {("kfac", "exact")},
     "fedfisher": set(product(("kfac", "ekfac", "diagonal", "dense"), FISHER_TYPES)),
@@ -60,7 +61,9 @@ def _merge(method, kind, shares=(3, 1)):
     weights = [torch.randn(2, 3, generator=generator, dtype=torch.float64) for _ in shares]
     curvatures = [_curvatures(seed)[kind] for seed in (10, 20)]
     row = METHODS[method]
-    problem = Quadratic(shares, weights, [row.transform(curvature) for curvature in curvatures])
+    problem = Quadratic(
+        shares, weights, [row.transform(curvature, False) for curvature in curvatures]
+    )
     solver = row.solver(problem)
     solver.advance(row.iterations)
     return weights, curvatures, solver
@@ -137,7 +140,7 @@ def test_following_the_remedies_leads_to_an_accepted_update(method, curvature, f
 @pytest.mark.parametrize("kind", _curvatures())
 def test_fedavg_forgets_the_curvature(kind):
     curvature = _curvatures()[kind]
-    forgotten = METHODS["fedavg"].transform(curvature)
+    forgotten = METHODS["fedavg"].transform(curvature, False)
     assert isinstance(forgotten, Identity)
     assert forgotten.shape == curvature.shape
     weights, _, solver = _merge("fedavg", kind)
@@ -148,7 +151,7 @@ def test_fedavg_forgets_the_curvature(kind):
 @pytest.mark.parametrize("kind", _curvatures())
 def test_fedfisher_takes_the_square_root(kind):
     curvature = _curvatures()[kind]
-    root = METHODS["fedfisher"].transform(curvature)
+    root = METHODS["fedfisher"].transform(curvature, False)
     assert type(root) is type(curvature)
     torch.testing.assert_close(root.dense() @ root.dense(), curvature.dense())
     assert float((root.dense() - curvature.dense()).norm()) > 0.1
@@ -159,7 +162,7 @@ def test_fedfisher_takes_the_square_root(kind):
 @pytest.mark.parametrize("method", ["fisher_merge", *PUBLISHED])
 def test_published_methods_leave_the_curvature_as_it_is(method, kind):
     curvature = _curvatures()[kind]
-    assert METHODS[method].transform(curvature) is curvature
+    assert METHODS[method].transform(curvature, False) is curvature
 
 
 @pytest.mark.parametrize("kind", _curvatures())

@@ -26,6 +26,7 @@ from simulation.data import TensorImages, collate_images
 EXTRACTIONS: dict[str, tuple[str, str]] = {
     "fedavg": ("identity", "exact"),
     "fisher_merge": ("diagonal", "exact"),
+    "regmean": ("kfac", "normalised"),
     "fedfisher_diag": ("diagonal", "exact"),
     "fedfisher_kfac": ("kfac", "exact"),
     "fedfisher": ("kfac", "normalised"),
