@@ -7,50 +7,24 @@ Started again, it goes on where it was interrupted.
 
 from __future__ import annotations
 
-import csv
-import logging
-import sys
-import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass, fields
-from pathlib import Path
-from typing import Any, cast
+from dataclasses import astuple, dataclass
 
 import torch
-from cifar_resnet import environment
-from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
-from results_table import read_rows
-from safetensors.torch import load_file, save_file
-from simulation.data import ImageData, TensorImages, collate_images, load_images
-from simulation.federation import Classifier, ClientFolder, fit_client, predict, score
-from simulation.models import build_model
-from simulation.partition import reference_partition
-from torch import nn
-from torch.utils.data import DataLoader
-from tqdm import tqdm
+from simulation.cells import (
+    QUIET,
+    Cell,
+    Client,
+    extract,
+    initial_network,
+    run_study,
+    study_parser,
+)
+from simulation.data import ImageData
+from simulation.federation import Classifier, predict, score
 
-from lightning_fedfisher import ClientUpdate, FisherMergeModule, extract_curvatures
-from lightning_fedfisher.treatment import CurvatureType
-
-_EPOCHS = {"lenet": 30, "cnn": 10}
-_BATCH = 250
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One federation: a data set, a network, a split and a training."""
-
-    dataset: str
-    model: str
-    alpha: float
-    partition_seed: int
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """Of its folder."""
-        return f"{self.dataset}-{self.model}-a{self.alpha:g}-p{self.partition_seed}-s{self.seed}"
+from lightning_fedfisher import ClientUpdate, FisherMergeModule
 
 
 @dataclass(frozen=True)
@@ -70,14 +44,9 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(Cell):
     """A result; accuracies in percent, seconds and bytes the mean of the clients."""
 
-    dataset: str
-    model: str
-    alpha: float
-    partition_seed: int
-    seed: int
     curvature: str
     fisher: str
     samples: str
@@ -114,95 +83,44 @@ SETTINGS = [
 ]
 
 
-def fit_cell(
-    cell: Cell, images: ImageData, folder: Path
-) -> Iterator[tuple[nn.Module, TensorImages]]:
-    """Each client's trained network and its samples, trained if they are not there yet.
-
-    Args:
-        cell: the federation.
-        images: its data set.
-        folder: of the cell.
-
-    Yields:
-        One client after the other.
-    """
-    labels = images.train.labels.numpy()
-    for index, part in enumerate(reference_partition(labels, 5, cell.alpha, cell.partition_seed)):
-        with torch.random.fork_rng():
-            torch.manual_seed(cell.seed)
-            network = build_model(cell.model, *images.train.images.shape[1:3], images.classes)
-        file = folder / f"client-{index}.safetensors"
-        samples = images.train.subset(part)
-        if not file.is_file():
-            print(f"{cell.name}: training client {index} on {len(part)} samples", flush=True)
-            fit_client(
-                network,
-                samples,
-                ClientFolder(folder, index),
-                [],
-                epochs=_EPOCHS[cell.model],
-                learning_rate=0.01,
-                batch_size=64,
-                curvature_samples=None,
-                seed=1000 * cell.seed + index,
-                trainer_options=_QUIET,
-            )
-            folder.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(".partial")
-            save_file(network.state_dict(), partial)
-            partial.replace(file)
-        network.load_state_dict(load_file(file))
-        yield network, samples
-
-
-def run_setting(
+def run_settings(
     cell: Cell,
-    setting: Setting,
-    clients: Sequence[tuple[nn.Module, TensorImages]],
+    clients: Sequence[Client],
     images: ImageData,
-) -> Row:
-    """Extracts, merges and tests one setting.
+    settings: Sequence[tuple[str, ...]],
+) -> Iterator[Row]:
+    """Extracts, merges and tests one setting after the other.
 
     Args:
         cell: the federation.
-        setting: what to extract.
         clients: trained networks and samples.
         images: the data, for the test set.
+        settings: what to extract, as the fields of `Setting`.
 
-    Returns:
-        The result.
+    Yields:
+        The results.
     """
-    updates, seconds = [], []
-    for network, samples in clients:
-        plain = samples.without_augmentation()
-        loader = DataLoader(plain, batch_size=_BATCH, collate_fn=collate_images)
-        kind = cast(CurvatureType, setting.curvature)
-        extracted = extract_curvatures(
-            network,
-            loader,
-            [kind],
-            fisher=cast(Any, setting.fisher),
-            max_samples=cast(Any, setting.max_samples),
-            progress=False,
-        )[kind]
-        seconds.append(extracted.seconds)
-        updates.append(ClientUpdate.from_model(network, extracted.header(), extracted.blocks))
-    network = build_model(cell.model, *images.train.images.shape[1:3], images.classes)
-    module = FisherMergeModule(updates, model=network)
-    Trainer(max_epochs=-1, **_QUIET).fit(module)
-    predicted = predict(Classifier(network, 0.0), images.test, torch.device("cpu"))
-    accuracy, nll = score(predicted, images.test.labels)
-    sent = [_bytes(update) for update in updates]
-    return Row(
-        *astuple(cell),
-        *astuple(setting),
-        accuracy,
-        nll,
-        sum(seconds) / len(seconds),
-        sum(sent) / len(sent),
-        updates[0].fedavg_bytes,
-    )
+    for setting in (Setting(*columns) for columns in settings):
+        updates, seconds = [], []
+        for client in clients:
+            kind, fisher = setting.curvature, setting.fisher
+            extracted = extract(client, [kind], fisher, setting.max_samples)[kind]
+            seconds.append(extracted.seconds)
+            updates.append(ClientUpdate.from_model(client[0], extracted.header(), extracted.blocks))
+        network = initial_network(cell, images)
+        Trainer(max_epochs=-1, **QUIET).fit(FisherMergeModule(updates, model=network))
+        predicted = predict(Classifier(network, 0.0), images.test, torch.device("cpu"))
+        accuracy, nll = score(predicted, images.test.labels)
+        sent = [_bytes(update) for update in updates]
+        yield Row(
+            *astuple(cell),
+            *astuple(setting),
+            accuracy,
+            nll,
+            sum(seconds) / len(seconds),
+            sum(sent) / len(sent),
+            updates[0].fedavg_bytes,
+        )
 
 
 def _bytes(update: ClientUpdate) -> int:
@@ -211,48 +129,11 @@ def _bytes(update: ClientUpdate) -> int:
     return update.fedavg_bytes + sum(t.numel() * t.element_size() for t in blocks)
 
 
-_QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "devices": 1,
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_model_summary": False,
-    "enable_progress_bar": False,
-}
-
-
 def main() -> None:
     """Runs the study from the command line."""
-    parser = ArgumentParser(prog="curvature_study.py", description=__doc__)
-    parser.add_argument("--cells", type=str, default="development", help=" or ".join(CELLS))
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="of image folders")
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/curvature_study"))
-    flags = parser.parse_args()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
-    if flags.cells not in CELLS:
-        sys.exit(f"error: --cells {flags.cells} is not one of {', '.join(CELLS)}")
-    flags.output_dir.mkdir(parents=True, exist_ok=True)
-    table = flags.output_dir / f"{flags.cells}.csv"
-    done: set[tuple[str, ...]] = set()
-    if table.is_file():
-        done = {tuple(list(row.values())[:8]) for row in read_rows(table)}
-    else:
-        about = ", ".join(environment(torch.device("cpu")).values())
-        table.write_text(f"# {about}\n" + ",".join(field.name for field in fields(Row)) + "\n")
-    loaded: dict[str, ImageData] = {}
-    for cell in CELLS[flags.cells]:
-        if cell.dataset not in loaded:
-            loaded[cell.dataset] = load_images(cell.dataset, flags.data_dir)
-        images = loaded[cell.dataset]
-        clients = list(fit_cell(cell, images, flags.output_dir / cell.name))
-        for setting in tqdm(SETTINGS, desc=cell.name, disable=None):
-            if tuple(map(str, (*astuple(cell), *astuple(setting)))) in done:
-                continue
-            row = run_setting(cell, setting, clients, images)
-            with table.open("a", newline="") as file:
-                csv.writer(file, lineterminator="\n").writerow(asdict(row).values())
-    print(table)
+    flags = study_parser("curvature_study", __doc__, CELLS).parse_args()
+    settings = [astuple(setting) for setting in SETTINGS]
+    run_study(flags, CELLS, settings, Row, run_settings)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 from cifar_resnet import environment
-from curvature_study import CELLS, fit_cell
+from curvature_study import CELLS
 from jsonargparse import ArgumentParser
+from simulation.cells import fit_cell
 from simulation.data import TensorImages, collate_images, load_images
 from simulation.models import build_model
 from torch import Tensor, nn

@@ -11,7 +11,17 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class _Federation(NamedTuple):
+    """The columns that tell a study's cells apart."""
+
+    dataset: str
+    model: str
+    alpha: str
+    partition_seed: str
+    seed: str
 
 
 def results_table(results: Sequence[dict[str, Any]], mean: bool = False) -> str:
@@ -72,7 +82,7 @@ def costs_table(result: dict[str, Any]) -> str:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Reads the rows of a curvature study.
+    """Reads the rows of a study.
 
     Args:
         path: of its CSV file, whose comments tell date and hardware.
@@ -115,6 +125,77 @@ def study_table(rows: Sequence[dict[str, str]]) -> str:
                 low if low == high else f"{low}-{high}",
             ]
         )
+    return _markdown(table)
+
+
+def merge_table(rows: Sequence[dict[str, str]]) -> str:
+    """Every method of a merge study, by network and, for LeNet, alpha.
+
+    Args:
+        rows: from `read_rows`; all cells for every method.
+
+    Returns:
+        A Markdown table of test accuracies in percent, the mean of the cells with the lowest and
+        highest, and of the mean negative log-likelihood.
+    """
+    found = _by_method(rows)
+    cells = sorted(
+        dict.fromkeys(map(_federation, rows)),
+        key=lambda cell: (cell.model != "lenet", cell.model, float(cell.alpha)),
+    )
+    columns: dict[str, list[_Federation]] = {}
+    for cell in cells:
+        title = f"lenet a{cell.alpha}" if cell.model == "lenet" else cell.model
+        columns.setdefault(title, []).append(cell)
+    lenet = [cell for cell in cells if cell.model == "lenet"]
+    table = [
+        ["method", "server labels", *columns, "lenet mean", "NLL"],
+        ["---", *["---:"] * (len(columns) + 3)],
+    ]
+    for method, own in found.items():
+        accuracies = {cell: float(own[cell]["accuracy"]) for cell in cells}
+        table.append(
+            [
+                method,
+                str(max(int(own[cell]["server_labels"]) for cell in cells)),
+                *(_range([accuracies[cell] for cell in group]) for group in columns.values()),
+                f"{statistics.mean(accuracies[cell] for cell in lenet):.2f}" if lenet else "",
+                f"{statistics.mean(float(own[cell]['nll']) for cell in cells):.2f}",
+            ]
+        )
+    return _markdown(table)
+
+
+def merge_summary(rows: Sequence[dict[str, str]]) -> str:
+    """How far the default method is ahead of what it is measured against.
+
+    Args:
+        rows: from `read_rows`; all cells for every method.
+
+    Returns:
+        A Markdown table: for each network the mean difference of accuracies in points, and in how
+        many cells accuracy is higher and negative log-likelihood lower.
+    """
+    found = _by_method(rows)
+    models: dict[str, list[_Federation]] = {}
+    for cell in found["fedfisher"]:
+        models.setdefault(cell.model, []).append(cell)
+    table = [["`fedfisher` against"], ["---", *["---:"] * (3 * len(models))]]
+    for model in models:
+        table[0] += [f"{model}: points", "ahead in", "lower NLL in"]
+    for other in ("fedfisher_kfac", "best client", "ensemble"):
+        line = [f"`{other}`" if other == "fedfisher_kfac" else other]
+        for cells in models.values():
+            points, nll = (
+                [float(found["fedfisher"][c][of]) - float(found[other][c][of]) for c in cells]
+                for of in ("accuracy", "nll")
+            )
+            line += [
+                f"{statistics.mean(points):+.2f}",
+                f"{sum(difference > 0 for difference in points)} of {len(cells)}",
+                f"{sum(difference < 0 for difference in nll)} of {len(cells)}",
+            ]
+        table.append(line)
     return _markdown(table)
 
 
@@ -202,6 +283,22 @@ def _cell(row: dict[str, str]) -> str:
 
 def _setting(row: dict[str, str]) -> tuple[str, str, str]:
     return row["curvature"], row["fisher"], row["samples"]
+
+
+def _federation(row: dict[str, str]) -> _Federation:
+    return _Federation(*(row[column] for column in _Federation._fields))
+
+
+def _by_method(rows: Sequence[dict[str, str]]) -> dict[str, dict[_Federation, dict[str, str]]]:
+    found: dict[str, dict[_Federation, dict[str, str]]] = {}
+    for row in rows:
+        found.setdefault(row["method"], {})[_federation(row)] = row
+    return found
+
+
+def _range(values: Sequence[float]) -> str:
+    mean = f"{statistics.mean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.1f}-{max(values):.1f})"
 
 
 def _title(config: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from safetensors.torch import load_file, save_file
@@ -21,6 +22,8 @@ from torchmetrics.functional.classification import multiclass_accuracy
 from tqdm import tqdm
 
 from lightning_fedfisher import METHODS, FedFisherCallback, FisherMergeModule
+from lightning_fedfisher.admission import UpdateSource
+from lightning_fedfisher.methods import Method, MethodName
 from simulation.data import TensorImages, collate_images
 
 EXTRACTIONS: dict[str, tuple[str, str]] = {
@@ -33,6 +36,7 @@ EXTRACTIONS: dict[str, tuple[str, str]] = {
 }
 """Curvature and Fisher type that a client extracts for each method."""
 
+_LABELLED_SAMPLES = 500
 _EVALUATION_BATCH = 500
 _EXTRACTION_BATCH = 250
 
@@ -201,7 +205,7 @@ class MergeResult:
 
     Attributes:
         state_dict: the merged model.
-        seconds: wall-clock time from the files to the model.
+        seconds: wall-clock time from the updates to the model.
         labels: labelled samples the server used.
         history: the merge, sweep by sweep (see `FisherMergeModule.history`).
     """
@@ -212,19 +216,34 @@ class MergeResult:
     history: list[dict[str, float]]
 
 
+def labelled_samples(train: TensorImages, seed: int) -> TensorImages:
+    """Those that the published methods look at on the server.
+
+    Args:
+        train: all training samples.
+        seed: of the federation.
+
+    Returns:
+        Un-augmented samples drawn at random.
+    """
+    plain = train.without_augmentation()
+    count = min(_LABELLED_SAMPLES, len(plain))
+    return plain.subset(np.random.default_rng(seed).choice(len(plain), count, replace=False))
+
+
 def merge(
-    method: str,
-    updates: Sequence[Path],
-    classifier: Classifier,
+    method: MethodName | Method,
+    updates: Sequence[UpdateSource],
+    model: nn.Module,
     labelled: TensorImages,
     trainer_options: Mapping[str, Any],
 ) -> MergeResult:
-    """Merges update files with one method; only methods that select an iterate see labels.
+    """Merges updates with one method; only methods that select an iterate see labels.
 
     Args:
-        method: its name.
-        updates: one file for each client.
-        classifier: takes the merged weights.
+        method: its name, or a method of one's own.
+        updates: one for each client.
+        model: takes the merged weights.
         labelled: samples for the methods that need some.
         trainer_options: accelerator, devices, logger and the like.
 
@@ -232,7 +251,7 @@ def merge(
         The merged model and what it took.
     """
     started = time.perf_counter()
-    module = FisherMergeModule(updates, model=classifier, method=cast(Any, method))
+    module = FisherMergeModule(updates, model=model, method=cast(Any, method))
     loader = DataLoader(labelled, batch_size=_EVALUATION_BATCH, collate_fn=collate_images)
     trainer = Trainer(
         max_epochs=-1,
@@ -241,7 +260,8 @@ def merge(
         use_distributed_sampler=False,  # every process looks at all labelled samples
         **trainer_options,
     )
-    trainer.fit(module, val_dataloaders=loader if METHODS[cast(Any, method)].keeps_best else None)
+    keeps_best = (METHODS[method] if isinstance(method, str) else method).keeps_best
+    trainer.fit(module, val_dataloaders=loader if keeps_best else None)
     seconds = time.perf_counter() - started
     return MergeResult(module.merged_state_dict(), seconds, module.server_labels, module.history)
 

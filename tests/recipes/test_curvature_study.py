@@ -6,8 +6,10 @@ import math
 import curvature_study
 import extraction_benchmark
 import pytest
-from curvature_study import Cell, Setting
+from curvature_study import Setting
 from results_table import benchmark_table, read_rows, study_table
+from simulation import cells
+from simulation.cells import Cell
 
 CELL = Cell("digits", "lenet", 1.0, 3, 0)
 SETTINGS = [Setting("kfac", "normalised", "auto"), Setting("ekfac", "exact", "50")]
@@ -18,7 +20,7 @@ def small(monkeypatch):
     monkeypatch.setattr(curvature_study, "CELLS", {"development": [CELL]})
     monkeypatch.setattr(extraction_benchmark, "CELLS", {"development": [CELL]})
     monkeypatch.setattr(curvature_study, "SETTINGS", SETTINGS)
-    monkeypatch.setattr(curvature_study, "_EPOCHS", {"lenet": 1})
+    monkeypatch.setattr(cells, "_EPOCHS", {"lenet": 1})
 
 
 def _study(monkeypatch, output):
@@ -37,10 +39,18 @@ def test_study_writes_a_row_for_each_setting_and_goes_on(small, monkeypatch, tmp
     assert "| ekfac | exact | 50 |" in study_table(rows)
     # Interrupted before the last row: only that is done again, from the clients kept.
     table.write_text("".join(whole.splitlines(keepends=True)[:-1]))
-    monkeypatch.setattr(curvature_study, "fit_client", None)
+    monkeypatch.setattr(cells, "fit_client", None)
     again = read_rows(_study(monkeypatch, tmp_path))
     assert again[0] == rows[0]
     assert again[1]["accuracy"] == rows[1]["accuracy"]
+
+
+def test_study_leaves_the_table_of_another_alone(small, monkeypatch, tmp_path):
+    theirs = "# when and where\ndataset,model,method\n"
+    (tmp_path / "development.csv").write_text(theirs)
+    with pytest.raises(SystemExit, match=r"another study: choose another --output-dir"):
+        _study(monkeypatch, tmp_path)
+    assert (tmp_path / "development.csv").read_text() == theirs
 
 
 def test_benchmark_measures_and_compares(small, tmp_path):
