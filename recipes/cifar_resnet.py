@@ -28,7 +28,8 @@ from simulation.data import load_images
 from simulation.federation import ClientResult, MergeResult, ensemble, score
 from simulation.flags import Flags, parse_flags, settle
 from simulation.pictures import draw_accuracies, draw_merge_curves, draw_partition
-from simulation.round import Round, is_first_process, say
+from simulation.round import Round, is_first_process, say, seeded_network
+from simulation.start import read_start
 from torch import Tensor
 
 from lightning_fedfisher import ClientUpdate
@@ -164,6 +165,8 @@ def run(flags: Flags) -> dict[str, Any]:
     """
     if flags.resume and flags.output_dir is None:
         raise ValueError("--resume goes on in a folder: add --output-dir")
+    if flags.new_head and flags.init is None:
+        raise ValueError("--new-head leaves out a part of given weights: add --init")
     for name in ("clients", "epochs", "max_train_samples", "batch_size", "curvature_samples"):
         value = getattr(flags, name)
         if value is not None and value < 1:
@@ -176,7 +179,12 @@ def run(flags: Flags) -> dict[str, Any]:
         f"{flags.clients} clients share {subset} training samples of {flags.dataset} "
         f"(alpha {flags.alpha:g}, partition seed {flags.partition_seed}); model {flags.model}"
     )
-    current = Round(flags, images)
+    start = None
+    if flags.init is not None:
+        start = read_start(flags.init, seeded_network(flags, images), flags.new_head)
+        head = ", with a new last layer" if flags.new_head else ""
+        say(f"all clients start from {flags.init}{head}")
+    current = Round(flags, images, start)
     clients, predictions = current.fit_clients()
     merged = current.merge_all()
     results = report(current, clients, predictions, merged)

@@ -29,6 +29,8 @@ _PAPER_EPOCHS = 30
 _CPU_EPOCHS = {"lenet": 30, "cnn": 10, "resnet8": 10, "resnet18": 1}
 _CPU_SAMPLES = {"resnet8": 5000, "resnet18": 2000}
 _CPU_CURVATURE_SAMPLES = {"resnet8": 200, "resnet18": 200}
+# Reports say nothing of these flags where they change nothing.
+_UNUSED: dict[str, Any] = {"init": None, "new_head": False}
 _OUTPUT_VARIABLE = "FEDFISHER_RECIPE_OUTPUT"
 
 
@@ -47,6 +49,8 @@ class Flags:
     alpha: float = _flag(0.1, "Dirichlet concentration; smaller means more unlike clients")
     partition_seed: int = _flag(3, "seed of the partition")
     seed: int = _flag(0, "seed of the initial weights and of training")
+    init: Path | None = _flag(None, ".safetensors file of weights to start from, not the seeded")
+    new_head: bool = _flag(False, "with --init: keep the seeded weights of the last layer")
     epochs: int | None = _flag(None, "local epochs; by default what suits model and hardware")
     max_train_samples: int | None = _flag(None, "train on a random subset of this size")
     learning_rate: float = _flag(0.01, "of SGD with momentum 0.9")
@@ -67,6 +71,7 @@ class Flags:
         return {
             key: str(value) if isinstance(value, Path) else value
             for key, value in asdict(self).items()
+            if key not in _UNUSED or value != _UNUSED[key]
         }
 
 

@@ -29,6 +29,7 @@ from simulation.federation import (
 from simulation.flags import Flags
 from simulation.models import build_model
 from simulation.partition import class_histogram, reference_partition
+from simulation.start import start_digest
 
 _LABELLED_SAMPLES = 500
 
@@ -36,18 +37,22 @@ _LABELLED_SAMPLES = 500
 class Round:
     """One round of a simulated federation, from the split to the merged models."""
 
-    def __init__(self, flags: Flags, images: ImageData) -> None:
+    def __init__(
+        self, flags: Flags, images: ImageData, start: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Splits the data; trains nothing yet.
 
         Args:
             flags: settled flags.
             images: the data.
+            start: weights of the network that all clients start from; the seeded ones if None.
 
         Raises:
             ValueError: if a client would be empty, or the folder holds another federation.
         """
         assert flags.output_dir is not None
         self.flags, self.images, self.output = flags, images, flags.output_dir
+        self.start = start
         self.folders = [ClientFolder(self.output, k) for k in range(flags.clients)]
         if not flags.resume and is_first_process() and (self.output / "clients").exists():
             raise ValueError(
@@ -70,10 +75,20 @@ class Round:
 
     def network(self) -> nn.Module:
         """The weights all clients start from; the same at every call."""
-        channels, size = self.images.train.images.shape[1:3]
-        with torch.random.fork_rng():
-            torch.manual_seed(self.flags.seed)
-            return build_model(str(self.flags.model), channels, size, self.images.classes)
+        network = seeded_network(self.flags, self.images)
+        if self.start is not None:
+            network.load_state_dict(self.start)
+        return network
+
+    def setting(self) -> dict[str, str]:
+        """Everything that the training of a client depends on."""
+        elsewhere = {"methods", "output_dir", "wandb", "accelerator", "devices", "resume"}
+        elsewhere |= {"init", "new_head"}  # what they start from counts, not where it lay
+        flags = asdict(self.flags).items()
+        setting = {name: str(value) for name, value in flags if name not in elsewhere}
+        if self.start is not None:
+            setting["start"] = start_digest(self.start)
+        return setting
 
     def fit_clients(self) -> tuple[list[ClientResult], list[Tensor]]:
         """Trains every client that is not finished yet.
@@ -82,10 +97,7 @@ class Round:
             Each client's result, and its log-probabilities on the test set.
         """
         flags = self.flags
-        not_training = {"methods", "output_dir", "wandb", "accelerator", "devices", "resume"}
-        setting = {
-            name: str(value) for name, value in asdict(flags).items() if name not in not_training
-        }
+        setting = self.setting()
         results, predictions = [], []
         for index, (folder, part) in enumerate(zip(self.folders, self.parts, strict=True)):
             title = f"client {index + 1} of {flags.clients}, {len(part)} samples"
@@ -173,6 +185,22 @@ class Round:
             "enable_model_summary": False,
             "enable_progress_bar": sys.stdout.isatty(),
         }
+
+
+def seeded_network(flags: Flags, images: ImageData) -> nn.Module:
+    """A network for the data, initialised from the seed.
+
+    Args:
+        flags: settled flags.
+        images: the data.
+
+    Returns:
+        The same weights at every call.
+    """
+    channels, size = images.train.images.shape[1:3]
+    with torch.random.fork_rng():
+        torch.manual_seed(flags.seed)
+        return build_model(str(flags.model), channels, size, images.classes)
 
 
 @rank_zero_only

@@ -11,7 +11,7 @@ from pathlib import Path
 import cifar_resnet
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from simulation.models import build_model
 
 from lightning_fedfisher import METHODS, ClientUpdate
@@ -53,6 +53,7 @@ def test_report_has_the_documented_form(federation):
     assert labels["fedfisher"] == labels["fedavg"] == labels["fisher_merge"] == 0
     assert labels["fedfisher_kfac"] == labels["fedfisher_diag"] == 500
     assert written["config"]["dataset"] == "digits"
+    assert not {"init", "new_head"} & set(written["config"])
 
 
 def test_uploads_are_the_sizes_of_the_files(federation):
@@ -99,6 +100,44 @@ def test_folders_of_other_federations_are_refused(federation):
         cifar_resnet.run(cifar_resnet.parse_flags(other))
 
 
+@pytest.mark.parametrize("prefix", ["", "network."])
+def test_clients_and_merge_start_from_given_weights(federation, tmp_path, prefix):
+    """Without a step of SGD to speak of, the average of the clients is what they started from."""
+    merged = load_file(federation[0] / "merged.safetensors")
+    start = {prefix + name.removeprefix("network."): tensor for name, tensor in merged.items()}
+    save_file(start, tmp_path / "start.safetensors")
+    output = tmp_path / "out"
+    given = ["--init", str(tmp_path / "start.safetensors"), "--output-dir", str(output)]
+    still = [*QUICK, "--learning-rate", "1e-30", "--methods", "fedavg", "--wandb", "disabled"]
+    results = cifar_resnet.run(cifar_resnet.parse_flags([*still, *given]))
+    assert results["config"]["init"] == str(tmp_path / "start.safetensors")
+    found = load_file(output / "merged.safetensors")
+    assert all(torch.allclose(found[name], merged[name], atol=1e-6) for name in merged)
+    setting = json.loads((output / "clients" / "client-0.json").read_text())["setting"]
+    assert "init" not in setting
+    # Kept from a copy that lies elsewhere, and not from other weights or the seeded ones.
+    moved = (tmp_path / "start.safetensors").rename(tmp_path / "moved.safetensors")
+    again = [*still, "--output-dir", str(output), "--resume"]
+    cifar_resnet.run(cifar_resnet.parse_flags([*again, "--init", str(moved)]))
+    save_file({name: tensor + 1 for name, tensor in start.items()}, moved)
+    for other in (["--init", str(moved)], []):
+        with pytest.raises(ValueError, match="another start"):
+            cifar_resnet.run(cifar_resnet.parse_flags([*again, *other]))
+
+
+def test_starts_that_do_not_fit_are_refused_before_anything_is_written(federation, tmp_path):
+    given = ["--init", str(federation[0] / "merged.safetensors")]
+    for arguments, message in (
+        ([*QUICK, "--model", "cnn", *given], "fc1.weight is of shape"),
+        ([*QUICK, "--init", str(federation[0] / "results.json")], "no whole safetensors file"),
+        ([*QUICK, "--new-head"], "add --init"),
+    ):
+        flags = cifar_resnet.parse_flags([*arguments, "--output-dir", str(tmp_path / "out")])
+        with pytest.raises(ValueError, match=message):
+            cifar_resnet.run(flags)
+    assert not (tmp_path / "out").exists()
+
+
 def test_every_flag_is_in_the_help(capsys):
     with pytest.raises(SystemExit, match="0"):
         cifar_resnet.parse_flags(["--help"])
@@ -106,7 +145,7 @@ def test_every_flag_is_in_the_help(capsys):
     for flag in (
         *("--config", "--dataset", "--data-dir", "--model", "--clients", "--alpha", "--seed"),
         *("--partition-seed", "--epochs", "--max-train-samples", "--methods", "--output-dir"),
-        *("--wandb", "--accelerator", "--devices", "--resume"),
+        *("--wandb", "--accelerator", "--devices", "--resume", "--init", "--new-head"),
     ):
         assert flag in text
 
