@@ -2,7 +2,7 @@
 
 Splits a data set over clients, trains each alone with FedFisherCallback on its Trainer, merges the
 update files with every chosen method, and compares the merged models with each other, with the best
-single client and with the ensemble of all clients.
+single client and with the ensemble of all clients. Further rounds start from the merged model.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import platform
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,16 @@ from simulation.data import load_images
 from simulation.federation import ClientResult, MergeResult, ensemble, score
 from simulation.flags import Flags, parse_flags, settle
 from simulation.pictures import draw_accuracies, draw_merge_curves, draw_partition
-from simulation.round import Round, is_first_process, say, seeded_network
-from simulation.start import read_start
+from simulation.round import Round, is_first_process, round_folder, say, seeded_network
+from simulation.start import read_start, without_prefix
 from torch import Tensor
 
 from lightning_fedfisher import ClientUpdate
+
+_WRITTEN = (
+    *("results.json", "merged.safetensors", "updates"),
+    *("partition.png", "accuracy.png", "merge.png"),
+)
 
 
 def report(
@@ -93,42 +98,78 @@ def write(
     current: Round,
     results: Mapping[str, Any],
     merged: Mapping[str, tuple[MergeResult, float, float]],
-) -> list[Path]:
-    """Writes the report, the merged model and the pictures.
+) -> None:
+    """Writes the merged model, the pictures and, as what marks the round as finished, the report.
 
     Args:
         current: the round.
         results: from `report`.
         merged: from `Round.merge_all`.
+    """
+    current.report_file.unlink(missing_ok=True)  # of another model than the one to be written
+    save_file(merged[headline(merged)][0].state_dict, current.model_file)
+    draw_partition(current.histogram, current.output / "partition.png")
+    draw_accuracies(results, current.output / "accuracy.png")
+    histories = {method: result.history for method, (result, _, _) in merged.items()}
+    draw_merge_curves(histories, current.output / "merge.png")
+    write_report(current.report_file, results)
+
+
+def headline(methods: Iterable[str]) -> str:
+    """The method whose model is written, and goes on in the next round."""
+    names = list(methods)
+    return "fedfisher" if "fedfisher" in names else names[-1]
+
+
+def write_report(path: Path, results: Mapping[str, Any]) -> None:
+    """Writes a report; a reader sees the old one or the whole new one.
+
+    Args:
+        path: of the JSON file.
+        results: from `report` or `whole_report`.
+    """
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(results, indent=2) + "\n")
+    partial.replace(path)
+
+
+def whole_report(flags: Flags, reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Puts the rounds of a run together.
+
+    Args:
+        flags: settled flags.
+        reports: of the rounds that are finished.
 
     Returns:
-        What was written.
+        The first round's report and, of a run of several rounds, how each of them went.
     """
-    output = current.output
-    headline = "fedfisher" if "fedfisher" in merged else list(merged)[-1]
-    save_file(merged[headline][0].state_dict, output / "merged.safetensors")
-    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    return [
-        output / "results.json",
-        output / "merged.safetensors",
-        current.folders[0].updates.parent,
-        draw_partition(current.histogram, output / "partition.png"),
-        draw_accuracies(results, output / "accuracy.png"),
-        draw_merge_curves(
-            {method: result.history for method, (result, _, _) in merged.items()},
-            output / "merge.png",
-        ),
+    if flags.rounds == 1:
+        return dict(reports[0])
+    rounds = [
+        {
+            "round": number,
+            "best_client": each["best_client"],
+            "ensemble": each["ensemble"],
+            "methods": {
+                method: {"accuracy": row["accuracy"], "nll": row["nll"]}
+                for method, row in each["methods"].items()
+            },
+        }
+        for number, each in enumerate(reports, start=1)
     ]
+    # A first round that was kept may be that of a shorter run.
+    return {**reports[0], "config": flags.plain(), "rounds": rounds}
 
 
-def show(results: Mapping[str, Any], console: Console) -> None:
+def show(results: Mapping[str, Any], console: Console, title: str) -> None:
     """Prints the comparison table.
 
     Args:
         results: from `report`.
         console: where to.
+        title: of the table.
     """
-    table = Table(title="Test accuracy of one-shot models")
+    table = Table(title=title)
     table.add_column("model", no_wrap=True)
     for column in ("accuracy", "NLL", "upload", "client", "server", "labels"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -147,11 +188,6 @@ def show(results: Mapping[str, Any], console: Console) -> None:
             str(row["server_labels"]),
         )
     console.print(table)
-    console.print(
-        "accuracy in percent; upload: bytes a client sends, in multiples of its weights;\n"
-        "client: extraction; server: merge; labels: labelled samples the server used",
-        highlight=False,
-    )
 
 
 def run(flags: Flags) -> dict[str, Any]:
@@ -167,7 +203,8 @@ def run(flags: Flags) -> dict[str, Any]:
         raise ValueError("--resume goes on in a folder: add --output-dir")
     if flags.new_head and flags.init is None:
         raise ValueError("--new-head leaves out a part of given weights: add --init")
-    for name in ("clients", "epochs", "max_train_samples", "batch_size", "curvature_samples"):
+    counts = ("clients", "rounds", "epochs", "max_train_samples", "batch_size", "curvature_samples")
+    for name in counts:
         value = getattr(flags, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
@@ -179,23 +216,65 @@ def run(flags: Flags) -> dict[str, Any]:
         f"{flags.clients} clients share {subset} training samples of {flags.dataset} "
         f"(alpha {flags.alpha:g}, partition seed {flags.partition_seed}); model {flags.model}"
     )
+    _refuse_finished_clients(flags)
     start = None
     if flags.init is not None:
         start = read_start(flags.init, seeded_network(flags, images), flags.new_head)
         head = ", with a new last layer" if flags.new_head else ""
         say(f"all clients start from {flags.init}{head}")
-    current = Round(flags, images, start)
+    several = flags.rounds > 1
+    reports: list[dict[str, Any]] = []
+    for number in range(1, flags.rounds + 1):
+        current = Round(flags, images, number, start)
+        finished = current.finished() if flags.resume and several else None
+        if several:
+            source = f", from the model of {headline(flags.methods)}" if number > 1 else ""
+            kept = " (kept)" if finished else ""
+            say(f"round {number} of {flags.rounds}{source}{kept}")
+        results, start = finished or play(current)
+        reports.append(results)
+        if is_first_process():
+            if several:
+                write_report(round_folder(flags, 1) / "results.json", whole_report(flags, reports))
+            after = f"after round {number} of {flags.rounds}" if several else "of one-shot models"
+            show(results, Console(), f"Test accuracy {after}")
+    say(
+        "accuracy in percent; upload: bytes a client sends, in multiples of its weights;\n"
+        "client: extraction; server: merge; labels: labelled samples the server used\n"
+        "written:"
+    )
+    later = [round_folder(flags, number) for number in range(2, flags.rounds + 1)]
+    for path in (*(round_folder(flags, 1) / name for name in _WRITTEN), *later):
+        say(f"  {path}")
+    return whole_report(flags, reports)
+
+
+def play(current: Round) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Fits, merges, compares and writes one round.
+
+    Args:
+        current: the round.
+
+    Returns:
+        The report, and the weights that go on.
+    """
     clients, predictions = current.fit_clients()
     merged = current.merge_all()
     results = report(current, clients, predictions, merged)
     if is_first_process():
-        written = write(current, results, merged)
-        console = Console()
-        show(results, console)
-        console.print("written:")
-        for path in written:
-            console.print(f"  {path}", soft_wrap=True, highlight=False)
-    return results
+        write(current, results, merged)
+    return results, without_prefix(merged[headline(merged)][0].state_dict)
+
+
+def _refuse_finished_clients(flags: Flags) -> None:
+    """Looks at all rounds at once, lest a later one be refused after hours."""
+    for number in range(1, flags.rounds + 1):
+        folder = round_folder(flags, number)
+        if not flags.resume and is_first_process() and (folder / "clients").exists():
+            raise ValueError(
+                f"{folder} already holds finished clients: add --resume to keep them, or "
+                "choose another --output-dir"
+            )
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ _CPU_EPOCHS = {"lenet": 30, "cnn": 10, "resnet8": 10, "resnet18": 1}
 _CPU_SAMPLES = {"resnet8": 5000, "resnet18": 2000}
 _CPU_CURVATURE_SAMPLES = {"resnet8": 200, "resnet18": 200}
 # Reports say nothing of these flags where they change nothing.
-_UNUSED: dict[str, Any] = {"init": None, "new_head": False}
+_UNUSED: dict[str, Any] = {"init": None, "new_head": False, "rounds": 1}
 _OUTPUT_VARIABLE = "FEDFISHER_RECIPE_OUTPUT"
 
 
@@ -51,6 +51,7 @@ class Flags:
     seed: int = _flag(0, "seed of the initial weights and of training")
     init: Path | None = _flag(None, ".safetensors file of weights to start from, not the seeded")
     new_head: bool = _flag(False, "with --init: keep the seeded weights of the last layer")
+    rounds: int = _flag(1, "rounds of fit and merge, each from the model merged in the one before")
     epochs: int | None = _flag(None, "local epochs; by default what suits model and hardware")
     max_train_samples: int | None = _flag(None, "train on a random subset of this size")
     learning_rate: float = _flag(0.01, "of SGD with momentum 0.9")
@@ -64,7 +65,7 @@ class Flags:
     wandb: Literal["disabled", "offline", "online"] = _flag("offline", "mode of W&B logging")
     accelerator: str = _flag("auto", "Lightning accelerator")
     devices: int = _flag(1, "devices for training and for the merge")
-    resume: bool = _flag(False, "go on in --output-dir, keeping its finished clients")
+    resume: bool = _flag(False, "go on in --output-dir, keeping finished clients and rounds")
 
     def plain(self) -> dict[str, Any]:
         """The flags in types that JSON and W&B know."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ import wandb
 from lightning.pytorch.loggers import WandbLogger
 from lightning_utilities.core.rank_zero import rank_zero_only
 from rich.console import Console
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from simulation.data import ImageData
@@ -29,7 +32,7 @@ from simulation.federation import (
 from simulation.flags import Flags
 from simulation.models import build_model
 from simulation.partition import class_histogram, reference_partition
-from simulation.start import start_digest
+from simulation.start import start_digest, without_prefix
 
 _LABELLED_SAMPLES = 500
 
@@ -38,27 +41,24 @@ class Round:
     """One round of a simulated federation, from the split to the merged models."""
 
     def __init__(
-        self, flags: Flags, images: ImageData, start: Mapping[str, Tensor] | None = None
+        self, flags: Flags, images: ImageData, number: int, start: Mapping[str, Tensor] | None
     ) -> None:
         """Splits the data; trains nothing yet.
 
         Args:
             flags: settled flags.
             images: the data.
+            number: of the round, from 1.
             start: weights of the network that all clients start from; the seeded ones if None.
 
         Raises:
-            ValueError: if a client would be empty, or the folder holds another federation.
+            ValueError: if a client would be empty.
         """
-        assert flags.output_dir is not None
-        self.flags, self.images, self.output = flags, images, flags.output_dir
-        self.start = start
+        self.flags, self.images, self.number, self.start = flags, images, number, start
+        self.output = round_folder(flags, number)
+        self.report_file = self.output / "results.json"
+        self.model_file = self.output / "merged.safetensors"
         self.folders = [ClientFolder(self.output, k) for k in range(flags.clients)]
-        if not flags.resume and is_first_process() and (self.output / "clients").exists():
-            raise ValueError(
-                f"{self.output} already holds finished clients: add --resume to keep them, or "
-                "choose another --output-dir"
-            )
         chosen = np.arange(len(images.train))
         if flags.max_train_samples is not None:
             random = np.random.default_rng(flags.partition_seed)
@@ -68,7 +68,7 @@ class Round:
         self.histogram = class_histogram(labels, parts, images.classes)
         self.parts = [chosen[part] for part in parts]
         setting = f"a{flags.alpha:g}-p{flags.partition_seed}-s{flags.seed}"
-        self.group = f"{flags.dataset}-{flags.model}-{setting}-{self.output.name}"
+        self.group = f"{flags.dataset}-{flags.model}-{setting}-{round_folder(flags, 1).name}"
         self.device = torch.device(
             "cuda" if torch.cuda.is_available() and flags.accelerator != "cpu" else "cpu"
         )
@@ -83,12 +83,35 @@ class Round:
     def setting(self) -> dict[str, str]:
         """Everything that the training of a client depends on."""
         elsewhere = {"methods", "output_dir", "wandb", "accelerator", "devices", "resume"}
-        elsewhere |= {"init", "new_head"}  # what they start from counts, not where it lay
+        elsewhere |= {"init", "new_head", "rounds"}  # what it starts from counts, not whence
         flags = asdict(self.flags).items()
         setting = {name: str(value) for name, value in flags if name not in elsewhere}
         if self.start is not None:
             setting["start"] = start_digest(self.start)
+        if self.number > 1:
+            setting["round"] = str(self.number)
         return setting
+
+    def finished(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """What an earlier run made of this round with the same methods, if it came to its end.
+
+        Returns:
+            The report, and the weights that went on; or None.
+
+        Raises:
+            ValueError: if a client was trained under another setting.
+        """
+        setting = self.setting()
+        # Nobody reads the updates of a finished round again: they may be gone.
+        clients = [folder.load(setting, methods=[]) for folder in self.folders]
+        files = self.report_file, self.model_file
+        if any(client is None for client in clients) or not all(map(Path.is_file, files)):
+            return None
+        report = json.loads(self.report_file.read_text())
+        if list(report["methods"]) != self.flags.methods:
+            return None
+        report.pop("rounds", None)  # of the whole run
+        return report, without_prefix(load_file(self.model_file))
 
     def fit_clients(self) -> tuple[list[ClientResult], list[Tensor]]:
         """Trains every client that is not finished yet.
@@ -104,7 +127,7 @@ class Round:
             finished = folder.load(setting, flags.methods) if flags.resume else None
             if finished is None:
                 say(f"{title}: training {flags.epochs} epochs")
-                logger = self._logger("client", f"client-{index}")
+                logger = self._logger("client", f"-{index}")
                 classifier, seconds = fit_client(
                     self.network(),
                     self.images.train.subset(part),
@@ -114,7 +137,7 @@ class Round:
                     learning_rate=flags.learning_rate,
                     batch_size=flags.batch_size,
                     curvature_samples=flags.curvature_samples,
-                    seed=1000 * flags.seed + index,
+                    seed=1000 * flags.seed + index + 100_000 * (self.number - 1),
                     trainer_options=self._trainer_options(logger),
                 )
                 predicted = predict(classifier, self.images.test, self.device)
@@ -141,7 +164,7 @@ class Round:
         count = min(_LABELLED_SAMPLES, len(plain))
         labelled = plain.subset(random.choice(len(plain), count, replace=False))
         merged = {}
-        logger = self._logger("server", "server")
+        logger = self._logger("server")
         for method in self.flags.methods:
             say(f"merging with {method}")
             classifier = Classifier(self.network(), self.flags.learning_rate)
@@ -154,20 +177,25 @@ class Round:
         _close(logger, {f"{m}/test_accuracy": merged[m][1] for m in merged})
         return merged
 
-    def _logger(self, job: str, name: str) -> WandbLogger | None:
+    def _logger(self, job: str, index: str = "") -> WandbLogger | None:
         if self.flags.wandb == "disabled":
             return None
         if not is_first_process():
             return WandbLogger()  # a dummy outside the first process
+        config, name = self.flags.plain(), job + index
+        if self.flags.rounds > 1:
+            config["round"] = self.number
+        if self.number > 1:
+            name += f"-round-{self.number}"
         return WandbLogger(
             experiment=wandb.init(
                 project="lightning-fedfisher",
                 group=self.group,
                 job_type=job,
                 name=name,
-                dir=self.output,
+                dir=round_folder(self.flags, 1),  # the runs of all rounds side by side
                 mode=self.flags.wandb,
-                config=self.flags.plain(),
+                config=config,
             )
         )
 
@@ -185,6 +213,20 @@ class Round:
             "enable_model_summary": False,
             "enable_progress_bar": sys.stdout.isatty(),
         }
+
+
+def round_folder(flags: Flags, number: int) -> Path:
+    """Where a round writes.
+
+    Args:
+        flags: settled flags.
+        number: of the round, from 1.
+
+    Returns:
+        The output folder for the first round, and folders in it for all others.
+    """
+    assert flags.output_dir is not None
+    return flags.output_dir if number == 1 else flags.output_dir / f"round-{number}"
 
 
 def seeded_network(flags: Flags, images: ImageData) -> nn.Module:
