@@ -1,7 +1,10 @@
 """The recipe end to end on embedded data: what it writes, how it resumes, what it refuses."""
 
+import contextlib
+import io
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +14,8 @@ from pathlib import Path
 import cifar_resnet
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from simulation import federation as federation_steps
 from simulation.models import build_model
 
 from lightning_fedfisher import METHODS, ClientUpdate
@@ -53,6 +57,9 @@ def test_report_has_the_documented_form(federation):
     assert labels["fedfisher"] == labels["fedavg"] == labels["fisher_merge"] == 0
     assert labels["fedfisher_kfac"] == labels["fedfisher_diag"] == 500
     assert written["config"]["dataset"] == "digits"
+    assert not {"init", "new_head", "rounds"} & set(written["config"])
+    assert "rounds" not in written
+    assert not list(output.glob("round-*"))
 
 
 def test_uploads_are_the_sizes_of_the_files(federation):
@@ -99,6 +106,177 @@ def test_folders_of_other_federations_are_refused(federation):
         cifar_resnet.run(cifar_resnet.parse_flags(other))
 
 
+@pytest.mark.parametrize("prefix", ["", "network."])
+def test_clients_and_merge_start_from_given_weights(federation, tmp_path, prefix):
+    """Without a step of SGD to speak of, the average of the clients is what they started from."""
+    merged = load_file(federation[0] / "merged.safetensors")
+    start = {prefix + name.removeprefix("network."): tensor for name, tensor in merged.items()}
+    save_file(start, tmp_path / "start.safetensors")
+    output = tmp_path / "out"
+    given = ["--init", str(tmp_path / "start.safetensors"), "--output-dir", str(output)]
+    still = [*QUICK, "--learning-rate", "1e-30", "--methods", "fedavg", "--wandb", "disabled"]
+    results = cifar_resnet.run(cifar_resnet.parse_flags([*still, *given]))
+    assert results["config"]["init"] == str(tmp_path / "start.safetensors")
+    found = load_file(output / "merged.safetensors")
+    assert all(torch.allclose(found[name], merged[name], atol=1e-6) for name in merged)
+    setting = json.loads((output / "clients" / "client-0.json").read_text())["setting"]
+    assert "init" not in setting
+    # Kept from a copy that lies elsewhere, and not from other weights or the seeded ones.
+    moved = (tmp_path / "start.safetensors").rename(tmp_path / "moved.safetensors")
+    again = [*still, "--output-dir", str(output), "--resume"]
+    cifar_resnet.run(cifar_resnet.parse_flags([*again, "--init", str(moved)]))
+    save_file({name: tensor + 1 for name, tensor in start.items()}, moved)
+    for other in (["--init", str(moved)], []):
+        with pytest.raises(ValueError, match="another start"):
+            cifar_resnet.run(cifar_resnet.parse_flags([*again, *other]))
+
+
+def test_starts_that_do_not_fit_are_refused_before_anything_is_written(federation, tmp_path):
+    given = ["--init", str(federation[0] / "merged.safetensors")]
+    for arguments, message in (
+        ([*QUICK, "--model", "cnn", *given], "fc1.weight is of shape"),
+        ([*QUICK, "--init", str(federation[0] / "results.json")], "no whole safetensors file"),
+        ([*QUICK, "--new-head"], "add --init"),
+    ):
+        flags = cifar_resnet.parse_flags([*arguments, "--output-dir", str(tmp_path / "out")])
+        with pytest.raises(ValueError, match=message):
+            cifar_resnet.run(flags)
+    assert not (tmp_path / "out").exists()
+
+
+ROUNDS = [*QUICK, "--methods", "fedavg", "fedfisher"]
+SILENT = ["--wandb", "disabled"]
+
+
+@pytest.fixture(scope="module")
+def two_rounds(tmp_path_factory):
+    """A finished federation of two rounds: its folder, its report and what it printed."""
+    output = tmp_path_factory.mktemp("rounds") / "out"
+    flags = cifar_resnet.parse_flags([*ROUNDS, "--rounds", "2", "--output-dir", str(output)])
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        results = cifar_resnet.run(flags)
+    assert results == json.loads((output / "results.json").read_text())
+    return output, results, printed.getvalue()
+
+
+def resume(output, *arguments):
+    flags = [*ROUNDS, *SILENT, "--output-dir", str(output), "--resume", *arguments]
+    return cifar_resnet.run(cifar_resnet.parse_flags(flags))
+
+
+def test_each_round_is_reported_and_written(two_rounds):
+    output, results, printed = two_rounds
+    first, second = results["rounds"]
+    own = json.loads((output / "round-2" / "results.json").read_text())
+    for number, entry, report in ((1, first, results), (2, second, own)):
+        assert set(entry) == {"round", "best_client", "ensemble", "methods"}
+        assert entry["round"] == number
+        for name in ("best_client", "ensemble"):
+            assert entry[name] == report[name]
+        for method in ("fedavg", "fedfisher"):
+            row = report["methods"][method]
+            assert entry["methods"][method] == {"accuracy": row["accuracy"], "nll": row["nll"]}
+        assert printed.count(f"Test accuracy after round {number} of 2") == 1
+    assert "round 2 of 2, from the model of fedfisher" in printed
+    assert results["config"]["rounds"] == 2
+    assert first["methods"] != second["methods"]
+    names = {path.name for path in output.iterdir()} - {"wandb", "round-2"}
+    assert {path.name for path in (output / "round-2").iterdir()} == names
+    assert len(list((output / "wandb").glob("offline-run-*"))) == 8
+
+
+def test_the_first_of_two_rounds_is_a_run_of_one(two_rounds, federation):
+    merged = load_file(two_rounds[0] / "merged.safetensors")
+    alone = load_file(federation[0] / "merged.safetensors")
+    assert all(torch.equal(merged[name], alone[name]) for name in alone)
+    assert two_rounds[1]["clients"] == federation[1]["clients"]
+
+
+def test_wandb_names_tell_rounds_apart(tmp_path, monkeypatch):
+    started = []
+
+    def init(name, config, **options):
+        started.append((name, config["round"]))
+
+    monkeypatch.setattr("simulation.round.wandb.init", init)
+    monkeypatch.setattr("simulation.round.WandbLogger", lambda **_: None)
+    arguments = [*ROUNDS, "--rounds", "2", "--output-dir", str(tmp_path / "out")]
+    cifar_resnet.run(cifar_resnet.parse_flags(arguments))
+    names = ["client-0", "client-1", "client-2", "server"]
+    assert started == [
+        *((name, 1) for name in names),
+        *((f"{name}-round-2", 2) for name in names),
+    ]
+
+
+def test_later_rounds_start_from_the_merged_model_and_shuffle_anew(tmp_path, monkeypatch):
+    starts, seeds = [], []
+
+    def fit_client(network, *arguments, seed, **options):
+        starts.append({name: tensor.clone() for name, tensor in network.state_dict().items()})
+        seeds.append(seed)
+        return federation_steps.fit_client(network, *arguments, seed=seed, **options)
+
+    monkeypatch.setattr("simulation.round.fit_client", fit_client)
+    output = tmp_path / "out"
+    arguments = [*ROUNDS, *SILENT, "--methods", "fedavg", "fisher_merge", "--rounds", "3"]
+    cifar_resnet.run(cifar_resnet.parse_flags([*arguments, "--output-dir", str(output)]))
+    for number, folder in ((2, output), (3, output / "round-2")):
+        merged = load_file(folder / "merged.safetensors")
+        for start in starts[3 * (number - 1) : 3 * number]:
+            assert {f"network.{name}" for name in start} == set(merged)
+            assert all(torch.equal(start[name], merged[f"network.{name}"]) for name in start)
+    assert seeds == [100_000 * number + client for number in range(3) for client in range(3)]
+
+
+def test_resuming_in_round_two_keeps_what_is_finished(two_rounds, tmp_path, capsys):
+    source, results, _ = two_rounds
+    output = tmp_path / "out"
+    shutil.copytree(source, output)
+    second = output / "round-2"
+    # As if it was stopped while the third client of round 2 trained; round 1 may lose its uploads.
+    (second / "clients" / "client-2.json").unlink()
+    (second / "results.json").unlink()
+    shutil.rmtree(output / "updates")
+    models = {path: path.read_bytes() for path in output.rglob("merged.safetensors")}
+    again = resume(output, "--rounds", "2")
+    printed = capsys.readouterr().out
+    assert "round 1 of 2 (kept)" in printed
+    assert len(re.findall(r"client \d of 3, \d+ samples \(kept\)", printed)) == 2
+    assert printed.count(": training") == 1
+    assert {path: path.read_bytes() for path in models} == models
+    assert again["rounds"] == results["rounds"]
+    assert again == json.loads((output / "results.json").read_text())
+    # All finished: nothing is trained or merged, unless further rounds or methods are asked for.
+    assert resume(output, "--rounds", "2")["rounds"] == results["rounds"]
+    printed = capsys.readouterr().out
+    assert "round 2 of 2, from the model of fedfisher (kept)" in printed
+    assert not re.search(": training|merging with", printed)
+    longer = resume(output, "--rounds", "3")
+    assert longer["rounds"][:2] == results["rounds"]
+    assert len(longer["rounds"]) == longer["config"]["rounds"] == 3
+    assert capsys.readouterr().out.count(": training") == 3
+
+
+def test_clients_of_another_start_are_not_kept(two_rounds, tmp_path):
+    """With another headline method, round 2 has another start: its clients are not its own."""
+    output = tmp_path / "out"
+    shutil.copytree(two_rounds[0], output)
+    with pytest.raises(ValueError, match=r"round-2.*another start"):
+        resume(output, "--rounds", "2", "--methods", "fedavg")
+
+
+def test_later_rounds_of_other_federations_are_refused_at_once(two_rounds, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(two_rounds[0] / "round-2", output / "round-2")
+    flags = [*ROUNDS, *SILENT, "--rounds", "2", "--output-dir", str(output)]
+    with pytest.raises(ValueError, match=r"round-2 already holds .* add --resume"):
+        cifar_resnet.run(cifar_resnet.parse_flags(flags))
+    assert not (output / "clients").exists()
+    with pytest.raises(ValueError, match="--rounds must be at least 1, got 0"):
+        cifar_resnet.run(cifar_resnet.parse_flags([*ROUNDS, "--rounds", "0"]))
+
+
 def test_every_flag_is_in_the_help(capsys):
     with pytest.raises(SystemExit, match="0"):
         cifar_resnet.parse_flags(["--help"])
@@ -106,7 +284,8 @@ def test_every_flag_is_in_the_help(capsys):
     for flag in (
         *("--config", "--dataset", "--data-dir", "--model", "--clients", "--alpha", "--seed"),
         *("--partition-seed", "--epochs", "--max-train-samples", "--methods", "--output-dir"),
-        *("--wandb", "--accelerator", "--devices", "--resume"),
+        *("--wandb", "--accelerator", "--devices", "--resume", "--init", "--new-head"),
+        "--rounds",
     ):
         assert flag in text
 

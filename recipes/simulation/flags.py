@@ -1,0 +1,148 @@
+"""The command line of the recipe: its flags, and the defaults that data and hardware decide."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import torch
+from jsonargparse import ArgumentParser
+
+from lightning_fedfisher import METHODS
+from lightning_fedfisher.methods import MethodName
+from simulation.data import ImageData
+
+DatasetName = Literal[
+    "auto", "cifar10", "cifar100", "fashionmnist", "svhn", "gtsrb", "imagefolder", "digits"
+]
+ModelName = Literal["auto", "lenet", "cnn", "resnet8", "resnet18"]
+
+# The paper's networks; all other data sets take the CNN.
+_PAPER_MODELS = {"fashionmnist": "lenet", "cifar100": "resnet18", "gtsrb": "resnet18"}
+_PAPER_EPOCHS = 30
+# On a CPU, residual networks are sized to finish: epochs, training samples of all clients, and
+# samples of each client for its curvature.
+_CPU_EPOCHS = {"lenet": 30, "cnn": 10, "resnet8": 10, "resnet18": 1}
+_CPU_SAMPLES = {"resnet8": 5000, "resnet18": 2000}
+_CPU_CURVATURE_SAMPLES = {"resnet8": 200, "resnet18": 200}
+# Reports say nothing of these flags where they change nothing.
+_UNUSED: dict[str, Any] = {"init": None, "new_head": False, "rounds": 1}
+_OUTPUT_VARIABLE = "FEDFISHER_RECIPE_OUTPUT"
+
+
+def _flag(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What the command line takes; every attribute is a flag, with its own help."""
+
+    dataset: DatasetName = _flag("auto", "data set; auto: CIFAR-10 if it can be had, else digits")
+    data_dir: Path = _flag(Path("data"), "folder of the data, and of downloads")
+    model: ModelName = _flag("auto", "network; auto: the paper's on a GPU, a small one on a CPU")
+    clients: int = _flag(5, "number of clients")
+    alpha: float = _flag(0.1, "Dirichlet concentration; smaller means more unlike clients")
+    partition_seed: int = _flag(3, "seed of the partition")
+    seed: int = _flag(0, "seed of the initial weights and of training")
+    init: Path | None = _flag(None, ".safetensors file of weights to start from, not the seeded")
+    new_head: bool = _flag(False, "with --init: keep the seeded weights of the last layer")
+    rounds: int = _flag(1, "rounds of fit and merge, each from the model merged in the one before")
+    epochs: int | None = _flag(None, "local epochs; by default what suits model and hardware")
+    max_train_samples: int | None = _flag(None, "train on a random subset of this size")
+    learning_rate: float = _flag(0.01, "of SGD with momentum 0.9")
+    batch_size: int = _flag(64, "of local training")
+    curvature_samples: int | None = _flag(None, "samples a client averages its curvature over")
+    methods: list[MethodName] = field(
+        default_factory=lambda: list(METHODS),
+        metadata={"help": "merge methods to compare"},
+    )
+    output_dir: Path | None = _flag(None, "folder for everything written; a new one by default")
+    wandb: Literal["disabled", "offline", "online"] = _flag("offline", "mode of W&B logging")
+    accelerator: str = _flag("auto", "Lightning accelerator")
+    devices: int = _flag(1, "devices for training and for the merge")
+    resume: bool = _flag(False, "go on in --output-dir, keeping finished clients and rounds")
+
+    def plain(self) -> dict[str, Any]:
+        """The flags in types that JSON and W&B know."""
+        return {
+            key: str(value) if isinstance(value, Path) else value
+            for key, value in asdict(self).items()
+            if key not in _UNUSED or value != _UNUSED[key]
+        }
+
+
+def parse_flags(arguments: Sequence[str] | None = None, description: str | None = None) -> Flags:
+    """Reads the command line and config files.
+
+    Args:
+        arguments: of the command line; `sys.argv` if None.
+        description: of the recipe, for ``--help``.
+
+    Returns:
+        The flags.
+    """
+    parser = ArgumentParser(prog="cifar_resnet.py", description=description)
+    parser.add_argument("--config", action="config", help="YAML file of flags")
+    hints = get_type_hints(Flags)
+    defaults = Flags()
+    for flag in fields(Flags):
+        how: dict[str, Any] = {"type": hints[flag.name], "default": getattr(defaults, flag.name)}
+        if hints[flag.name] is bool:
+            how = {"action": "store_true"}
+        elif flag.name == "methods":
+            how |= {"type": MethodName, "nargs": "+"}
+        name = "--" + flag.name.replace("_", "-")
+        parser.add_argument(name, help=flag.metadata["help"], **how)
+    parsed = parser.parse_args(arguments)
+    return Flags(**{flag.name: parsed[flag.name] for flag in fields(Flags)})
+
+
+def settle(flags: Flags, images: ImageData) -> Flags:
+    """Replaces what was left open by what suits the data and the hardware.
+
+    Args:
+        flags: as given.
+        images: the data in hand.
+
+    Returns:
+        Flags with dataset, model, epochs, subset and output folder decided.
+    """
+    on_gpu = torch.cuda.is_available() and flags.accelerator in ("auto", "gpu", "cuda")
+    model = flags.model
+    if model == "auto":
+        paper = _PAPER_MODELS.get(images.name, "cnn")
+        model = paper if on_gpu or paper == "lenet" else "resnet8"
+    epochs, subset, curvature_samples = (
+        flags.epochs,
+        flags.max_train_samples,
+        flags.curvature_samples,
+    )
+    if epochs is None:
+        epochs = _PAPER_EPOCHS if on_gpu else _CPU_EPOCHS[model]
+    if subset is None and not on_gpu:
+        subset = _CPU_SAMPLES.get(model)
+    if curvature_samples is None and not on_gpu:
+        curvature_samples = _CPU_CURVATURE_SAMPLES.get(model)
+    if subset is not None and subset >= len(images.train):
+        subset = None
+    output = flags.output_dir
+    if output is None:
+        # Processes that Lightning starts for further devices write to the same folder.
+        stamp = os.environ.setdefault(
+            _OUTPUT_VARIABLE, f"{datetime.now():%Y-%m-%dT%H-%M-%S}-{images.name}-{model}"
+        )
+        output = Path("runs") / stamp
+    return replace(
+        flags,
+        dataset=images.name,
+        model=model,
+        epochs=epochs,
+        max_train_samples=subset,
+        curvature_samples=curvature_samples,
+        output_dir=output,
+    )

@@ -1,0 +1,259 @@
+"""One round of a simulated federation: every client fits, the server merges with every method."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import wandb
+from lightning.pytorch.loggers import WandbLogger
+from lightning_utilities.core.rank_zero import rank_zero_only
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from simulation.data import ImageData
+from simulation.federation import (
+    Classifier,
+    ClientFolder,
+    ClientResult,
+    MergeResult,
+    fit_client,
+    labelled_samples,
+    merge,
+    predict,
+    score,
+)
+from simulation.flags import Flags
+from simulation.models import build_model
+from simulation.partition import class_histogram, reference_partition
+from simulation.start import start_digest, without_prefix
+
+
+class Round:
+    """One round of a simulated federation, from the split to the merged models."""
+
+    def __init__(
+        self, flags: Flags, images: ImageData, number: int, start: Mapping[str, Tensor] | None
+    ) -> None:
+        """Splits the data; trains nothing yet.
+
+        Args:
+            flags: settled flags.
+            images: the data.
+            number: of the round, from 1.
+            start: weights of the network that all clients start from; the seeded ones if None.
+
+        Raises:
+            ValueError: if a client would be empty.
+        """
+        self.flags, self.images, self.number, self.start = flags, images, number, start
+        self.output = round_folder(flags, number)
+        self.report_file = self.output / "results.json"
+        self.model_file = self.output / "merged.safetensors"
+        self.folders = [ClientFolder(self.output, k) for k in range(flags.clients)]
+        chosen = np.arange(len(images.train))
+        if flags.max_train_samples is not None:
+            random = np.random.default_rng(flags.partition_seed)
+            chosen = np.sort(random.choice(chosen, flags.max_train_samples, replace=False))
+        labels = images.train.labels.numpy()[chosen]
+        parts = reference_partition(labels, flags.clients, flags.alpha, flags.partition_seed)
+        self.histogram = class_histogram(labels, parts, images.classes)
+        self.parts = [chosen[part] for part in parts]
+        setting = f"a{flags.alpha:g}-p{flags.partition_seed}-s{flags.seed}"
+        self.group = f"{flags.dataset}-{flags.model}-{setting}-{round_folder(flags, 1).name}"
+        self.device = torch.device(
+            "cuda" if torch.cuda.is_available() and flags.accelerator != "cpu" else "cpu"
+        )
+
+    def network(self) -> nn.Module:
+        """The weights all clients start from; the same at every call."""
+        network = seeded_network(self.flags, self.images)
+        if self.start is not None:
+            network.load_state_dict(self.start)
+        return network
+
+    def setting(self) -> dict[str, str]:
+        """Everything that the training of a client depends on."""
+        elsewhere = {"methods", "output_dir", "wandb", "accelerator", "devices", "resume"}
+        elsewhere |= {"init", "new_head", "rounds"}  # what it starts from counts, not whence
+        flags = asdict(self.flags).items()
+        setting = {name: str(value) for name, value in flags if name not in elsewhere}
+        if self.start is not None:
+            setting["start"] = start_digest(self.start)
+        if self.number > 1:
+            setting["round"] = str(self.number)
+        return setting
+
+    def finished(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """What an earlier run made of this round with the same methods, if it came to its end.
+
+        Returns:
+            The report, and the weights that went on; or None.
+
+        Raises:
+            ValueError: if a client was trained under another setting.
+        """
+        setting = self.setting()
+        # Nobody reads the updates of a finished round again: they may be gone.
+        clients = [folder.load(setting, methods=[]) for folder in self.folders]
+        files = self.report_file, self.model_file
+        if any(client is None for client in clients) or not all(map(Path.is_file, files)):
+            return None
+        report = json.loads(self.report_file.read_text())
+        if list(report["methods"]) != self.flags.methods:
+            return None
+        report.pop("rounds", None)  # of the whole run
+        return report, without_prefix(load_file(self.model_file))
+
+    def fit_clients(self) -> tuple[list[ClientResult], list[Tensor]]:
+        """Trains every client that is not finished yet.
+
+        Returns:
+            Each client's result, and its log-probabilities on the test set.
+        """
+        flags = self.flags
+        setting = self.setting()
+        results, predictions = [], []
+        for index, (folder, part) in enumerate(zip(self.folders, self.parts, strict=True)):
+            title = f"client {index + 1} of {flags.clients}, {len(part)} samples"
+            finished = folder.load(setting, flags.methods) if flags.resume else None
+            if finished is None:
+                say(f"{title}: training {flags.epochs} epochs")
+                logger = self._logger("client", f"-{index}")
+                classifier, seconds = fit_client(
+                    self.network(),
+                    self.images.train.subset(part),
+                    folder,
+                    flags.methods,
+                    epochs=int(flags.epochs or 0),
+                    learning_rate=flags.learning_rate,
+                    batch_size=flags.batch_size,
+                    curvature_samples=flags.curvature_samples,
+                    seed=1000 * flags.seed + index + 100_000 * (self.number - 1),
+                    trainer_options=self._trainer_options(logger),
+                )
+                predicted = predict(classifier, self.images.test, self.device)
+                accuracy, nll = score(predicted, self.images.test.labels)
+                finished = ClientResult(len(part), accuracy, seconds), predicted
+                _close(logger, {"test_accuracy": accuracy, "test_nll": nll})
+                if is_first_process():
+                    folder.save(setting, *finished)
+            else:
+                title += " (kept)"
+            say(f"{title}: {finished[0].accuracy:.1f}% of the test set")
+            results.append(finished[0])
+            predictions.append(finished[1])
+        return results, predictions
+
+    def merge_all(self) -> dict[str, tuple[MergeResult, float, float]]:
+        """Merges the update files with every method.
+
+        Returns:
+            For each method the merge, and the merged model's test accuracy and NLL.
+        """
+        labelled = labelled_samples(self.images.train, self.flags.seed)
+        merged = {}
+        logger = self._logger("server")
+        for method in self.flags.methods:
+            say(f"merging with {method}")
+            classifier = Classifier(self.network(), self.flags.learning_rate)
+            updates = [folder.update(method) for folder in self.folders]
+            options = self._trainer_options(logger and self._prefixed(logger, method))
+            result = merge(method, updates, classifier, labelled, options)
+            classifier.load_state_dict(result.state_dict)
+            predicted = predict(classifier, self.images.test, self.device)
+            merged[method] = result, *score(predicted, self.images.test.labels)
+        _close(logger, {f"{m}/test_accuracy": merged[m][1] for m in merged})
+        return merged
+
+    def _logger(self, job: str, index: str = "") -> WandbLogger | None:
+        if self.flags.wandb == "disabled":
+            return None
+        if not is_first_process():
+            return WandbLogger()  # a dummy outside the first process
+        config, name = self.flags.plain(), job + index
+        if self.flags.rounds > 1:
+            config["round"] = self.number
+        if self.number > 1:
+            name += f"-round-{self.number}"
+        return WandbLogger(
+            experiment=wandb.init(
+                project="lightning-fedfisher",
+                group=self.group,
+                job_type=job,
+                name=name,
+                dir=round_folder(self.flags, 1),  # the runs of all rounds side by side
+                mode=self.flags.wandb,
+                config=config,
+            )
+        )
+
+    @staticmethod
+    def _prefixed(logger: WandbLogger, prefix: str) -> WandbLogger:
+        """A logger into the same run, with names of its own."""
+        return WandbLogger(experiment=logger.experiment, prefix=prefix)
+
+    def _trainer_options(self, logger: WandbLogger | None) -> dict[str, Any]:
+        return {
+            "accelerator": self.flags.accelerator,
+            "devices": self.flags.devices,
+            "logger": logger or False,
+            "enable_checkpointing": False,
+            "enable_model_summary": False,
+            "enable_progress_bar": sys.stdout.isatty(),
+        }
+
+
+def round_folder(flags: Flags, number: int) -> Path:
+    """Where a round writes.
+
+    Args:
+        flags: settled flags.
+        number: of the round, from 1.
+
+    Returns:
+        The output folder for the first round, and folders in it for all others.
+    """
+    assert flags.output_dir is not None
+    return flags.output_dir if number == 1 else flags.output_dir / f"round-{number}"
+
+
+def seeded_network(flags: Flags, images: ImageData) -> nn.Module:
+    """A network for the data, initialised from the seed.
+
+    Args:
+        flags: settled flags.
+        images: the data.
+
+    Returns:
+        The same weights at every call.
+    """
+    channels, size = images.train.images.shape[1:3]
+    with torch.random.fork_rng():
+        torch.manual_seed(flags.seed)
+        return build_model(str(flags.model), channels, size, images.classes)
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    """Prints a line of progress, once."""
+    Console(highlight=False).print(text, soft_wrap=True, markup=False)
+
+
+def is_first_process() -> bool:
+    """Whether this process writes and prints, of those that Lightning started for the devices."""
+    return rank_zero_only.rank == 0
+
+
+def _close(logger: WandbLogger | None, metrics: Mapping[str, float]) -> None:
+    if logger is not None:
+        logger.log_metrics(metrics)
+        # Otherwise the next WandbLogger would go on in this run.
+        logger.experiment.finish()
