@@ -38,6 +38,7 @@ from simulation.federation import (
     MergeResult,
     ensemble,
     fit_client,
+    labelled_samples,
     merge,
     predict,
     score,
@@ -63,7 +64,6 @@ _PAPER_EPOCHS = 30
 _CPU_EPOCHS = {"lenet": 30, "cnn": 10, "resnet8": 10, "resnet18": 1}
 _CPU_SAMPLES = {"resnet8": 5000, "resnet18": 2000}
 _CPU_CURVATURE_SAMPLES = {"resnet8": 200, "resnet18": 200}
-_LABELLED_SAMPLES = 500
 _OUTPUT_VARIABLE = "FEDFISHER_RECIPE_OUTPUT"
 
 
@@ -260,10 +260,7 @@ class Federation:
         Returns:
             For each method the merge, and the merged model's test accuracy and NLL.
         """
-        plain = self.images.train.without_augmentation()
-        random = np.random.default_rng(self.flags.seed)
-        count = min(_LABELLED_SAMPLES, len(plain))
-        labelled = plain.subset(random.choice(len(plain), count, replace=False))
+        labelled = labelled_samples(self.images.train, self.flags.seed)
         merged = {}
         logger = self._logger("server", "server")
         for method in self.flags.methods:

@@ -23,7 +23,7 @@ from lightning.pytorch import Trainer
 from results_table import read_rows
 from safetensors.torch import load_file, save_file
 from simulation.data import ImageData, TensorImages, collate_images, load_images
-from simulation.federation import Classifier, ClientFolder, fit_client, predict, score
+from simulation.federation import QUIET, Classifier, ClientFolder, fit_client, predict, score
 from simulation.models import build_model
 from simulation.partition import reference_partition
 from torch import nn
@@ -146,7 +146,7 @@ def fit_cell(
                 batch_size=64,
                 curvature_samples=None,
                 seed=1000 * cell.seed + index,
-                trainer_options=_QUIET,
+                trainer_options=QUIET,
             )
             folder.mkdir(parents=True, exist_ok=True)
             partial = file.with_suffix(".partial")
@@ -190,7 +190,7 @@ def run_setting(
         updates.append(ClientUpdate.from_model(network, extracted.header(), extracted.blocks))
     network = build_model(cell.model, *images.train.images.shape[1:3], images.classes)
     module = FisherMergeModule(updates, model=network)
-    Trainer(max_epochs=-1, **_QUIET).fit(module)
+    Trainer(max_epochs=-1, **QUIET).fit(module)
     predicted = predict(Classifier(network, 0.0), images.test, torch.device("cpu"))
     accuracy, nll = score(predicted, images.test.labels)
     sent = [_bytes(update) for update in updates]
@@ -209,16 +209,6 @@ def _bytes(update: ClientUpdate) -> int:
     """Of the tensors that would be sent."""
     blocks = [tensor for block in update.blocks.values() for tensor in block.tensors().values()]
     return update.fedavg_bytes + sum(t.numel() * t.element_size() for t in blocks)
-
-
-_QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "devices": 1,
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_model_summary": False,
-    "enable_progress_bar": False,
-}
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from safetensors.torch import load_file, save_file
@@ -32,8 +33,19 @@ EXTRACTIONS: dict[str, tuple[str, str]] = {
 }
 """Curvature and Fisher type that a client extracts for each method."""
 
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+    "enable_progress_bar": False,
+}
+"""Options of a Trainer that says nothing."""
+
 _EVALUATION_BATCH = 500
 _EXTRACTION_BATCH = 250
+_LABELLED_SAMPLES = 500
 
 
 class Classifier(LightningModule):
@@ -211,11 +223,26 @@ class MergeResult:
     history: list[dict[str, float]]
 
 
+def labelled_samples(train: TensorImages, seed: int) -> TensorImages:
+    """What the server of the published methods chooses among its iterates with.
+
+    Args:
+        train: all clients' training samples.
+        seed: of the choice.
+
+    Returns:
+        As many as published, not augmented.
+    """
+    count = min(_LABELLED_SAMPLES, len(train))
+    chosen = np.random.default_rng(seed).choice(len(train), count, replace=False)
+    return train.without_augmentation().subset(chosen)
+
+
 def merge(
     method: str,
     updates: Sequence[Path],
-    classifier: Classifier,
-    labelled: TensorImages,
+    classifier: Classifier | None,
+    labelled: TensorImages | None,
     trainer_options: Mapping[str, Any],
 ) -> MergeResult:
     """Merges update files with one method; only methods that select an iterate see labels.
@@ -223,8 +250,8 @@ def merge(
     Args:
         method: its name.
         updates: one file for each client.
-        classifier: takes the merged weights.
-        labelled: samples for the methods that need some.
+        classifier: takes the merged weights, if any; those that see labels need it.
+        labelled: samples for the methods that need some; they return their last iterate if None.
         trainer_options: accelerator, devices, logger and the like.
 
     Returns:
@@ -232,7 +259,9 @@ def merge(
     """
     started = time.perf_counter()
     module = FisherMergeModule(updates, model=classifier, method=cast(Any, method))
-    loader = DataLoader(labelled, batch_size=_EVALUATION_BATCH, collate_fn=collate_images)
+    loader = None
+    if labelled is not None and METHODS[cast(Any, method)].keeps_best:
+        loader = DataLoader(labelled, batch_size=_EVALUATION_BATCH, collate_fn=collate_images)
     trainer = Trainer(
         max_epochs=-1,
         log_every_n_steps=1,
@@ -240,7 +269,7 @@ def merge(
         use_distributed_sampler=False,  # every process looks at all labelled samples
         **trainer_options,
     )
-    trainer.fit(module, val_dataloaders=loader if METHODS[cast(Any, method)].keeps_best else None)
+    trainer.fit(module, val_dataloaders=loader)
     seconds = time.perf_counter() - started
     return MergeResult(module.merged_state_dict(), seconds, module.server_labels, module.history)
 
