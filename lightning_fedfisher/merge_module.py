@@ -345,12 +345,16 @@ class FisherMergeModule(LightningModule):
             "residual": float(residuals.max()),
         }
         self.history.append(entry)
-        how: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": 1}
-        self.log_dict(entry, prog_bar=True, sync_dist=True, **how)
-        for name, column in (("iterations", iterations), ("residual", residuals)):
-            by_layer = zip(self.layers, column.tolist(), strict=True)
-            found = {f"{name}/{layer.name}": value for layer, value in by_layer}
-            self.log_dict(found, sync_dist=True, **how)
+        self.log_dict(
+            entry, on_step=False, on_epoch=True, prog_bar=True, batch_size=1, sync_dist=True
+        )
+        by_layer: dict[str, float] = {}
+        for layer, done, residual in zip(self.layers, iterations, residuals, strict=True):
+            by_layer[f"iterations/{layer.name}"] = float(done)
+            by_layer[f"residual/{layer.name}"] = float(residual)
+        # Not through `log`, whose price for each of many names is that of a whole small merge.
+        for logger in self.loggers:
+            logger.log_metrics(by_layer, self.global_step)
 
     def _merged(self, index: int) -> Tensor:
         matrix: Tensor = self.merged[index]

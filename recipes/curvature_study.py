@@ -13,7 +13,6 @@ from dataclasses import astuple, dataclass
 import torch
 from lightning.pytorch import Trainer
 from simulation.cells import (
-    QUIET,
     Cell,
     Client,
     extract,
@@ -22,7 +21,7 @@ from simulation.cells import (
     study_parser,
 )
 from simulation.data import ImageData
-from simulation.federation import Classifier, predict, score
+from simulation.federation import QUIET, Classifier, predict, score
 
 from lightning_fedfisher import ClientUpdate, FisherMergeModule
 

@@ -8,8 +8,6 @@ batches. Other libraries are measured where they are installed and can do it:
 from __future__ import annotations
 
 import copy
-import ctypes
-import gc
 import importlib.util
 import json
 import logging
@@ -26,6 +24,7 @@ from curvature_study import CELLS
 from jsonargparse import ArgumentParser
 from simulation.cells import fit_cell
 from simulation.data import TensorImages, collate_images, load_images
+from simulation.memory import peak_memory, status_bytes
 from simulation.models import build_model
 from torch import Tensor, nn
 from torch.nn import functional
@@ -36,29 +35,6 @@ from lightning_fedfisher.treatment import CurvatureType
 
 _ALL: tuple[CurvatureType, ...] = ("kfac", "diagonal", "ekfac")
 _TRAINING_BATCH = 64
-
-
-def peak_memory(run: Callable[[], Any]) -> tuple[Any, float]:
-    """Runs something and tells how much memory it took at most beyond what was there.
-
-    Args:
-        run: what to run.
-
-    Returns:
-        Its result, and bytes.
-    """
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    # Five: the high-water mark starts anew.
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    result = run()
-    return result, _status("VmHWM") - before
-
-
-def _status(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * float(next(line for line in lines if line.startswith(field)).split()[1])
 
 
 def train_epoch(network: nn.Module, samples: TensorImages, batch_size: int) -> None:
@@ -228,19 +204,29 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     report = large(flags) if flags.model == "resnet18" else client(flags)
-    report |= {
-        "config": {
-            "model": flags.model,
-            "samples": flags.samples,
-            "batch_size": flags.batch_size,
-            "repeats": flags.repeats,
-        },
-        "environment": environment(torch.device("cpu")),
-    }
-    text = json.dumps(report, indent=2, default=str) + "\n"
+    config = {name: flags[name] for name in ("model", "samples", "batch_size", "repeats")}
+    write_report(report, config, flags.output)
+
+
+def write_report(
+    report: Mapping[str, Any], config: Mapping[str, Any], output: Path | None
+) -> dict[str, Any]:
+    """Prints a benchmark's report, and writes it if asked to.
+
+    Args:
+        report: what was measured.
+        config: what it was asked for.
+        output: JSON file to write.
+
+    Returns:
+        The report with its config, the hardware and the date.
+    """
+    whole = {**report, "config": dict(config), "environment": environment(torch.device("cpu"))}
+    text = json.dumps(whole, indent=2, default=str) + "\n"
     print(text)
-    if flags.output is not None:
-        flags.output.write_text(text)
+    if output is not None:
+        output.write_text(text)
+    return whole
 
 
 def client(flags: Any) -> dict[str, Any]:
@@ -343,7 +329,7 @@ def large(flags: Any) -> dict[str, Any]:
         _, peak = peak_memory(lambda options=options: ours(network, loader, **options))
         rows[name] = {"seconds": time.perf_counter() - started, "peak_bytes": peak}
         print(name, rows[name], flush=True)
-    rows["process"] = {"peak_bytes": _status("VmHWM")}
+    rows["process"] = {"peak_bytes": status_bytes("VmHWM")}
     return {"samples": flags.samples, "rows": rows}
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from simulation.cells import (
-    QUIET,
     Cell,
     Client,
     extract,
@@ -25,6 +24,7 @@ from simulation.cells import (
 from simulation.data import ImageData
 from simulation.federation import (
     EXTRACTIONS,
+    QUIET,
     Classifier,
     ensemble,
     labelled_samples,

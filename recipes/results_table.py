@@ -9,7 +9,7 @@ import csv
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -271,6 +271,56 @@ def large_table(report: dict[str, Any]) -> str:
         seconds = f"{row['seconds']:.0f}" if "seconds" in row else ""
         table.append([name, seconds, f"{row['peak_bytes'] / 1e9:.1f}"])
     return _markdown(table)
+
+
+def merge_benchmark_table(report: dict[str, Any]) -> str:
+    """What the server cost.
+
+    Args:
+        report: of ``merge_benchmark.py``.
+
+    Returns:
+        A Markdown table.
+    """
+    header, *rows = merge_benchmark_rows(report)
+    return _markdown([header, ["---", *["---:"] * (len(header) - 1)], *rows])
+
+
+def merge_benchmark_rows(report: dict[str, Any]) -> list[list[str]]:
+    """The cells of `merge_benchmark_table`, without its rule.
+
+    Args:
+        report: of ``merge_benchmark.py``.
+
+    Returns:
+        The header, and a row for each merge.
+    """
+    what = report["config"]["what"]
+    first = {"speed": "method", "processes": "processes"}.get(what, "clients")
+    columns: dict[str, Callable[[dict[str, float]], str]] = {
+        "speed": {
+            "seconds": lambda row: f"{row['seconds']:.2f}",
+            "accuracy": lambda row: f"{row['accuracy']:.1f}",
+            "server labels": lambda row: f"{row['labels']}",
+        },
+        "processes": {
+            "seconds": lambda row: f"{row['fit_seconds']:.2f}",
+            "CG steps": lambda row: f"{row['iterations']:.0f}",
+        },
+    }.get(
+        what,
+        {
+            "seconds": lambda row: f"{row['seconds']:.1f}",
+            "seconds a client": lambda row: f"{row['seconds'] / row['clients']:.3f}",
+            "memory before, MB": lambda row: f"{row['before_bytes'] / 1e6:.0f}",
+            "peak memory, MB": lambda row: f"{row['peak_bytes'] / 1e6:.0f}",
+            "CG steps": lambda row: f"{row['iterations']:.0f}",
+        },
+    )
+    rows = [[first, *columns]]
+    for name, row in report["rows"].items():
+        rows.append([name, *(cell(row) for cell in columns.values())])
+    return rows
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -24,22 +24,12 @@ from tqdm import tqdm
 from lightning_fedfisher import ExtractedCurvature, extract_curvatures
 from lightning_fedfisher.treatment import CurvatureType
 from simulation.data import ImageData, TensorImages, collate_images, load_images
-from simulation.federation import ClientFolder, fit_client
+from simulation.federation import QUIET, ClientFolder, fit_client
 from simulation.models import build_model
 from simulation.partition import reference_partition
 
 Client: TypeAlias = tuple[nn.Module, TensorImages]
 """A trained network and the samples it was trained on."""
-
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "devices": 1,
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_model_summary": False,
-    "enable_progress_bar": False,
-}
-"""Options of a Trainer that says nothing."""
 
 _EPOCHS = {"lenet": 30, "cnn": 10}
 _EXTRACTION_BATCH = 250

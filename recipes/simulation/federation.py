@@ -36,9 +36,19 @@ EXTRACTIONS: dict[str, tuple[str, str]] = {
 }
 """Curvature and Fisher type that a client extracts for each method."""
 
-_LABELLED_SAMPLES = 500
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+    "enable_progress_bar": False,
+}
+"""Options of a Trainer that says nothing."""
+
 _EVALUATION_BATCH = 500
 _EXTRACTION_BATCH = 250
+_LABELLED_SAMPLES = 500
 
 
 class Classifier(LightningModule):
@@ -234,8 +244,8 @@ def labelled_samples(train: TensorImages, seed: int) -> TensorImages:
 def merge(
     method: MethodName | Method,
     updates: Sequence[UpdateSource],
-    model: nn.Module,
-    labelled: TensorImages,
+    model: nn.Module | None,
+    labelled: TensorImages | None,
     trainer_options: Mapping[str, Any],
 ) -> MergeResult:
     """Merges updates with one method; only methods that select an iterate see labels.
@@ -243,8 +253,8 @@ def merge(
     Args:
         method: its name, or a method of one's own.
         updates: one for each client.
-        model: takes the merged weights.
-        labelled: samples for the methods that need some.
+        model: takes the merged weights, if any; methods that see labels need it.
+        labelled: samples for the methods that need some; they return their last iterate if None.
         trainer_options: accelerator, devices, logger and the like.
 
     Returns:
@@ -252,7 +262,10 @@ def merge(
     """
     started = time.perf_counter()
     module = FisherMergeModule(updates, model=model, method=cast(Any, method))
-    loader = DataLoader(labelled, batch_size=_EVALUATION_BATCH, collate_fn=collate_images)
+    row = METHODS[method] if isinstance(method, str) else method
+    loader = None
+    if labelled is not None and row.keeps_best:
+        loader = DataLoader(labelled, batch_size=_EVALUATION_BATCH, collate_fn=collate_images)
     trainer = Trainer(
         max_epochs=-1,
         log_every_n_steps=1,
@@ -260,8 +273,7 @@ def merge(
         use_distributed_sampler=False,  # every process looks at all labelled samples
         **trainer_options,
     )
-    keeps_best = (METHODS[method] if isinstance(method, str) else method).keeps_best
-    trainer.fit(module, val_dataloaders=loader if keeps_best else None)
+    trainer.fit(module, val_dataloaders=loader)
     seconds = time.perf_counter() - started
     return MergeResult(module.merged_state_dict(), seconds, module.server_labels, module.history)
 

@@ -1,0 +1,115 @@
+"""Updates of clients that never trained, to measure what the server costs with many of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lightning_fedfisher import ClientUpdate, Kronecker, UpdateHeader, find_layers
+
+_NOISE = 0.3
+_ROWS = 256
+_FLOOR = 0.01
+
+
+def made_up(model: nn.Module) -> ClientUpdate:
+    """An update of an untrained network, with K-FAC factors of random rows.
+
+    Args:
+        model: without biases or normalisation, as all in `simulation.models`.
+
+    Returns:
+        The update.
+    """
+    layers = find_layers(model)
+    header = UpdateHeader(
+        num_samples=1000,
+        curvature="kfac",
+        fisher="normalised",
+        likelihood="categorical",
+        curvature_samples=_ROWS,
+        layers=layers,
+        kinds={layer.name: Kronecker.kind for layer in layers},
+    )
+    generator = torch.Generator().manual_seed(0)
+    # Eigenvalues fall with their rank, as those of trained networks do.
+    scales = 1 / torch.arange(1, _ROWS + 1).sqrt()
+
+    def factor(size: int) -> Tensor:
+        rows = scales.unsqueeze(1) * torch.randn(_ROWS, size, generator=generator)
+        moments = rows.mT @ rows / _ROWS
+        # Of full rank, or directions that few clients know would slow the solver as none that
+        # trained do.
+        moments.diagonal().add_(_FLOOR * moments.trace() / size)
+        return (moments + moments.mT) / 2  # a product is symmetric only up to rounding
+
+    blocks = {layer.name: Kronecker(*map(factor, layer.shape)) for layer in layers}
+    return ClientUpdate.from_model(model, header, blocks)
+
+
+def perturbed(update: ClientUpdate, seed: int) -> ClientUpdate:
+    """Another client's update, unlike the given one in every number of weights and curvature.
+
+    Args:
+        update: with K-FAC curvature.
+        seed: of the other client.
+
+    Returns:
+        The update: weights with noise, and factors ``D M D`` with random diagonal ``D``, which
+        keeps them symmetric and positive semi-definite.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return _NOISE * torch.randn(*shape, generator=generator)
+
+    def congruent(factor: Tensor) -> Tensor:
+        scales = normal(len(factor)).exp()
+        # In this order: an outer product is symmetric to the last bit.
+        return torch.outer(scales, scales) * factor
+
+    tensors = {f"buffers/{name}": buffer for name, buffer in update.buffers.items()}
+    for name, weight in update.parameters.items():
+        tensors[f"parameters/{name}"] = weight + weight.std() * normal(*weight.shape)
+    for name, block in update.blocks.items():
+        for part, factor in block.tensors().items():
+            tensors[f"curvature/{name}/{part}"] = congruent(factor)
+    samples = round(update.num_samples * math.exp(normal(1).item()))
+    samples = max(samples, update.header.curvature_samples)
+    header = dataclasses.replace(update.header, num_samples=samples)
+    return ClientUpdate(header, tensors)
+
+
+def write_perturbed(first: Callable[[], ClientUpdate], folder: Path, clients: int) -> list[Path]:
+    """Writes an update and perturbations of it, those that are not there yet.
+
+    Args:
+        first: makes the update.
+        folder: where they go.
+        clients: files in all.
+
+    Returns:
+        The files, in the order of their names.
+
+    Raises:
+        OSError: if they do not fit on the disk.
+    """
+    paths = [folder / f"client-{index:04d}.safetensors" for index in range(clients)]
+    missing = [index for index, path in enumerate(paths) if not path.is_file()]
+    if not missing:
+        return paths
+    update = first()
+    written = update.save(paths[0])
+    needed = len(missing) * written.stat().st_size
+    if needed > shutil.disk_usage(folder).free:
+        raise OSError(f"{folder} lacks room for {needed / 1e9:.1f} GB of updates")
+    for index in missing:
+        if index > 0:
+            perturbed(update, index).save(paths[index])
+    return paths
