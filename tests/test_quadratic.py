@@ -659,6 +659,20 @@ def test_curvature_read_at_every_use_goes_on_in_float64_one_at_a_time():
     assert there.weights.dtype == torch.float64
     assert torch.equal(there.weights, here.weights)
     assert lazy.most <= 2
+    assert lazy.reads >= 3 * there.iterations  # in float64 as well
+
+
+def test_a_direction_of_negative_curvature_is_not_followed():
+    # By rounding, as it were; the mean of the factors does not show it.
+    one, other = (torch.tensor(v).double().diag() for v in ([1.0, 0.0], [0.0, 1.0]))
+    steep = torch.tensor([1.0, -1e-2]).double().diag()
+    curvatures = [Kronecker(steep, one), Kronecker(torch.eye(2).double(), other)]
+    weights = [torch.zeros(2, 2).double() for _ in range(2)]
+    weights[0][1, 0] = 1  # where the curvature is negative
+    problem = Quadratic([1, 1], weights, curvatures)
+    solver = _solved(problem, iterations=5000)
+    assert solver.finished
+    assert torch.equal(solver.weights, problem.average)
 
 
 # One client, equal clients
