@@ -372,9 +372,10 @@ class FisherMergeModule(LightningModule):
 
 def _fingerprint(method: str, updates: Sequence[ClientUpdate], averages: Iterable[Tensor]) -> str:
     """Tells one merge from another: the averages depend on every weight of every client."""
+    headers = [update.header for update in updates]
     parts = [
         method,
-        str([u.num_samples for u in updates]),
+        str([(h.num_samples, h.curvature, h.fisher, h.likelihood, dict(h.kinds)) for h in headers]),
         *(digest(matrix.detach().cpu()) for matrix in averages),
     ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

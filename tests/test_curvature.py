@@ -1,5 +1,6 @@
 """Every kind of curvature against the dense matrix it stands for."""
 
+import weakref
 from dataclasses import FrozenInstanceError
 
 import pytest
@@ -195,22 +196,183 @@ def test_powers_that_are_not_positive_are_refused(kind, exponent):
 
 @every_kind
 @singular_or_not
-@pytest.mark.parametrize("damping", [1e-3, 1.0])
-def test_inverse(kind, singular, damping):
-    curvature = _make(kind, singular)
-    dense, weights = _reference_dense(curvature), _weights()
-    largest = torch.linalg.eigvalsh(dense).max()
-    damped = dense + damping * largest * torch.eye(len(dense), dtype=torch.float64)
-    expected = torch.linalg.solve(damped, weights.flatten()).view(SHAPE)
-    solve = curvature.inverse(damping)
+def test_pseudo_inverse(kind, singular):
+    curvature, weights = _make(kind, singular), _weights()
+    dense = _reference_dense(curvature)
+    values = torch.linalg.eigvalsh(dense) / torch.linalg.eigvalsh(dense).max()
+    assert not ((values > 1e-13) & (values < 1e-4)).any()  # the zeros are clear
+    assert (values.abs() < 1e-13).any() == (singular and kind != "identity")
+    inverse = torch.linalg.pinv(dense, rtol=1e-9, hermitian=True)
+    prepared = curvature.pseudo_inverse(1e-9)
     for _ in range(2):  # prepared once, used often
-        _close(solve(weights), expected, 1e-11)
+        _close(prepared.solve(weights), (inverse @ weights.flatten()).view(SHAPE), 1e-10)
+        _close(prepared.project(weights), (dense @ inverse @ weights.flatten()).view(SHAPE), 1e-10)
 
 
 @every_kind
-def test_inverse_without_damping(kind):
-    curvature, weights = _make(kind), _weights()
-    _close(curvature.apply(curvature.inverse(0.0)(weights)), weights, 1e-9)
+@singular_or_not
+def test_project_is_the_projector_on_what_is_not_cut(kind, singular):
+    curvature = _make(kind, singular)
+    project = curvature.pseudo_inverse(1e-9).project
+    basis = torch.eye(12, dtype=torch.float64)
+    matrix = torch.stack([project(row.view(SHAPE)).flatten() for row in basis], dim=1)
+    _close(matrix @ matrix, matrix, 1e-12)
+    _close(matrix.T, matrix, 1e-12)
+    dense = _reference_dense(curvature)
+    _close(matrix @ dense, dense, 1e-12)
+    rank = int(torch.linalg.matrix_rank(dense, rtol=1e-9, hermitian=True))
+    assert float(matrix.trace()) == pytest.approx(rank)
+
+
+@every_kind
+@singular_or_not
+def test_pseudo_inverse_without_a_cut_inverts_what_rounding_left(kind, singular):
+    curvature, weights = _make(kind, singular), _weights()
+    inverted = curvature.pseudo_inverse(0.0).solve(weights)
+    assert torch.isfinite(inverted).all()
+    if not singular:
+        _close((_reference_dense(curvature) @ inverted.flatten()).view(SHAPE), weights, 1e-9)
+
+
+@every_kind
+def test_pseudo_inverse_of_nothing_is_nothing(kind):
+    if kind == "identity":
+        return
+    tensors = {name: torch.zeros_like(t) for name, t in _make(kind).tensors().items()}
+    prepared = KINDS[kind].from_tensors(tensors, SHAPE).pseudo_inverse(1e-6)
+    assert torch.equal(prepared.solve(_weights()), torch.zeros(SHAPE, dtype=torch.float64))
+    assert torch.equal(prepared.project(_weights()), torch.zeros(SHAPE, dtype=torch.float64))
+
+
+def _spectral(values, seed=0):
+    """A symmetric matrix of the given eigenvalues, and its eigenvectors."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.tensor(values, dtype=torch.float64)
+    size = len(values)
+    basis = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator)).Q
+    return basis @ torch.diag(values) @ basis.T, basis
+
+
+@pytest.mark.parametrize("lookup", [False, True], ids=["kronecker", "lookup_kronecker"])
+def test_kronecker_factors_are_cut_each_by_itself(lookup):
+    # 0.01 * 0.1 is below the cut in the product but not in either factor; 1e-4 is in its own.
+    outputs, inputs = [1.0, 0.01, 1e-4], [3.0, 0.03, 0.3, 3e-4]
+    input_factor, input_basis = _spectral(inputs, 1)
+    output_factor, output_basis = _spectral(outputs, 2)
+    if lookup:
+        output_basis = torch.eye(3, dtype=torch.float64)
+        curvature = LookupKronecker(torch.tensor(outputs, dtype=torch.float64), input_factor)
+    else:
+        curvature = Kronecker(output_factor, input_factor)
+    kept = torch.outer(torch.tensor([1.0, 1, 0]), torch.tensor([1.0, 1, 1, 0])).double()
+    products = torch.outer(
+        torch.tensor(outputs, dtype=torch.float64), torch.tensor(inputs, dtype=torch.float64)
+    )
+    basis = torch.kron(output_basis.contiguous(), input_basis.contiguous())
+    inverse = basis @ torch.diag((kept / products).flatten()) @ basis.T
+    projector = basis @ torch.diag(kept.flatten()) @ basis.T
+    prepared, weights = curvature.pseudo_inverse(2e-3), _weights()
+    _close(prepared.solve(weights), (inverse @ weights.flatten()).view(SHAPE), 1e-8)
+    _close(prepared.project(weights), (projector @ weights.flatten()).view(SHAPE), 1e-8)
+    # Of another kind the operator has one spectrum, and that is cut.
+    whole = Dense(_reference_dense(curvature), SHAPE).pseudo_inverse(2e-3).project(weights)
+    spectral = curvature.eigen().pseudo_inverse(2e-3).project(weights)
+    above = basis @ torch.diag((products > 2e-3 * 3).double().flatten()) @ basis.T
+    _close(whole, (above @ weights.flatten()).view(SHAPE), 1e-8)
+    _close(spectral, whole, 1e-8)
+
+
+def _partial_traces(dense):
+    """Over the inputs, which leaves the outputs, and over the outputs."""
+    blocks = dense.reshape(*SHAPE, *SHAPE)
+    return torch.einsum("iaja->ij", blocks), torch.einsum("iaib->ab", blocks)
+
+
+@every_kind
+@singular_or_not
+def test_over_outputs_is_the_partial_trace(kind, singular):
+    curvature = _make(kind, singular)
+    rows = curvature.over_outputs()
+    dense = _reference_dense(curvature)
+    outputs, _ = _partial_traces(dense)
+    if kind in ("diagonal", "lookup_kronecker", "lookup_ekfac"):
+        assert torch.count_nonzero(outputs - torch.diag(outputs.diagonal())) == 0
+    expected = torch.kron(outputs, torch.eye(SHAPE[1], dtype=torch.float64) / SHAPE[1])
+    assert type(rows) is type(curvature)
+    assert rows.shape == SHAPE
+    _close(_reference_dense(rows), expected)
+    _close(rows.trace().double(), dense.trace())
+    if kind != "identity":
+        assert (expected - dense).abs().max() > 0.01
+    _close(_reference_dense(rows.over_outputs()), expected)
+
+
+@every_kind
+def test_what_has_been_averaged_stays_so_under_powers(kind):
+    rows = _make(kind).over_outputs()
+    powered = rows.power(0.5)
+    expected = _reference_power(_reference_dense(rows), 0.5)
+    _close(_reference_dense(powered), expected, 1e-11)
+    _close(_reference_dense(powered.over_outputs()), expected, 1e-11)
+
+
+def test_powers_and_averages_over_outputs_are_not_to_be_exchanged():
+    # The mean of roots is not the root of the mean, but for a spectrum alike in all inputs.
+    for kind in ("diagonal", "kronecker", "ekfac", "lookup_ekfac", "dense"):
+        curvature = _make(kind)
+        first = _reference_dense(curvature.over_outputs().power(0.5))
+        last = _reference_dense(curvature.power(0.5).over_outputs())
+        assert (first - last).abs().max() > 1e-3
+
+
+@every_kind
+@singular_or_not
+def test_of_inputs_keeps_the_inputs_alone(kind, singular):
+    curvature = _make(kind, singular)
+    inputs = curvature.of_inputs()
+    assert inputs.shape == SHAPE
+    rows, columns = (torch.eye(size, dtype=torch.float64) for size in SHAPE)
+    if kind == "kronecker":
+        expected = torch.kron(rows, curvature.input_factor)
+        # By the definition alone: the moment of the inputs, up to a scale.
+        _, traced = _partial_traces(_reference_dense(curvature))
+        traced = traced / curvature.output_factor.trace()
+        _close(_reference_dense(inputs), torch.kron(rows, traced))
+        assert type(inputs) is Kronecker
+    elif kind == "lookup_kronecker":
+        expected = torch.kron(torch.diag(curvature.output_values), columns)
+        assert type(inputs) is LookupKronecker
+    else:
+        expected = torch.kron(rows, columns)
+        assert type(inputs) is Identity
+    _close(_reference_dense(inputs), expected)
+    assert all(tensor.dtype == torch.float64 for tensor in inputs.tensors().values())
+
+
+@every_kind
+def test_mean_goes_through_a_generator_once_and_one_at_a_time(kind):
+    shares, alive, most = [0.5, 0.3, 0.2], [], []
+
+    def read():
+        for seed in range(3):
+            curvature = _make(kind, seed=seed)
+            alive.append(weakref.ref(curvature))
+            most.append(sum(ref() is not None for ref in alive))
+            yield curvature
+            del curvature
+
+    expected = KINDS[kind].mean([_make(kind, seed=seed) for seed in range(3)], shares)
+    mean = KINDS[kind].mean(read(), shares)
+    assert len(alive) == 3  # a generator that was begun twice would have been empty
+    assert max(most) <= 2  # the one just read and the one about to go
+    assert torch.equal(_reference_dense(mean), _reference_dense(expected))
+
+
+@every_kind
+@pytest.mark.parametrize("clients", [2, 4])
+def test_mean_needs_a_share_for_each(kind, clients):
+    with pytest.raises(ValueError, match="argument"):
+        KINDS[kind].mean((_make(kind) for _ in range(clients)), [0.5, 0.3, 0.2])
 
 
 @every_kind
@@ -335,7 +497,11 @@ def test_kinds_are_frozen_and_pure(kind):
     weights = _weights()
     curvature.apply(weights)
     curvature.power(0.5)
-    curvature.inverse(0.1)(weights)
+    prepared = curvature.pseudo_inverse(0.1)
+    prepared.solve(weights)
+    prepared.project(weights)
+    curvature.over_outputs()
+    curvature.of_inputs()
     curvature.dense()
     KINDS[kind].mean([curvature, curvature], [0.5, 0.5])
     assert torch.equal(weights, _weights())

@@ -1,16 +1,21 @@
 """FisherMergeModule: the merge on a Trainer, its closed cases, its refusals and its manners."""
 
 import copy
+import csv
 import dataclasses
 import json
 import re
+import tempfile
 import textwrap
+import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from federation import TinyClassifier, quiet_trainer, tiny_loader, tiny_model, tiny_updates
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from test_callback import run_ddp
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -25,7 +30,12 @@ from lightning_fedfisher import (
     UpdateHeader,
     extract_curvature,
 )
+from lightning_fedfisher.curvature import Diagonal
+from lightning_fedfisher.layer_problems import LayerProblems
+from lightning_fedfisher.methods import Method
+from lightning_fedfisher.quadratic import ClosedForm, ConjugateGradient, PublishedServer
 from lightning_fedfisher.schedule import deal
+from lightning_fedfisher.spill import Spilled
 
 NEEDS = {
     "fedavg": ("identity", "exact"),
@@ -123,11 +133,15 @@ def test_fedfisher_is_the_minimiser_of_the_tempered_quadratic(updates, tmp_path)
         assert gradient.norm() < 1e-3 * scale
 
 
-def test_order_of_clients_does_not_matter(updates, tmp_path):
-    clients = updates["fedfisher"]
-    there = merge(clients, tmp_path).merged_state_dict()
-    back = merge(clients[::-1], tmp_path).merged_state_dict()
-    assert_same(there, back, rtol=1e-3, atol=1e-3)
+@pytest.mark.parametrize("method", METHODS)
+def test_order_of_clients_does_not_matter(updates, method, tmp_path):
+    clients = updates[method]
+    options = {"method": method, "max_iterations": 200}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*has not converged")
+        there = merge(clients, tmp_path, **options).merged_state_dict()
+        back = merge(clients[::-1], tmp_path, **options).merged_state_dict()
+    assert_same(there, back, rtol=1e-5, atol=1e-5)
 
 
 def test_files_merge_like_updates_in_memory(updates, tmp_path):
@@ -226,6 +240,522 @@ def test_a_resumed_merge_gives_the_same_model(updates, tmp_path):
         module, ckpt_path=checkpoint.last_model_path, weights_only=True
     )
     assert_same(module.merged_state_dict(), whole.merged_state_dict(), rtol=0, atol=0)
+
+
+def _interrupted(clients, root, epochs, val=None, **options):
+    """A merge that was stopped after some sweeps, and its checkpoint."""
+    checkpoint = ModelCheckpoint(root / "kept", save_last=True)
+    trainer = {"callbacks": [checkpoint], "enable_checkpointing": True, "max_epochs": epochs}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*has not converged")
+        module = merge(clients, root, val, trainer=trainer, **options)
+    return module, checkpoint.last_model_path
+
+
+def _resumed(path, clients, root, val=None, **options):
+    module = FisherMergeModule(clients, **options)
+    quiet_trainer(root, max_epochs=-1).fit(
+        module, val_dataloaders=val, ckpt_path=path, weights_only=True
+    )
+    return module
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """Indices of the layers whose problems are read, as they are."""
+    indices, original = [], LayerProblems.read
+
+    def recording(self, index, device):
+        indices.append(index)
+        return original(self, index, device)
+
+    monkeypatch.setattr(LayerProblems, "read", recording)
+    return indices
+
+
+@pytest.mark.parametrize("method", ["fedfisher", "fedfisher_kfac"])
+def test_a_resumed_merge_keeps_the_layers_that_were_solved(updates, method, read, tmp_path):
+    # One layer after the other, so that some are solved when it stops.
+    row = dataclasses.replace(METHODS[method], sweep=1 if method == "fedfisher" else 100)
+    options = {"method": row, "memory_budget": 0, "max_iterations": 200}
+    whole = merge(updates[method], tmp_path, **options)
+    assert sorted(read) == [0, 1, 2, 3]
+    order = read.copy()
+    read.clear()
+    stop = len(whole.history) // 2
+    first, path = _interrupted(updates[method], tmp_path, stop, **options)
+    assert 1 < len(read) < 4
+    begun = read.copy()
+    read.clear()
+    second = _resumed(path, updates[method], tmp_path, **options)
+    # The last one begun may not have been solved.
+    assert read in ([i for i in order if i not in begun], [i for i in order if i not in begun[:-1]])
+    assert_same(second.merged_state_dict(), whole.merged_state_dict(), rtol=0, atol=0)
+    assert second.history[:stop] == first.history == whole.history[:stop]
+    assert len(second.history) > stop
+    assert second.history[-1] == whole.history[-1]
+
+
+def test_a_solved_merge_resumes_without_reading_a_layer(updates, read, tmp_path):
+    first, path = _interrupted(updates["fedfisher"], tmp_path, -1)
+    assert sorted(read) == [0, 1, 2, 3]
+    read.clear()
+    second = _resumed(path, updates["fedfisher"], tmp_path)
+    assert read == []
+    assert_same(second.merged_state_dict(), first.merged_state_dict(), rtol=0, atol=0)
+    assert second.history == [*first.history, first.history[-1]]
+
+
+def test_a_checkpoint_of_another_merge_is_refused(updates, tmp_path):
+    clients = updates["fedfisher"]
+    _, path = _interrupted(clients, tmp_path, 1)
+    recounted = [
+        ClientUpdate.from_model(_loaded(u), dataclasses.replace(u.header, num_samples=7), u.blocks)
+        for u in clients
+    ]
+    for others, method in (
+        (clients[:2], "fedfisher"),
+        (clients[::-1], "fedfisher"),
+        (updates["fedfisher_kfac"][:1] * 3, "fedfisher"),
+        (recounted, "fedfisher"),
+        (clients, "regmean"),
+        (clients, "fedavg"),
+    ):
+        with pytest.raises(ValueError, match=r"is of another merge.* same updates.* same method"):
+            _resumed(path, others, tmp_path, method=method)
+    _resumed(path, clients, tmp_path)
+
+
+def _loaded(update):
+    model = tiny_model()
+    model.load_state_dict(update.parameters)
+    return model
+
+
+@pytest.mark.parametrize("other", [("ekfac", "normalised"), ("kfac", "exact")])
+def test_a_checkpoint_of_other_curvature_of_the_same_weights_is_refused(updates, other, tmp_path):
+    clients, (kind, fisher) = updates["fedfisher"], other
+    _, path = _interrupted(clients, tmp_path, 1)
+    others = []
+    for client in clients:
+        model = _loaded(client)
+        extracted = extract_curvature(model, tiny_loader(), kind, fisher=fisher, progress=False)
+        header = extracted.header(client.num_samples)
+        others.append(ClientUpdate.from_model(model, header, extracted.blocks))
+    with pytest.raises(ValueError, match="is of another merge"):
+        _resumed(path, others, tmp_path)
+
+
+def test_a_checkpoint_of_something_else_is_refused(updates, tmp_path):
+    trainer = quiet_trainer(tmp_path)
+    trainer.fit(tiny_model(), tiny_loader())
+    trainer.save_checkpoint(tmp_path / "classifier.ckpt")
+    module = FisherMergeModule(updates["fedfisher"])
+    module.strict_loading = False
+    with pytest.raises(ValueError, match="is of another merge"):
+        quiet_trainer(tmp_path, max_epochs=-1).fit(module, ckpt_path=tmp_path / "classifier.ckpt")
+
+
+def test_the_best_iterate_survives_an_interruption(updates, tmp_path):
+    clients, options = updates["fedfisher_kfac"], {"method": "fedfisher_kfac"}
+    loader = tiny_loader(seed=50, samples=40, shuffle=False)
+    first, path = _interrupted(clients, tmp_path, 3, loader, model=tiny_model(), **options)
+    best = max(entry["val_accuracy"] for entry in first.history)
+    # Labels by which whatever comes later is worse.
+    x, _ = loader.dataset.tensors
+    worst = tiny_model()
+    worst.load_state_dict(first.merged_state_dict())
+    wrong = DataLoader(TensorDataset(x, worst(x).argmin(1)), batch_size=8)
+    second = _resumed(path, clients, tmp_path, wrong, model=tiny_model(), **options)
+    assert len(second.history) == 3 + 20
+    assert all(entry["val_accuracy"] < best for entry in second.history[3:])
+    assert_same(second.merged_state_dict(), first.merged_state_dict(), rtol=0, atol=0)
+    last = merge(clients, tmp_path, **options).merged_state_dict()
+    assert any(not torch.equal(last[name], t) for name, t in second.merged_state_dict().items())
+
+
+# Memory
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory):
+    """Three clients' updates with each kind of curvature, and the same weights."""
+    root = tmp_path_factory.mktemp("kinds")
+    return {
+        kind: tiny_updates(root / kind, curvature=kind)
+        for kind in ("identity", "diagonal", "kfac", "ekfac", "dense")
+    }
+
+
+def _bytes(clients):
+    """Of all clients' weights and curvature, by layer."""
+    return [
+        sum(
+            4 * (client.weights(layer).numel() + sum(map(torch.numel, block.tensors().values())))
+            for client in clients
+            for block in [client.block(layer)]
+        )
+        for layer in clients[0].layers
+    ]
+
+
+@pytest.fixture
+def spills(monkeypatch, tmp_path):
+    """Folders of what is kept on disk; they are looked for among the temporary ones."""
+    folders, original = [], Spilled.__init__
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+
+    def recording(self, *arguments):
+        original(self, *arguments)
+        folders.append(Path(self._folder.name))
+        assert folders[-1].parent == tmp_path / "temporary"
+        assert len(list(folders[-1].iterdir())) == len(self) == 3
+
+    monkeypatch.setattr(Spilled, "__init__", recording)
+    return folders
+
+
+MEMORY = [
+    ("identity", "fedavg"),
+    ("diagonal", "fisher_merge"),
+    ("diagonal", "fedfisher"),
+    ("kfac", "fedfisher"),
+    ("kfac", "regmean"),
+    ("ekfac", "fedfisher"),
+    ("dense", "fedfisher"),
+]
+
+
+@pytest.mark.parametrize(("kind", "method"), MEMORY)
+def test_memory_does_not_change_a_bit(kinds, kind, method, spills, tmp_path):
+    clients = kinds[kind]
+    paths = [client.save(tmp_path / f"{k}.safetensors") for k, client in enumerate(clients)]
+    freely = merge(paths, tmp_path, method=method)
+    assert spills == []
+    sizes = _bytes(clients)
+    held = []
+
+    def look(trainer, module, *_):
+        held.append([sizes[index] for index in module._solvers])
+
+    for budget in (0, min(sizes), sorted(sizes)[2], max(sizes), sum(sizes) - 1):
+        spills.clear()
+        held.clear()
+        watch = {"callbacks": [LambdaCallback(on_train_batch_end=look)]}
+        module = merge(paths, tmp_path, method=method, memory_budget=budget, trainer=watch)
+        assert_same(module.merged_state_dict(), freely.merged_state_dict(), rtol=0, atol=0)
+        assert module.history[-1] == freely.history[-1]
+        assert len(spills) == sum(size > budget for size in sizes)
+        assert not any(folder.exists() for folder in spills)
+        assert all(len(now) <= 1 or sum(now) <= budget for now in held)
+
+
+def test_layers_wait_for_room(kinds, tmp_path):
+    single = dataclasses.replace(METHODS["fedfisher"], sweep=1)
+    freely = merge(kinds["kfac"], tmp_path, method=single)
+    alone = merge(kinds["kfac"], tmp_path, method=single, memory_budget=0)
+    # The next layer begins in the sweep in which the one before it is solved.
+    assert len(freely.history) > 1
+    assert len(alone.history) > len(freely.history)
+    assert alone.history[0]["residual"] == 1
+    assert freely.history[0]["residual"] < 1
+    assert_same(alone.merged_state_dict(), freely.merged_state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", ["fedfisher_kfac", "fedfisher_diag"])
+@pytest.mark.parametrize("labels", [False, True], ids=["alone", "labels"])
+def test_memory_does_not_change_published_methods(updates, method, labels, spills, tmp_path):
+    loader = tiny_loader(seed=50, samples=40, shuffle=False) if labels else None
+
+    def run(**options):
+        model = tiny_model() if labels else None
+        return merge(
+            updates[method],
+            tmp_path,
+            loader,
+            method=method,
+            model=model,
+            max_iterations=300,
+            **options,
+        )
+
+    freely = run()
+    small = run(memory_budget=0)
+    assert_same(small.merged_state_dict(), freely.merged_state_dict(), rtol=0, atol=0)
+    assert len(spills) == 4
+    assert not any(folder.exists() for folder in spills)
+    if labels:
+        # Labels judge whole models, so all layers move at once.
+        assert small.history == freely.history
+        assert len(small.history) == 3
+    else:
+        # The next layer begins in the last sweep of the one before it.
+        assert (len(freely.history), len(small.history)) == (3, 4 * (3 - 1) + 1)
+
+
+def test_spilled_folders_go_with_a_merge_that_is_stopped(updates, spills, tmp_path):
+    with pytest.warns(UserWarning, match="has not converged"):
+        merge(
+            updates["fedfisher_kfac"],
+            tmp_path,
+            method="fedfisher_kfac",
+            memory_budget=0,
+            trainer={"max_epochs": 1},
+        )
+    assert len(spills) == 1
+    assert not spills[0].exists()
+
+
+@pytest.mark.parametrize("budget", [-1, -(2**40)])
+def test_negative_memory_is_refused(updates, budget):
+    with pytest.raises(ValueError, match=f"memory_budget must be at least 0 bytes, got {budget}"):
+        FisherMergeModule(updates["fedfisher"], memory_budget=budget)
+    with pytest.raises(ValueError, match=f"memory_budget must be at least 0 bytes, got {budget}"):
+        LayerProblems(updates["fedfisher"], METHODS["fedfisher"], budget)
+
+
+# A method of one's own, and what is said of layers
+
+
+def test_a_method_of_ones_own_merges(updates, tmp_path):
+    clients = updates["fedfisher"]
+    own = Method(
+        ("kfac",), (), lambda f, head: Diagonal(f.diagonal()), ClosedForm, iterations=1, sweep=1
+    )
+    module = merge(clients, tmp_path, method=own)
+    reference = _reference_closed_form(clients, 1.0)
+    assert_same(module.merged_state_dict(), reference, rtol=2e-4, atol=1e-5)
+    assert module.method == "custom"
+    assert len(module.history) == 1
+    with pytest.raises(MergeError, match=r"extract it with .*curvature='kfac'.*'custom' needs"):
+        FisherMergeModule(updates["fisher_merge"], method=own)
+
+
+def test_a_warning_names_the_layers_that_are_not_solved(updates, tmp_path):
+    def solver(problem):
+        solved = problem.average.shape in ((3, 7), (3, 10))
+        return (ConjugateGradient if solved else partial(PublishedServer, damping_inside=True))(
+            problem
+        )
+
+    own = dataclasses.replace(METHODS["fedfisher"], solver=solver, iterations=50)
+    with pytest.warns(UserWarning, match="has not converged in 2 of 4 layers") as caught:
+        merge(updates["fedfisher"], tmp_path, method=own)
+    (message,) = (str(w.message) for w in caught if "not converged" in str(w.message))
+    named = re.findall(r"([\w.]+) \(residual (\S+) after (\d+) iterations\)", message)
+    assert [(name, count) for name, _, count in named] == [("network.2", "50"), ("network.5", "50")]
+    assert all(float(residual) > 1e-3 for _, residual, _ in named)
+
+
+def test_a_merge_that_is_solved_warns_of_nothing(updates, tmp_path):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*converged")
+        for method in METHODS:
+            merge(updates[method], tmp_path, method=method, trainer={"max_epochs": -1})
+
+
+def test_layers_log_their_own_residuals_and_iterations(updates, tmp_path):
+    clients, steps = updates["fedfisher_kfac"], 30
+    logger = CSVLogger(tmp_path, name="", version="log")
+    own = dataclasses.replace(METHODS["fedfisher_kfac"], sweep=10, iterations=steps)
+    module = merge(
+        clients, tmp_path, method=own, trainer={"logger": logger, "log_every_n_steps": 1}
+    )
+    with (tmp_path / "log" / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["residual"]]
+    assert [float(row["iterations"]) for row in rows] == [10, 20, 30]
+    for row, entry in zip(rows, module.history, strict=True):
+        for name in ("residual", "iterations"):
+            each = [float(row[f"{name}/{layer.name}"]) for layer in module.layers]
+            assert float(row[name]) == pytest.approx(max(each), rel=1e-6)
+            assert float(row[name]) == pytest.approx(entry[name], rel=1e-6)
+    total = sum(client.num_samples for client in clients)
+    for layer in module.layers:
+        weights = [client.weights(layer).double().flatten() for client in clients]
+        terms = [
+            (client.num_samples / total, w, _written_out(client.block(layer)))
+            for client, w in zip(clients, weights, strict=True)
+        ]
+        start = sum(p * w for p, w, _ in terms)
+        merged = layer.join(module.merged_state_dict()).double().flatten()
+        pull = sum(p * (f @ (start - w)).norm() for p, w, f in terms)
+        residual = sum(p * f @ (merged - w) for p, w, f in terms).norm() / pull
+        logged = float(rows[-1][f"residual/{layer.name}"])
+        assert logged == pytest.approx(float(residual), rel=1e-3)
+        assert float(rows[-1][f"iterations/{layer.name}"]) == steps
+
+
+# Every layer against its dense problem
+
+
+def _written_out(block):
+    """The operator by what its tensors mean, in float64."""
+    tensors = {name: tensor.double() for name, tensor in block.tensors().items()}
+    rows = torch.eye(block.shape[0]).double()
+    if block.kind == "kronecker":
+        return torch.kron(tensors["output_factor"], tensors["input_factor"])
+    if block.kind == "lookup_kronecker":
+        return torch.kron(torch.diag(tensors["output_values"]), tensors["input_factor"])
+    if block.kind in ("ekfac", "lookup_ekfac"):
+        outputs = tensors.get("output_basis", rows)
+        basis = torch.kron(outputs.contiguous(), tensors["input_basis"].contiguous())
+        return (basis * tensors["spectrum"].flatten()) @ basis.mT
+    if block.kind == "diagonal":
+        return torch.diag(tensors["values"].flatten())
+    return tensors["matrix"]
+
+
+def _reference_fedfisher(clients, layer, head):
+    """Of the minimisers of the tempered quadratic, the one nearest to the average."""
+    shares = [client.num_samples**0.5 for client in clients]
+    weights = [client.weights(layer).double().flatten() for client in clients]
+    start = sum(n * w for n, w in zip(shares, weights, strict=True)) / sum(shares)
+    system, right = 0, 0
+    for share, w, client in zip(shares, weights, clients, strict=True):
+        dense, (rows, columns) = _written_out(client.block(layer)), layer.shape
+        if head:
+            outputs = torch.einsum("iaja->ij", dense.view(rows, columns, rows, columns))
+            dense = torch.kron(outputs / columns, torch.eye(columns).double())
+        values, basis = torch.linalg.eigh(dense)
+        values = torch.where(values > 1e-6 * values.max(), values, 0.0)
+        root = (basis * values.sqrt()) @ basis.mT
+        system, right = system + share * root, right + share * root @ (w - start)
+    move = torch.linalg.pinv(system, rtol=1e-3, hermitian=True) @ right
+    return (start + move).view(layer.shape), start.view(layer.shape)
+
+
+PRECISE = dataclasses.replace(
+    METHODS["fedfisher"], solver=partial(ConjugateGradient, tolerance=1e-8, cut=1e-3)
+)
+
+
+def _clients_of(make, root, data, **options):
+    """Clients that start alike and hold unlike data."""
+    torch.manual_seed(0)
+    start, clients = make().state_dict(), []
+    for client in range(2):
+        model = make()
+        model.load_state_dict(start)
+        callback = FedFisherCallback(root / f"{client}.safetensors", max_samples=None, **options)
+        trainer = quiet_trainer(root, max_epochs=3, callbacks=[callback])
+        trainer.fit(model, DataLoader(data(client), batch_size=8, shuffle=True))
+        clients.append(callback.update)
+    return start, clients
+
+
+class _HeadLast(TinyClassifier):
+    def __init__(self):
+        super().__init__(learning_rate=0.2)
+        self.body, self.head = nn.Linear(5, 4), nn.Linear(4, 3)
+        del self.network
+
+    def forward(self, x):
+        return self.head(self.body(x).tanh())
+
+
+class _HeadFirst(_HeadLast):
+    def __init__(self):
+        super().__init__()
+        body = self.body
+        del self.body
+        self.body = body
+
+
+def _points(client):
+    generator = torch.Generator().manual_seed(client)
+    size = 40 + 40 * client
+    x = torch.randn(size, 5, generator=generator) + client
+    return TensorDataset(x, torch.randint(0, 3, (size,), generator=generator))
+
+
+@pytest.mark.parametrize("curvature", ["kfac", "ekfac", "dense"])
+@pytest.mark.parametrize("make", [_HeadLast, _HeadFirst])
+def test_the_head_is_the_last_layer_that_feeds_a_softmax(make, curvature, tmp_path):
+    _, clients = _clients_of(make, tmp_path, _points, curvature=curvature)
+    last = make is _HeadLast
+    assert [layer.name for layer in clients[0].layers] == (
+        ["body", "head"] if last else ["head", "body"]
+    )
+    merged = merge(clients, tmp_path, method=PRECISE).merged_state_dict()
+    for layer in clients[0].layers:
+        head = layer.name == "head" and last
+        expected, start = _reference_fedfisher(clients, layer, head)
+        found = layer.join(merged).double()
+        move = float((expected - start).norm())
+        assert float((found - expected).norm()) < 0.02 * move
+        if layer.name == "head":
+            other, _ = _reference_fedfisher(clients, layer, not head)
+            assert float((found - other).norm()) > 0.1 * move
+
+
+class _EveryKind(TinyClassifier):
+    """Products, a lookup, normalisations, groups, buffers and a frozen layer."""
+
+    def __init__(self):
+        super().__init__(learning_rate=0.2)
+        del self.network  # or it would stay the first
+        self.embedding = nn.Embedding(6, 4)
+        self.network = nn.Sequential(
+            nn.Conv2d(4, 4, 3, padding=1),
+            nn.BatchNorm2d(4),
+            nn.Tanh(),
+            nn.Conv2d(4, 4, 3, groups=2),
+            nn.GroupNorm(2, 4),
+            nn.Tanh(),
+            nn.Flatten(),
+            nn.LayerNorm(16),
+            nn.Linear(16, 6).requires_grad_(False),
+            nn.Tanh(),
+            nn.Linear(6, 3),
+        )
+
+    def forward(self, tokens):
+        return self.network(self.embedding(tokens).mT.reshape(-1, 4, 4, 4))
+
+
+def _tokens(client):
+    generator = torch.Generator().manual_seed(client)
+    size = 48 + 48 * client
+    tokens = torch.randint(0, 4 + client, (size, 16), generator=generator)
+    return TensorDataset(tokens, torch.randint(0, 3, (size,), generator=generator))
+
+
+@pytest.mark.parametrize("budget", [0, 2**30])
+@pytest.mark.parametrize("curvature", ["kfac", "ekfac"])
+def test_every_kind_of_layer_is_merged_as_its_dense_problem(curvature, budget, tmp_path):
+    start, clients = _clients_of(_EveryKind, tmp_path, _tokens, curvature=curvature)
+    product = "kronecker" if curvature == "kfac" else "ekfac"
+    assert clients[0].header.kinds == {
+        "embedding": f"lookup_{product}",
+        "network.0": product,
+        "network.1": "diagonal",
+        "network.3": "diagonal",
+        "network.4": "diagonal",
+        "network.7": "diagonal",
+        "network.10": product,
+    }
+    server = _EveryKind()
+    server.load_state_dict(start)
+    module = merge(clients, tmp_path, method=PRECISE, model=server, memory_budget=budget)
+    merged = module.merged_state_dict()
+    for layer in clients[0].layers:
+        expected, average = _reference_fedfisher(clients, layer, layer.name == "network.10")
+        move = float((expected - average).norm())
+        assert move > 1e-3 * float(average.norm())
+        assert float((layer.join(merged).double() - expected).norm()) < 0.02 * move
+    small, large = (48 / 144, 96 / 144)
+    one, two = (client.buffers for client in clients)
+    mean = small * one["network.1.running_mean"] + large * two["network.1.running_mean"]
+    torch.testing.assert_close(merged["network.1.running_mean"], mean)
+    variance = sum(
+        p * (b["network.1.running_var"] + (b["network.1.running_mean"] - mean) ** 2)
+        for p, b in ((small, one), (large, two))
+    )
+    torch.testing.assert_close(merged["network.1.running_var"], variance)
+    assert merged.keys() == start.keys() - {"network.8.weight", "network.8.bias"}
+    for name, tensor in server.state_dict().items():
+        assert torch.equal(tensor, merged.get(name, start[name]))
 
 
 class WithBatchNorm(nn.Module):
@@ -481,9 +1011,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_fedfisher import FisherMergeModule
 
 root, method, devices = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+budget = int(sys.argv[4]) if len(sys.argv) > 4 else 2**30
 checkpoint = ModelCheckpoint(root / "kept", save_last=True)
 module = FisherMergeModule(
-    sorted((root / method).glob("*.safetensors")), method=method, model=tiny_model()
+    sorted((root / method).glob("*.safetensors")), method=method, model=tiny_model(),
+    memory_budget=budget,
 )
 trainer = quiet_trainer(
     root, max_epochs=-1, devices=devices, strategy="ddp", use_distributed_sampler=False,
@@ -513,18 +1045,25 @@ def test_more_processes_than_layers_finish(tmp_path):
     assert_same(together, alone.merged_state_dict(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("method", "devices"), [("fedfisher", 2), ("fedfisher_kfac", 3)])
-def test_processes_do_not_change_the_result(updates, method, devices, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "devices", "budget"),
+    [("fedfisher", 2, 2**30), ("fedfisher_kfac", 3, 2**30), ("fedfisher", 2, 0)],
+)
+def test_processes_do_not_change_the_result(updates, method, devices, budget, tmp_path):
     clients = updates[method]
     for index, client in enumerate(clients):
         client.save(tmp_path / method / f"{index}.safetensors")
     script = tmp_path / "merge.py"
     script.write_text(textwrap.dedent(DDP_SCRIPT.format(tests=str(Path(__file__).parent))))
-    run_ddp(str(script), str(tmp_path), method, str(devices))
+    run_ddp(str(script), str(tmp_path), method, str(devices), str(budget))
     loader = tiny_loader(seed=50, samples=40, shuffle=False)
     alone = merge(clients, tmp_path, loader, method=method, model=tiny_model())
     together = torch.load(tmp_path / "merged.pt", weights_only=True)
     assert_same(together, alone.merged_state_dict(), rtol=1e-5, atol=1e-6)
     history = json.loads((tmp_path / "history.json").read_text())
+    if budget == 0:  # layers waited, so there were more sweeps
+        assert len(history) > len(alone.history)
+        assert history[-1] == pytest.approx(alone.history[-1], rel=1e-3)
+        return
     for ours, theirs in zip(alone.history, history, strict=True):
         assert theirs == pytest.approx(ours, rel=1e-3)

@@ -6,7 +6,11 @@ from typing import get_args
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_fedfisher import ClientUpdate, extract_curvature
 from lightning_fedfisher.curvature import Dense, Diagonal, Identity
 from lightning_fedfisher.extraction import CURVATURE_TYPES
 from lightning_fedfisher.kronecker import (
@@ -15,8 +19,9 @@ from lightning_fedfisher.kronecker import (
     LookupEigenKronecker,
     LookupKronecker,
 )
+from lightning_fedfisher.layer_problems import LayerProblems
 from lightning_fedfisher.likelihood import FISHER_TYPES
-from lightning_fedfisher.methods import METHODS, MethodName
+from lightning_fedfisher.methods import METHODS, MethodName, feeds_softmax
 from lightning_fedfisher.quadratic import Quadratic
 
 PUBLISHED = ("fedfisher_diag", "fedfisher_kfac")
@@ -213,3 +218,222 @@ def test_a_sweep_is_a_part_of_the_steps(method):
     row = METHODS[method]
     assert 1 <= row.sweep <= row.iterations
     assert row.iterations % row.sweep == 0
+
+
+# The head
+
+
+def _classifier(bias=True, seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3, bias=bias))
+
+
+def _classified(seed=0, samples=30):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, 5, generator=generator) + 1
+    return TensorDataset(x, torch.randint(0, 3, (samples,), generator=generator))
+
+
+def _blocks(model, data, kind, fisher="normalised", **options):
+    """Hidden layer and head, by the extraction."""
+    loader = DataLoader(data, batch_size=10)
+    options = {"fisher": fisher, "max_samples": None, "progress": False} | options
+    return extract_curvature(model, loader, kind, **options).blocks
+
+
+def _written_out(curvature):
+    """The operator by what its tensors mean, in float64."""
+    tensors = {name: tensor.double() for name, tensor in curvature.tensors().items()}
+    if isinstance(curvature, Kronecker):
+        return torch.kron(tensors["output_factor"], tensors["input_factor"])
+    if isinstance(curvature, EigenKronecker):
+        basis = torch.kron(
+            tensors["output_basis"].contiguous(), tensors["input_basis"].contiguous()
+        )
+        return (basis * tensors["spectrum"].flatten()) @ basis.mT
+    if isinstance(curvature, Diagonal):
+        return torch.diag(tensors["values"].flatten())
+    return tensors["matrix"]
+
+
+def _over_constants(curvature):
+    """The curvature against a constant added to all outputs, by the mean over directions."""
+    rows, columns = curvature.shape
+    constants = torch.kron(torch.ones(rows, 1), torch.eye(columns)).double() / rows**0.5
+    dense = _written_out(curvature)
+    return float((constants.mT @ dense @ constants).trace() / columns) / float(
+        dense.trace() / (rows * columns)
+    )
+
+
+@pytest.mark.parametrize("fisher", FISHER_TYPES)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("kind", ["kfac", "ekfac", "dense"])
+def test_the_head_of_a_categorical_model_feeds_a_softmax(kind, bias, fisher):
+    blocks = _blocks(_classifier(bias), _classified(), kind, fisher)
+    hidden, head = blocks["0"], blocks["2"]
+    assert head.shape == (3, 5 if bias else 4)
+    assert _over_constants(head) < 1e-5
+    assert feeds_softmax(head)
+    assert _over_constants(hidden) > 0.1
+    assert not feeds_softmax(hidden)
+
+
+@pytest.mark.parametrize("fisher", FISHER_TYPES)
+def test_diagonal_curvature_cannot_tell_a_head(fisher):
+    blocks = _blocks(_classifier(), _classified(), "diagonal", fisher)
+    assert not any(map(feeds_softmax, blocks.values()))
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
+@pytest.mark.parametrize("kind", ["kfac", "ekfac", "dense"])
+def test_heads_without_a_softmax_are_none(kind, likelihood):
+    data = _classified()
+    x, y = data.tensors
+    labelled = TensorDataset(x, functional.one_hot(y, 3).float())
+    blocks = _blocks(_classifier(), labelled, kind, "exact", likelihood=likelihood)
+    assert _over_constants(blocks["2"]) > 0.5
+    assert not any(map(feeds_softmax, blocks.values()))
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.04, 0.06, 1.0])
+def test_a_head_may_be_a_little_blurred(ratio):
+    # Eigenvalues 1, 1 and one against constants, by the mean of all three.
+    against = 2 * ratio / (3 - ratio)
+    constant = torch.ones(3, 3).double() / 3
+    output_factor = torch.eye(3).double() + (against - 1) * constant
+    curvature = Kronecker(output_factor, _factor(4, 0))
+    assert _over_constants(curvature) == pytest.approx(ratio, abs=1e-12)
+    assert feeds_softmax(curvature) == (ratio < 0.05)
+    assert feeds_softmax(Dense(_written_out(curvature), (3, 4))) == (ratio < 0.05)
+
+
+@pytest.mark.parametrize("kind", ["kfac", "ekfac", "dense"])
+def test_fedfisher_weighs_the_head_by_its_outputs_alone(kind):
+    head = _blocks(_classifier(), _classified(), kind)["2"]
+    found = METHODS["fedfisher"].transform(head, True)
+    assert type(found) is type(head)
+    dense = _written_out(head)
+    outputs = torch.einsum("iaja->ij", dense.view(3, 5, 3, 5)) / 5
+    values, basis = torch.linalg.eigh(outputs)
+    assert float(values[0] / values[-1]) < 1e-5
+    root = (basis * values.clamp_min(0).sqrt()) @ basis.mT
+    expected = torch.kron(root, torch.eye(5).double())
+    # The root of what rounding leaves of a zero.
+    assert float((_written_out(found) - expected).abs().max()) < 2e-3 * float(expected.max())
+    plain = _written_out(METHODS["fedfisher"].transform(head, False))
+    assert float((plain - expected).norm() / expected.norm()) > 0.05
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "fedfisher"])
+def test_other_methods_know_no_head(method):
+    for curvature in _curvatures().values():
+        here, there = (METHODS[method].transform(curvature, head) for head in (True, False))
+        assert type(here) is type(there)
+        torch.testing.assert_close(here.dense(), there.dense(), rtol=0, atol=0)
+
+
+# The server's problems
+
+
+def _update(model, data, kind, num_samples=None):
+    loader = DataLoader(data, batch_size=10)
+    extracted = extract_curvature(model, loader, kind, max_samples=None, progress=False)
+    return ClientUpdate.from_model(model, extracted.header(num_samples), extracted.blocks)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_shares_are_powers_of_the_sample_counts(method):
+    updates = [
+        _update(_classifier(seed=client), _classified(client), "kfac", samples)
+        for client, samples in enumerate((400, 100, 25))
+    ]
+    power = 0.5 if method == "fedfisher" else 1.0
+    assert METHODS[method].share_power == power
+    expected = [20 / 35, 10 / 35, 5 / 35] if power == 0.5 else [400 / 525, 100 / 525, 25 / 525]
+    problems = LayerProblems(updates, METHODS[method], 2**30)
+    for index, layer in enumerate(updates[0].layers):
+        problem = problems.read(index, torch.device("cpu"))
+        assert problem.shares == pytest.approx(expected)
+        average = sum(p * u.weights(layer).double() for p, u in zip(expected, updates, strict=True))
+        torch.testing.assert_close(problem.average.double(), average, rtol=1e-5, atol=1e-6)
+        assert torch.equal(problems.average(layer), problem.average)
+
+
+class _Mixed(nn.Module):
+    """A convolution, weights without inputs, and a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv2d(2, 3, 3, stride=2, padding=1)
+        self.norm = nn.GroupNorm(1, 3)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x):
+        hidden = self.norm(self.convolution(x)).tanh()
+        return self.head(hidden.flatten(1))
+
+
+def test_regmean_is_its_closed_form_over_unfolded_inputs():
+    row, updates, grams = METHODS["regmean"], [], []
+    samples = (60, 20)
+    for client, size in enumerate(samples):
+        generator = torch.Generator().manual_seed(client)
+        data = TensorDataset(
+            torch.randn(size, 2, 4, 4, generator=generator) + client,
+            torch.randint(0, 3, (size,), generator=generator),
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(client)
+            model = _Mixed()
+        updates.append(_update(model, data, "kfac"))
+        assert updates[-1].num_samples == size
+        x = data.tensors[0].double()
+        model = model.double()
+        patches = functional.unfold(x, 3, padding=1, stride=2).mT.flatten(0, 1)
+        hidden = model.norm(model.convolution(x)).tanh().flatten(1).detach()
+        inputs = {"convolution": patches, "head": hidden}
+        with_ones = {n: torch.cat([i, torch.ones(len(i), 1)], dim=1) for n, i in inputs.items()}
+        grams.append({name: i.mT @ i for name, i in with_ones.items()})
+    problems = LayerProblems(updates, row, 2**30)
+    for index, layer in enumerate(updates[0].layers):
+        solver = row.solver(problems.read(index, torch.device("cpu")))
+        solver.advance(row.iterations)
+        assert solver.finished
+        weights = [update.weights(layer).double() for update in updates]
+        average = (60 * weights[0] + 20 * weights[1]) / 80
+        if layer.name == "norm":
+            expected = average
+        else:
+            # (sum_k X_k' X_k)^-1 sum_k X_k' X_k W_k', theorem 1 of Jin et al., 2023.
+            gram = [client[layer.name] for client in grams]
+            right = sum(g @ w.mT for g, w in zip(gram, weights, strict=True))
+            expected = torch.linalg.solve(sum(gram), right).mT
+            assert float((expected - average).norm()) > 0.1
+        error = float((solver.weights.double() - expected).norm())
+        assert error < (1e-6 if layer.name == "norm" else 1e-2) * float(expected.norm())
+
+
+def test_regmean_weighs_the_rows_of_an_embedding_by_how_often_they_are_read():
+    row, updates, counts = METHODS["regmean"], [], []
+    for client, size in enumerate((40, 20)):
+        generator = torch.Generator().manual_seed(client)
+        tokens = torch.randint(0, 5 - client, (size, 3), generator=generator)
+        with torch.random.fork_rng():
+            torch.manual_seed(client)
+            model = nn.Sequential(nn.Embedding(6, 4), nn.Flatten(), nn.Linear(12, 3))
+        data = TensorDataset(tokens, torch.randint(0, 3, (size,), generator=generator))
+        updates.append(_update(model, data, "kfac"))
+        counts.append(torch.bincount(tokens.flatten(), minlength=6).double().unsqueeze(1))
+    problem = LayerProblems(updates, row, 2**30).read(0, torch.device("cpu"))
+    solver = row.solver(problem)
+    solver.advance(row.iterations)
+    weights = [update.weights(update.layers[0]).double() for update in updates]
+    above = counts[0] * weights[0] + counts[1] * weights[1]
+    read = (counts[0] + counts[1] > 0).expand_as(above)
+    assert not read[5].any()  # a token that nobody reads stays at the average
+    expected = torch.where(
+        read, above / (counts[0] + counts[1]), (40 * weights[0] + 20 * weights[1]) / 60
+    )
+    torch.testing.assert_close(solver.weights.double(), expected, rtol=0, atol=2e-3)

@@ -1,6 +1,8 @@
 """The merge problem against a dense oracle: objective, gradient, and where every solver ends."""
 
 import copy
+import weakref
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 
@@ -9,6 +11,7 @@ import torch
 
 from lightning_fedfisher.curvature import Dense, Diagonal, Identity
 from lightning_fedfisher.kronecker import Kronecker
+from lightning_fedfisher.methods import METHODS
 from lightning_fedfisher.quadratic import (
     ClosedForm,
     ConjugateGradient,
@@ -151,6 +154,21 @@ def test_objective_and_its_derivatives(kind, seed):
     assert problem.objective(point.detach()) == pytest.approx(value.item(), rel=1e-12)
     torch.testing.assert_close(problem.gradient(point), gradient / 2, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(problem.curve(direction), curved / 2, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("distance", [1e3, 1e6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_objective_and_gradient_far_from_the_average(kind, dtype, distance):
+    problem = _problem(kind, dtype=dtype)
+    generator = torch.Generator().manual_seed(100)
+    point = (distance * torch.randn(SHAPE, generator=generator)).to(dtype)
+    exact = point.double().clone().requires_grad_()
+    value = _reference_objective(problem, exact)
+    (gradient,) = torch.autograd.grad(value, exact)
+    rounding = 1e-5 if dtype == torch.float32 else 1e-13
+    assert problem.objective(point) == pytest.approx(value.item(), rel=rounding)
+    assert _error(problem.gradient(point), gradient / 2) < rounding
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -410,6 +428,80 @@ def test_conjugate_gradient_stays_at_the_average_in_a_common_null_space(kind, se
     assert seen > 0.1
 
 
+OURS = METHODS["fedfisher"]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", ["kronecker", "dense"])
+def test_tempered_clients_stay_at_the_average_in_a_common_null_space(kind, dtype, seed):
+    # Rounded to float32, the null space is none: the root of its eigenvalues is 3e-4 of the rest.
+    problem, seen = _singular(kind, seed, dtype=dtype)
+    tempered = [OURS.transform(curvature, False) for curvature in problem.curvatures]
+    solver = _solved(Quadratic(SHARES, problem.weights, tempered), OURS.solver)
+    assert solver.finished
+    move = solver.weights.double() - problem.average.double()
+    rounding = 1e-6 if dtype == torch.float32 else 1e-12
+    assert float((move - seen(move)).norm()) < rounding
+    exact, _ = _singular(kind, seed)
+    roots = [_root_within(curvature, seen) for curvature in exact.curvatures]
+    expected = _reference_minimum(SHARES, exact.weights, roots) - exact.average
+    assert _error(seen(move), expected) < 2e-3
+    assert float(expected.norm()) > 0.1
+
+
+def _root_within(curvature, seen):
+    """The square root of an operator, made regular by what lies outside what is seen."""
+    basis = torch.eye(ROWS * COLUMNS).double()
+    projector = torch.stack([seen(row.view(SHAPE)).flatten() for row in basis], dim=1)
+    return _reference_square_root(_reference_dense(curvature) + basis - projector) - (
+        basis - projector
+    )
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("kind", ["kronecker", "dense"])
+def test_residual_is_that_of_directions_with_curvature(kind, seed):
+    problem, seen = _singular(kind, seed, power=0.5, dtype=torch.float32)
+    solver = OURS.solver(problem)
+    operators = [_reference_dense(curvature) for curvature in problem.curvatures]
+    total = sum(SHARES)
+    weights = [matrix.double() for matrix in problem.weights]
+    start = sum(n / total * w for n, w in zip(SHARES, weights, strict=True))
+
+    def forces(matrix):
+        clients = zip(SHARES, operators, weights, strict=True)
+        return [n / total * (f @ (matrix - w).flatten()).view(SHAPE) for n, f, w in clients]
+
+    pull = sum(float(force.norm()) for force in forces(start))
+    reported = []
+    while True:
+        gradient = sum(forces(solver.weights.double()))
+        expected = float(seen(gradient).norm()) / pull
+        assert solver.residual == pytest.approx(expected, rel=0.1, abs=2e-6)
+        reported.append(solver.residual)
+        if solver.finished:
+            break
+        solver.advance(1)
+    assert reported[0] > 0.01
+    assert reported[-1] <= 1.1e-4
+
+
+def test_clients_that_are_blind_in_unlike_directions_are_solved():
+    # The mean of such Kronecker products sees more than any client: of the many minimisers, one.
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(SHAPE, generator=generator).double() for _ in SHARES]
+    curvatures = [
+        Kronecker(_spd(ROWS, generator, rank=1), _spd(COLUMNS, generator, rank=1)) for _ in SHARES
+    ]
+    problem = Quadratic(SHARES, weights, curvatures)
+    solver = _solved(problem, partial(ConjugateGradient, tolerance=1e-10))
+    assert solver.finished
+    best = float(_reference_objective(problem, _reference_solution(problem)))
+    start = float(_reference_objective(problem, problem.average))
+    assert float(_reference_objective(problem, solver.weights)) <= best + 1e-12 * start
+
+
 def _dead(rows, columns, every, dtype, power):
     """Clients none of which ever uses some outputs and inputs, and a mask of their weights."""
     generator = torch.Generator().manual_seed(0)
@@ -436,6 +528,151 @@ def test_dead_inputs_and_outputs_stay_at_the_average(power, drift, size):
     move = solver.weights - problem.average
     assert float(move[~dead].abs().max()) > 0.05
     assert float(move[dead].abs().max()) < drift
+
+
+# Where float32 does not suffice
+
+
+def _ill_conditioned(decades, dtype, rows=6, columns=8):
+    """Kronecker clients of one spectrum over many decades, and no two of one basis."""
+    generator = torch.Generator().manual_seed(0)
+
+    def factor(size):
+        basis = torch.linalg.qr(torch.randn(size, size, generator=generator).double())[0]
+        return (basis * torch.logspace(0, -decades, size).double()) @ basis.mT
+
+    weights = [torch.randn(rows, columns, generator=generator).to(dtype) for _ in range(3)]
+    factors = [(factor(rows).to(dtype), factor(columns).to(dtype)) for _ in range(3)]
+    problem = Quadratic((3, 2, 1), weights, [Kronecker(*pair) for pair in factors])
+    operators = [torch.kron(*(factor.double() for factor in pair)) for pair in factors]
+    return problem, _reference_minimum((3, 2, 1), weights, operators), operators
+
+
+def test_what_float32_cannot_reach_is_reached_in_float64():
+    problem, expected, operators = _ill_conditioned(3, torch.float32)
+    tolerance = 1e-9
+    solver = ConjugateGradient(problem, tolerance)
+    assert solver.weights.dtype == torch.float32
+    solver.advance(1000)
+    assert solver.finished
+    assert solver.weights.dtype == torch.float64
+    assert solver.residual <= 1.1 * tolerance
+    terms = zip((3, 2, 1), operators, problem.weights, strict=True)
+    gradient = sum(n / 6 * f @ (solver.weights - w.double()).flatten() for n, f, w in terms)
+    assert float(gradient.norm()) / problem.pull <= 1.1 * tolerance
+    assert _error(solver.weights, expected) < 1e-6
+    assert solver.iterations < 200
+    # In float32 alone it would have ended in a gradient a hundred times as large.
+    rounded = solver.weights.float().double()
+    terms = zip((3, 2, 1), operators, problem.weights, strict=True)
+    gradient = sum(n / 6 * f @ (rounded - w.double()).flatten() for n, f, w in terms)
+    assert float(gradient.norm()) / problem.pull > 10 * tolerance
+
+
+def test_what_float32_reaches_stays_in_float32():
+    problem, _, _ = _ill_conditioned(3, torch.float32)
+    solver = _solved(problem)
+    assert solver.finished
+    assert solver.weights.dtype == torch.float32
+    assert solver.residual <= 1.1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("decades", [1, 3])
+def test_a_tolerance_out_of_reach_ends_as_far_as_it_goes(decades, dtype):
+    problem, expected, _ = _ill_conditioned(decades, dtype)
+    solver = ConjugateGradient(problem, tolerance=0.0, cut=0.0)
+    solver.advance(20_000)
+    assert solver.finished
+    assert solver.iterations < 5000
+    assert torch.isfinite(solver.weights).all()
+    assert solver.residual < 1e-12
+    assert _error(solver.weights, expected) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_curvature_that_is_negative_by_rounding_ends(dtype):
+    problem = _problem("dense", dtype=dtype)
+    spoiled = []
+    for curvature in problem.curvatures:
+        values, basis = torch.linalg.eigh(curvature.matrix.double())
+        values[:4] = torch.tensor([-1e-2, -1e-3, -1e-6, 0]) * values.max()
+        spoiled.append(Dense(((basis * values) @ basis.mT).to(dtype), SHAPE))
+    for cut in (0.0, 1e-6, 1e-3):
+        solver = ConjugateGradient(Quadratic(SHARES, problem.weights, spoiled), 1e-6, cut)
+        solver.advance(20_000)
+        assert solver.finished
+        assert torch.isfinite(solver.weights).all()
+
+
+# Curvature that is read at every use
+
+
+class _Read(Sequence):
+    """Curvatures made anew whenever one is asked for; counts, and looks at what is kept."""
+
+    def __init__(self, curvatures):
+        self._curvatures = list(curvatures)
+        self.reads = self.most = 0
+        self._alive = []
+
+    def __len__(self):
+        return len(self._curvatures)
+
+    def __getitem__(self, index):
+        curvature = copy.deepcopy(self._curvatures[index])
+        self.reads += 1
+        self._alive = [ref for ref in self._alive if ref() is not None]
+        self._alive.append(weakref.ref(curvature))
+        self.most = max(self.most, len(self._alive))
+        return curvature
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_curvature_read_at_every_use_gives_the_same_bits(kind, dtype):
+    for name in _solvers_for(kind):
+        problem = _problem(kind, dtype=dtype)
+        lazy = _Read(problem.curvatures)
+        there = SOLVERS[name](Quadratic(SHARES, problem.weights, lazy))
+        begun = lazy.reads
+        assert begun <= 6 * 3
+        here = SOLVERS[name](problem)
+        for solver in (here, there):
+            solver.advance(5)
+        assert torch.equal(there.weights, here.weights)
+        assert there.iterations == here.iterations
+        assert there.residual == here.residual
+        assert there.problem.objective(there.weights) == here.problem.objective(here.weights)
+        assert lazy.most <= 2  # the one at work, and the one that follows
+        # A step is one pass; then there are two looks, and up to two at the end of a solver.
+        assert 3 <= lazy.reads - begun <= 3 * (2 * there.iterations + 5)
+
+
+def test_curvature_read_at_every_use_goes_on_in_float64_one_at_a_time():
+    problem, _, _ = _ill_conditioned(3, torch.float32)
+    lazy = _Read(problem.curvatures)
+    here = ConjugateGradient(problem, 1e-9)
+    there = ConjugateGradient(Quadratic((3, 2, 1), problem.weights, lazy), 1e-9)
+    for solver in (here, there):
+        solver.advance(1000)
+    assert there.weights.dtype == torch.float64
+    assert torch.equal(there.weights, here.weights)
+    assert lazy.most <= 2
+    assert lazy.reads >= 3 * there.iterations  # in float64 as well
+
+
+def test_a_direction_of_negative_curvature_is_not_followed():
+    # By rounding, as it were; the mean of the factors does not show it.
+    one, other = (torch.tensor(v).double().diag() for v in ([1.0, 0.0], [0.0, 1.0]))
+    steep = torch.tensor([1.0, -1e-2]).double().diag()
+    curvatures = [Kronecker(steep, one), Kronecker(torch.eye(2).double(), other)]
+    weights = [torch.zeros(2, 2).double() for _ in range(2)]
+    weights[0][1, 0] = 1  # where the curvature is negative
+    problem = Quadratic([1, 1], weights, curvatures)
+    solver = _solved(problem, iterations=5000)
+    assert solver.finished
+    assert torch.equal(solver.weights, problem.average)
 
 
 # One client, equal clients
