@@ -93,15 +93,16 @@ def test_fedavg_is_the_weighted_average_and_takes_any_update(updates, tmp_path):
             torch.testing.assert_close(merged[name], average)
 
 
-def _reference_closed_form(clients, power):
-    total = sum(client.num_samples for client in clients)
+def _reference_closed_form(clients, power, share_power=1.0):
+    shares = [client.num_samples**share_power for client in clients]
     merged = {}
     for layer in clients[0].layers:
         above, below = 0, 0
-        for client in clients:
-            f = client.num_samples / total * client.block(layer).diagonal().double().pow(power)
+        for share, client in zip(shares, clients, strict=True):
+            f = share * client.block(layer).diagonal().double().pow(power)
             above, below = above + f * client.weights(layer).double(), below + f
-        average = sum(c.num_samples / total * c.weights(layer).double() for c in clients)
+        terms = zip(shares, clients, strict=True)
+        average = sum(n / sum(shares) * c.weights(layer).double() for n, c in terms)
         matrix = torch.where(below > 0, above / below, average)
         merged |= layer.split(matrix.float())
     return merged
@@ -111,7 +112,7 @@ def _reference_closed_form(clients, power):
 def test_diagonal_curvature_gives_the_closed_form(updates, method, power, tmp_path):
     clients = updates["fisher_merge"]
     module = merge(clients, tmp_path, method=method)
-    reference = _reference_closed_form(clients, power)
+    reference = _reference_closed_form(clients, power, METHODS[method].share_power)
     assert_same(module.merged_state_dict(), reference, rtol=2e-4, atol=1e-5)
 
 
@@ -119,18 +120,26 @@ def test_fedfisher_is_the_minimiser_of_the_tempered_quadratic(updates, tmp_path)
     clients = updates["fedfisher"]
     module = merge(clients, tmp_path)
     assert module.history[-1]["residual"] < 2e-4
-    total = sum(client.num_samples for client in clients)
+    total = sum(client.num_samples**0.5 for client in clients)
     for layer in clients[0].layers:
-        dense, right = 0, 0
+        dense, right, pull = 0, 0, 0
+        average = sum(c.num_samples**0.5 / total * c.weights(layer).double() for c in clients)
         for client in clients:
-            values, vectors = torch.linalg.eigh(client.block(layer).dense().double())
+            matrix = _written_out(client.block(layer))
+            if layer.name == "network.7":  # the head
+                rows, columns = layer.shape
+                outputs = torch.einsum("iaja->ij", matrix.view(rows, columns, rows, columns))
+                matrix = torch.kron(outputs / columns, torch.eye(columns).double())
+            values, vectors = torch.linalg.eigh(matrix)
             root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-            share = client.num_samples / total
+            share = client.num_samples**0.5 / total
+            weights = client.weights(layer).double()
             dense = dense + share * root
-            right = right + share * root @ client.weights(layer).double().flatten()
+            right = right + share * root @ weights.flatten()
+            pull = pull + share * (root @ (average - weights).flatten()).norm()
         merged = layer.join(module.merged_state_dict()).double().flatten()
-        gradient, scale = dense @ merged - right, right.norm()
-        assert gradient.norm() < 1e-3 * scale
+        # Directions that count as ones without curvature leave a little of the gradient.
+        assert (dense @ merged - right).norm() < 1e-2 * pull
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -1061,9 +1070,5 @@ def test_processes_do_not_change_the_result(updates, method, devices, budget, tm
     together = torch.load(tmp_path / "merged.pt", weights_only=True)
     assert_same(together, alone.merged_state_dict(), rtol=1e-5, atol=1e-6)
     history = json.loads((tmp_path / "history.json").read_text())
-    if budget == 0:  # layers waited, so there were more sweeps
-        assert len(history) > len(alone.history)
-        assert history[-1] == pytest.approx(alone.history[-1], rel=1e-3)
-        return
     for ours, theirs in zip(alone.history, history, strict=True):
         assert theirs == pytest.approx(ours, rel=1e-3)
