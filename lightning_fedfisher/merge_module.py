@@ -36,7 +36,7 @@ from lightning_fedfisher.strategies import require_whole_model
 from lightning_fedfisher.update import ClientUpdate
 from lightning_fedfisher.update_file import digest
 
-_DONE = -1  # column of a layer's status: iterations, objective, residual, whether it is done
+_ITERATIONS, _DONE = 0, -1  # columns of a layer's status; between them objective and residual
 _CHECKPOINT_KEY = "lightning_fedfisher_merge"
 _LARGE_RESIDUAL = 1e-3
 
@@ -170,6 +170,7 @@ class FisherMergeModule(LightningModule):
         checkpoint[_CHECKPOINT_KEY] = {
             "fingerprint": self._fingerprint,
             "status": self._status,
+            "max_iterations": self._max_iterations,
             "history": self.history,
             "best": self._best,
             "validation_samples": self._validation_samples,
@@ -184,6 +185,10 @@ class FisherMergeModule(LightningModule):
                 "order, and the same method"
             )
         self._status, self.history = saved["status"].cpu(), list(saved["history"])
+        if saved["max_iterations"] != self._max_iterations:
+            # What ended for want of iterations begins anew; what converged stays.
+            ran_out = self._status[:, _ITERATIONS] >= saved["max_iterations"]
+            self._status[ran_out] = 0
         self._best, self._validation_samples = saved["best"], saved["validation_samples"]
 
     @override

@@ -5,8 +5,8 @@ For one layer, clients ``k`` with shares ``p_k``, weights ``W_k`` and curvatures
     Q(W) = sum_k p_k <W - W_k, F_k (W - W_k)>.
 
 FedAvg, RegMean, Fisher merging and FedFisher (arXiv 2403.12329, equation 7) are all this problem.
-Solvers start at the average ``sum_k p_k W_k``, and a direction that no client has information on
-stays there.
+Solvers start at the average ``sum_k p_k W_k``, and a direction (of either factor, for Kronecker
+products) that no client has information on stays there.
 
 The clients are gone through one after the other, their weights once, so that a sequence that reads
 curvature from disk will do (`spill.Spilled`).
@@ -240,9 +240,9 @@ class ConjugateGradient(Solver):
     """Preconditioned conjugate gradients (Hestenes & Stiefel, 1952) to a relative residual.
 
     The preconditioner is the pseudo-inverse of the clients' mean curvature. For Kronecker factors
-    that takes tens of steps where plain conjugate gradients take a thousand, and directions in
-    which no client has curvature stay where they are: at the average. If float32 cannot reach the
-    tolerance, it goes on in float64.
+    that takes tens of steps where plain conjugate gradients take a thousand, and directions of
+    either factor in which no client has curvature stay where they are: at the average. If float32
+    cannot reach the tolerance, it goes on in float64.
     """
 
     # Steps without progress after which it cannot be hoped for.

@@ -767,6 +767,19 @@ def test_every_kind_of_layer_is_merged_as_its_dense_problem(curvature, budget, t
         assert torch.equal(tensor, merged.get(name, start[name]))
 
 
+def test_a_merge_resumed_with_more_iterations_goes_on_with_what_ran_out(updates, tmp_path):
+    whole = merge(updates["fedfisher"], tmp_path)
+    checkpoint = ModelCheckpoint(tmp_path / "short", save_last=True)
+    options = {"callbacks": [checkpoint], "enable_checkpointing": True}
+    with pytest.warns(UserWarning, match="has not converged"):
+        merge(updates["fedfisher"], tmp_path, max_iterations=1, trainer=options)
+    module = FisherMergeModule(updates["fedfisher"])
+    quiet_trainer(tmp_path, max_epochs=-1).fit(
+        module, ckpt_path=checkpoint.last_model_path, weights_only=True
+    )
+    assert_same(module.merged_state_dict(), whole.merged_state_dict(), rtol=0, atol=0)
+
+
 class WithBatchNorm(nn.Module):
     def __init__(self):
         super().__init__()
