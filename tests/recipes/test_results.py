@@ -9,6 +9,8 @@ from results_table import (
     costs_table,
     extraction_summary,
     large_table,
+    merge_summary,
+    merge_table,
     read_rows,
     results_table,
     study_table,
@@ -48,6 +50,22 @@ def test_recipes_readme_shows_the_curvature_studies(cells):
     path = RESULTS / f"curvature_study_{cells}.csv"
     assert path.read_text().startswith("# 20")  # the date, then the hardware
     assert study_table(read_rows(path)) in (ROOT / "recipes" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("cells", ["development", "seeds", "held_out"])
+def test_recipes_readme_shows_the_merge_studies(cells):
+    path = RESULTS / f"merge_study_{cells}.csv"
+    assert path.read_text().startswith("# 20")
+    rows = read_rows(path)
+    text = (ROOT / "recipes" / "README.md").read_text()
+    assert merge_table(rows) in text
+    if cells != "seeds":
+        assert merge_summary(rows) in text
+
+
+def test_readme_shows_the_merges_no_choice_was_made_on():
+    rows = read_rows(RESULTS / "merge_study_held_out.csv")
+    assert merge_summary(rows) in (ROOT / "README.md").read_text()
 
 
 def test_readmes_show_the_extraction_benchmarks():
