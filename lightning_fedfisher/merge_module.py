@@ -124,7 +124,6 @@ class FisherMergeModule(LightningModule):
             check_fit(model, self.merged_state_dict(), self.updates[0].header.frozen)
         self._replica: list[nn.Module] = []
         self._accuracy, self._nll = MeanMetric(), MeanMetric()
-        self._validation_samples = 0
         self._turns = 0
         self._forget()
 
@@ -135,6 +134,7 @@ class FisherMergeModule(LightningModule):
         self._status = torch.zeros(len(self.layers), 4, dtype=torch.float64)
         self._best: tuple[float, list[Tensor]] | None = None
         self.history: list[dict[str, float]] = []
+        self._validation_samples = 0
 
     @property
     def _finished(self) -> bool:
@@ -164,6 +164,7 @@ class FisherMergeModule(LightningModule):
             )
         if stage == TrainerFn.FITTING:
             self._forget()
+            self._set_merged([self._problems.average(layer) for layer in self.layers])
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -353,13 +354,13 @@ class FisherMergeModule(LightningModule):
         self.log_dict(
             entry, on_step=False, on_epoch=True, prog_bar=True, batch_size=1, sync_dist=True
         )
+        if not self.loggers:  # the price of each of many names is that of a small layer
+            return
         by_layer: dict[str, float] = {}
         for layer, done, residual in zip(self.layers, iterations, residuals, strict=True):
             by_layer[f"iterations/{layer.name}"] = float(done)
             by_layer[f"residual/{layer.name}"] = float(residual)
-        # Not through `log`, whose price for each of many names is that of a whole small merge.
-        for logger in self.loggers:
-            logger.log_metrics(by_layer, self.global_step)
+        self.log_dict(by_layer, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
 
     def _merged(self, index: int) -> Tensor:
         matrix: Tensor = self.merged[index]
