@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypedDict, Unpack
 
 from torch import nn
 from tqdm import tqdm
 
 from lightning_fedfisher.curvature import Curvature, Identity
-from lightning_fedfisher.layers import Layer, find_layers
+from lightning_fedfisher.layers import Layer, Source, find_layers
 from lightning_fedfisher.likelihood import (
     FISHER_TYPES,
     LIKELIHOODS,
@@ -75,6 +75,8 @@ class ExtractedCurvature:
         population: samples the client holds; None where the loader cannot tell.
         seconds: wall-clock time of the extraction.
         discarded: share of the Fisher's trace, in the space of the logits, that was left out.
+        sources: whose outputs each layer reads, for those that read one other layer's.
+        head: name of the layer whose outputs are the logits; empty if none is.
     """
 
     kind: CurvatureType
@@ -86,6 +88,8 @@ class ExtractedCurvature:
     population: int | None
     seconds: float
     discarded: float = 0.0
+    sources: Mapping[str, Source] = field(default_factory=dict)
+    head: str = ""
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
@@ -118,6 +122,8 @@ class ExtractedCurvature:
             layers=self.layers,
             kinds={name: block.kind for name, block in self.blocks.items()},
             metadata=dict(metadata or {}),
+            sources=self.sources,
+            head=self.head if self.likelihood.name == "categorical" else "",
         )
 
 
@@ -264,5 +270,7 @@ def extract_curvatures(
             samples.population,
             seconds,
             sweep.discarded / sweep.trace if sweep.trace else 0.0,
+            sweep.survey.sources,
+            sweep.survey.head,
         )
     return found

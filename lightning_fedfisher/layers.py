@@ -12,9 +12,12 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+Activation = Literal["identity", "relu"]
 
 
 class UnsupportedModelError(ValueError):
@@ -59,6 +62,12 @@ class Layer:
         rows = self._rows(self.parameters[0][1])
         return rows, sum(math.prod(shape) // rows for _, shape in self.parameters)
 
+    @property
+    def inputs(self) -> int:
+        """Columns without the bias."""
+        _, columns = self.shape
+        return columns - (len(self.parameters) - 1)
+
     def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Writes the layer's parameters as one matrix.
 
@@ -91,6 +100,22 @@ class Layer:
     @staticmethod
     def _rows(shape: tuple[int, ...]) -> int:
         return shape[0] if shape else 1
+
+
+@dataclass(frozen=True)
+class Source:
+    """The layer whose outputs another layer reads, one block of input columns for each of them.
+
+    A block is one column between linear layers, the kernel's positions before a convolution, and
+    the feature map's where it was flattened. Pooling and dropout in between are not recorded.
+
+    Attributes:
+        layer: name of the layer that is read.
+        activation: what its outputs go through before they are.
+    """
+
+    layer: str
+    activation: Activation
 
 
 def find_layers(model: nn.Module) -> tuple[Layer, ...]:

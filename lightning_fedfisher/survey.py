@@ -12,8 +12,9 @@ from torch.autograd.graph import Node
 from typing_extensions import override
 
 from lightning_fedfisher.calls import Call
-from lightning_fedfisher.layers import Layer
-from lightning_fedfisher.operations import Operation
+from lightning_fedfisher.flow import Flow
+from lightning_fedfisher.layers import Layer, Source
+from lightning_fedfisher.operations import Convolution, Linear, Operation
 from lightning_fedfisher.uses import UseRecorder, edges_to_leaves
 
 
@@ -54,6 +55,8 @@ class Survey:
         unseen: why each other layer is not, by layer name.
         unreached: layers that the logits do not depend on.
         plain: layers with one call, whose input has samples first and the weight's precision.
+        sources: of layers with one call that read another such layer's outputs, by layer name.
+        head: name of the layer whose outputs are the logits; empty if they are made of more.
     """
 
     calls: tuple[tuple[str, ...], ...]
@@ -62,6 +65,8 @@ class Survey:
     unseen: Mapping[str, str]
     unreached: tuple[str, ...]
     plain: frozenset[str]
+    sources: Mapping[str, Source]
+    head: str
 
 
 class Surveyor(UseRecorder):
@@ -79,6 +84,14 @@ class Surveyor(UseRecorder):
         self._parameters = dict(model.named_parameters())
         self._calls: list[tuple[Call, list[tuple[Layer, Operation]], list[Tensor]]] = []
         self._aliases: set[Node] = set()
+        self._flow = Flow()
+        self._sources: dict[str, Source | None] = {}
+
+    @override
+    def _pass_by(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        return self._flow.run(func, args, kwargs)
 
     @override
     def _follow(
@@ -108,7 +121,20 @@ class Surveyor(UseRecorder):
         came_back: list[Tensor] = []
         output.register_hook(came_back.append)
         self._calls.append((call, uses, came_back))
+        self._connect(call, uses, output)
         return output
+
+    def _connect(self, call: Call, uses: list[tuple[Layer, Operation]], output: Tensor) -> None:
+        """Notes whose outputs a layer reads, and that these are its own."""
+        for layer, operation in uses:
+            axis = _channels(operation, call.inputs.ndim)
+            again = layer.name in self._sources
+            source = None if axis is None or again else self._flow.source(call.inputs, axis)
+            self._sources[layer.name] = source
+            # With a bias that belongs to another layer, or to none, the outputs are not its own.
+            whole = call.bias is None or self._owner.get(id(call.bias), (None, 0))[0] is layer
+            if axis is not None and whole:
+                self._flow.begin(output, layer.name, axis)
 
     def survey(self, logits: Tensor) -> Survey:
         """Reads the graph of the forward pass that was watched.
@@ -121,7 +147,7 @@ class Surveyor(UseRecorder):
         """
         unseen, unreached = self._used_otherwise(logits)
         if unreached:
-            return Survey((), (), {}, unseen, tuple(unreached), frozenset())
+            return Survey((), (), {}, unseen, tuple(unreached), frozenset(), {}, "")
         trained = [p for p in self._parameters.values() if p.requires_grad]
         # Any direction that singles out nothing: one sample's gradient shows where it is.
         direction = torch.cos(torch.arange(logits[0].numel(), device=logits.device) + 1.0)
@@ -159,7 +185,23 @@ class Surveyor(UseRecorder):
             and call.weight.dtype == call.inputs.dtype
         }
         calls = tuple(tuple(layer.name for layer, _ in uses) for _, uses, _ in self._calls)
-        return Survey(calls, tuple(layouts), seen, unseen, tuple(unreached), frozenset(plain))
+        once = {name for name, operations in seen.items() if len(operations) == 1}
+        sources = {
+            name: source
+            for name, source in self._sources.items()
+            if source is not None and {name, source.layer} <= once
+        }
+        head = self._flow.head(logits)
+        return Survey(
+            calls,
+            tuple(layouts),
+            seen,
+            unseen,
+            tuple(unreached),
+            frozenset(plain),
+            sources,
+            head if head in once else "",
+        )
 
     def _used_otherwise(self, logits: Tensor) -> tuple[dict[str, str], list[str]]:
         """Layers that the logits depend on by calls not watched, and layers they do not at all."""
@@ -173,6 +215,13 @@ class Surveyor(UseRecorder):
                     unseen[layer_of[id(leaf)].name] = "it is used by an operation that is not known"
         unreached = [layer.name for leaf, layer in layer_of.items() if leaf not in reached]
         return unseen, list(dict.fromkeys(unreached))
+
+
+def _channels(operation: Operation, dimensions: int) -> int | None:
+    """The dimension of a call's inputs and outputs that its layer's matrix maps."""
+    if isinstance(operation, Linear):
+        return dimensions - 1
+    return 1 if isinstance(operation, Convolution) else None
 
 
 def _layout(leading: Sequence[int], hits: Sequence[Tensor | None]) -> Layout | None:

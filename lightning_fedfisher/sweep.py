@@ -64,7 +64,10 @@ class Sweep:
         count: samples that were run.
         trace: sum of the squared lengths of all directions.
         discarded: part of it that was left out.
+        survey: of the model, once run.
     """
+
+    survey: Survey
 
     def __init__(
         self,
@@ -107,9 +110,9 @@ class Sweep:
 
         def attempt(dealt: DealtSamples) -> None:
             self._sums = None
-            survey = self._survey(dealt)
+            self.survey = self._survey(dealt)
             try:
-                self._begin(survey)
+                self._begin(self.survey)
                 self._pass(dealt, max_samples, bar)
             except BackpackError as error:
                 self._why_not_backpack = str(error)

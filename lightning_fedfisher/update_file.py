@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_fedfisher.update_header import UpdateError, UpdateHeader, is_possible
 
-SCHEMA = 2
+SCHEMA = 3
 _METADATA_KEY = "lightning_fedfisher"
 _FLOATS = {"F16", "BF16", "F32", "F64"}
 _BUFFER_TYPES = _FLOATS | {"BOOL", "U8", "I8", "I16", "I32", "I64"}

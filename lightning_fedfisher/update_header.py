@@ -7,10 +7,11 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self, TypeVar
+from graphlib import CycleError, TopologicalSorter
+from typing import Any, Self, TypeVar, get_args
 
 from lightning_fedfisher.kronecker import KINDS
-from lightning_fedfisher.layers import Layer
+from lightning_fedfisher.layers import Activation, Layer, Source
 
 _MOST_ELEMENTS, _MOST_DIMENSIONS = 2**48, 16
 _T = TypeVar("_T")
@@ -46,6 +47,8 @@ class UpdateHeader:
         metadata: anything the client wants to add, as strings.
         aliases: further names of parameters and buffers that several modules share, with the first.
         frozen: digest of each parameter that was not trained, and is not sent.
+        sources: whose outputs each layer reads, for those that read one other layer's.
+        head: name of the layer whose outputs are the logits of a softmax; empty if none is.
 
     Raises:
         TypeError, ValueError: if an attribute, down to the shapes, is not of its type.
@@ -61,15 +64,19 @@ class UpdateHeader:
     metadata: Mapping[str, str] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     frozen: Mapping[str, str] = field(default_factory=dict)
+    sources: Mapping[str, Source] = field(default_factory=dict)
+    head: str = ""
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "curvature_samples"):
             _typed(int, getattr(self, name))
-        for name in ("curvature", "fisher", "likelihood"):
+        for name in ("curvature", "fisher", "likelihood", "head"):
             _typed(str, getattr(self, name))
         for table in (self.kinds, self.metadata, self.aliases, self.frozen):
             for key, value in table.items():
                 _typed(str, key), _typed(str, value)
+        for reader, source in self.sources.items():
+            _typed(str, reader), _typed(str, source.layer), _typed(str, source.activation)
         for layer in self.layers:
             _typed(str, layer.name)
             for name, shape in layer.parameters:
@@ -92,14 +99,15 @@ class UpdateHeader:
         Raises:
             TypeError, ValueError, KeyError: if a field is missing, unknown or of the wrong type.
         """
+        missing = {field.name for field in dataclasses.fields(cls)} - fields.keys()
+        if missing:
+            raise KeyError(*sorted(missing))
         layers = tuple(
             Layer(layer["name"], tuple((name, tuple(shape)) for name, shape in layer["parameters"]))
             for layer in fields["layers"]
         )
-        missing = {field.name for field in dataclasses.fields(cls)} - fields.keys()
-        if missing:
-            raise KeyError(*sorted(missing))
-        return cls(**{**fields, "layers": layers})
+        sources = {reader: Source(**source) for reader, source in fields["sources"].items()}
+        return cls(**{**fields, "layers": layers, "sources": sources})
 
 
 def inconsistencies(header: UpdateHeader, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
@@ -145,12 +153,33 @@ def inconsistencies(header: UpdateHeader, shapes: Mapping[str, tuple[int, ...]])
         for name in header.frozen
         if f"parameters/{name}" in expected
     ]
+    offenders += _misled(header)
     found = {name: shape for name, shape in shapes.items() if not name.startswith("buffers/")}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             offenders.append(
                 f"{name} should be {expected.get(name, 'absent')}, is {found.get(name, 'absent')}"
             )
+    return offenders
+
+
+def _misled(header: UpdateHeader) -> list[str]:
+    """What is wrong with the sources and the head."""
+    layers = {layer.name: layer for layer in header.layers if _forms_a_matrix(layer)}
+    offenders = []
+    if header.head and header.head not in layers:
+        offenders.append(f"the head {header.head} is no layer")
+    for name, source in header.sources.items():
+        if name not in layers or source.layer not in layers:
+            offenders.append(f"layer {name} cannot read {source.layer}: one of them is no layer")
+        elif source.activation not in get_args(Activation):
+            offenders.append(f"layer {name}: unknown activation {source.activation}")
+        elif layers[name].inputs % layers[source.layer].shape[0]:
+            offenders.append(f"layer {name} cannot read {source.layer}: its inputs do not divide")
+    try:
+        TopologicalSorter({n: [source.layer] for n, source in header.sources.items()}).prepare()
+    except CycleError as error:
+        offenders.append(f"layer {error.args[1][0]} reads its own outputs")
     return offenders
 
 

@@ -81,8 +81,14 @@ class UseRecorder(TorchFunctionMode):
         call = read_call(func, args, kwargs)
         uses = [] if call is None else self._uses(call)
         if call is None or not uses:
-            return func(*args, **kwargs)
+            return self._pass_by(func, args, kwargs)
         return self._follow(func, args, kwargs, call, uses)
+
+    def _pass_by(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Makes a call that uses no layer, and returns its output."""
+        return func(*args, **kwargs)
 
     def _uses(self, call: Call) -> list[tuple[Layer, Operation]]:
         weight, bias = self._owner.get(id(call.weight)), self._owner.get(id(call.bias))
