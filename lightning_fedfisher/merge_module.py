@@ -322,8 +322,7 @@ class FisherMergeModule(LightningModule):
                 f"{solver.iterations} iterations: some client's curvature is too large, or none"
             )
         done = solver.finished or solver.iterations >= self._max_iterations
-        objective = solver.problem.objective(solver.weights)
-        status = [float(solver.iterations), objective, solver.residual, float(done)]
+        status = [float(solver.iterations), *solver.look(), float(done)]
         self._progress[index] = solver.weights.to(self.merged[index].dtype), status
         if done:
             del self._solvers[index]
