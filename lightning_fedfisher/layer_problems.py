@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -36,6 +37,7 @@ class LayerProblems:
         self._updates, self._method, self._budget = updates, method, memory_budget
         self._layers = updates[0].layers
         self._shares = [float(update.num_samples) ** method.share_power for update in updates]
+        self._sizes = list(map(self._sent, self._layers))
 
     def average(self, layer: Layer) -> Tensor:
         """Where the merge of a layer starts: the clients' average by their shares.
@@ -56,7 +58,8 @@ class LayerProblems:
             device: where to work.
 
         Returns:
-            The quadratic; its curvature is on disk if it exceeds the budget by itself.
+            The quadratic; its curvature, if there is any, is on disk where the layer exceeds the
+            budget by itself.
         """
         layer = self._layers[index]
         weights = self._weights(layer, device)
@@ -65,12 +68,16 @@ class LayerProblems:
             for update in self._updates:
                 yield update.block(layer).to(device, weights[0].dtype)
 
-        # The head is the last layer, if it does what a head does.
-        head = index == len(self._layers) - 1 and all(map(feeds_softmax, blocks()))
+        last = index == len(self._layers) - 1
+        head = self._method.knows_head and last and all(map(feeds_softmax, blocks()))
         curvatures = (self._method.transform(block, head) for block in blocks())
-        if self._size(index) > self._budget:
-            return Quadratic(self._shares, weights, Spilled(curvatures, device))
-        return Quadratic(self._shares, weights, list(curvatures))
+        first = next(curvatures)
+        tensors = list(first.tensors().values())
+        self._sizes[index] = len(weights) * sum(t.nbytes for t in (weights[0], *tensors))
+        every = itertools.chain([first], curvatures)
+        beyond = bool(tensors) and self._sizes[index] > self._budget
+        kept = Spilled(every, device) if beyond else list(every)
+        return Quadratic(self._shares, weights, kept)
 
     def fits(self, index: int, held: Iterable[int]) -> bool:
         """Whether there is room for a layer beside others.
@@ -82,12 +89,12 @@ class LayerProblems:
         Returns:
             True as well if there are no others: a layer alone may exceed the budget, on disk.
         """
-        others = sum(map(self._size, held))
-        return others == 0 or others + self._size(index) <= self._budget
+        others = sum(self._sizes[other] for other in held)
+        return others == 0 or others + self._sizes[index] <= self._budget
 
-    def _size(self, index: int) -> int:
-        """Bytes of all clients' weights and curvature of a layer, as they are worked with."""
-        layer, first = self._layers[index], self._updates[0]
+    def _sent(self, layer: Layer) -> int:
+        """Bytes of all clients' weights and curvature of a layer, before a method transforms it."""
+        first = self._updates[0]
         kind = KINDS[first.header.kinds[layer.name]]
         parts = (layer.shape, *kind.tensor_shapes(layer.shape).values())
         return len(self._updates) * _WIDTH * sum(map(math.prod, parts))

@@ -11,8 +11,7 @@ one that is too large by itself is worked on from disk.
 from __future__ import annotations
 
 import copy
-import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,13 +27,13 @@ from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from lightning_fedfisher.admission import UpdateSource, check_fit, open_updates
+from lightning_fedfisher.buffers import merge_buffers
+from lightning_fedfisher.fingerprint import fingerprint
 from lightning_fedfisher.layer_problems import LayerProblems
 from lightning_fedfisher.methods import METHODS, Method, MethodName
-from lightning_fedfisher.quadratic import Solver, average
+from lightning_fedfisher.quadratic import Solver
 from lightning_fedfisher.schedule import IDLE, Sweep, SweepCounter, deal
 from lightning_fedfisher.strategies import require_whole_model
-from lightning_fedfisher.update import ClientUpdate
-from lightning_fedfisher.update_file import digest
 
 _ITERATIONS, _DONE = 0, -1  # columns of a layer's status; between them objective and residual
 _CHECKPOINT_KEY = "lightning_fedfisher_merge"
@@ -106,8 +105,6 @@ class FisherMergeModule(LightningModule):
         if max_iterations is not None and max_iterations < 1:
             raise ValueError(f"max_iterations must be at least 1, got {max_iterations}")
         self._max_iterations = max_iterations or self._method.iterations
-        if memory_budget < 0:
-            raise ValueError(f"memory_budget must be at least 0 bytes, got {memory_budget}")
         self.updates = open_updates(updates, self._method, self.method)
         self.layers = self.updates[0].layers
         self._problems = LayerProblems(self.updates, self._method, memory_budget)
@@ -116,8 +113,8 @@ class FisherMergeModule(LightningModule):
         self.merged = nn.ParameterList(
             nn.Parameter(self._problems.average(layer)) for layer in self.layers
         )
-        self._fingerprint = _fingerprint(self.method, self.updates, self.merged)
-        self._merged_buffers = _merge_buffers(self.updates)
+        self._fingerprint = fingerprint(self.method, self.updates, self.merged)
+        self._merged_buffers = merge_buffers(self.updates)
         self._dtypes = {n: t.dtype for n, t in self.updates[0].parameters.items()}
         self._target: list[nn.Module] = [] if model is None else [model]
         if model is not None:
@@ -325,8 +322,7 @@ class FisherMergeModule(LightningModule):
                 f"{solver.iterations} iterations: some client's curvature is too large, or none"
             )
         done = solver.finished or solver.iterations >= self._max_iterations
-        objective = solver.problem.objective(solver.weights)
-        status = [float(solver.iterations), objective, solver.residual, float(done)]
+        status = [float(solver.iterations), *solver.look(), float(done)]
         self._progress[index] = solver.weights.to(self.merged[index].dtype), status
         if done:
             del self._solvers[index]
@@ -374,34 +370,3 @@ class FisherMergeModule(LightningModule):
     def _set_merged(self, matrices: Sequence[Tensor]) -> None:
         for matrix, value in zip(self.merged, matrices, strict=True):
             matrix.data.copy_(value)
-
-
-def _fingerprint(method: str, updates: Sequence[ClientUpdate], averages: Iterable[Tensor]) -> str:
-    """Tells one merge from another: the averages depend on every weight of every client."""
-    headers = [update.header for update in updates]
-    parts = [
-        method,
-        str([(h.num_samples, h.curvature, h.fisher, h.likelihood, dict(h.kinds)) for h in headers]),
-        *(digest(matrix.detach().cpu()) for matrix in averages),
-    ]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def _merge_buffers(updates: Sequence[ClientUpdate]) -> dict[str, Tensor]:
-    """Counters by maximum, running variances by the law of total variance, the rest by average."""
-    shares = [update.num_samples for update in updates]
-    clients = [update.buffers for update in updates]
-    merged: dict[str, Tensor] = {}
-    for name, first in clients[0].items():
-        values = [buffers[name] for buffers in clients]
-        location = name.removesuffix("running_var") + "running_mean"
-        if not first.is_floating_point():
-            merged[name] = torch.stack(values).amax(0)
-        elif name.endswith("running_var") and location in clients[0]:
-            means = [buffers[location] for buffers in clients]
-            pooled = average(shares, means)
-            spread = average(shares, [(mean - pooled).square() for mean in means])
-            merged[name] = average(shares, values) + spread
-        else:
-            merged[name] = average(shares, values)
-    return merged

@@ -33,14 +33,16 @@ class Method:
     Attributes:
         curvatures: kinds of curvature it can merge; any if empty.
         fishers: Fisher types it is defined for; any if empty.
-        transform: what it makes of a client's curvature; the flag tells whether the layer is the
-            one whose outputs are the logits (see `feeds_softmax`).
+        transform: what it makes of a client's curvature; the flag tells whether the layer is taken
+            for the head: the last one that was trained, if it `feeds_softmax` at every client.
         solver: how it minimises.
         iterations: steps after which it stops, if its solver has not finished before.
         sweep: steps between two looks at the model.
         share_power: a client of ``n`` samples counts as ``n ** share_power``.
         converges: whether it promises the minimum, rather than a number of steps.
         keeps_best: whether it returns its best iterate on labelled samples, when given some.
+        knows_head: whether `transform` looks at its flag, which is never set if not: to find the
+            head, the last layer's curvature is read once more.
     """
 
     curvatures: tuple[str, ...]
@@ -52,6 +54,7 @@ class Method:
     share_power: float = 1.0
     converges: bool = False
     keeps_best: bool = False
+    knows_head: bool = True
 
     def refusal(self, curvature: str, fisher: str) -> str | None:
         """Why it cannot merge such an update, or None if it can.
@@ -115,8 +118,16 @@ _PUBLISHED_STEPS = 2000
 _PUBLISHED_LOOK = 100
 
 METHODS: dict[MethodName, Method] = {
-    "fedavg": Method((), (), _forget, ClosedForm, iterations=1, sweep=1),
-    "fisher_merge": Method(("diagonal",), (), _unchanged, ClosedForm, iterations=1, sweep=1),
+    "fedavg": Method((), (), _forget, ClosedForm, iterations=1, sweep=1, knows_head=False),
+    "fisher_merge": Method(
+        ("diagonal",),
+        (),
+        _unchanged,
+        ClosedForm,
+        iterations=1,
+        sweep=1,
+        knows_head=False,
+    ),
     "regmean": Method(
         ("kfac",),
         (),
@@ -125,6 +136,7 @@ METHODS: dict[MethodName, Method] = {
         iterations=1000,
         sweep=5,
         converges=True,
+        knows_head=False,
     ),
     "fedfisher_diag": Method(
         ("diagonal",),
@@ -134,6 +146,7 @@ METHODS: dict[MethodName, Method] = {
         iterations=_PUBLISHED_STEPS,
         sweep=_PUBLISHED_LOOK,
         keeps_best=True,
+        knows_head=False,
     ),
     "fedfisher_kfac": Method(
         ("kfac",),
@@ -143,6 +156,7 @@ METHODS: dict[MethodName, Method] = {
         iterations=_PUBLISHED_STEPS,
         sweep=_PUBLISHED_LOOK,
         keeps_best=True,
+        knows_head=False,
     ),
     "fedfisher": Method(
         ("kfac", "ekfac", "diagonal", "dense"),

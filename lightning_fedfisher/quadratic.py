@@ -9,7 +9,7 @@ Solvers start at the average ``sum_k p_k W_k``, and a direction (of either facto
 products) that no client has information on stays there.
 
 The clients are gone through one after the other, their weights once, so that a sequence that reads
-curvature from disk will do (`spill.Spilled`).
+curvature from disk will do (`spill.Spilled`); what is asked of all of them alike is not read.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -43,6 +43,20 @@ def average(shares: Sequence[float], weights: Sequence[Tensor]) -> Tensor:
     return first + sum((p / total * (w - first) for p, w in offsets), torch.zeros_like(first))
 
 
+class Unread(Sequence[Curvature], ABC):
+    """Curvatures made anew at every use.
+
+    Attributes:
+        kinds: the type of each, without making it.
+    """
+
+    kinds: Sequence[type[Curvature]]
+
+    @override
+    def __len__(self) -> int:
+        return len(self.kinds)
+
+
 @dataclass(frozen=True)
 class Quadratic:
     """The merge problem of one layer.
@@ -50,19 +64,24 @@ class Quadratic:
     Attributes:
         shares: ``p_k``, positive, one for each client.
         weights: ``W_k``, matrices of one shape.
-        curvatures: ``F_k``, acting on that shape; may be read from disk at every use.
+        curvatures: ``F_k``, acting on that shape, of one kind; may be `Unread`.
+        kind: their type.
     """
 
     shares: Sequence[float]
     weights: Sequence[Tensor]
     curvatures: Sequence[Curvature]
+    kind: type[Curvature] = field(init=False)
 
     def __post_init__(self) -> None:
         if not len(self.shares) == len(self.weights) == len(self.curvatures) > 0:
             raise ValueError("a merge needs one share, weight matrix and curvature for each client")
-        kinds = sorted({curvature.kind for curvature in self.curvatures})
+        found = self.curvatures
+        kinds = set(found.kinds if isinstance(found, Unread) else [type(f) for f in found])
         if len(kinds) > 1:
-            raise ValueError(f"the clients' curvatures of one layer are of several kinds: {kinds}")
+            names = sorted(kind.kind for kind in kinds)
+            raise ValueError(f"the clients' curvatures of one layer are of several kinds: {names}")
+        object.__setattr__(self, "kind", kinds.pop())
         total = sum(self.shares)
         object.__setattr__(self, "shares", tuple(share / total for share in self.shares))
 
@@ -94,6 +113,20 @@ class Quadratic:
         """
         return self._at_average[0]
 
+    def look(self, matrix: Tensor) -> tuple[float, Tensor]:
+        """`objective` and `gradient` in one pass over the curvatures.
+
+        Args:
+            matrix: ``W``.
+
+        Returns:
+            Both.
+        """
+        _, gradient, objective = self._at_average
+        offset = matrix - self.average
+        curved = self.curve(offset)
+        return objective + _dot(offset, 2 * gradient + curved), gradient + curved
+
     def objective(self, matrix: Tensor) -> float:
         """``Q(W)``.
 
@@ -103,9 +136,7 @@ class Quadratic:
         Returns:
             The value, zero only where every client is content.
         """
-        _, gradient, objective = self._at_average
-        offset = matrix - self.average
-        return objective + _dot(offset, 2 * gradient + self.curve(offset))
+        return self.look(matrix)[0]
 
     def gradient(self, matrix: Tensor) -> Tensor:
         """``sum_k p_k F_k (W - W_k)``, half the gradient of ``Q``.
@@ -121,7 +152,7 @@ class Quadratic:
     @cached_property
     def mean(self) -> Curvature:
         """One curvature that stands for the clients' sum, and that can be inverted."""
-        return type(self.curvatures[0]).mean(self.curvatures, self.shares)
+        return self.kind.mean(self.curvatures, self.shares)
 
     def curve(self, matrix: Tensor) -> Tensor:
         """``sum_k p_k F_k V``, the Hessian's action on a direction ``V``.
@@ -138,18 +169,17 @@ class Quadratic:
     def in_double(self) -> Quadratic:
         """The same problem in float64, its curvature converted at every use."""
         weights = [matrix.double() for matrix in self.weights]
-        return Quadratic(self.shares, weights, _InDouble(self.curvatures, weights[0].device))
+        return Quadratic(self.shares, weights, _InDouble(self, weights[0].device))
 
 
-class _InDouble(Sequence[Curvature]):
+class _InDouble(Unread):
     """Curvature in float64, one at a time."""
 
-    def __init__(self, curvatures: Sequence[Curvature], device: torch.device) -> None:
-        self._curvatures, self._device = curvatures, device
+    def __init__(self, problem: Quadratic, device: torch.device) -> None:
+        self._curvatures, self._device = problem.curvatures, device
+        self.kinds = [problem.kind] * len(problem.curvatures)
 
-    def __len__(self) -> int:
-        return len(self._curvatures)
-
+    @override
     def __getitem__(self, index: Any) -> Any:
         return self._curvatures[index].to(self._device, torch.float64)
 
@@ -197,12 +227,19 @@ class Solver(ABC):
             self._step()
             self.iterations += 1
 
+    def look(self) -> tuple[float, float]:
+        """The objective and `residual` at the iterate, in one pass over the curvatures."""
+        objective, gradient = self.problem.look(self.weights)
+        return objective, _norm(self._seen(gradient)) / self._pull if self._pull else 0.0
+
     @property
     def residual(self) -> float:
         """Norm of the gradient at the iterate, relative to the clients' pulls at the average."""
-        if self._pull == 0:
-            return 0.0
-        return _norm(self.problem.gradient(self.weights)) / self._pull
+        return self.look()[1]
+
+    def _seen(self, gradient: Tensor) -> Tensor:
+        """The part of a gradient that steps can take away."""
+        return gradient
 
     @abstractmethod
     def _step(self) -> None:
@@ -224,8 +261,8 @@ class ClosedForm(Solver):
         Raises:
             ValueError: if a curvature is not elementwise.
         """
-        if not all(curvature.elementwise for curvature in problem.curvatures):
-            kind = problem.curvatures[0].kind
+        if not problem.kind.elementwise:
+            kind = problem.kind.kind
             raise ValueError(f"there is no closed form with {kind} curvature: it couples weights")
         super().__init__(problem)
 
@@ -266,23 +303,16 @@ class ConjugateGradient(Solver):
         if not self.finished:
             self._begin()
 
-    @property
     @override
-    def residual(self) -> float:
-        """Norm of the gradient in directions with curvature, relative to the clients' pulls."""
-        if self._pull == 0:
-            return 0.0
-        return _norm(self._true_residual()) / self._pull
-
-    def _true_residual(self) -> Tensor:
-        residual = -self.problem.gradient(self.weights)
-        return residual if self._inverse is None else self._inverse.project(residual)
+    def _seen(self, gradient: Tensor) -> Tensor:
+        # In directions without curvature there is none, but for rounding.
+        return gradient if self._inverse is None else self._inverse.project(gradient)
 
     def _begin(self) -> None:
         """Starts, or starts anew, at the iterate."""
         if self._inverse is None:
             self._inverse = self.problem.mean.pseudo_inverse(self._cut)
-        self._residual = self._true_residual()
+        self._residual = -self._seen(self.problem.gradient(self.weights))
         self._started_at = self._least = _norm(self._residual)
         self._waited = 0
         self.finished = self._least <= self._AGREES * self._tolerance * self._pull
@@ -335,8 +365,7 @@ def exact_solver(problem: Quadratic, cut: float = 1e-6) -> Solver:
     Returns:
         A solver at the average.
     """
-    elementwise = all(curvature.elementwise for curvature in problem.curvatures)
-    return ClosedForm(problem) if elementwise else ConjugateGradient(problem, cut=cut)
+    return ClosedForm(problem) if problem.kind.elementwise else ConjugateGradient(problem, cut=cut)
 
 
 class PublishedServer(Solver):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from typing_extensions import override
 
 from lightning_fedfisher.curvature import Curvature
+from lightning_fedfisher.quadratic import Unread
 
 
-class Spilled(Sequence[Curvature]):
+class Spilled(Unread):
     """Curvatures in a temporary folder, read anew at every use; the folder goes with the object."""
 
     def __init__(self, curvatures: Iterable[Curvature], device: torch.device) -> None:
@@ -26,20 +27,18 @@ class Spilled(Sequence[Curvature]):
         """
         self._folder = TemporaryDirectory(prefix="fedfisher-")
         self._device = device
-        self._kinds: list[tuple[type[Curvature], tuple[int, int], torch.dtype]] = []
+        self.kinds: list[type[Curvature]] = []
+        self._forms: list[tuple[tuple[int, int], torch.dtype]] = []
         for index, curvature in enumerate(curvatures):
             tensors = {n: t.cpu().contiguous() for n, t in curvature.tensors().items()}
             dtype = next((t.dtype for t in tensors.values()), torch.float32)
-            self._kinds.append((type(curvature), curvature.shape, dtype))
+            self.kinds.append(type(curvature))
+            self._forms.append((curvature.shape, dtype))
             save_file(tensors, self._file(index))
 
     @override
-    def __len__(self) -> int:
-        return len(self._kinds)
-
-    @override
     def __getitem__(self, index: Any) -> Any:
-        kind, shape, dtype = self._kinds[index]
+        kind, (shape, dtype) = self.kinds[index], self._forms[index]
         return kind.from_tensors(load_file(self._file(index)), shape).to(self._device, dtype)
 
     def _file(self, index: int) -> Path:

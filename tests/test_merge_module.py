@@ -427,6 +427,7 @@ def spills(monkeypatch, tmp_path):
 
 MEMORY = [
     ("identity", "fedavg"),
+    ("kfac", "fedavg"),
     ("diagonal", "fisher_merge"),
     ("diagonal", "fedfisher"),
     ("kfac", "fedfisher"),
@@ -455,7 +456,8 @@ def test_memory_does_not_change_a_bit(kinds, kind, method, spills, tmp_path):
         module = merge(paths, tmp_path, method=method, memory_budget=budget, trainer=watch)
         assert_same(module.merged_state_dict(), freely.merged_state_dict(), rtol=0, atol=0)
         assert module.history[-1] == freely.history[-1]
-        assert len(spills) == sum(size > budget for size in sizes)
+        spilled = sum(size > budget for size in sizes)
+        assert len(spills) == (0 if method == "fedavg" else spilled)  # no curvature is left of it
         assert not any(folder.exists() for folder in spills)
         assert all(len(now) <= 1 or sum(now) <= budget for now in held)
 

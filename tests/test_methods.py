@@ -334,6 +334,20 @@ def test_other_methods_know_no_head(method):
         torch.testing.assert_close(here.dense(), there.dense(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_curvature_is_read_once_more_only_where_the_head_is_looked_for(method, monkeypatch):
+    kind = METHODS[method].curvatures[0] if METHODS[method].curvatures else "kfac"
+    updates = [_update(_classifier(seed=s), _classified(s), kind) for s in range(2)]
+    reads, original = [], ClientUpdate.block
+    monkeypatch.setattr(
+        ClientUpdate, "block", lambda u, layer: (reads.append(layer.name), original(u, layer))[1]
+    )
+    problems = LayerProblems(updates, METHODS[method], 2**30)
+    for index in range(2):
+        problems.read(index, torch.device("cpu"))
+    assert reads == ["0"] * 2 + ["2"] * (4 if method == "fedfisher" else 2)
+
+
 # The server's problems
 
 

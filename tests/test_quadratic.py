@@ -2,7 +2,6 @@
 
 import copy
 import weakref
-from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 
@@ -17,6 +16,7 @@ from lightning_fedfisher.quadratic import (
     ConjugateGradient,
     PublishedServer,
     Quadratic,
+    Unread,
     average,
     exact_solver,
 )
@@ -608,16 +608,14 @@ def test_curvature_that_is_negative_by_rounding_ends(dtype):
 # Curvature that is read at every use
 
 
-class _Read(Sequence):
-    """Curvatures made anew whenever one is asked for; counts, and looks at what is kept."""
+class _Read(Unread):
+    """Counts what is made, and looks at what is kept."""
 
     def __init__(self, curvatures):
         self._curvatures = list(curvatures)
+        self.kinds = [type(curvature) for curvature in curvatures]
         self.reads = self.most = 0
         self._alive = []
-
-    def __len__(self):
-        return len(self._curvatures)
 
     def __getitem__(self, index):
         curvature = copy.deepcopy(self._curvatures[index])
@@ -647,6 +645,29 @@ def test_curvature_read_at_every_use_gives_the_same_bits(kind, dtype):
         assert lazy.most <= 2  # the one at work, and the one that follows
         # A step is one pass; then there are two looks, and up to two at the end of a solver.
         assert 3 <= lazy.reads - begun <= 3 * (2 * there.iterations + 5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_asked_of_all_curvatures_is_not_read(kind):
+    lazy = _Read(_problem(kind).curvatures)
+    problem = Quadratic(SHARES, _problem(kind).weights, lazy)
+    assert problem.in_double().kind is problem.kind is type(_problem(kind).curvatures[0])
+    assert lazy.reads == 0
+    solver = exact_solver(problem)  # at the average: its figures, and the mean and a residual
+    assert lazy.reads == (3 if kind in ELEMENTWISE else 12)
+    before = lazy.reads
+    objective, residual = solver.look()
+    assert lazy.reads == before + 3
+    assert objective == problem.objective(solver.weights)
+    assert residual == solver.residual
+
+
+def test_several_kinds_are_told_without_reading():
+    problem, other = _problem("kronecker"), _problem("diagonal")
+    lazy = _Read([*problem.curvatures[:2], other.curvatures[2]])
+    with pytest.raises(ValueError, match=r"of several kinds: \['diagonal', 'kronecker'\]"):
+        Quadratic(SHARES, problem.weights, lazy)
+    assert lazy.reads == 0
 
 
 def test_curvature_read_at_every_use_goes_on_in_float64_one_at_a_time():
