@@ -83,6 +83,11 @@ def open_updates(sources: Sequence[UpdateSource], method: Method, name: str) -> 
                 f"{update.source} was treated unlike {opened[0].source}: "
                 + ", ".join(f"layer {name} is {theirs}, not {mine}" for name, mine, theirs in odd)
             )
+        if method.curvatures and (odd := _unlike(_wiring(opened[0]), _wiring(update))):
+            offenders.append(
+                f"{update.source} ran its layers otherwise than {opened[0].source}: "
+                + ", ".join(f"{name} is {theirs}, not {mine}" for name, mine, theirs in odd)
+            )
         if differences := _differences(opened[0], update):
             offenders.append(
                 f"{update.source} is of another model than {opened[0].source}: {differences}"
@@ -90,6 +95,16 @@ def open_updates(sources: Sequence[UpdateSource], method: Method, name: str) -> 
     if offenders:
         raise MergeError(offenders)
     return opened
+
+
+def _wiring(update: ClientUpdate) -> dict[str, object]:
+    """What each layer reads, and which one is the head."""
+    header = update.header
+    wiring: dict[str, object] = {
+        f"the source of {name}": f"{source.layer} ({source.activation})"
+        for name, source in header.sources.items()
+    }
+    return wiring | {"the head": header.head or "absent"}
 
 
 def _differences(first: ClientUpdate, second: ClientUpdate) -> str:

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_fedfisher.input_map import InputMap
+
 
 @dataclass(frozen=True)
 class PseudoInverse:
@@ -44,6 +46,8 @@ class Curvature(ABC):
     kind: ClassVar[str]
     elementwise: ClassVar[bool] = False
     """Whether the operator is its own diagonal, so that sums of it invert entry by entry."""
+    holds_inputs: ClassVar[bool] = False
+    """Whether it holds the second moments of the layer's inputs, so that these may change."""
 
     @property
     @abstractmethod
@@ -100,6 +104,20 @@ class Curvature(ABC):
             ``I x A`` where the kind holds the inputs' second moment ``A``, else the identity.
         """
         return Identity(self.shape)
+
+    def with_inputs(self, change: InputMap) -> Curvature:
+        """The operator for other inputs, which the present ones are mapped to.
+
+        Args:
+            change: ``S``, from the present inputs to the others.
+
+        Returns:
+            ``V -> F(V S) S'``, of the same kind, to be applied and averaged.
+
+        Raises:
+            TypeError: if the kind does not hold its inputs' second moments (`holds_inputs`).
+        """
+        raise TypeError(f"{self.kind} curvature does not hold the second moments of its inputs")
 
     @abstractmethod
     def diagonal(self) -> Tensor:

@@ -63,9 +63,7 @@ class Flow:
         """
         self._mark(output, _Mark(layer, "identity", axis, 0))
 
-    def run(
-        self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> Any:
+    def run(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Makes a call, and marks what it returns if that is still one layer's outputs.
 
         Args:

@@ -26,6 +26,7 @@ from lightning_fedfisher.curvature import (
     require_positive,
     symmetric_power,
 )
+from lightning_fedfisher.input_map import InputMap
 
 
 class Factored(Curvature):
@@ -131,6 +132,7 @@ class Kronecker(Factored):
     output_factor: Tensor
     input_factor: Tensor
     kind: ClassVar[str] = "kronecker"
+    holds_inputs: ClassVar[bool] = True
 
     @property
     @override
@@ -163,6 +165,12 @@ class Kronecker(Factored):
     @override
     def of_inputs(self) -> Self:
         return type(self)(torch.eye(self.shape[0]).to(self.output_factor), self.input_factor)
+
+    @override
+    def with_inputs(self, change: InputMap) -> Self:
+        back = change.transposed
+        half = back.on_columns(self.input_factor)
+        return type(self)(self.output_factor, back.on_columns(half.mT))
 
     @override
     def diagonal(self) -> Tensor:
@@ -247,12 +255,23 @@ class EigenKronecker(Eigenbased):
     input_basis: Tensor
     spectrum: Tensor
     kind: ClassVar[str] = "ekfac"
+    holds_inputs: ClassVar[bool] = True
     factored: ClassVar[type[Factored]] = Kronecker
 
     @override
     def _scale(self, matrix: Tensor, spectrum: Tensor) -> Tensor:
         turned = self.output_basis.mT @ matrix @ self.input_basis
         return self.output_basis @ (spectrum * turned) @ self.input_basis.mT
+
+    @override
+    def of_inputs(self) -> Kronecker:
+        return self.kronecker().of_inputs()
+
+    @override
+    def with_inputs(self, change: InputMap) -> Self:
+        # The basis is orthogonal no more: powers come before.
+        basis = change.transposed.on_columns(self.input_basis.mT).mT
+        return type(self)(self.output_basis, basis, self.spectrum)
 
     @override
     def diagonal(self) -> Tensor:

@@ -184,8 +184,13 @@ class FisherMergeModule(LightningModule):
             )
         self._status, self.history = saved["status"].cpu(), list(saved["history"])
         if saved["max_iterations"] != self._max_iterations:
-            # What ended for want of iterations begins anew; what converged stays.
+            # What ended for want of iterations begins anew, with all that waits for it.
             ran_out = self._status[:, _ITERATIONS] >= saved["max_iterations"]
+            for index in range(len(self.layers)):
+                before: int | None = index
+                while before is not None and not ran_out[index]:
+                    ran_out[index] = bool(ran_out[before])
+                    before = self._problems.waits_for(before)
             self._status[ran_out] = 0
         self._best, self._validation_samples = saved["best"], saved["validation_samples"]
 
@@ -309,11 +314,11 @@ class FisherMergeModule(LightningModule):
             self._progress[index] = self._merged(index), self._status[index].tolist()
             return
         if index not in self._solvers:
-            # A method that looks for its best iterate moves all layers at once.
-            if not self._looks and not self._problems.fits(index, self._solvers):
+            if not self._may_begin(index):
                 self._progress[index] = self._merged(index), [0.0, 0.0, 1.0, 0.0]
                 return
-            self._solvers[index] = self._method.solver(self._problems.read(index, self.device))
+            problem = self._problems.read(index, self.device, list(self.merged))
+            self._solvers[index] = self._method.solver(problem)
         solver = self._solvers[index]
         solver.advance(min(self._method.sweep, self._max_iterations - solver.iterations))
         if not torch.isfinite(solver.weights).all():
@@ -326,6 +331,13 @@ class FisherMergeModule(LightningModule):
         self._progress[index] = solver.weights.to(self.merged[index].dtype), status
         if done:
             del self._solvers[index]
+
+    def _may_begin(self, index: int) -> bool:
+        before = self._problems.waits_for(index)
+        if before is not None and not self._status[before, _DONE]:
+            return False
+        # A method that looks for its best iterate moves all layers at once.
+        return self._looks or self._problems.fits(index, self._solvers)
 
     @torch.no_grad()
     def _gather(self) -> None:

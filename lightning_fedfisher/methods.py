@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, get_args
 
-import torch
-
 from lightning_fedfisher.curvature import Curvature, Identity
 from lightning_fedfisher.quadratic import (
     ClosedForm,
@@ -33,16 +31,16 @@ class Method:
     Attributes:
         curvatures: kinds of curvature it can merge; any if empty.
         fishers: Fisher types it is defined for; any if empty.
-        transform: what it makes of a client's curvature; the flag tells whether the layer is taken
-            for the head: the last one that was trained, if it `feeds_softmax` at every client.
+        transform: what it makes of a client's curvature; the flag tells whether the layer is the
+            head, whose outputs are the logits of a softmax.
         solver: how it minimises.
         iterations: steps after which it stops, if its solver has not finished before.
         sweep: steps between two looks at the model.
         share_power: a client of ``n`` samples counts as ``n ** share_power``.
         converges: whether it promises the minimum, rather than a number of steps.
         keeps_best: whether it returns its best iterate on labelled samples, when given some.
-        knows_head: whether `transform` looks at its flag, which is never set if not: to find the
-            head, the last layer's curvature is read once more.
+        aligns: whether a layer is merged after the one whose outputs it reads, with weights and
+            curvature for the inputs that the merged model gives it (see `alignment`).
     """
 
     curvatures: tuple[str, ...]
@@ -54,7 +52,7 @@ class Method:
     share_power: float = 1.0
     converges: bool = False
     keeps_best: bool = False
-    knows_head: bool = True
+    aligns: bool = False
 
     def refusal(self, curvature: str, fisher: str) -> str | None:
         """Why it cannot merge such an update, or None if it can.
@@ -73,20 +71,6 @@ class Method:
         else:
             return None
         return f"holds {found}: extract it with FedFisherCallback({wanted}, ...)"
-
-
-def feeds_softmax(curvature: Curvature) -> bool:
-    """Whether a constant added to all outputs of a layer changes nothing, as it is with logits.
-
-    Args:
-        curvature: of the layer.
-
-    Returns:
-        True if the curvature against such a constant is nothing beside that in other directions.
-    """
-    rows = curvature.over_outputs()
-    constant = rows.apply(torch.ones_like(rows.diagonal()))
-    return float(constant.sum()) <= _NOTHING * float(rows.trace())
 
 
 def _unchanged(curvature: Curvature, head: bool) -> Curvature:
@@ -110,15 +94,13 @@ def _temper(curvature: Curvature, head: bool) -> Curvature:
     return (curvature.over_outputs() if head else curvature).power(0.5)
 
 
-# Of the mean eigenvalue; quantised curvature is not exactly blind to constants.
-_NOTHING = 0.05
 # The square root of float32's rounding, with room: what the power makes of eigenvalues that are 0.
 _TEMPERED_ROUNDING = 1e-3
 _PUBLISHED_STEPS = 2000
 _PUBLISHED_LOOK = 100
 
 METHODS: dict[MethodName, Method] = {
-    "fedavg": Method((), (), _forget, ClosedForm, iterations=1, sweep=1, knows_head=False),
+    "fedavg": Method((), (), _forget, ClosedForm, iterations=1, sweep=1),
     "fisher_merge": Method(
         ("diagonal",),
         (),
@@ -126,7 +108,6 @@ METHODS: dict[MethodName, Method] = {
         ClosedForm,
         iterations=1,
         sweep=1,
-        knows_head=False,
     ),
     "regmean": Method(
         ("kfac",),
@@ -134,9 +115,8 @@ METHODS: dict[MethodName, Method] = {
         _regress,
         exact_solver,
         iterations=1000,
-        sweep=5,
+        sweep=20,
         converges=True,
-        knows_head=False,
     ),
     "fedfisher_diag": Method(
         ("diagonal",),
@@ -146,7 +126,6 @@ METHODS: dict[MethodName, Method] = {
         iterations=_PUBLISHED_STEPS,
         sweep=_PUBLISHED_LOOK,
         keeps_best=True,
-        knows_head=False,
     ),
     "fedfisher_kfac": Method(
         ("kfac",),
@@ -156,7 +135,6 @@ METHODS: dict[MethodName, Method] = {
         iterations=_PUBLISHED_STEPS,
         sweep=_PUBLISHED_LOOK,
         keeps_best=True,
-        knows_head=False,
     ),
     "fedfisher": Method(
         ("kfac", "ekfac", "diagonal", "dense"),
@@ -164,9 +142,10 @@ METHODS: dict[MethodName, Method] = {
         _temper,
         partial(exact_solver, cut=_TEMPERED_ROUNDING),
         iterations=1000,
-        sweep=5,
+        sweep=20,
         share_power=0.5,
         converges=True,
+        aligns=True,
     ),
 }
 """Every method.
