@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -113,7 +114,6 @@ class FisherMergeModule(LightningModule):
         self.merged = nn.ParameterList(
             nn.Parameter(self._problems.average(layer)) for layer in self.layers
         )
-        self._fingerprint = fingerprint(self.method, self.updates, self.merged)
         self._merged_buffers = merge_buffers(self.updates)
         self._dtypes = {n: t.dtype for n, t in self.updates[0].parameters.items()}
         self._target: list[nn.Module] = [] if model is None else [model]
@@ -132,6 +132,10 @@ class FisherMergeModule(LightningModule):
         self._best: tuple[float, list[Tensor]] | None = None
         self.history: list[dict[str, float]] = []
         self._validation_samples = 0
+
+    @cached_property
+    def _fingerprint(self) -> str:  # when a checkpoint asks for it: it may hash all updates
+        return fingerprint(self._method if self.method == "custom" else self.method, self.updates)
 
     @property
     def _finished(self) -> bool:

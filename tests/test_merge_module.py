@@ -4,7 +4,10 @@ import copy
 import csv
 import dataclasses
 import json
+import os
 import re
+import subprocess
+import sys
 import tempfile
 import textwrap
 import warnings
@@ -31,6 +34,7 @@ from lightning_fedfisher import (
     extract_curvature,
 )
 from lightning_fedfisher.curvature import Diagonal
+from lightning_fedfisher.fingerprint import fingerprint
 from lightning_fedfisher.layer_problems import LayerProblems
 from lightning_fedfisher.methods import Method
 from lightning_fedfisher.quadratic import ClosedForm, ConjugateGradient, PublishedServer
@@ -353,6 +357,94 @@ def test_a_checkpoint_of_other_curvature_of_the_same_weights_is_refused(updates,
         others.append(ClientUpdate.from_model(model, header, extracted.blocks))
     with pytest.raises(ValueError, match="is of another merge"):
         _resumed(path, others, tmp_path)
+
+
+def _scaled(block):
+    return block.from_tensors({n: 2 * t for n, t in block.tensors().items()}, block.shape)
+
+
+def test_a_checkpoint_of_curvature_with_other_values_is_refused(updates, tmp_path):
+    clients = updates["fedfisher"]
+    _, path = _interrupted(clients, tmp_path, 1)
+    first, model = clients[0], _loaded(clients[0])
+    altered = {**first.blocks, "network.2": _scaled(first.blocks["network.2"])}
+    other = ClientUpdate.from_model(model, first.header, altered)
+    header = dataclasses.replace(first.header, curvature_samples=first.num_samples + 1)
+    recounted = ClientUpdate.from_model(model, header, first.blocks)
+    for update in (other, recounted):
+        for source in (update, update.save(tmp_path / "other.safetensors")):
+            with pytest.raises(ValueError, match="is of another merge"):
+                _resumed(path, [source, *clients[1:]], tmp_path)
+
+
+def test_a_merge_of_updates_in_memory_resumes_from_their_files(updates, read, tmp_path):
+    clients = updates["fedfisher"]
+    whole, path = _interrupted(clients, tmp_path, -1)
+    files = [client.save(tmp_path / f"{k}.safetensors") for k, client in enumerate(clients)]
+    noted = dataclasses.replace(clients[0].header, metadata={"note": "a copy"})
+    files[0] = ClientUpdate.from_model(_loaded(clients[0]), noted, clients[0].blocks).save(
+        tmp_path / "noted.safetensors"
+    )
+    read.clear()
+    second = _resumed(path, files, tmp_path)
+    assert read == []
+    assert_same(second.merged_state_dict(), whole.merged_state_dict(), rtol=0, atol=0)
+
+
+def _tempered(power):
+    return lambda curvature, head: curvature.power(power)
+
+
+def _flattened(curvature, head, *, power=0.5):
+    return Diagonal(curvature.diagonal()).power(power)
+
+
+ROW = dataclasses.replace(METHODS["fedfisher"], transform=_tempered(0.5))
+ROWS = [
+    ROW,
+    METHODS["fedfisher"],
+    dataclasses.replace(ROW, transform=_tempered(0.4)),
+    dataclasses.replace(ROW, transform=lambda curvature, head: curvature.power(0.5)),
+    dataclasses.replace(ROW, transform=lambda curvature, head: curvature.power(0.4)),
+    dataclasses.replace(ROW, transform=lambda curvature, head: curvature.over_outputs()),
+    dataclasses.replace(ROW, transform=_flattened),
+    dataclasses.replace(ROW, transform=partial(_flattened, power=0.4)),
+    dataclasses.replace(ROW, solver=ConjugateGradient),
+    dataclasses.replace(ROW, solver=partial(ConjugateGradient, cut=1e-2)),
+    dataclasses.replace(ROW, share_power=1.0),
+]
+
+
+def test_methods_of_ones_own_are_told_apart(updates, tmp_path):
+    clients = updates["fedfisher"]
+    assert len({fingerprint(row, clients) for row in [*ROWS, "fedfisher"]}) == len(ROWS) + 1
+    _, path = _interrupted(clients, tmp_path, 1, method=ROW)
+    with pytest.raises(ValueError, match="is of another merge"):
+        _resumed(path, clients, tmp_path, method=ROWS[2])
+    again = dataclasses.replace(METHODS["fedfisher"], transform=_tempered(0.5))
+    _resumed(path, clients, tmp_path, method=again)
+
+
+def test_methods_of_ones_own_are_told_alike_in_every_process(updates, tmp_path):
+    path = updates["fedfisher"][0].save(tmp_path / "client.safetensors")
+    script = tmp_path / "tell.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from test_merge_module import ROWS, ClientUpdate, fingerprint\n"
+        f"clients = [ClientUpdate.open({str(path)!r})]\n"
+        "print(*(fingerprint(row, clients) for row in ROWS))\n"
+    )
+    told = [
+        subprocess.run(
+            [sys.executable, script],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()
+        for seed in "12"
+    ]
+    assert told[0] == told[1] == [fingerprint(row, updates["fedfisher"][:1]) for row in ROWS]
 
 
 def test_a_checkpoint_of_something_else_is_refused(updates, tmp_path):
