@@ -132,6 +132,7 @@ class FisherMergeModule(LightningModule):
         self._best: tuple[float, list[Tensor]] | None = None
         self.history: list[dict[str, float]] = []
         self._validation_samples = 0
+        self._ended = False
 
     @cached_property
     def _fingerprint(self) -> str:  # when a checkpoint asks for it: it may hash all updates
@@ -264,7 +265,14 @@ class FisherMergeModule(LightningModule):
         self.trainer.should_stop = self.trainer.should_stop or self._finished
 
     @override
+    def on_fit_end(self) -> None:
+        # A fit resumed with no epoch left to run has no end of training.
+        if not self._ended:
+            self.on_train_end()
+
+    @override
     def on_train_end(self) -> None:
+        self._ended = True
         if self._method.converges or not self._finished:
             self._warn_of_what_is_unsolved()
         if self._keep_best and self._best is not None:

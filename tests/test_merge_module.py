@@ -475,6 +475,36 @@ def test_the_best_iterate_survives_an_interruption(updates, tmp_path):
     assert any(not torch.equal(last[name], t) for name, t in second.merged_state_dict().items())
 
 
+@pytest.mark.parametrize("again", [{"max_epochs": 3}, {"max_epochs": -1, "limit_train_batches": 0}])
+def test_a_merge_resumed_with_no_sweep_left_ends_as_it_would_have(updates, again, tmp_path):
+    clients, options = updates["fedfisher_kfac"], {"method": "fedfisher_kfac"}
+    loader = tiny_loader(seed=50, samples=40, shuffle=False)
+    x, _ = loader.dataset.tensors
+    start = tiny_model()
+    start.load_state_dict(FisherMergeModule(clients, **options).merged_state_dict())
+    # Labels by which the merge gets worse, so that the best iterate is not the last.
+    right = DataLoader(TensorDataset(x, start(x).argmax(1)), batch_size=8)
+    first, path = _interrupted(clients, tmp_path, 3, right, model=tiny_model(), **options)
+    saved = torch.load(path, weights_only=True)["state_dict"]
+    merged = first.merged_state_dict()
+    assert any(
+        not torch.equal(first.layers[k].join(merged), saved[f"merged.{k}"]) for k in range(4)
+    )
+    model = tiny_model(seed=9)
+    module = FisherMergeModule(clients, model=model, **options)
+    with pytest.warns(UserWarning, match="has not converged"):
+        quiet_trainer(tmp_path, **again).fit(module, ckpt_path=path, weights_only=True)
+    assert module.history == first.history
+    assert_same(module.merged_state_dict(), merged, rtol=0, atol=0)
+    assert_same(dict(model.state_dict()), merged, rtol=0, atol=0)
+
+
+def test_a_merge_ends_once(updates, tmp_path):
+    with pytest.warns(UserWarning, match="has not converged") as caught:
+        merge(updates["fedfisher"], tmp_path, max_iterations=1)
+    assert sum("not converged" in str(w.message) for w in caught) == 1
+
+
 # Memory
 
 
