@@ -20,7 +20,6 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional
 from torch.optim import Optimizer
 from torch.utils.data import DistributedSampler
@@ -89,7 +88,8 @@ class FisherMergeModule(LightningModule):
             max_iterations: solver steps a layer at most; the method's own if None.
             memory_budget: bytes of clients' curvature and weights to hold at a time; beyond it,
                 layers wait for their turn, and one that exceeds it alone is kept on disk, in the
-                folder for temporary files.
+                folder for temporary files. Where the best iterate is looked for on a validation
+                loader, all layers move at once, and it bounds each of them, not their sum.
 
         Raises:
             MergeError: naming every update that is missing, corrupt, of another architecture, or
@@ -226,8 +226,9 @@ class FisherMergeModule(LightningModule):
         # New ones each time: a state reset in inference mode could not be updated outside it.
         self._accuracy = MeanMetric().to(self.device)
         self._nll = MeanMetric().to(self.device)
-        if not self._replica:
-            self._replica = [copy.deepcopy(self._target[0]).to(self.device).eval()]
+        # So is the replica: it may have been on another device. It keeps the model's own dtypes.
+        self._replica = [copy.deepcopy(self._target[0]).to(self.device).eval()]
+        self._replica[0].load_state_dict(self._state(), strict=False)
 
     @override
     def training_step(self, batch: int, batch_idx: int) -> None:
@@ -241,7 +242,7 @@ class FisherMergeModule(LightningModule):
     @override
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         x, y = batch
-        logits = functional_call(self._replica[0], self._state(), (x,))
+        logits = self._replica[0](x)
         self._accuracy.update((logits.argmax(1) == y).float() * 100)
         self._nll.update(functional.cross_entropy(logits, y, reduction="none"))
 
@@ -307,10 +308,6 @@ class FisherMergeModule(LightningModule):
         shared = self.updates[0].header.aliases
         return state | {name: state[first] for name, first in shared.items()}
 
-    @property
-    def _looks(self) -> bool:
-        return self._keep_best and bool(self._target)
-
     @torch.no_grad()
     def _advance(self, index: int) -> None:
         """Moves one layer's solver by a sweep's iterations, and lets go of it when it is done."""
@@ -322,7 +319,8 @@ class FisherMergeModule(LightningModule):
             return
         if index not in self._solvers:
             # A method that looks for its best iterate moves all layers at once.
-            if not self._looks and not self._problems.fits(index, self._solvers):
+            looks = self._keep_best and self.trainer.enable_validation
+            if not looks and not self._problems.fits(index, self._solvers):
                 self._progress[index] = self._merged(index), [0.0, 0.0, 1.0, 0.0]
                 return
             self._solvers[index] = self._method.solver(self._problems.read(index, self.device))

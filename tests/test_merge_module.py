@@ -16,7 +16,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from federation import TinyClassifier, quiet_trainer, tiny_loader, tiny_model, tiny_updates
+from federation import (
+    TinyClassifier,
+    quiet_trainer,
+    tiny_data,
+    tiny_loader,
+    tiny_model,
+    tiny_updates,
+)
 from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from test_callback import run_ddp
@@ -197,6 +204,47 @@ def test_watching_labels_does_not_change_our_merge(updates, tmp_path):
     assert "val_accuracy" in watched.history[-1]
     alone = merge(updates["fedfisher"], tmp_path)
     assert_same(watched.merged_state_dict(), alone.merged_state_dict(), rtol=0, atol=0)
+
+
+class _AlmostLinear(nn.Module):
+    """Three dtypes: of the clients' weights, of the model, and whole numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 3))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_validation_is_in_the_dtypes_of_the_model(dtype, tmp_path):
+    x, y = tiny_data(samples=30).tensors
+    torch.manual_seed(0)
+    start, clients = _AlmostLinear(), []
+    for client in range(2):
+        model = copy.deepcopy(start).to(dtype)
+        model(x.to(dtype))  # for its statistics
+        data = TensorDataset(x[client::2].to(dtype), y[client::2])
+        clients.append(_update_of(model.eval(), data))
+    loader = DataLoader(TensorDataset(x, y), batch_size=8)
+    module = merge(clients, tmp_path, loader, method="fedavg", model=start)
+    assert start.state_dict()["layers.2.weight"].dtype == torch.float32
+    assert module.merged_state_dict()["layers.2.weight"].dtype == dtype
+    loss = nn.functional.cross_entropy(start.eval()(x), y)
+    assert module.history[-1]["val_nll"] == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_validation_follows_the_module_to_its_device(updates, tmp_path):
+    loader = tiny_loader(seed=50, samples=40, shuffle=False)
+    module = FisherMergeModule(updates["fedfisher"], model=tiny_model())
+    trainer = quiet_trainer(tmp_path, max_epochs=-1)
+    trainer.validate(module, loader, verbose=False)
+    module._replica[0].to("meta")  # as if that had been on another device
+    trainer.fit(module, val_dataloaders=loader)
+    assert {p.device for p in module._replica[0].parameters()} == {module.device}
+    with torch.inference_mode(False):
+        quiet_trainer(tmp_path, inference_mode=False).validate(module, loader, verbose=False)
 
 
 def test_checkpoints_and_early_stopping_mean_what_they_mean(updates, tmp_path):
@@ -625,6 +673,26 @@ def test_memory_does_not_change_published_methods(updates, method, labels, spill
     else:
         # The next layer begins in the last sweep of the one before it.
         assert (len(freely.history), len(small.history)) == (3, 4 * (3 - 1) + 1)
+
+
+@pytest.mark.parametrize("loader", [None, "unused"])
+def test_a_model_without_labels_leaves_the_memory_bounded(updates, loader, tmp_path):
+    held, val = [], loader and tiny_loader(seed=50, samples=40, shuffle=False)
+    watch = LambdaCallback(
+        on_train_batch_end=lambda _, module, *__: held.append(len(module._solvers))
+    )
+    merge(
+        updates["fedfisher_kfac"],
+        tmp_path,
+        val,
+        method="fedfisher_kfac",
+        model=tiny_model(),
+        max_iterations=200,
+        memory_budget=0,
+        trainer={"callbacks": [watch], "limit_val_batches": 0 if val else 1.0},
+    )
+    assert held
+    assert max(held) <= 1
 
 
 def test_spilled_folders_go_with_a_merge_that_is_stopped(updates, spills, tmp_path):
