@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional
 from torch.optim import Optimizer
 from torch.utils.data import DistributedSampler
@@ -88,7 +88,8 @@ class FisherMergeModule(LightningModule):
             max_iterations: solver steps a layer at most; the method's own if None.
             memory_budget: bytes of clients' curvature and weights to hold at a time; beyond it,
                 layers wait for their turn, and one that exceeds it alone is kept on disk, in the
-                folder for temporary files.
+                folder for temporary files. Where the best iterate is looked for on a validation
+                loader, all layers move at once, and it bounds each of them, not their sum.
 
         Raises:
             MergeError: naming every update that is missing, corrupt, of another architecture, or
@@ -113,7 +114,6 @@ class FisherMergeModule(LightningModule):
         self.merged = nn.ParameterList(
             nn.Parameter(self._problems.average(layer)) for layer in self.layers
         )
-        self._fingerprint = fingerprint(self.method, self.updates, self.merged)
         self._merged_buffers = merge_buffers(self.updates)
         self._dtypes = {n: t.dtype for n, t in self.updates[0].parameters.items()}
         self._target: list[nn.Module] = [] if model is None else [model]
@@ -132,6 +132,11 @@ class FisherMergeModule(LightningModule):
         self._best: tuple[float, list[Tensor]] | None = None
         self.history: list[dict[str, float]] = []
         self._validation_samples = 0
+        self._ended = False
+
+    @cached_property
+    def _fingerprint(self) -> str:  # when a checkpoint asks for it: it may hash all updates
+        return fingerprint(self._method if self.method == "custom" else self.method, self.updates)
 
     @property
     def _finished(self) -> bool:
@@ -226,8 +231,9 @@ class FisherMergeModule(LightningModule):
         # New ones each time: a state reset in inference mode could not be updated outside it.
         self._accuracy = MeanMetric().to(self.device)
         self._nll = MeanMetric().to(self.device)
-        if not self._replica:
-            self._replica = [copy.deepcopy(self._target[0]).to(self.device).eval()]
+        # So is the replica: it may have been on another device. It keeps the model's own dtypes.
+        self._replica = [copy.deepcopy(self._target[0]).to(self.device).eval()]
+        self._replica[0].load_state_dict(self._state(), strict=False)
 
     @override
     def training_step(self, batch: int, batch_idx: int) -> None:
@@ -241,7 +247,7 @@ class FisherMergeModule(LightningModule):
     @override
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         x, y = batch
-        logits = functional_call(self._replica[0], self._state(), (x,))
+        logits = self._replica[0](x)
         self._accuracy.update((logits.argmax(1) == y).float() * 100)
         self._nll.update(functional.cross_entropy(logits, y, reduction="none"))
 
@@ -265,7 +271,14 @@ class FisherMergeModule(LightningModule):
         self.trainer.should_stop = self.trainer.should_stop or self._finished
 
     @override
+    def on_fit_end(self) -> None:
+        # A fit resumed with no epoch left to run has no end of training.
+        if not self._ended:
+            self.on_train_end()
+
+    @override
     def on_train_end(self) -> None:
+        self._ended = True
         if self._method.converges or not self._finished:
             self._warn_of_what_is_unsolved()
         if self._keep_best and self._best is not None:
@@ -300,10 +313,6 @@ class FisherMergeModule(LightningModule):
         shared = self.updates[0].header.aliases
         return state | {name: state[first] for name, first in shared.items()}
 
-    @property
-    def _looks(self) -> bool:
-        return self._keep_best and bool(self._target)
-
     @torch.no_grad()
     def _advance(self, index: int) -> None:
         """Moves one layer's solver by a sweep's iterations, and lets go of it when it is done."""
@@ -337,7 +346,8 @@ class FisherMergeModule(LightningModule):
         if before is not None and not self._status[before, _DONE]:
             return False
         # A method that looks for its best iterate moves all layers at once.
-        return self._looks or self._problems.fits(index, self._solvers)
+        looks = self._keep_best and self.trainer.enable_validation
+        return looks or self._problems.fits(index, self._solvers)
 
     @torch.no_grad()
     def _gather(self) -> None:

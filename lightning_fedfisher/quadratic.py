@@ -125,7 +125,9 @@ class Quadratic:
         _, gradient, objective = self._at_average
         offset = matrix - self.average
         curved = self.curve(offset)
-        return objective + _dot(offset, 2 * gradient + curved), gradient + curved
+        # Rounding may leave a little less than nothing.
+        value = max(0.0, objective + _dot(offset, 2 * gradient + curved))
+        return value, gradient + curved
 
     def objective(self, matrix: Tensor) -> float:
         """``Q(W)``.

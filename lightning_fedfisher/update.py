@@ -170,6 +170,13 @@ class ClientUpdate:
             raise UpdateError(self.source, offenders)
 
     @property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of every tensor by its name in the file; only what is in memory is hashed."""
+        if isinstance(self._tensors, UpdateFile):
+            return self._tensors.digests
+        return {name: digest(tensor) for name, tensor in self._tensors.items()}
+
+    @property
     def fedavg_bytes(self) -> int:
         """Bytes a FedAvg client would send: weights and buffers as they are, nothing else."""
         sent = (*self.parameters.values(), *self.buffers.values())

@@ -53,7 +53,13 @@ def write_file(path: Path, header: UpdateHeader, tensors: Mapping[str, Tensor]) 
 
 
 class UpdateFile(Mapping[str, Tensor]):
-    """The tensors of a file, each read when asked for and checked against its digest."""
+    """The tensors of a file, each read when asked for and checked against its digest.
+
+    Attributes:
+        header: what the tensors mean.
+        shapes: of the tensors, by name.
+        digests: of the tensors, by name.
+    """
 
     def __init__(self, path: Path) -> None:
         """Opens the file and checks its header; reads no tensor.
@@ -83,7 +89,7 @@ class UpdateFile(Mapping[str, Tensor]):
                 raise ValueError("it does not match its digest")
             fields = json.loads(text)
             schema = fields.pop("schema")
-            self._digests: dict[str, str] = dict(fields.pop("digests"))
+            self.digests: dict[str, str] = dict(fields.pop("digests"))
             if type(schema) is not int or schema != SCHEMA:
                 raise UpdateError(
                     str(path),
@@ -97,7 +103,7 @@ class UpdateFile(Mapping[str, Tensor]):
             raise UpdateError(str(path), [reason]) from error
         offenders = [
             f"{name} is missing, or has no digest"
-            for name in sorted(self._digests.keys() ^ self.shapes.keys())
+            for name in sorted(self.digests.keys() ^ self.shapes.keys())
         ]
         for name, found in types.items():
             allowed = _BUFFER_TYPES if name.startswith("buffers/") else _FLOATS
@@ -116,7 +122,7 @@ class UpdateFile(Mapping[str, Tensor]):
                 tensor: Tensor = file.get_tensor(name)
         except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:
             raise UpdateError(str(self._path), [f"{name} cannot be read: {error}"]) from error
-        if self._digests.get(name) != digest(tensor):
+        if self.digests.get(name) != digest(tensor):
             raise UpdateError(
                 str(self._path), [f"{name} does not match its digest: the file is damaged"]
             )

@@ -4,7 +4,10 @@ import copy
 import csv
 import dataclasses
 import json
+import os
 import re
+import subprocess
+import sys
 import tempfile
 import textwrap
 import warnings
@@ -13,7 +16,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from federation import TinyClassifier, quiet_trainer, tiny_loader, tiny_model, tiny_updates
+from federation import (
+    TinyClassifier,
+    quiet_trainer,
+    tiny_data,
+    tiny_loader,
+    tiny_model,
+    tiny_updates,
+)
 from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from test_callback import run_ddp
@@ -31,6 +41,7 @@ from lightning_fedfisher import (
     extract_curvature,
 )
 from lightning_fedfisher.curvature import Diagonal
+from lightning_fedfisher.fingerprint import fingerprint
 from lightning_fedfisher.layer_problems import LayerProblems
 from lightning_fedfisher.methods import Method
 from lightning_fedfisher.quadratic import ClosedForm, ConjugateGradient, PublishedServer
@@ -195,6 +206,47 @@ def test_watching_labels_does_not_change_our_merge(updates, tmp_path):
     assert_same(watched.merged_state_dict(), alone.merged_state_dict(), rtol=0, atol=0)
 
 
+class _AlmostLinear(nn.Module):
+    """Three dtypes: of the clients' weights, of the model, and whole numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 3))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_validation_is_in_the_dtypes_of_the_model(dtype, tmp_path):
+    x, y = tiny_data(samples=30).tensors
+    torch.manual_seed(0)
+    start, clients = _AlmostLinear(), []
+    for client in range(2):
+        model = copy.deepcopy(start).to(dtype)
+        model(x.to(dtype))  # for its statistics
+        data = TensorDataset(x[client::2].to(dtype), y[client::2])
+        clients.append(_update_of(model.eval(), data))
+    loader = DataLoader(TensorDataset(x, y), batch_size=8)
+    module = merge(clients, tmp_path, loader, method="fedavg", model=start)
+    assert start.state_dict()["layers.2.weight"].dtype == torch.float32
+    assert module.merged_state_dict()["layers.2.weight"].dtype == dtype
+    loss = nn.functional.cross_entropy(start.eval()(x), y)
+    assert module.history[-1]["val_nll"] == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_validation_follows_the_module_to_its_device(updates, tmp_path):
+    loader = tiny_loader(seed=50, samples=40, shuffle=False)
+    module = FisherMergeModule(updates["fedfisher"], model=tiny_model())
+    trainer = quiet_trainer(tmp_path, max_epochs=-1)
+    trainer.validate(module, loader, verbose=False)
+    module._replica[0].to("meta")  # as if that had been on another device
+    trainer.fit(module, val_dataloaders=loader)
+    assert {p.device for p in module._replica[0].parameters()} == {module.device}
+    with torch.inference_mode(False):
+        quiet_trainer(tmp_path, inference_mode=False).validate(module, loader, verbose=False)
+
+
 def test_checkpoints_and_early_stopping_mean_what_they_mean(updates, tmp_path):
     checkpoint = ModelCheckpoint(tmp_path / "kept", monitor="objective", save_top_k=1)
     stop = EarlyStopping("val_accuracy", mode="max", patience=2)
@@ -355,6 +407,94 @@ def test_a_checkpoint_of_other_curvature_of_the_same_weights_is_refused(updates,
         _resumed(path, others, tmp_path)
 
 
+def _scaled(block):
+    return block.from_tensors({n: 2 * t for n, t in block.tensors().items()}, block.shape)
+
+
+def test_a_checkpoint_of_curvature_with_other_values_is_refused(updates, tmp_path):
+    clients = updates["fedfisher"]
+    _, path = _interrupted(clients, tmp_path, 1)
+    first, model = clients[0], _loaded(clients[0])
+    altered = {**first.blocks, "network.2": _scaled(first.blocks["network.2"])}
+    other = ClientUpdate.from_model(model, first.header, altered)
+    header = dataclasses.replace(first.header, curvature_samples=first.num_samples + 1)
+    recounted = ClientUpdate.from_model(model, header, first.blocks)
+    for update in (other, recounted):
+        for source in (update, update.save(tmp_path / "other.safetensors")):
+            with pytest.raises(ValueError, match="is of another merge"):
+                _resumed(path, [source, *clients[1:]], tmp_path)
+
+
+def test_a_merge_of_updates_in_memory_resumes_from_their_files(updates, read, tmp_path):
+    clients = updates["fedfisher"]
+    whole, path = _interrupted(clients, tmp_path, -1)
+    files = [client.save(tmp_path / f"{k}.safetensors") for k, client in enumerate(clients)]
+    noted = dataclasses.replace(clients[0].header, metadata={"note": "a copy"})
+    files[0] = ClientUpdate.from_model(_loaded(clients[0]), noted, clients[0].blocks).save(
+        tmp_path / "noted.safetensors"
+    )
+    read.clear()
+    second = _resumed(path, files, tmp_path)
+    assert read == []
+    assert_same(second.merged_state_dict(), whole.merged_state_dict(), rtol=0, atol=0)
+
+
+def _tempered(power):
+    return lambda curvature, head: curvature.power(power)
+
+
+def _flattened(curvature, head, *, power=0.5):
+    return Diagonal(curvature.diagonal()).power(power)
+
+
+ROW = dataclasses.replace(METHODS["fedfisher"], transform=_tempered(0.5))
+ROWS = [
+    ROW,
+    METHODS["fedfisher"],
+    dataclasses.replace(ROW, transform=_tempered(0.4)),
+    dataclasses.replace(ROW, transform=lambda curvature, head: curvature.power(0.5)),
+    dataclasses.replace(ROW, transform=lambda curvature, head: curvature.power(0.4)),
+    dataclasses.replace(ROW, transform=lambda curvature, head: curvature.over_outputs()),
+    dataclasses.replace(ROW, transform=_flattened),
+    dataclasses.replace(ROW, transform=partial(_flattened, power=0.4)),
+    dataclasses.replace(ROW, solver=ConjugateGradient),
+    dataclasses.replace(ROW, solver=partial(ConjugateGradient, cut=1e-2)),
+    dataclasses.replace(ROW, share_power=1.0),
+]
+
+
+def test_methods_of_ones_own_are_told_apart(updates, tmp_path):
+    clients = updates["fedfisher"]
+    assert len({fingerprint(row, clients) for row in [*ROWS, "fedfisher"]}) == len(ROWS) + 1
+    _, path = _interrupted(clients, tmp_path, 1, method=ROW)
+    with pytest.raises(ValueError, match="is of another merge"):
+        _resumed(path, clients, tmp_path, method=ROWS[2])
+    again = dataclasses.replace(METHODS["fedfisher"], transform=_tempered(0.5))
+    _resumed(path, clients, tmp_path, method=again)
+
+
+def test_methods_of_ones_own_are_told_alike_in_every_process(updates, tmp_path):
+    path = updates["fedfisher"][0].save(tmp_path / "client.safetensors")
+    script = tmp_path / "tell.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from test_merge_module import ROWS, ClientUpdate, fingerprint\n"
+        f"clients = [ClientUpdate.open({str(path)!r})]\n"
+        "print(*(fingerprint(row, clients) for row in ROWS))\n"
+    )
+    told = [
+        subprocess.run(
+            [sys.executable, script],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()
+        for seed in "12"
+    ]
+    assert told[0] == told[1] == [fingerprint(row, updates["fedfisher"][:1]) for row in ROWS]
+
+
 def test_a_checkpoint_of_something_else_is_refused(updates, tmp_path):
     trainer = quiet_trainer(tmp_path)
     trainer.fit(tiny_model(), tiny_loader())
@@ -381,6 +521,36 @@ def test_the_best_iterate_survives_an_interruption(updates, tmp_path):
     assert_same(second.merged_state_dict(), first.merged_state_dict(), rtol=0, atol=0)
     last = merge(clients, tmp_path, **options).merged_state_dict()
     assert any(not torch.equal(last[name], t) for name, t in second.merged_state_dict().items())
+
+
+@pytest.mark.parametrize("again", [{"max_epochs": 3}, {"max_epochs": -1, "limit_train_batches": 0}])
+def test_a_merge_resumed_with_no_sweep_left_ends_as_it_would_have(updates, again, tmp_path):
+    clients, options = updates["fedfisher_kfac"], {"method": "fedfisher_kfac"}
+    loader = tiny_loader(seed=50, samples=40, shuffle=False)
+    x, _ = loader.dataset.tensors
+    start = tiny_model()
+    start.load_state_dict(FisherMergeModule(clients, **options).merged_state_dict())
+    # Labels by which the merge gets worse, so that the best iterate is not the last.
+    right = DataLoader(TensorDataset(x, start(x).argmax(1)), batch_size=8)
+    first, path = _interrupted(clients, tmp_path, 3, right, model=tiny_model(), **options)
+    saved = torch.load(path, weights_only=True)["state_dict"]
+    merged = first.merged_state_dict()
+    assert any(
+        not torch.equal(first.layers[k].join(merged), saved[f"merged.{k}"]) for k in range(4)
+    )
+    model = tiny_model(seed=9)
+    module = FisherMergeModule(clients, model=model, **options)
+    with pytest.warns(UserWarning, match="has not converged"):
+        quiet_trainer(tmp_path, **again).fit(module, ckpt_path=path, weights_only=True)
+    assert module.history == first.history
+    assert_same(module.merged_state_dict(), merged, rtol=0, atol=0)
+    assert_same(dict(model.state_dict()), merged, rtol=0, atol=0)
+
+
+def test_a_merge_ends_once(updates, tmp_path):
+    with pytest.warns(UserWarning, match="has not converged") as caught:
+        merge(updates["fedfisher"], tmp_path, max_iterations=1)
+    assert sum("not converged" in str(w.message) for w in caught) == 1
 
 
 # Memory
@@ -503,6 +673,26 @@ def test_memory_does_not_change_published_methods(updates, method, labels, spill
     else:
         # The next layer begins in the last sweep of the one before it.
         assert (len(freely.history), len(small.history)) == (3, 4 * (3 - 1) + 1)
+
+
+@pytest.mark.parametrize("loader", [None, "unused"])
+def test_a_model_without_labels_leaves_the_memory_bounded(updates, loader, tmp_path):
+    held, val = [], loader and tiny_loader(seed=50, samples=40, shuffle=False)
+    watch = LambdaCallback(
+        on_train_batch_end=lambda _, module, *__: held.append(len(module._solvers))
+    )
+    merge(
+        updates["fedfisher_kfac"],
+        tmp_path,
+        val,
+        method="fedfisher_kfac",
+        model=tiny_model(),
+        max_iterations=200,
+        memory_budget=0,
+        trainer={"callbacks": [watch], "limit_val_batches": 0 if val else 1.0},
+    )
+    assert held
+    assert max(held) <= 1
 
 
 def test_spilled_folders_go_with_a_merge_that_is_stopped(updates, spills, tmp_path):

@@ -171,6 +171,17 @@ def test_objective_and_gradient_far_from_the_average(kind, dtype, distance):
     assert _error(problem.gradient(point), gradient / 2) < rounding
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_objective_is_not_negative_where_every_client_is_content(seed):
+    # Each client is sure of weights of its own, so that the minimum is zero.
+    problem = _problem("diagonal", seed, clients=2, dtype=torch.float32)
+    for curvature, others in zip(problem.curvatures, (slice(2, None), slice(2)), strict=True):
+        curvature.values[:, others] = 0
+    solver = _solved(problem)
+    assert 0 <= problem.objective(solver.weights) < 1e-6
+    assert solver.look()[0] == problem.objective(solver.weights)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_pull_is_what_the_clients_want_at_the_average(kind):
     problem = _problem(kind)
