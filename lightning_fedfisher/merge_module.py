@@ -2,7 +2,8 @@
 
 The merge is a separate problem for each layer, so a Lightning `Trainer` runs it with the parts it
 has: the train loader yields this rank's layers, a training step advances one layer's solver, and at
-the end of each sweep the ranks put the global model together. Nothing is exchanged in between.
+the end of each sweep the ranks put the global model together. Nothing is exchanged in between. With
+a method that aligns, a layer is begun once the layer whose outputs it reads is solved.
 
 Memory is bounded by a budget: a layer is not begun while those in work leave no room for it, and
 one that is too large by itself is worked on from disk.

@@ -103,11 +103,13 @@ VARIANTS = {
         f"fedfisher, shares to the power {power:g}": _variant(share_power=power)
         for power in (1.0, 0.75, 0.25, 0.0)
     },
-    "fedfisher, as before": _variant(transform=_ANY_LAYER, share_power=1.0),
+    "fedfisher, not aligned": _variant(aligns=False),
+    "fedfisher, as before": _variant(transform=_ANY_LAYER, share_power=1.0, aligns=False),
     "fedfisher, exact Fisher": Merge("fedfisher", ("kfac", "exact")),
     "fedfisher, diagonal": Merge("fedfisher", ("diagonal", "normalised")),
 }
-"""The default method with one choice made otherwise; ``as before``: with both that once were."""
+"""The default method with one choice made otherwise; ``as before``: with head, shares and inputs as
+they once were."""
 
 # What a merge is measured against.
 BEST_CLIENT, ENSEMBLE = "best client", "ensemble"
@@ -134,7 +136,7 @@ CELLS = {
     "held-out": [
         *(
             Cell("fashionmnist", "lenet", alpha, split, 1)
-            for split, alpha in enumerate((0.1, 0.2, 0.05, 0.3, 0.05, 0.1, 0.2, 0.3), start=30)
+            for split, alpha in enumerate(2 * (0.1, 0.2, 0.05, 0.3, 0.05, 0.1, 0.2, 0.3), start=30)
         ),
         *(
             Cell("imagefolder", "cnn", alpha, split, 1)
