@@ -34,7 +34,8 @@ class Method:
         curvatures: kinds of curvature it can merge; any if empty.
         fishers: Fisher types it is defined for; any if empty.
         transform: what it makes of a client's curvature; the flag tells whether the layer is taken
-            for the head: the last one that was trained, if it `feeds_softmax` at every client.
+            for the head: the last by registration of those trained, if it `feeds_softmax` at every
+            client. A head registered before other layers is not found.
         solver: how it minimises.
         iterations: steps after which it stops, if its solver has not finished before.
         sweep: steps between two looks at the model.
@@ -77,6 +78,9 @@ class Method:
 
 def feeds_softmax(curvature: Curvature) -> bool:
     """Whether a constant added to all outputs of a layer changes nothing, as it is with logits.
+
+    So it is with any layer that a normalisation over its outputs follows: this tells what may be
+    the head, not what is.
 
     Args:
         curvature: of the layer.
