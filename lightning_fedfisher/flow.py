@@ -106,10 +106,16 @@ class Flow:
         return Source(mark.layer, mark.activation)
 
     def head(self, logits: Tensor) -> str:
-        """The layer whose outputs the logits are, up to what a softmax does not see; or nothing."""
+        """The layer whose outputs the logits are, or their log-softmax.
+
+        Args:
+            logits: classes in the dimension after the samples'.
+
+        Returns:
+            Its name; empty if they are anything else.
+        """
         mark = self._of(logits)
-        ends_here = mark is not None and mark.axis == 1 and mark.activation != "relu"
-        return mark.layer if mark is not None and ends_here and logits.ndim == 2 else ""
+        return mark.layer if mark and mark.axis == 1 and mark.activation != "relu" else ""
 
     def _mark(self, tensor: Tensor, mark: _Mark) -> None:
         self._marks[id(tensor)] = tensor, replace(mark, version=tensor._version)
