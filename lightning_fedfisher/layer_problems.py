@@ -40,6 +40,10 @@ class LayerProblems:
         self._layers = updates[0].layers
         self._shares = [float(update.num_samples) ** method.share_power for update in updates]
         self._sizes = list(map(self._sent, self._layers))
+        self.forget()
+
+    def forget(self) -> None:
+        """Starts a merge: what was found out from merged layers holds no longer."""
         self._related: dict[tuple[int, Activation], list[tuple[Tensor, Tensor]]] = {}
 
     def average(self, layer: Layer) -> Tensor:

@@ -127,6 +127,7 @@ class FisherMergeModule(LightningModule):
 
     def _forget(self) -> None:
         """Starts a merge with nothing solved."""
+        self._problems.forget()
         self._solvers: dict[int, Solver] = {}
         self._progress: dict[int, tuple[Tensor, list[float]]] = {}
         self._status = torch.zeros(len(self.layers), 4, dtype=torch.float64)
@@ -284,6 +285,7 @@ class FisherMergeModule(LightningModule):
             self._warn_of_what_is_unsolved()
         if self._keep_best and self._best is not None:
             self._set_merged(self._best[1])
+        self._problems.forget()
         self._solvers.clear()
         self._progress.clear()
         if self._target:
