@@ -24,15 +24,27 @@ from typing_extensions import override
 
 @dataclass(frozen=True)
 class PseudoInverse:
-    """How to solve with an operator that may be singular.
+    """How to solve with an operator that may be singular, in coordinates that make it diagonal.
 
     Attributes:
-        solve: from a weight matrix to the pseudo-inverse times it.
-        project: from a weight matrix to its part in directions that are not singular.
+        turn: from a weight matrix to its orthogonal coordinates.
+        back: from coordinates to the weight matrix.
+        inverse: of the eigenvalues, by coordinate; zero where they count as zero.
+        support: one where they do not, and zero where they do.
     """
 
-    solve: Callable[[Tensor], Tensor]
-    project: Callable[[Tensor], Tensor]
+    turn: Callable[[Tensor], Tensor]
+    back: Callable[[Tensor], Tensor]
+    inverse: Tensor
+    support: Tensor
+
+    def solve(self, matrix: Tensor) -> Tensor:
+        """The pseudo-inverse times a weight matrix."""
+        return self.back(self.inverse * self.turn(matrix))
+
+    def project(self, matrix: Tensor) -> Tensor:
+        """A weight matrix's part in directions that are not singular."""
+        return self.back(self.support * self.turn(matrix))
 
 
 class Curvature(ABC):
@@ -202,7 +214,8 @@ class Identity(Curvature):
 
     @override
     def pseudo_inverse(self, cut: float) -> PseudoInverse:
-        return PseudoInverse(lambda matrix: matrix, lambda matrix: matrix)
+        ones = torch.ones(self.size)
+        return PseudoInverse(_same, _same, ones, ones)
 
     @override
     def over_outputs(self) -> Identity:
@@ -252,8 +265,7 @@ class Diagonal(Curvature):
 
     @override
     def pseudo_inverse(self, cut: float) -> PseudoInverse:
-        inverse, support = reciprocal(self.values, cut)
-        return PseudoInverse(lambda matrix: matrix * inverse, lambda matrix: matrix * support)
+        return PseudoInverse(_same, _same, *reciprocal(self.values, cut))
 
     @override
     def over_outputs(self) -> Diagonal:
@@ -299,12 +311,11 @@ class Dense(Curvature):
     @override
     def pseudo_inverse(self, cut: float) -> PseudoInverse:
         values, basis = eigen(self.matrix)
-
-        def scaled_by(spectrum: Tensor) -> Callable[[Tensor], Tensor]:
-            return lambda m: (basis @ (spectrum * (basis.mT @ m.flatten()))).view(self.size)
-
-        inverse, support = reciprocal(values, cut)
-        return PseudoInverse(scaled_by(inverse), scaled_by(support))
+        return PseudoInverse(
+            lambda matrix: basis.mT @ matrix.flatten(),
+            lambda turned: (basis @ turned).view(self.size),
+            *reciprocal(values, cut),
+        )
 
     @override
     def over_outputs(self) -> Dense:
@@ -354,18 +365,27 @@ def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
     Only what rounding made negative is cut off. Cutting small eigenvalues as well would leave
     directions in which one client resists less than rounding and another pulls. In float64, so that
-    an input that is always zero keeps a row that is.
+    an input that is always zero keeps a row that is. What is diagonal already is left as it is.
     """
-    known = (matrix != 0).any(dim=1).nonzero().squeeze(1)
-    found, basis = torch.linalg.eigh(matrix[known][:, known].double())
-    values = basis.new_zeros(len(matrix))
-    vectors = torch.eye(len(matrix), dtype=basis.dtype, device=basis.device)
-    values[known] = found.clamp_min(0)
-    vectors[known.unsqueeze(1), known] = basis
-    return values.to(matrix.dtype), vectors.to(matrix.dtype)
+    values = matrix.diagonal().double()
+    coupled = matrix.count_nonzero(dim=1) > (values != 0)
+    if coupled.all():
+        values, vectors = torch.linalg.eigh(matrix.double())
+    else:
+        vectors = torch.eye(len(matrix), dtype=values.dtype, device=values.device)
+        some = coupled.nonzero().squeeze(1)
+        values = values.clone()
+        values[some], vectors[some.unsqueeze(1), some] = torch.linalg.eigh(
+            matrix[some][:, some].double()
+        )
+    return values.clamp_min(0).to(matrix.dtype), vectors.to(matrix.dtype)
 
 
 def symmetric_power(matrix: Tensor, exponent: float) -> Tensor:
     """A power of a symmetric positive semi-definite matrix."""
     values, vectors = eigen(matrix.double())
     return ((vectors * values.pow(exponent)) @ vectors.mT).to(matrix.dtype)
+
+
+def _same(matrix: Tensor) -> Tensor:
+    return matrix

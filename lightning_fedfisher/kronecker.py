@@ -70,8 +70,12 @@ class Eigenbased(Curvature):
     factored: ClassVar[type[Factored]]
 
     @abstractmethod
-    def _scale(self, matrix: Tensor, spectrum: Tensor) -> Tensor:
-        """Applies the operator with another spectrum."""
+    def _turn(self, matrix: Tensor) -> Tensor:
+        """From a weight matrix to its coordinates in the bases."""
+
+    @abstractmethod
+    def _back(self, turned: Tensor) -> Tensor:
+        """From coordinates to the weight matrix."""
 
     @abstractmethod
     def kronecker(self) -> Factored:
@@ -85,7 +89,7 @@ class Eigenbased(Curvature):
 
     @override
     def apply(self, matrix: Tensor) -> Tensor:
-        return self._scale(matrix, self.spectrum)
+        return self._back(self.spectrum * self._turn(matrix))
 
     @override
     def power(self, exponent: float) -> Self:
@@ -94,10 +98,7 @@ class Eigenbased(Curvature):
 
     @override
     def pseudo_inverse(self, cut: float) -> PseudoInverse:
-        inverse, support = reciprocal(self.spectrum, cut)
-        return PseudoInverse(
-            lambda matrix: self._scale(matrix, inverse), lambda matrix: self._scale(matrix, support)
-        )
+        return PseudoInverse(self._turn, self._back, *reciprocal(self.spectrum, cut))
 
     @override
     def over_outputs(self) -> Self:
@@ -250,9 +251,12 @@ class EigenKronecker(Eigenbased):
     factored: ClassVar[type[Factored]] = Kronecker
 
     @override
-    def _scale(self, matrix: Tensor, spectrum: Tensor) -> Tensor:
-        turned = self.output_basis.mT @ matrix @ self.input_basis
-        return self.output_basis @ (spectrum * turned) @ self.input_basis.mT
+    def _turn(self, matrix: Tensor) -> Tensor:
+        return self.output_basis.mT @ matrix @ self.input_basis
+
+    @override
+    def _back(self, turned: Tensor) -> Tensor:
+        return self.output_basis @ turned @ self.input_basis.mT
 
     @override
     def diagonal(self) -> Tensor:
@@ -293,8 +297,12 @@ class LookupEigenKronecker(Eigenbased):
     factored: ClassVar[type[Factored]] = LookupKronecker
 
     @override
-    def _scale(self, matrix: Tensor, spectrum: Tensor) -> Tensor:
-        return (spectrum * (matrix @ self.input_basis)) @ self.input_basis.mT
+    def _turn(self, matrix: Tensor) -> Tensor:
+        return matrix @ self.input_basis
+
+    @override
+    def _back(self, turned: Tensor) -> Tensor:
+        return turned @ self.input_basis.mT
 
     @override
     def diagonal(self) -> Tensor:

@@ -36,6 +36,7 @@ class LayerProblems:
         self._updates, self._method, self._budget = updates, method, memory_budget
         self._layers = updates[0].layers
         self._shares = [float(update.num_samples) ** method.share_power for update in updates]
+        self._averages: dict[str, Tensor] = {}
 
     def average(self, layer: Layer) -> Tensor:
         """Where the merge of a layer starts: the clients' average by their shares.
@@ -46,7 +47,10 @@ class LayerProblems:
         Returns:
             A matrix of shape ``layer.shape``, in at least float32.
         """
-        return average(self._shares, self._weights(layer, torch.device("cpu")))
+        if layer.name not in self._averages:  # it is asked for at the start of every fit
+            weights = self._weights(layer, torch.device("cpu"))
+            self._averages[layer.name] = average(self._shares, weights)
+        return self._averages[layer.name].clone()
 
     def read(self, index: int, device: torch.device) -> Quadratic:
         """Reads the quadratic of one layer.

@@ -72,6 +72,11 @@ class Quadratic:
         return average(self.shares, self.weights)
 
     @cached_property
+    def _latest(self) -> list[Tensor]:
+        """Where the gradient was asked for last, and what it was: there it is asked for again."""
+        return [self.average, self._at_average[1]]
+
+    @cached_property
     def _at_average(self) -> tuple[float, Tensor, float]:
         """The clients' pulls, the gradient and the objective at the average."""
         pull, gradient, objective = 0.0, torch.zeros_like(self.average), 0.0
@@ -104,8 +109,7 @@ class Quadratic:
             The value, zero only where every client is content.
         """
         _, gradient, objective = self._at_average
-        offset = matrix - self.average
-        return objective + _dot(offset, 2 * gradient + self.curve(offset))
+        return objective + _dot(matrix - self.average, gradient + self.gradient(matrix))
 
     def gradient(self, matrix: Tensor) -> Tensor:
         """``sum_k p_k F_k (W - W_k)``, half the gradient of ``Q``.
@@ -116,7 +120,9 @@ class Quadratic:
         Returns:
             A matrix of the same shape.
         """
-        return self._at_average[1] + self.curve(matrix - self.average)
+        if self._latest[0] is not matrix:
+            self._latest[:] = matrix, self._at_average[1] + self.curve(matrix - self.average)
+        return self._latest[1]
 
     @cached_property
     def mean(self) -> Curvature:
@@ -241,8 +247,9 @@ class ConjugateGradient(Solver):
 
     The preconditioner is the pseudo-inverse of the clients' mean curvature. For Kronecker factors
     that takes tens of steps where plain conjugate gradients take a thousand, and directions of
-    either factor in which no client has curvature stay where they are: at the average. If float32
-    cannot reach the tolerance, it goes on in float64.
+    either factor in which no client has curvature stay where they are: at the average. The residual
+    is kept in the preconditioner's coordinates, which takes half the turning. If float32 cannot
+    reach the tolerance, it goes on in float64.
     """
 
     # Steps without progress after which it cannot be hoped for.
@@ -276,7 +283,9 @@ class ConjugateGradient(Solver):
 
     def _true_residual(self) -> Tensor:
         residual = -self.problem.gradient(self.weights)
-        return residual if self._inverse is None else self._inverse.project(residual)
+        if self._inverse is None:
+            return residual
+        return self._inverse.support * self._inverse.turn(residual)
 
     def _begin(self) -> None:
         """Starts, or starts anew, at the iterate."""
@@ -286,8 +295,9 @@ class ConjugateGradient(Solver):
         self._started_at = self._least = _norm(self._residual)
         self._waited = 0
         self.finished = self._least <= self._AGREES * self._tolerance * self._pull
-        self._direction = self._inverse.solve(self._residual)
-        self._squared = _dot(self._residual, self._direction)
+        preconditioned = self._inverse.inverse * self._residual
+        self._direction = self._inverse.back(preconditioned)
+        self._squared = _dot(self._residual, preconditioned)
 
     @override
     def _step(self) -> None:
@@ -299,16 +309,18 @@ class ConjugateGradient(Solver):
             return
         step = self._squared / bend
         self.weights = self.weights + step * self._direction
-        self._residual = self._residual - step * self._inverse.project(curved)
+        turned = self._inverse.support * self._inverse.turn(curved)
+        self._residual = self._residual - step * turned
         norm = _norm(self._residual)
         self._waited = 0 if norm < self._least else self._waited + 1
         self._least = min(norm, self._least)
         if norm <= self._tolerance * self._pull or self._waited > self._PATIENCE:
             self._check()
             return
-        preconditioned = self._inverse.solve(self._residual)
+        preconditioned = self._inverse.inverse * self._residual
         squared = _dot(self._residual, preconditioned)
-        self._direction = preconditioned + (squared / self._squared) * self._direction
+        along = squared / self._squared
+        self._direction = self._inverse.back(preconditioned) + along * self._direction
         self._squared = squared
 
     def _check(self) -> None:

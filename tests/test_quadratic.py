@@ -645,8 +645,8 @@ def test_curvature_read_at_every_use_gives_the_same_bits(kind, dtype):
         assert there.residual == here.residual
         assert there.problem.objective(there.weights) == here.problem.objective(here.weights)
         assert lazy.most <= 2  # the one at work, and the one that follows
-        # A step is one pass; then there are two looks, and up to two at the end of a solver.
-        assert 3 <= lazy.reads - begun <= 3 * (2 * there.iterations + 5)
+        # A step is one pass; then there is one for all looks, and up to two at a solver's end.
+        assert 3 * there.iterations <= lazy.reads - begun <= 3 * (there.iterations + 3)
 
 
 def test_curvature_read_at_every_use_goes_on_in_float64_one_at_a_time():
