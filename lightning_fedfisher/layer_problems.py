@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from lightning_fedfisher.curvature import Curvature
 from lightning_fedfisher.kronecker import KINDS
 from lightning_fedfisher.layers import Layer
 from lightning_fedfisher.methods import Method, feeds_softmax
 from lightning_fedfisher.quadratic import Quadratic, average
+from lightning_fedfisher.sharing import prepared_together
 from lightning_fedfisher.spill import Spilled
 from lightning_fedfisher.update import ClientUpdate
 
@@ -62,18 +63,49 @@ class LayerProblems:
         Returns:
             The quadratic; its curvature is on disk if it exceeds the budget by itself.
         """
-        layer = self._layers[index]
-        weights = self._weights(layer, device)
+        weights = self._weights(self._layers[index], device)
+        prepare = self._preparation(index, device, weights[0].dtype)
+        return self._quadratic(index, weights, map(prepare, range(len(weights))))
 
-        def blocks() -> Iterator[Curvature]:
-            for update in self._updates:
-                yield update.block(layer).to(device, weights[0].dtype)
+    def read_together(self, index: int, device: torch.device, owner: int) -> Quadratic | None:
+        """Reads the quadratic of one layer with the help of all ranks, each of which must call it.
+
+        Args:
+            index: of the layer.
+            device: where this rank works.
+            owner: the rank that will solve it.
+
+        Returns:
+            What `read` does, to the bit, on the owner; None on other ranks.
+        """
+        weights = self._weights(self._layers[index], device)
+        prepare = self._preparation(index, device, weights[0].dtype)
+        blocks = prepared_together(len(weights), owner, prepare, device, weights[0].dtype)
+        if distributed.get_rank() == owner:
+            return self._quadratic(index, weights, blocks)
+        for _ in blocks:
+            pass
+        return None
+
+    def _preparation(
+        self, index: int, device: torch.device, dtype: torch.dtype
+    ) -> Callable[[int], Curvature]:
+        """What makes a client's curvature of a layer into that of the merge."""
+        layer = self._layers[index]
+
+        def block(client: int) -> Curvature:
+            return self._updates[client].block(layer).to(device, dtype)
 
         # The head is the last layer, if it does what a head does.
-        head = index == len(self._layers) - 1 and all(map(feeds_softmax, blocks()))
-        curvatures = (self._method.transform(block, head) for block in blocks())
+        clients = range(len(self._updates))
+        head = index == len(self._layers) - 1 and all(map(feeds_softmax, map(block, clients)))
+        return lambda client: self._method.transform(block(client), head)
+
+    def _quadratic(
+        self, index: int, weights: Sequence[Tensor], curvatures: Iterable[Curvature]
+    ) -> Quadratic:
         if self._size(index) > self._budget:
-            return Quadratic(self._shares, weights, Spilled(curvatures, device))
+            return Quadratic(self._shares, weights, Spilled(curvatures, weights[0].device))
         return Quadratic(self._shares, weights, list(curvatures))
 
     def fits(self, index: int, held: Iterable[int]) -> bool:

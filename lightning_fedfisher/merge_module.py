@@ -30,8 +30,8 @@ from typing_extensions import override
 from lightning_fedfisher.admission import UpdateSource, check_fit, open_updates
 from lightning_fedfisher.layer_problems import LayerProblems
 from lightning_fedfisher.methods import METHODS, Method, MethodName
-from lightning_fedfisher.quadratic import Solver, average
-from lightning_fedfisher.schedule import IDLE, Sweep, SweepCounter, deal
+from lightning_fedfisher.quadratic import Quadratic, Solver, average
+from lightning_fedfisher.schedule import IDLE, Sweep, SweepCounter, deal, dearest
 from lightning_fedfisher.strategies import require_whole_model
 from lightning_fedfisher.update import ClientUpdate
 from lightning_fedfisher.update_file import digest
@@ -129,6 +129,7 @@ class FisherMergeModule(LightningModule):
 
     def _forget(self) -> None:
         """Starts a merge with nothing solved."""
+        self._ready: dict[int, Quadratic] = {}
         self._solvers: dict[int, Solver] = {}
         self._progress: dict[int, tuple[Tensor, list[float]]] = {}
         self._status = torch.zeros(len(self.layers), 4, dtype=torch.float64)
@@ -209,6 +210,18 @@ class FisherMergeModule(LightningModule):
                 "a sweep takes every layer, and limit_train_batches or fast_dev_run cuts it short: "
                 "leave them out"
             )
+        self._prepare_together()
+
+    def _prepare_together(self) -> None:
+        """Prepares on all ranks the layers that one rank would keep the others waiting with."""
+        shapes, ranks = [layer.shape for layer in self.layers], self.trainer.world_size
+        hands = deal(shapes, ranks)
+        for index in dearest(shapes, ranks):
+            owner = next(rank for rank, hand in enumerate(hands) if index in hand)
+            if not self._status[index, _DONE]:
+                problem = self._problems.read_together(index, self.device, owner)
+                if problem is not None:
+                    self._ready[index] = problem
 
     @override
     def on_validation_start(self) -> None:
@@ -268,6 +281,7 @@ class FisherMergeModule(LightningModule):
             self._warn_of_what_is_unsolved()
         if self._keep_best and self._best is not None:
             self._set_merged(self._best[1])
+        self._ready.clear()
         self._solvers.clear()
         self._progress.clear()
         if self._target:
@@ -313,10 +327,12 @@ class FisherMergeModule(LightningModule):
             return
         if index not in self._solvers:
             # A method that looks for its best iterate moves all layers at once.
-            if not self._looks and not self._problems.fits(index, self._solvers):
+            held = self._solvers.keys() | self._ready.keys()
+            if not (self._looks or index in held or self._problems.fits(index, held)):
                 self._progress[index] = self._merged(index), [0.0, 0.0, 1.0, 0.0]
                 return
-            self._solvers[index] = self._method.solver(self._problems.read(index, self.device))
+            problem = self._ready.pop(index, None) or self._problems.read(index, self.device)
+            self._solvers[index] = self._method.solver(problem)
         solver = self._solvers[index]
         solver.advance(min(self._method.sweep, self._max_iterations - solver.iterations))
         if not torch.isfinite(solver.weights).all():
