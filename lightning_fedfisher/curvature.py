@@ -13,7 +13,7 @@ matrices act on ``W`` flattened row by row. All kinds are immutable.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -22,19 +22,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_fedfisher.input_map import InputMap
-
-
-@dataclass(frozen=True)
-class PseudoInverse:
-    """How to solve with an operator that may be singular.
-
-    Attributes:
-        solve: from a weight matrix to the pseudo-inverse times it.
-        project: from a weight matrix to its part in directions that are not singular.
-    """
-
-    solve: Callable[[Tensor], Tensor]
-    project: Callable[[Tensor], Tensor]
+from lightning_fedfisher.spectrum import (
+    PseudoInverse,
+    eigen,
+    reciprocal,
+    require_positive,
+    symmetric_power,
+)
 
 
 class Curvature(ABC):
@@ -220,7 +214,8 @@ class Identity(Curvature):
 
     @override
     def pseudo_inverse(self, cut: float) -> PseudoInverse:
-        return PseudoInverse(lambda matrix: matrix, lambda matrix: matrix)
+        ones = torch.ones(self.size)
+        return PseudoInverse(_same, _same, ones, ones)
 
     @override
     def over_outputs(self) -> Identity:
@@ -270,8 +265,7 @@ class Diagonal(Curvature):
 
     @override
     def pseudo_inverse(self, cut: float) -> PseudoInverse:
-        inverse, support = reciprocal(self.values, cut)
-        return PseudoInverse(lambda matrix: matrix * inverse, lambda matrix: matrix * support)
+        return PseudoInverse(_same, _same, *reciprocal(self.values, cut))
 
     @override
     def over_outputs(self) -> Diagonal:
@@ -317,12 +311,11 @@ class Dense(Curvature):
     @override
     def pseudo_inverse(self, cut: float) -> PseudoInverse:
         values, basis = eigen(self.matrix)
-
-        def scaled_by(spectrum: Tensor) -> Callable[[Tensor], Tensor]:
-            return lambda m: (basis @ (spectrum * (basis.mT @ m.flatten()))).view(self.size)
-
-        inverse, support = reciprocal(values, cut)
-        return PseudoInverse(scaled_by(inverse), scaled_by(support))
+        return PseudoInverse(
+            lambda matrix: basis.mT @ matrix.flatten(),
+            lambda turned: (basis @ turned).view(self.size),
+            *reciprocal(values, cut),
+        )
 
     @override
     def over_outputs(self) -> Dense:
@@ -347,43 +340,5 @@ class Dense(Curvature):
         return cls(tensors["matrix"], shape)
 
 
-def require_positive(exponent: float) -> None:
-    """Refuses powers that are not greater than zero."""
-    if not exponent > 0:
-        raise ValueError(f"the power of a curvature must be greater than 0, got {exponent}")
-
-
-def reciprocal(spectrum: Tensor, cut: float) -> tuple[Tensor, Tensor]:
-    """Inverts the eigenvalues that do not count as zero.
-
-    Args:
-        spectrum: of any shape.
-        cut: share of the largest up to which they do.
-
-    Returns:
-        The inverse with zeros in the other places, and ones and zeros for which is which.
-    """
-    support = spectrum > cut * spectrum.max().clamp_min(0)
-    return torch.where(support, 1 / spectrum, 0.0), support.to(spectrum.dtype)
-
-
-def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors of a symmetric positive semi-definite matrix.
-
-    Only what rounding made negative is cut off. Cutting small eigenvalues as well would leave
-    directions in which one client resists less than rounding and another pulls. In float64, so that
-    an input that is always zero keeps a row that is.
-    """
-    known = (matrix != 0).any(dim=1).nonzero().squeeze(1)
-    found, basis = torch.linalg.eigh(matrix[known][:, known].double())
-    values = basis.new_zeros(len(matrix))
-    vectors = torch.eye(len(matrix), dtype=basis.dtype, device=basis.device)
-    values[known] = found.clamp_min(0)
-    vectors[known.unsqueeze(1), known] = basis
-    return values.to(matrix.dtype), vectors.to(matrix.dtype)
-
-
-def symmetric_power(matrix: Tensor, exponent: float) -> Tensor:
-    """A power of a symmetric positive semi-definite matrix."""
-    values, vectors = eigen(matrix.double())
-    return ((vectors * values.pow(exponent)) @ vectors.mT).to(matrix.dtype)
+def _same(matrix: Tensor) -> Tensor:
+    return matrix

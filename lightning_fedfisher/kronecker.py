@@ -15,18 +15,15 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_fedfisher.curvature import (
-    Curvature,
-    Dense,
-    Diagonal,
-    Identity,
+from lightning_fedfisher.curvature import Curvature, Dense, Diagonal, Identity
+from lightning_fedfisher.input_map import InputMap
+from lightning_fedfisher.spectrum import (
     PseudoInverse,
     eigen,
     reciprocal,
     require_positive,
     symmetric_power,
 )
-from lightning_fedfisher.input_map import InputMap
 
 
 class Factored(Curvature):
@@ -71,8 +68,12 @@ class Eigenbased(Curvature):
     factored: ClassVar[type[Factored]]
 
     @abstractmethod
-    def _scale(self, matrix: Tensor, spectrum: Tensor) -> Tensor:
-        """Applies the operator with another spectrum."""
+    def _turn(self, matrix: Tensor) -> Tensor:
+        """From a weight matrix to its coordinates in the bases."""
+
+    @abstractmethod
+    def _back(self, turned: Tensor) -> Tensor:
+        """From coordinates to the weight matrix."""
 
     @abstractmethod
     def kronecker(self) -> Factored:
@@ -86,7 +87,7 @@ class Eigenbased(Curvature):
 
     @override
     def apply(self, matrix: Tensor) -> Tensor:
-        return self._scale(matrix, self.spectrum)
+        return self._back(self.spectrum * self._turn(matrix))
 
     @override
     def power(self, exponent: float) -> Self:
@@ -95,10 +96,7 @@ class Eigenbased(Curvature):
 
     @override
     def pseudo_inverse(self, cut: float) -> PseudoInverse:
-        inverse, support = reciprocal(self.spectrum, cut)
-        return PseudoInverse(
-            lambda matrix: self._scale(matrix, inverse), lambda matrix: self._scale(matrix, support)
-        )
+        return PseudoInverse(self._turn, self._back, *reciprocal(self.spectrum, cut))
 
     @override
     def over_outputs(self) -> Self:
@@ -259,9 +257,12 @@ class EigenKronecker(Eigenbased):
     factored: ClassVar[type[Factored]] = Kronecker
 
     @override
-    def _scale(self, matrix: Tensor, spectrum: Tensor) -> Tensor:
-        turned = self.output_basis.mT @ matrix @ self.input_basis
-        return self.output_basis @ (spectrum * turned) @ self.input_basis.mT
+    def _turn(self, matrix: Tensor) -> Tensor:
+        return self.output_basis.mT @ matrix @ self.input_basis
+
+    @override
+    def _back(self, turned: Tensor) -> Tensor:
+        return self.output_basis @ turned @ self.input_basis.mT
 
     @override
     def of_inputs(self) -> Kronecker:
@@ -312,8 +313,12 @@ class LookupEigenKronecker(Eigenbased):
     factored: ClassVar[type[Factored]] = LookupKronecker
 
     @override
-    def _scale(self, matrix: Tensor, spectrum: Tensor) -> Tensor:
-        return (spectrum * (matrix @ self.input_basis)) @ self.input_basis.mT
+    def _turn(self, matrix: Tensor) -> Tensor:
+        return matrix @ self.input_basis
+
+    @override
+    def _back(self, turned: Tensor) -> Tensor:
+        return turned @ self.input_basis.mT
 
     @override
     def diagonal(self) -> Tensor:

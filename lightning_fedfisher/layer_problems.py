@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from lightning_fedfisher.alignment import Alignment, align
 from lightning_fedfisher.curvature import Curvature
@@ -16,6 +17,7 @@ from lightning_fedfisher.kronecker import KINDS
 from lightning_fedfisher.layers import Activation, Layer
 from lightning_fedfisher.methods import Method
 from lightning_fedfisher.quadratic import Quadratic, average
+from lightning_fedfisher.sharing import prepared_together
 from lightning_fedfisher.spill import Spilled
 from lightning_fedfisher.update import ClientUpdate
 
@@ -39,12 +41,19 @@ class LayerProblems:
         self._updates, self._method, self._budget = updates, method, memory_budget
         self._layers = updates[0].layers
         self._shares = [float(update.num_samples) ** method.share_power for update in updates]
+        # A layer is worked with in its own precision, or in float32 if that is less.
+        self._dtypes = {
+            layer.name: torch.promote_types(updates[0].weights(layer).dtype, torch.float32)
+            for layer in self._layers
+        }
         self._sizes = list(map(self._sent, self._layers))
+        self._averages: dict[str, Tensor] = {}
         self.forget()
 
     def forget(self) -> None:
-        """Starts a merge: what was found out from merged layers holds no longer."""
+        """Lets go of what was prepared, and of what was found out from merged layers."""
         self._related: dict[tuple[int, Activation], list[tuple[Tensor, Tensor]]] = {}
+        self._prepared: dict[int, Sequence[Curvature]] = {}
 
     def average(self, layer: Layer) -> Tensor:
         """Where the merge of a layer starts: the clients' average by their shares.
@@ -55,7 +64,10 @@ class LayerProblems:
         Returns:
             A matrix of shape ``layer.shape``, in at least float32.
         """
-        return average(self._shares, self._weights(layer, torch.device("cpu")))
+        if layer.name not in self._averages:  # it is asked for at the start of every fit
+            weights = self._weights(layer, torch.device("cpu"))
+            self._averages[layer.name] = average(self._shares, weights)
+        return self._averages[layer.name].clone()
 
     def waits_for(self, index: int) -> int | None:
         """The layer that has to be merged before.
@@ -81,27 +93,53 @@ class LayerProblems:
             The quadratic; its curvature, if there is any, is on disk where the layer exceeds the
             budget by itself.
         """
-        layer = self._layers[index]
-        head = layer.name == self._updates[0].header.head
         alignments = self._alignments(index, device, merged)
-        weights = self._weights(layer, device)
+        weights = self._weights(self._layers[index], device)
+        curvatures = self._prepared.pop(index, None)
         if alignments:
+            blocks = self._prepare(index, device) if curvatures is None else curvatures
+            pairs = zip(alignments, blocks, strict=True)
+            curvatures = self._keep(index, (a.curvature(block) for a, block in pairs), device)
             weights = [a.weights(w) for a, w in zip(alignments, weights, strict=True)]
+        elif curvatures is None:
+            curvatures = self._keep(index, self._prepare(index, device), device)
+        return Quadratic(self._shares, weights, curvatures)
 
-        def blocks() -> Iterator[Curvature]:
-            for client, update in enumerate(self._updates):
-                block = update.block(layer).to(device, weights[0].dtype)
-                block = self._method.transform(block, head)
-                yield alignments[client].curvature(block) if alignments else block
+    def prepare_together(self, index: int, device: torch.device, owner: int) -> None:
+        """Does what `read` does first, with the help of all ranks, each of which must call it.
 
-        curvatures = blocks()
-        first = next(curvatures)
+        Args:
+            index: of the layer.
+            device: where this rank works.
+            owner: the rank that will read the layer.
+        """
+        make = partial(self._transformed, index, device)
+        blocks = prepared_together(len(self._updates), owner, make, device)
+        if distributed.get_rank() == owner:
+            self._prepared[index] = self._keep(index, blocks, device)
+        else:
+            assert not list(blocks)
+
+    def _prepare(self, index: int, device: torch.device) -> Iterator[Curvature]:
+        return (self._transformed(index, device, client) for client in range(len(self._updates)))
+
+    def _transformed(self, index: int, device: torch.device, client: int) -> Curvature:
+        """What the method makes of a client's curvature of a layer."""
+        layer, header = self._layers[index], self._updates[client].header
+        block = self._updates[client].block(layer).to(device, self._dtypes[layer.name])
+        return self._method.transform(block, layer.name == header.head)
+
+    def _keep(
+        self, index: int, curvatures: Iterable[Curvature], device: torch.device
+    ) -> Sequence[Curvature]:
+        """Takes all clients' curvature of a layer, to disk if it exceeds the budget by itself."""
+        every = iter(curvatures)
+        first = next(every)
         tensors = list(first.tensors().values())
-        self._sizes[index] = len(weights) * sum(t.nbytes for t in (weights[0], *tensors))
-        every = itertools.chain([first], curvatures)
-        beyond = bool(tensors) and self._sizes[index] > self._budget
-        kept = Spilled(every, device) if beyond else list(every)
-        return Quadratic(self._shares, weights, kept)
+        weights = math.prod(first.shape) * self._dtypes[self._layers[index].name].itemsize
+        self._sizes[index] = len(self._updates) * (weights + sum(t.nbytes for t in tensors))
+        every = itertools.chain([first], every)
+        return Spilled(every, device) if tensors and self._sizes[index] > self._budget else [*every]
 
     def fits(self, index: int, held: Iterable[int]) -> bool:
         """Whether there is room for a layer beside others.
@@ -113,8 +151,8 @@ class LayerProblems:
         Returns:
             True as well if there are no others: a layer alone may exceed the budget, on disk.
         """
-        others = sum(self._sizes[other] for other in held)
-        return others == 0 or others + self._sizes[index] <= self._budget
+        others = sum(self._sizes[other] for other in {*held, *self._prepared} - {index})
+        return others == 0 or index in self._prepared or others + self._sizes[index] <= self._budget
 
     def _source(self, index: int) -> tuple[int, Activation] | None:
         """The layer whose outputs another reads, if both sides tell how to align them."""
@@ -163,10 +201,9 @@ class LayerProblems:
         return len(self._updates) * _WIDTH * sum(map(math.prod, parts))
 
     def _weights(self, layer: Layer, device: torch.device) -> list[Tensor]:
-        """One layer's matrix from every update, in at least float32."""
-        weights = [update.weights(layer) for update in self._updates]
-        dtype = torch.promote_types(weights[0].dtype, torch.float32)
-        return [matrix.to(device, dtype) for matrix in weights]
+        """One layer's matrix from every update."""
+        dtype = self._dtypes[layer.name]
+        return [update.weights(layer).to(device, dtype) for update in self._updates]
 
 
 # Bytes of a number; float64 updates are the exception.

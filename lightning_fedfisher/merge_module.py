@@ -32,8 +32,8 @@ from lightning_fedfisher.buffers import merge_buffers
 from lightning_fedfisher.fingerprint import fingerprint
 from lightning_fedfisher.layer_problems import LayerProblems
 from lightning_fedfisher.methods import METHODS, Method, MethodName
-from lightning_fedfisher.quadratic import Solver
-from lightning_fedfisher.schedule import IDLE, Sweep, SweepCounter, deal
+from lightning_fedfisher.schedule import IDLE, Sweep, SweepCounter, deal, dearest
+from lightning_fedfisher.solvers import Solver
 from lightning_fedfisher.strategies import require_whole_model
 
 _ITERATIONS, _DONE = 0, -1  # columns of a layer's status; between them objective and residual
@@ -218,6 +218,11 @@ class FisherMergeModule(LightningModule):
                 "a sweep takes every layer, and limit_train_batches or fast_dev_run cuts it short: "
                 "leave them out"
             )
+        # What would keep the other ranks waiting for one is prepared by all.
+        shapes = [layer.shape for layer in self.layers]
+        for index, owner in dearest(shapes, self.trainer.world_size).items():
+            if not self._status[index, _DONE]:
+                self._problems.prepare_together(index, self.device, owner)
 
     @override
     def on_validation_start(self) -> None:

@@ -11,13 +11,8 @@ from functools import partial
 from typing import Literal, get_args
 
 from lightning_fedfisher.curvature import Curvature, Identity
-from lightning_fedfisher.quadratic import (
-    ClosedForm,
-    PublishedServer,
-    Quadratic,
-    Solver,
-    exact_solver,
-)
+from lightning_fedfisher.quadratic import Quadratic
+from lightning_fedfisher.solvers import ClosedForm, PublishedServer, Solver, exact_solver
 
 MethodName = Literal[
     "fedavg", "fisher_merge", "regmean", "fedfisher_diag", "fedfisher_kfac", "fedfisher"

@@ -66,7 +66,7 @@ def deal(shapes: Sequence[tuple[int, int]], ranks: int) -> list[list[int]]:
     Returns:
         The layers of each rank, the cheapest first.
     """
-    costs = [rows * columns * (rows + columns) for rows, columns in shapes]
+    costs = _costs(shapes)
     hands: list[list[int]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
     for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
@@ -74,3 +74,26 @@ def deal(shapes: Sequence[tuple[int, int]], ranks: int) -> list[list[int]]:
         hands[rank].append(index)
         loads[rank] += costs[index]
     return [hand[::-1] for hand in hands]
+
+
+def dearest(shapes: Sequence[tuple[int, int]], ranks: int) -> dict[int, int]:
+    """The layers that cost more than a rank's share of all: no rank has more than one of them.
+
+    Args:
+        shapes: of the layers' matrices.
+        ranks: how many processes there are.
+
+    Returns:
+        By their indices, the ranks they are dealt to.
+    """
+    costs, hands = _costs(shapes), deal(shapes, ranks)
+    return {
+        index: rank
+        for rank, hand in enumerate(hands)
+        for index in hand
+        if costs[index] * ranks > sum(costs)
+    }
+
+
+def _costs(shapes: Sequence[tuple[int, int]]) -> list[int]:
+    return [rows * columns * (rows + columns) for rows, columns in shapes]

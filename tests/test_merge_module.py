@@ -44,8 +44,9 @@ from lightning_fedfisher.curvature import Diagonal
 from lightning_fedfisher.fingerprint import fingerprint
 from lightning_fedfisher.layer_problems import LayerProblems
 from lightning_fedfisher.methods import Method
-from lightning_fedfisher.quadratic import ClosedForm, ConjugateGradient, PublishedServer
-from lightning_fedfisher.schedule import deal
+from lightning_fedfisher.schedule import deal, dearest
+from lightning_fedfisher.sharing import prepared_together
+from lightning_fedfisher.solvers import ClosedForm, ConjugateGradient, PublishedServer
 from lightning_fedfisher.spill import Spilled
 
 NEEDS = {
@@ -1215,6 +1216,44 @@ def test_layers_are_dealt_by_cost_each_once():
     assert deal(shapes[:1], 3) == [[0], [], []]
 
 
+def test_only_layers_above_a_rank_s_share_are_prepared_together():
+    shapes = [(10, 10), (100, 100), (20, 20), (99, 99), (5, 5)]
+    assert [dearest(shapes, ranks) for ranks in (1, 2, 3)] == [[], [1], [1, 3]]
+    assert dearest(shapes[:1], 1) == []
+    assert dearest(shapes[:1], 3) == [0]
+
+
+@pytest.mark.parametrize(("ranks", "owner"), [(1, 0), (2, 0), (2, 1), (3, 1), (7, 6)])
+def test_every_rank_prepares_its_share_and_the_owner_gets_all_in_order(ranks, owner, monkeypatch):
+    sent, made, received = {}, [], []
+    curvatures = [Diagonal(torch.full((2, 3), float(client))) for client in range(5)]
+    everyone = [rank for rank in range(ranks) if rank != owner] + [owner]
+    for rank in everyone:
+
+        def send(objects, destination, rank=rank):
+            assert destination == owner
+            sent.setdefault(rank, []).extend(objects)
+
+        def receive(objects, source):
+            objects[:] = [sent[source].pop(0)]
+
+        def prepare(client, rank=rank):
+            made.append((client, rank))
+            return curvatures[client]
+
+        monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr("torch.distributed.get_world_size", lambda: ranks)
+        monkeypatch.setattr("torch.distributed.send_object_list", send)
+        monkeypatch.setattr("torch.distributed.recv_object_list", receive)
+        received = list(prepared_together(5, owner, prepare, torch.device("cpu"), torch.float32))
+        assert rank == owner or not received
+    assert sorted(client for client, _ in made) == [0, 1, 2, 3, 4]
+    assert len({rank for _, rank in made}) == min(ranks, 5)
+    assert not any(sent.values())
+    for ours, theirs in zip(received, curvatures, strict=True):
+        assert torch.equal(ours.values, theirs.values)
+
+
 DDP_SCRIPT = """
 import json, sys
 from pathlib import Path
@@ -1261,7 +1300,12 @@ def test_more_processes_than_layers_finish(tmp_path):
 
 @pytest.mark.parametrize(
     ("method", "devices", "budget"),
-    [("fedfisher", 2, 2**30), ("fedfisher_kfac", 3, 2**30), ("fedfisher", 2, 0)],
+    [
+        ("fedfisher", 2, 2**30),
+        ("fedfisher", 3, 2**30),
+        ("fedfisher_kfac", 3, 2**30),
+        ("fedfisher", 2, 0),
+    ],
 )
 def test_processes_do_not_change_the_result(updates, method, devices, budget, tmp_path):
     clients = updates[method]
