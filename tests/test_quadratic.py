@@ -669,10 +669,10 @@ def test_what_is_asked_of_all_curvatures_is_not_read(kind):
     solver.advance(1)
     before = lazy.reads
     objective, residual = solver.look()
-    assert lazy.reads == before + 3
+    assert lazy.reads == before + (0 if kind == "dense" else 3)  # whose step ended with a look
     assert objective == problem.objective(solver.weights)
     assert residual == solver.residual
-    assert lazy.reads == before + 3
+    assert lazy.reads == before + (0 if kind == "dense" else 3)
 
 
 def test_several_kinds_are_told_without_reading():
