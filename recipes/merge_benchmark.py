@@ -176,6 +176,7 @@ def clients(flags: Any) -> dict[str, Any]:
         "rows": rows,
         "clients_ratios": ratios("clients"),
         "seconds_ratios": ratios("seconds"),
+        "cpu_seconds_ratios": ratios("cpu_seconds"),
         "peak_ratios": ratios("peak_bytes"),
     }
 

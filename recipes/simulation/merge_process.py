@@ -71,8 +71,9 @@ def main() -> None:
     """Merges as the command line says: folder, clients, devices.
 
     Writes ``seconds`` from the files to the model (with several devices, the start of the further
-    processes is among them), ``fit_seconds`` of them after the updates were opened, resident
-    memory before the merge and at its most, both of rank 0, and the last sweep's numbers.
+    processes is among them), ``fit_seconds`` of them after the updates were opened, the processor's
+    own ``cpu_seconds``, which others on the machine change little, resident memory before the merge
+    and at its most, all of rank 0, and the last sweep's numbers.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
@@ -83,12 +84,13 @@ def main() -> None:
     if devices > 1:
         options["strategy"] = "ddp"
     before = status_bytes("VmRSS")
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
     result = merge("fedfisher", updates, None, None, options)
     took = {
         "clients": len(updates),
         "seconds": result.seconds,
         "fit_seconds": started + result.seconds - clock.began,
+        "cpu_seconds": time.process_time() - worked,
         "before_bytes": before,
         "peak_bytes": status_bytes("VmHWM"),
         "iterations": result.history[-1]["iterations"],
