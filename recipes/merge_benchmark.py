@@ -103,8 +103,13 @@ def untrained(model: str) -> Classifier:
     """
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = build_model(model, *((1, 28) if model == "lenet" else (3, 32)), 10)
+        network = build_model(model, *_image(model), 10)
     return Classifier(network, 0.0)
+
+
+def _image(model: str) -> tuple[int, int]:
+    """Channels and size of the images that a network of the paper takes."""
+    return (1, 28) if model == "lenet" else (3, 32)
 
 
 def speed(flags: Any) -> dict[str, Any]:
@@ -236,7 +241,8 @@ def _write(flags: Any, folder: Path, trained: bool) -> None:
 
     def first() -> ClientUpdate:
         if not trained:
-            return made_up(untrained(flags.model))
+            channels, size = _image(flags.model)
+            return made_up(untrained(flags.model), torch.rand(2, channels, size, size))
         cell = _cell(flags.model)
         images = load_images(cell.dataset, flags.data_dir)
         files = trained_updates(cell, "fedfisher", images, flags.clients_dir, flags.output_dir)

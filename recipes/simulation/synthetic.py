@@ -11,30 +11,30 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lightning_fedfisher import ClientUpdate, Kronecker, UpdateHeader, find_layers
+from lightning_fedfisher import ClientUpdate, Kronecker, extract_curvature
 
 _NOISE = 0.3
 _ROWS = 256
 _FLOOR = 0.01
 
 
-def made_up(model: nn.Module) -> ClientUpdate:
+def made_up(model: nn.Module, images: Tensor) -> ClientUpdate:
     """An update of an untrained network, with K-FAC factors of random rows.
 
     Args:
         model: without biases or normalisation, as all in `simulation.models`.
+        images: a few that it takes, for the order of its layers.
 
     Returns:
         The update.
     """
-    layers = find_layers(model)
-    header = UpdateHeader(
-        num_samples=1000,
+    labels = torch.zeros(len(images), dtype=torch.long)
+    seen = extract_curvature(model, [(images, labels)], "diagonal", progress=False)
+    layers = seen.layers
+    header = dataclasses.replace(
+        seen.header(1000),
         curvature="kfac",
-        fisher="normalised",
-        likelihood="categorical",
         curvature_samples=_ROWS,
-        layers=layers,
         kinds={layer.name: Kronecker.kind for layer in layers},
     )
     generator = torch.Generator().manual_seed(0)

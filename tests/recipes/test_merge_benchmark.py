@@ -70,7 +70,7 @@ def test_numbers_of_clients_are_compared(run, monkeypatch, tmp_path):
 
 
 def test_perturbed_updates_differ_and_keep_their_curvature_positive(tmp_path):
-    update = made_up(merge_benchmark.untrained("lenet"))
+    update = made_up(merge_benchmark.untrained("lenet"), torch.rand(2, 1, 28, 28))
     other = perturbed(update, 1)
     for layer in update.layers:
         assert not torch.equal(other.weights(layer), update.weights(layer))
@@ -86,7 +86,7 @@ def test_perturbed_updates_differ_and_keep_their_curvature_positive(tmp_path):
 
 
 def test_too_small_a_disk_is_refused(monkeypatch, tmp_path):
-    update = made_up(merge_benchmark.untrained("lenet"))
+    update = made_up(merge_benchmark.untrained("lenet"), torch.rand(2, 1, 28, 28))
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 0}))
     with pytest.raises(OSError, match="room"):
         write_perturbed(lambda: update, tmp_path, 3)
