@@ -58,7 +58,8 @@ def test_processes_agree(run):
 
 
 def test_numbers_of_clients_are_compared(run, monkeypatch, tmp_path):
-    took = {"seconds": 1.0, "fit_seconds": 1.0, "before_bytes": 1.0, "peak_bytes": 1.0}
+    names = ("seconds", "fit_seconds", "cpu_seconds", "before_bytes", "peak_bytes")
+    took = dict.fromkeys(names, 1.0)
     monkeypatch.setattr(
         merge_benchmark,
         "measure_merge",
