@@ -1218,9 +1218,9 @@ def test_layers_are_dealt_by_cost_each_once():
 
 def test_only_layers_above_a_rank_s_share_are_prepared_together():
     shapes = [(10, 10), (100, 100), (20, 20), (99, 99), (5, 5)]
-    assert [dearest(shapes, ranks) for ranks in (1, 2, 3)] == [[], [1], [1, 3]]
-    assert dearest(shapes[:1], 1) == []
-    assert dearest(shapes[:1], 3) == [0]
+    assert [dearest(shapes, ranks) for ranks in (1, 2, 3)] == [{}, {1: 0}, {1: 0, 3: 1}]
+    assert dearest(shapes[:1], 1) == {}
+    assert dearest(shapes[:1], 3) == {0: 0}
 
 
 @pytest.mark.parametrize(("ranks", "owner"), [(1, 0), (2, 0), (2, 1), (3, 1), (7, 6)])
@@ -1245,7 +1245,7 @@ def test_every_rank_prepares_its_share_and_the_owner_gets_all_in_order(ranks, ow
         monkeypatch.setattr("torch.distributed.get_world_size", lambda: ranks)
         monkeypatch.setattr("torch.distributed.send_object_list", send)
         monkeypatch.setattr("torch.distributed.recv_object_list", receive)
-        received = list(prepared_together(5, owner, prepare, torch.device("cpu"), torch.float32))
+        received = list(prepared_together(5, owner, prepare, torch.device("cpu")))
         assert rank == owner or not received
     assert sorted(client for client, _ in made) == [0, 1, 2, 3, 4]
     assert len({rank for _, rank in made}) == min(ranks, 5)
