@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 
-from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lightning_fedfisher.layers import aliases
 from lightning_fedfisher.methods import Method
+from lightning_fedfisher.progress import is_first, shown
 from lightning_fedfisher.update import ClientUpdate
 from lightning_fedfisher.update_file import digest
 from lightning_fedfisher.update_header import UpdateError
@@ -55,12 +54,10 @@ def open_updates(sources: Sequence[UpdateSource], method: Method, name: str) -> 
         raise MergeError(["there are none: pass the update files of at least one client"])
     opened: list[ClientUpdate] = []
     offenders: list[str] = []
-    first = getattr(rank_zero_only, "rank", 0) == 0
-    silent = None if first else True
-    for source in tqdm(sources, desc="verify", delay=2, leave=False, disable=silent):
+    for source in shown(sources, "verify"):
         try:
             update = source if isinstance(source, ClientUpdate) else ClientUpdate.open(source)
-            if first:
+            if is_first():
                 update.verify()
         except (UpdateError, FileNotFoundError) as error:
             offenders.append(str(error))

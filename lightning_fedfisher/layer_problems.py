@@ -16,6 +16,7 @@ from lightning_fedfisher.input_map import InputMap
 from lightning_fedfisher.kronecker import KINDS
 from lightning_fedfisher.layers import Activation, Layer
 from lightning_fedfisher.methods import Method
+from lightning_fedfisher.progress import shown
 from lightning_fedfisher.quadratic import Quadratic, average
 from lightning_fedfisher.sharing import prepared_together
 from lightning_fedfisher.spill import Spilled
@@ -26,7 +27,7 @@ class LayerProblems:
     """The merge problems of a federation, each read from the updates when asked for."""
 
     def __init__(self, updates: Sequence[ClientUpdate], method: Method, memory_budget: int) -> None:
-        """Reads nothing yet.
+        """Reads the precision of the weights, and nothing else yet.
 
         Args:
             updates: of all clients, found to belong together.
@@ -40,6 +41,7 @@ class LayerProblems:
             raise ValueError(f"memory_budget must be at least 0 bytes, got {memory_budget}")
         self._updates, self._method, self._budget = updates, method, memory_budget
         self._layers = updates[0].layers
+        self._index = {layer.name: index for index, layer in enumerate(self._layers)}
         self._shares = [float(update.num_samples) ** method.share_power for update in updates]
         # A layer is worked with in its own precision, or in float32 if that is less.
         self._dtypes = {
@@ -53,7 +55,7 @@ class LayerProblems:
     def forget(self) -> None:
         """Lets go of what was prepared, and of what was found out from merged layers."""
         self._related: dict[tuple[int, Activation], list[tuple[Tensor, Tensor]]] = {}
-        self._prepared: dict[int, Sequence[Curvature]] = {}
+        self._prepared: dict[int, Spilled] = {}
 
     def average(self, layer: Layer) -> Tensor:
         """Where the merge of a layer starts: the clients' average by their shares.
@@ -93,17 +95,15 @@ class LayerProblems:
             The quadratic; its curvature, if there is any, is on disk where the layer exceeds the
             budget by itself.
         """
-        alignments = self._alignments(index, device, merged)
         weights = self._weights(self._layers[index], device)
-        curvatures = self._prepared.pop(index, None)
-        if alignments:
-            blocks = self._prepare(index, device) if curvatures is None else curvatures
-            pairs = zip(alignments, blocks, strict=True)
-            curvatures = self._keep(index, (a.curvature(block) for a, block in pairs), device)
+        blocks: Iterable[Curvature] | None = self._prepared.pop(index, None)
+        if blocks is None:
+            blocks = self._prepare(index, device)
+        if alignments := self._alignments(index, device, merged):
             weights = [a.weights(w) for a, w in zip(alignments, weights, strict=True)]
-        elif curvatures is None:
-            curvatures = self._keep(index, self._prepare(index, device), device)
-        return Quadratic(self._shares, weights, curvatures)
+            pairs = zip(alignments, blocks, strict=True)
+            blocks = (alignment.curvature(block) for alignment, block in pairs)
+        return Quadratic(self._shares, weights, self._keep(index, blocks, device))
 
     def prepare_together(self, index: int, device: torch.device, owner: int) -> None:
         """Does what `read` does first, with the help of all ranks, each of which must call it.
@@ -114,11 +114,12 @@ class LayerProblems:
             owner: the rank that will read the layer.
         """
         make = partial(self._transformed, index, device)
-        blocks = prepared_together(len(self._updates), owner, make, device)
+        clients, name = len(self._updates), self._layers[index].name
+        blocks = prepared_together(clients, owner, make, device)
+        # On disk, as it may have to wait for another layer.
+        spilled = Spilled(shown(blocks, f"curvature of {name}", clients), device)
         if distributed.get_rank() == owner:
-            self._prepared[index] = self._keep(index, blocks, device)
-        else:
-            assert not list(blocks)
+            self._prepared[index] = spilled
 
     def _prepare(self, index: int, device: torch.device) -> Iterator[Curvature]:
         return (self._transformed(index, device, client) for client in range(len(self._updates)))
@@ -133,11 +134,12 @@ class LayerProblems:
         self, index: int, curvatures: Iterable[Curvature], device: torch.device
     ) -> Sequence[Curvature]:
         """Takes all clients' curvature of a layer, to disk if it exceeds the budget by itself."""
-        every = iter(curvatures)
+        layer, clients = self._layers[index], len(self._updates)
+        every = iter(shown(curvatures, f"curvature of {layer.name}", clients))
         first = next(every)
         tensors = list(first.tensors().values())
-        weights = math.prod(first.shape) * self._dtypes[self._layers[index].name].itemsize
-        self._sizes[index] = len(self._updates) * (weights + sum(t.nbytes for t in tensors))
+        weights = math.prod(first.shape) * self._dtypes[layer.name].itemsize
+        self._sizes[index] = clients * (weights + sum(t.nbytes for t in tensors))
         every = itertools.chain([first], every)
         return Spilled(every, device) if tensors and self._sizes[index] > self._budget else [*every]
 
@@ -151,8 +153,8 @@ class LayerProblems:
         Returns:
             True as well if there are no others: a layer alone may exceed the budget, on disk.
         """
-        others = sum(self._sizes[other] for other in {*held, *self._prepared} - {index})
-        return others == 0 or index in self._prepared or others + self._sizes[index] <= self._budget
+        others = sum(self._sizes[other] for other in held)
+        return others == 0 or others + self._sizes[index] <= self._budget
 
     def _source(self, index: int) -> tuple[int, Activation] | None:
         """The layer whose outputs another reads, if both sides tell how to align them."""
@@ -162,8 +164,7 @@ class LayerProblems:
             return None
         if not all(KINDS[header.kinds[name]].holds_inputs for name in (layer.name, source.layer)):
             return None
-        names = [each.name for each in self._layers]
-        return names.index(source.layer), source.activation
+        return self._index[source.layer], source.activation
 
     def _alignments(
         self, index: int, device: torch.device, merged: Sequence[Tensor]

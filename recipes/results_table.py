@@ -81,6 +81,28 @@ def costs_table(result: dict[str, Any]) -> str:
     return _markdown(rows)
 
 
+def rounds_table(result: dict[str, Any]) -> str:
+    """How the rounds of one run went.
+
+    Args:
+        result: a report in the form of ``results.json``, of several rounds.
+
+    Returns:
+        A Markdown table of test accuracies in percent.
+    """
+    methods = list(result["methods"])
+    header = ["round", "best single client", "ensemble", *(f"`{name}`" for name in methods)]
+    rows = [
+        [
+            str(each["round"]),
+            *map(_number, (each["best_client"], each["ensemble"])),
+            *(_number(each["methods"][name]) for name in methods),
+        ]
+        for each in result["rounds"]
+    ]
+    return _markdown([header, ["---:"] * len(header), *rows])
+
+
 def read_rows(path: Path) -> list[dict[str, str]]:
     """Reads the rows of a study.
 
@@ -367,3 +389,5 @@ if __name__ == "__main__":
     print(results_table(reports))
     for report in reports:
         print(f"\n{_title(report['config'])}; {report['environment']}\n\n{costs_table(report)}")
+        if "rounds" in report:
+            print(f"\n{rounds_table(report)}")
