@@ -42,6 +42,10 @@ class LayerProblems:
         self._sizes = list(map(self._sent, self._layers))
         self._related: dict[tuple[int, Activation], list[tuple[Tensor, Tensor]]] = {}
 
+    def forget(self) -> None:
+        """Lets go of what was found out from merged layers, as before they are merged anew."""
+        self._related.clear()
+
     def average(self, layer: Layer) -> Tensor:
         """Where the merge of a layer starts: the clients' average by their shares.
 

@@ -126,6 +126,7 @@ class FisherMergeModule(LightningModule):
 
     def _forget(self) -> None:
         """Starts a merge with nothing solved."""
+        self._problems.forget()
         self._solvers: dict[int, Solver] = {}
         self._progress: dict[int, tuple[Tensor, list[float]]] = {}
         self._status = torch.zeros(len(self.layers), 4, dtype=torch.float64)
@@ -285,6 +286,7 @@ class FisherMergeModule(LightningModule):
             self._set_merged(self._best[1])
         self._solvers.clear()
         self._progress.clear()
+        self._problems.forget()
         if self._target:
             # What is missing are parameters that no client trained; they stay.
             self._target[0].load_state_dict(self.merged_state_dict(), strict=False)
