@@ -14,8 +14,9 @@ from lightning_fedfisher.layers import Activation, Source
 # Functions known by name: a module, a method and a function of `torch` end in different objects.
 _RECTIFIERS = {"relu", "relu_"}
 _DROPOUTS = {"dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"}
+# With the number of dimensions that each pools, which are the last.
 _POOLS = {
-    f"{adaptive}{kind}_pool{dimensions}d"
+    f"{adaptive}{kind}_pool{dimensions}d": dimensions
     for adaptive in ("", "adaptive_")
     for kind in ("max", "avg")
     for dimensions in (1, 2, 3)
@@ -82,10 +83,12 @@ class Flow:
         name = getattr(func, "__name__", "")
         if name in _RECTIFIERS:
             self._mark(output, replace(mark, activation=mark.activation and "relu"))
-        elif name in _NORMALISERS:
+        elif name in _NORMALISERS and mark.activation != "relu":
             self._mark(output, replace(mark, activation=None))
-        elif (name in _POOLS | _DROPOUTS and output.ndim == given.ndim) or (
-            name in _RESHAPES and _keeps_blocks(given, output, mark.axis)
+        elif (
+            (name in _POOLS and mark.axis < given.ndim - _POOLS[name])
+            or name in _DROPOUTS
+            or (name in _RESHAPES and _keeps_blocks(given, output, mark.axis))
         ):
             self._mark(output, mark)
         return output

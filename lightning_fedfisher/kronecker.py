@@ -272,7 +272,8 @@ class EigenKronecker(Eigenbased):
     def with_inputs(self, change: InputMap) -> Self:
         # The basis is orthogonal no more: powers come before.
         basis = change.transposed.on_columns(self.input_basis.mT).mT
-        return type(self)(self.output_basis, basis, self.spectrum)
+        # In the order in which it would come back from disk, lest rounding differ.
+        return type(self)(self.output_basis, basis.contiguous(), self.spectrum)
 
     @override
     def diagonal(self) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lightning_fedfisher.curvature import Dense, Diagonal, Identity
+from lightning_fedfisher.input_map import InputMap
 from lightning_fedfisher.kronecker import (
     KINDS,
     EigenKronecker,
@@ -342,11 +343,43 @@ def test_of_inputs_keeps_the_inputs_alone(kind, singular):
     elif kind == "lookup_kronecker":
         expected = torch.kron(torch.diag(curvature.output_values), columns)
         assert type(inputs) is LookupKronecker
+    elif kind == "ekfac":
+        # That of the Kronecker product with the same traces.
+        _, traced = _partial_traces(_reference_dense(curvature))
+        expected = torch.kron(rows, traced * columns.shape[0] / traced.trace())
+        assert type(inputs) is Kronecker
     else:
         expected = torch.kron(rows, columns)
         assert type(inputs) is Identity
     _close(_reference_dense(inputs), expected)
     assert all(tensor.dtype == torch.float64 for tensor in inputs.tensors().values())
+
+
+@every_kind
+@singular_or_not
+@pytest.mark.parametrize(("units", "bias"), [(1, 0), (2, 0), (4, 0), (1, 1), (3, 1)])
+def test_with_inputs_is_the_operator_for_other_inputs(kind, singular, units, bias):
+    generator = torch.Generator().manual_seed(5)
+    between = torch.randn(units, units, dtype=torch.float64, generator=generator)
+    curvature, inputs = _make(kind, singular), SHAPE[1] - bias
+    change = InputMap(between, inputs)
+    if kind not in ("kronecker", "ekfac"):
+        assert not curvature.holds_inputs
+        with pytest.raises(TypeError, match=f"{kind} curvature does not hold"):
+            curvature.with_inputs(change)
+        return
+    assert curvature.holds_inputs
+    found = curvature.with_inputs(change)
+    assert type(found) is type(curvature)
+    # Positions of a block go together, and the bias stays: I x (S x I + 1).
+    blocks = torch.kron(between, torch.eye(inputs // units, dtype=torch.float64))
+    columns = torch.block_diag(blocks, torch.eye(int(bias), dtype=torch.float64))
+    wide = torch.kron(torch.eye(SHAPE[0], dtype=torch.float64), columns)
+    expected = wide @ _reference_dense(curvature) @ wide.T
+    weights = _weights()
+    _close(_reference_dense(found), expected)
+    _close(found.apply(weights), (expected @ weights.flatten()).view(SHAPE))
+    _close(found.diagonal(), expected.diagonal().view(SHAPE))
 
 
 @every_kind

@@ -1,6 +1,7 @@
 """The table of methods: what each row accepts, makes of curvature, and ends in."""
 
 import re
+from dataclasses import replace
 from itertools import product
 from typing import get_args
 
@@ -21,7 +22,7 @@ from lightning_fedfisher.kronecker import (
 )
 from lightning_fedfisher.layer_problems import LayerProblems
 from lightning_fedfisher.likelihood import FISHER_TYPES
-from lightning_fedfisher.methods import METHODS, MethodName, feeds_softmax
+from lightning_fedfisher.methods import METHODS, MethodName
 from lightning_fedfisher.quadratic import Quadratic
 
 PUBLISHED = ("fedfisher_diag", "fedfisher_kfac")
@@ -33,6 +34,7 @@ ACCEPTED = {
     "fedfisher_kfac": {("kfac", "exact")},
     "fedfisher": set(product(("kfac", "ekfac", "diagonal", "dense"), FISHER_TYPES)),
 }
+CPU = torch.device("cpu")
 UPDATES = [("identity", ""), *product(("diagonal", "kfac", "ekfac", "dense"), FISHER_TYPES)]
 
 
@@ -209,6 +211,10 @@ def test_published_methods_take_the_authors_first_step(method, kind, damped):
     torch.testing.assert_close(solver.weights, step, rtol=1e-12, atol=1e-12)
 
 
+def test_only_ours_aligns():
+    assert {name for name, row in METHODS.items() if row.aligns} == {"fedfisher"}
+
+
 def test_only_the_published_methods_keep_their_best_iterate():
     assert {name for name, row in METHODS.items() if row.keeps_best} == set(PUBLISHED)
 
@@ -227,6 +233,12 @@ def _classifier(bias=True, seed=0):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3, bias=bias))
+
+
+def _chain(seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
 
 
 def _classified(seed=0, samples=30):
@@ -257,58 +269,6 @@ def _written_out(curvature):
     return tensors["matrix"]
 
 
-def _over_constants(curvature):
-    """The curvature against a constant added to all outputs, by the mean over directions."""
-    rows, columns = curvature.shape
-    constants = torch.kron(torch.ones(rows, 1), torch.eye(columns)).double() / rows**0.5
-    dense = _written_out(curvature)
-    return float((constants.mT @ dense @ constants).trace() / columns) / float(
-        dense.trace() / (rows * columns)
-    )
-
-
-@pytest.mark.parametrize("fisher", FISHER_TYPES)
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-@pytest.mark.parametrize("kind", ["kfac", "ekfac", "dense"])
-def test_the_head_of_a_categorical_model_feeds_a_softmax(kind, bias, fisher):
-    blocks = _blocks(_classifier(bias), _classified(), kind, fisher)
-    hidden, head = blocks["0"], blocks["2"]
-    assert head.shape == (3, 5 if bias else 4)
-    assert _over_constants(head) < 1e-5
-    assert feeds_softmax(head)
-    assert _over_constants(hidden) > 0.1
-    assert not feeds_softmax(hidden)
-
-
-@pytest.mark.parametrize("fisher", FISHER_TYPES)
-def test_diagonal_curvature_cannot_tell_a_head(fisher):
-    blocks = _blocks(_classifier(), _classified(), "diagonal", fisher)
-    assert not any(map(feeds_softmax, blocks.values()))
-
-
-@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
-@pytest.mark.parametrize("kind", ["kfac", "ekfac", "dense"])
-def test_heads_without_a_softmax_are_none(kind, likelihood):
-    data = _classified()
-    x, y = data.tensors
-    labelled = TensorDataset(x, functional.one_hot(y, 3).float())
-    blocks = _blocks(_classifier(), labelled, kind, "exact", likelihood=likelihood)
-    assert _over_constants(blocks["2"]) > 0.5
-    assert not any(map(feeds_softmax, blocks.values()))
-
-
-@pytest.mark.parametrize("ratio", [0.0, 0.04, 0.06, 1.0])
-def test_a_head_may_be_a_little_blurred(ratio):
-    # Eigenvalues 1, 1 and one against constants, by the mean of all three.
-    against = 2 * ratio / (3 - ratio)
-    constant = torch.ones(3, 3).double() / 3
-    output_factor = torch.eye(3).double() + (against - 1) * constant
-    curvature = Kronecker(output_factor, _factor(4, 0))
-    assert _over_constants(curvature) == pytest.approx(ratio, abs=1e-12)
-    assert feeds_softmax(curvature) == (ratio < 0.05)
-    assert feeds_softmax(Dense(_written_out(curvature), (3, 4))) == (ratio < 0.05)
-
-
 @pytest.mark.parametrize("kind", ["kfac", "ekfac", "dense"])
 def test_fedfisher_weighs_the_head_by_its_outputs_alone(kind):
     head = _blocks(_classifier(), _classified(), kind)["2"]
@@ -335,17 +295,39 @@ def test_other_methods_know_no_head(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_curvature_is_read_once_more_only_where_the_head_is_looked_for(method, monkeypatch):
+def test_a_method_is_told_which_layer_is_the_head(method):
     kind = METHODS[method].curvatures[0] if METHODS[method].curvatures else "kfac"
     updates = [_update(_classifier(seed=s), _classified(s), kind) for s in range(2)]
+    told, transform = [], METHODS[method].transform
+    row = replace(
+        METHODS[method], transform=lambda f, head: (told.append(head), transform(f, head))[1]
+    )
+    for head, expected in (("2", [False, True]), ("0", [True, False]), ("", [False, False])):
+        renamed = [
+            ClientUpdate.from_model(_classifier(), replace(u.header, head=head), u.blocks)
+            for u in updates
+        ]
+        problems = LayerProblems(renamed, row, 2**30)
+        for index in range(2):
+            told.clear()
+            problems.read(index, CPU, [])
+            assert told == [expected[index]] * 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_what_is_aligned_is_read_more_than_once(method, monkeypatch):
+    kind = METHODS[method].curvatures[0] if METHODS[method].curvatures else "kfac"
+    updates = [_update(_chain(s), _classified(s), kind) for s in range(2)]
     reads, original = [], ClientUpdate.block
     monkeypatch.setattr(
         ClientUpdate, "block", lambda u, layer: (reads.append(layer.name), original(u, layer))[1]
     )
     problems = LayerProblems(updates, METHODS[method], 2**30)
+    merged = [problems.average(layer) for layer in updates[0].layers]
     for index in range(2):
-        problems.read(index, torch.device("cpu"))
-    assert reads == ["0"] * 2 + ["2"] * (4 if method == "fedfisher" else 2)
+        problems.read(index, CPU, merged)
+    aligned = METHODS[method].aligns and kind == "kfac"
+    assert reads == ["0"] * (4 if aligned else 2) + ["2"] * 2
 
 
 # The server's problems
@@ -368,7 +350,7 @@ def test_shares_are_powers_of_the_sample_counts(method):
     expected = [20 / 35, 10 / 35, 5 / 35] if power == 0.5 else [400 / 525, 100 / 525, 25 / 525]
     problems = LayerProblems(updates, METHODS[method], 2**30)
     for index, layer in enumerate(updates[0].layers):
-        problem = problems.read(index, torch.device("cpu"))
+        problem = problems.read(index, CPU, [])
         assert problem.shares == pytest.approx(expected)
         average = sum(p * u.weights(layer).double() for p, u in zip(expected, updates, strict=True))
         torch.testing.assert_close(problem.average.double(), average, rtol=1e-5, atol=1e-6)
@@ -412,7 +394,7 @@ def test_regmean_is_its_closed_form_over_unfolded_inputs():
         grams.append({name: i.mT @ i for name, i in with_ones.items()})
     problems = LayerProblems(updates, row, 2**30)
     for index, layer in enumerate(updates[0].layers):
-        solver = row.solver(problems.read(index, torch.device("cpu")))
+        solver = row.solver(problems.read(index, CPU, []))
         solver.advance(row.iterations)
         assert solver.finished
         weights = [update.weights(layer).double() for update in updates]
@@ -440,7 +422,7 @@ def test_regmean_weighs_the_rows_of_an_embedding_by_how_often_they_are_read():
         data = TensorDataset(tokens, torch.randint(0, 3, (size,), generator=generator))
         updates.append(_update(model, data, "kfac"))
         counts.append(torch.bincount(tokens.flatten(), minlength=6).double().unsqueeze(1))
-    problem = LayerProblems(updates, row, 2**30).read(0, torch.device("cpu"))
+    problem = LayerProblems(updates, row, 2**30).read(0, CPU, [])
     solver = row.solver(problem)
     solver.advance(row.iterations)
     weights = [update.weights(update.layers[0]).double() for update in updates]

@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_fedfisher import ClientUpdate, UpdateError, UpdateHeader, update_file
 from lightning_fedfisher.curvature import Diagonal, Identity
 from lightning_fedfisher.extraction import extract_curvature
-from lightning_fedfisher.layers import find_layers
+from lightning_fedfisher.layers import Source, find_layers
+from lightning_fedfisher.update_header import inconsistencies
 
 KINDS = ("identity", "diagonal", "kfac", "dense")
 METADATA = {"город": "Ærøskøbing", "emoji": "🐟", "empty": "", "quoted": 'a "b"\\\n\t\x00'}
@@ -156,7 +157,7 @@ def _matrix_fields(**changes):
     """Header of `MATRIX`: one layer of one parameter ``w``."""
     digest = _reference_digest(torch.float32, *MATRIX["parameters/w"][1:])
     fields = {
-        "schema": 2,
+        "schema": 3,
         "num_samples": 3,
         "curvature": "identity",
         "fisher": "",
@@ -167,6 +168,8 @@ def _matrix_fields(**changes):
         "metadata": {},
         "aliases": {},
         "frozen": {},
+        "sources": {},
+        "head": "",
         "digests": {"parameters/w": digest},
     }
     return fields | changes
@@ -581,6 +584,10 @@ def _resize(shape):
     return change
 
 
+def _reads(reader, layer, activation="relu"):
+    return _set("sources", {reader: {"layer": layer, "activation": activation}})
+
+
 LIES = {
     "parameter missing": (_drop("parameters/conv.bias"), "parameters/conv.bias"),
     "curvature missing": (_drop("curvature/norm/values"), "curvature/norm/values"),
@@ -627,8 +634,28 @@ LIES = {
     ),
     "frozen and trained": (_set("frozen", {"norm.weight": "0"}), "norm.weight is frozen and"),
     "frozen at a number": (_set("frozen", {"v": 0}), "expected str, got 0"),
-    "schema 1": (_set("schema", 1), "its schema is 1, this version reads 2"),
-    "schema string": (_set("schema", "2"), "its schema is '2'"),
+    "source is no layer": (_reads("norm", "more"), "layer norm cannot read more: one of them is"),
+    "reader is no layer": (_reads("more", "norm"), "layer more cannot read norm: one of them is"),
+    "source of a bias": (_reads("norm", "conv.bias"), "layer norm cannot read conv.bias"),
+    "activation unknown": (_reads("conv", "norm", "gelu"), "layer conv: unknown activation gelu"),
+    "activation empty": (_reads("conv", "norm", ""), "layer conv: unknown activation"),
+    "activation null": (_reads("conv", "norm", None), "expected str, got None"),
+    "activation list": (_reads("conv", "norm", ["relu"]), "expected str, got ['relu']"),
+    "source number": (_reads("conv", 3), "expected str, got 3"),
+    "more units than inputs": (_reads("norm", "conv"), "norm cannot read conv: its inputs do not"),
+    "no whole block": (_reads("conv", "größe/头"), "conv cannot read größe/头: its inputs do not"),
+    "reads itself": (_reads("conv", "conv"), "layer conv reads its own outputs"),
+    "source of two fields": (_set("sources", {"conv": ["norm", "relu"]}), "missing or malformed"),
+    "source without activation": (_set("sources", {"conv": {"layer": "norm"}}), "malformed"),
+    "source with more": (
+        _set("sources", {"conv": {"layer": "norm", "activation": "relu", "gain": 2}}),
+        "missing or malformed",
+    ),
+    "sources list": (_set("sources", []), "header is missing or malformed"),
+    "head is no layer": (_set("head", "conv.weight"), "the head conv.weight is no layer"),
+    "head null": (_set("head", None), "expected str, got None"),
+    "schema 1": (_set("schema", 1), "its schema is 1, this version reads 3"),
+    "schema string": (_set("schema", "3"), "its schema is '3'"),
     "field unknown": (_set("unknown", 1), "unknown"),
     "deep value": (_set("num_samples", json.loads("[" * 900 + "]" * 900)), "expected int"),
 }
@@ -638,6 +665,54 @@ LIES = {
 def test_a_header_that_contradicts_the_tensors_is_refused(change, reason, file):
     _forge(file, change)
     assert reason in _refusal(file)
+
+
+def test_a_source_that_divides_is_not_what_is_refused(file):
+    _forge(file, _reads("größe/头", "conv"))
+    assert _read(file).header.sources == {"größe/头": Source("conv", "relu")}
+
+
+def _in_line(layers=4, **changes):
+    """A header of square layers, and shapes to match."""
+    model = nn.Sequential(*(nn.Linear(3, 3, bias=False) for _ in range(layers)))
+    found = find_layers(model)
+    blocks = {layer.name: Identity(layer.shape) for layer in found}
+    header = _header("identity", found, blocks, **changes)
+    return header, {f"parameters/{name}": tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def test_a_chain_of_sources_is_consistent():
+    sources = {str(n): Source(str(n - 1), "identity") for n in (3, 1, 2)}
+    assert inconsistencies(*_in_line(sources=sources, head="3")) == []
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4])
+def test_layers_that_read_each_other_in_a_circle_are_refused(length):
+    ring = {str(n): Source(str((n + 1) % length), "relu") for n in range(length)}
+    (offender,) = inconsistencies(*_in_line(sources=ring))
+    assert re.fullmatch(r"layer \d reads its own outputs", offender)
+
+
+def test_all_that_misleads_is_named_at_once(file):
+    def change(fields, tensors):
+        fields["head"] = "nothing"
+        fields["sources"] = {
+            "conv": {"layer": "conv", "activation": "relu"},
+            "norm": {"layer": "conv", "activation": "relu"},
+            "größe/头": {"layer": "conv", "activation": "tanh"},
+            "more": {"layer": "conv", "activation": "relu"},
+        }
+
+    _forge(file, change)
+    message = _refusal(file)
+    for reason in (
+        "the head nothing is no layer",
+        "layer conv reads its own outputs",
+        "layer norm cannot read conv: its inputs do not divide",
+        "layer größe/头: unknown activation tanh",
+        "layer more cannot read conv: one of them is no layer",
+    ):
+        assert reason in message
 
 
 def test_forging_itself_is_not_what_is_refused(file, saved):
@@ -786,7 +861,7 @@ def test_a_missing_buffer_is_refused(file):
     assert "buffers/norm.running_var" in _refusal(file)
 
 
-@pytest.mark.parametrize("schema", [True, 2.0])
+@pytest.mark.parametrize("schema", [True, 3.0])
 def test_schema_is_exactly_a_number(schema, file):
     _forge(file, _set("schema", schema))
     assert "schema" in _refusal(file)
@@ -844,6 +919,10 @@ def test_sizes_too_long_to_print_are_refused(kind, tmp_path):
         {"curvature_samples": 1.5},
         {"fisher": None},
         {"metadata": {"epochs": 3}},
+        {"head": None},
+        {"sources": {0: Source("", "relu")}},
+        {"sources": {"": Source(1, "relu")}},
+        {"sources": {"": Source("", None)}},
     ],
     ids=str,
 )
