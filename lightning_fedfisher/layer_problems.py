@@ -57,10 +57,6 @@ class LayerProblems:
         self._related: dict[tuple[int, Activation], list[tuple[Tensor, Tensor]]] = {}
         self._prepared: dict[int, Spilled] = {}
 
-    def forget(self) -> None:
-        """Lets go of what was found out from merged layers, as before they are merged anew."""
-        self._related.clear()
-
     def average(self, layer: Layer) -> Tensor:
         """Where the merge of a layer starts: the clients' average by their shares.
 

@@ -293,7 +293,6 @@ class FisherMergeModule(LightningModule):
         self._problems.forget()
         self._solvers.clear()
         self._progress.clear()
-        self._problems.forget()
         if self._target:
             # What is missing are parameters that no client trained; they stay.
             self._target[0].load_state_dict(self.merged_state_dict(), strict=False)
