@@ -83,6 +83,11 @@ class LayerProblems:
         edge = self._source(index)
         return None if edge is None else edge[0]
 
+    def needs(self, index: int) -> list[int]:
+        """A layer and all that have to be merged before it, by index."""
+        before = self.waits_for(index)
+        return [index] if before is None else [index, *self.needs(before)]
+
     def read(self, index: int, device: torch.device, merged: Sequence[Tensor]) -> Quadratic:
         """Reads the quadratic of one layer.
 

@@ -194,11 +194,8 @@ class FisherMergeModule(LightningModule):
             # What ended for want of iterations begins anew, with all that waits for it.
             ran_out = self._status[:, _ITERATIONS] >= saved["max_iterations"]
             for index in range(len(self.layers)):
-                before: int | None = index
-                while before is not None and not ran_out[index]:
-                    ran_out[index] = bool(ran_out[before])
-                    before = self._problems.waits_for(before)
-            self._status[ran_out] = 0
+                if ran_out[self._problems.needs(index)].any():
+                    self._status[index] = 0
         self._best, self._validation_samples = saved["best"], saved["validation_samples"]
 
     @override

@@ -26,7 +26,7 @@ from lightning_fedfisher.input_map import InputMap
 from lightning_fedfisher.kronecker import Kronecker
 from lightning_fedfisher.layer_problems import LayerProblems
 from lightning_fedfisher.layers import Layer, Source
-from lightning_fedfisher.quadratic import ConjugateGradient
+from lightning_fedfisher.solvers import ConjugateGradient
 
 CPU = torch.device("cpu")
 ACTIVATIONS = ("identity", "relu")
