@@ -88,6 +88,8 @@ def tiny_updates(root: Path, clients: int = 3, epochs: int = 3, **options) -> li
     for client in range(clients):
         callback = FedFisherCallback(root / f"client-{client}.safetensors", **options)
         trainer = quiet_trainer(root, max_epochs=epochs, callbacks=[callback])
-        trainer.fit(tiny_model(), tiny_loader(seed=client, samples=20 + 10 * client))
+        with torch.random.fork_rng():  # the loader shuffles
+            torch.manual_seed(client)
+            trainer.fit(tiny_model(), tiny_loader(seed=client, samples=20 + 10 * client))
         updates.append(callback.update)
     return updates

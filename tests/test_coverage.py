@@ -955,7 +955,7 @@ def _check_ekfac(block, dense, factors):
         )
         turned = basis.T @ factor @ basis
         assert _error(turned, torch.diag(turned.diagonal())) < EXACT
-    basis = torch.kron(*_bases(block))
+    basis = torch.kron(*(basis.contiguous() for basis in _bases(block)))
     spectrum = (basis.T @ dense @ basis).diagonal().reshape(block.shape)
     assert _error(block.tensors()["spectrum"], spectrum) < EXACT
     kfac = torch.kron(*factors)
