@@ -33,7 +33,7 @@ class InputMap:
             ``matrix @ (T x I)``, of the same shape and dtype.
         """
         blocks = matrix[:, : self.inputs].reshape(len(matrix), len(self.units), -1)
-        mapped = self.units.mT.to(matrix) @ blocks
+        mapped = (blocks.mT @ self.units.to(matrix)).mT  # one product for all rows
         return torch.cat([mapped.flatten(1), matrix[:, self.inputs :]], dim=1)
 
     @property
