@@ -110,8 +110,17 @@ class LayerProblems:
             blocks = (alignment.curvature(block) for alignment, block in pairs)
         return Quadratic(self._shares, weights, self._keep(index, blocks, device))
 
+    def prepare(self, index: int, device: torch.device) -> None:
+        """Does what `read` does first, and keeps it on disk, as the layer may have to wait.
+
+        Args:
+            index: of the layer.
+            device: where to work.
+        """
+        self._prepared[index] = self._on_disk(index, self._prepare(index, device), device)
+
     def prepare_together(self, index: int, device: torch.device, owner: int) -> None:
-        """Does what `read` does first, with the help of all ranks, each of which must call it.
+        """Does what `prepare` does, with the help of all ranks, each of which must call it.
 
         Args:
             index: of the layer.
@@ -119,12 +128,14 @@ class LayerProblems:
             owner: the rank that will read the layer.
         """
         make = partial(self._transformed, index, device)
-        clients, name = len(self._updates), self._layers[index].name
-        blocks = prepared_together(clients, owner, make, device)
-        # On disk, as it may have to wait for another layer.
-        spilled = Spilled(shown(blocks, f"curvature of {name}", clients), device)
+        blocks = prepared_together(len(self._updates), owner, make, device)
+        spilled = self._on_disk(index, blocks, device)
         if distributed.get_rank() == owner:
             self._prepared[index] = spilled
+
+    def _on_disk(self, index: int, blocks: Iterable[Curvature], device: torch.device) -> Spilled:
+        name, clients = self._layers[index].name, len(self._updates)
+        return Spilled(shown(blocks, f"curvature of {name}", clients), device)
 
     def _prepare(self, index: int, device: torch.device) -> Iterator[Curvature]:
         return (self._transformed(index, device, client) for client in range(len(self._updates)))

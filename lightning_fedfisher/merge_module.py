@@ -215,11 +215,19 @@ class FisherMergeModule(LightningModule):
                 "a sweep takes every layer, and limit_train_batches or fast_dev_run cuts it short: "
                 "leave them out"
             )
-        # What would keep the other ranks waiting for one is prepared by all.
-        shapes = [layer.shape for layer in self.layers]
-        for index, owner in dearest(shapes, self.trainer.world_size).items():
-            if not self._status[index, _DONE]:
-                self._problems.prepare_together(index, self.device, owner)
+        if self.trainer.world_size > 1:
+            self._prepare()
+
+    def _prepare(self) -> None:
+        """Has all ranks do beforehand what one would do while the others wait for it."""
+        ranks, shapes = self.trainer.world_size, [layer.shape for layer in self.layers]
+        left = {index for index, status in enumerate(self._status) if not status[_DONE]}
+        shared = dearest(shapes, ranks)
+        for index in sorted(left & shared.keys()):
+            self._problems.prepare_together(index, self.device, shared[index])
+        for index in deal(shapes, ranks)[self.trainer.global_rank]:
+            if index in left - shared.keys() and self._problems.waits_for(index) is not None:
+                self._problems.prepare(index, self.device)
 
     @override
     def on_validation_start(self) -> None:

@@ -333,6 +333,28 @@ def test_only_what_is_aligned_is_read_more_than_once(method, monkeypatch):
 # The server's problems
 
 
+@pytest.mark.parametrize("kind", ["kfac", "ekfac", "diagonal"])
+def test_a_layer_prepared_beforehand_is_read_as_any(kind):
+    updates = [_update(_chain(s), _classified(s), kind) for s in range(2)]
+    told, transform = [], METHODS["fedfisher"].transform
+    row = replace(
+        METHODS["fedfisher"],
+        transform=lambda f, head: (told.append(head), transform(f, head))[1],
+    )
+    at_once, beforehand = (LayerProblems(updates, row, 2**30) for _ in range(2))
+    merged = [at_once.average(layer) for layer in updates[0].layers]
+    expected = at_once.read(1, CPU, merged)
+    beforehand.prepare(1, CPU)
+    told.clear()
+    problem = beforehand.read(1, CPU, merged)
+    assert not told
+    for ours, theirs in zip(problem.curvatures, expected.curvatures, strict=True):
+        for one, other in zip(ours.tensors().values(), theirs.tensors().values(), strict=True):
+            assert torch.equal(one, other)
+    for ours, theirs in zip(problem.weights, expected.weights, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def _update(model, data, kind, num_samples=None):
     loader = DataLoader(data, batch_size=10)
     extracted = extract_curvature(model, loader, kind, max_samples=None, progress=False)
