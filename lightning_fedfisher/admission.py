@@ -50,6 +50,8 @@ def open_updates(sources: Sequence[UpdateSource], method: Method, name: str) -> 
     """
     if isinstance(sources, str | os.PathLike):
         raise MergeError([f"{sources!s} is one path: pass a list of update files"])
+    if isinstance(sources, ClientUpdate):
+        raise MergeError([f"{sources.source} is one update: pass a list of them"])
     if not sources:
         raise MergeError(["there are none: pass the update files of at least one client"])
     opened: list[ClientUpdate] = []
@@ -108,12 +110,12 @@ def _differences(first: ClientUpdate, second: ClientUpdate) -> str:
     """How the architectures of two updates differ; empty if they do not."""
 
     def describe(update: ClientUpdate) -> dict[str, object]:
-        shapes: dict[str, object] = dict(
-            parameter for layer in update.layers for parameter in layer.parameters
-        )
-        shapes |= {n: tuple(b.shape) for n, b in update.buffers.items()}
-        shapes |= {n: _frozen_at(d) for n, d in update.header.frozen.items()}
-        return shapes | {n: f"another name of {a}" for n, a in update.header.aliases.items()}
+        parts: dict[str, object] = {
+            name: f"{shape} {str(dtype).removeprefix('torch.')}"
+            for name, (shape, dtype) in update.forms.items()
+        }
+        parts |= {n: _frozen_at(d) for n, d in update.header.frozen.items()}
+        return parts | {n: f"another name of {a}" for n, a in update.header.aliases.items()}
 
     unlike = _unlike(describe(first), describe(second))
     return ", ".join(f"{name} is {theirs}, not {mine}" for name, mine, theirs in unlike)

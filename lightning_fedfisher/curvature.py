@@ -41,7 +41,10 @@ class Curvature(ABC):
     elementwise: ClassVar[bool] = False
     """Whether the operator is its own diagonal, so that sums of it invert entry by entry."""
     holds_inputs: ClassVar[bool] = False
-    """Whether it holds the second moments of the layer's inputs, so that these may change."""
+    """Whether it holds the second moments of the layer's inputs, so that these may change.
+
+    With EKFAC's own spectrum they are those of inputs weighted by their gradients.
+    """
 
     @property
     @abstractmethod

@@ -98,8 +98,9 @@ class ExtractedCurvature:
 
     @property
     def report(self) -> str:
-        """How the layers were treated, in a few lines."""
-        return describe(self.treatments)
+        """How the layers were treated, and which one is the head, in a few lines."""
+        head = f"head: {self.head}" if self.head else "no head: the logits are no layer's outputs"
+        return f"{describe(self.treatments)}\n{head}"
 
     def header(
         self, num_samples: int | None = None, metadata: Mapping[str, str] | None = None

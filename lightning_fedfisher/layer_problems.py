@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial, reduce
 
 import torch
 from torch import Tensor, distributed
@@ -19,7 +19,7 @@ from lightning_fedfisher.methods import Method
 from lightning_fedfisher.progress import shown
 from lightning_fedfisher.quadratic import Quadratic, average
 from lightning_fedfisher.sharing import prepared_together
-from lightning_fedfisher.spill import Spilled
+from lightning_fedfisher.spill import Spilled, SpilledTensors
 from lightning_fedfisher.update import ClientUpdate
 
 
@@ -44,8 +44,11 @@ class LayerProblems:
         self._index = {layer.name: index for index, layer in enumerate(self._layers)}
         self._shares = [float(update.num_samples) ** method.share_power for update in updates]
         # A layer is worked with in its own precision, or in float32 if that is less.
+        forms = updates[0].forms
         self._dtypes = {
-            layer.name: torch.promote_types(updates[0].weights(layer).dtype, torch.float32)
+            layer.name: reduce(
+                torch.promote_types, (forms[n][1] for n in layer.parameter_names), torch.float32
+            )
             for layer in self._layers
         }
         self._sizes = list(map(self._sent, self._layers))
@@ -54,7 +57,8 @@ class LayerProblems:
 
     def forget(self) -> None:
         """Lets go of what was prepared, and of what was found out from merged layers."""
-        self._related: dict[tuple[int, Activation], list[tuple[Tensor, Tensor]]] = {}
+        self._related: dict[tuple[int, Activation], Sequence[Mapping[str, Tensor]]] = {}
+        self._related_size = 0  # in memory
         self._prepared: dict[int, Spilled] = {}
 
     def average(self, layer: Layer) -> Tensor:
@@ -104,9 +108,10 @@ class LayerProblems:
         blocks: Iterable[Curvature] | None = self._prepared.pop(index, None)
         if blocks is None:
             blocks = self._prepare(index, device)
-        if alignments := self._alignments(index, device, merged):
-            weights = [a.weights(w) for a, w in zip(alignments, weights, strict=True)]
-            pairs = zip(alignments, blocks, strict=True)
+        if self.waits_for(index) is not None:
+            alignments = partial(self._alignments, index, device, merged)
+            weights = [a.weights(w) for a, w in zip(alignments(), weights, strict=True)]
+            pairs = zip(alignments(), blocks, strict=True)
             blocks = (alignment.curvature(block) for alignment, block in pairs)
         return Quadratic(self._shares, weights, self._keep(index, blocks, device))
 
@@ -157,7 +162,8 @@ class LayerProblems:
         weights = math.prod(first.shape) * self._dtypes[layer.name].itemsize
         self._sizes[index] = clients * (weights + sum(t.nbytes for t in tensors))
         every = itertools.chain([first], every)
-        return Spilled(every, device) if tensors and self._sizes[index] > self._budget else [*every]
+        exceeds = self._related_size + self._sizes[index] > self._budget
+        return Spilled(every, device) if tensors and exceeds else [*every]
 
     def fits(self, index: int, held: Iterable[int]) -> bool:
         """Whether there is room for a layer beside others.
@@ -170,7 +176,7 @@ class LayerProblems:
             True as well if there are no others: a layer alone may exceed the budget, on disk.
         """
         others = sum(self._sizes[other] for other in held)
-        return others == 0 or others + self._sizes[index] <= self._budget
+        return others == 0 or self._related_size + others + self._sizes[index] <= self._budget
 
     def _source(self, index: int) -> tuple[int, Activation] | None:
         """The layer whose outputs another reads, if both sides tell how to align them."""
@@ -184,31 +190,45 @@ class LayerProblems:
 
     def _alignments(
         self, index: int, device: torch.device, merged: Sequence[Tensor]
-    ) -> list[Alignment]:
-        """How a layer's inputs relate to the merged model's, by client; empty if not known."""
-        edge = self._source(index)
-        if edge is None:
-            return []
+    ) -> Iterator[Alignment]:
+        """How an aligned layer's inputs relate to the merged model's, by client."""
+        edge, inputs = self._source(index), self._layers[index].inputs
+        assert edge is not None
         if edge not in self._related:
-            self._related[edge] = list(self._relate(*edge, device, merged))
-        inputs = self._layers[index].inputs
-        return [
-            Alignment(InputMap(to_client, inputs), InputMap(to_merged, inputs))
-            for to_client, to_merged in self._related[edge]
-        ]
+            self._related[edge] = self._keep_related(edge, device, merged)
+        for maps in self._related[edge]:
+            to_client, to_merged = (
+                InputMap(maps["client"], inputs),
+                InputMap(maps["merged"], inputs),
+            )
+            yield Alignment(to_client, to_merged)
+
+    def _keep_related(
+        self, edge: tuple[int, Activation], device: torch.device, merged: Sequence[Tensor]
+    ) -> Sequence[Mapping[str, Tensor]]:
+        """Finds out how the outputs of a merged layer relate, once for all that read them."""
+        layer, clients = self._layers[edge[0]], len(self._updates)
+        found = shown(self._relate(*edge, device, merged), f"outputs of {layer.name}", clients)
+        size = 2 * clients * layer.shape[0] ** 2 * self._dtypes[layer.name].itemsize
+        if self._related_size + size > self._budget:
+            return SpilledTensors(found, device)
+        self._related_size += size
+        return list(found)
 
     def _relate(
         self, index: int, activation: Activation, device: torch.device, merged: Sequence[Tensor]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Iterator[Mapping[str, Tensor]]:
         """How the outputs of a merged layer relate to each client's."""
-        layer, alignments = self._layers[index], self._alignments(index, device, merged)
-        for client, weights in enumerate(self._weights(layer, device)):
-            moments = self._updates[client].block(layer).to(device, weights.dtype).of_inputs()
-            if alignments:
-                weights = alignments[client].weights(weights)
-                moments = alignments[client].curvature(moments)
+        layer = self._layers[index]
+        aligned = self.waits_for(index) is not None
+        alignments = self._alignments(index, device, merged) if aligned else itertools.repeat(None)
+        for update, alignment in zip(self._updates, alignments, strict=False):
+            weights = update.weights(layer).to(device, self._dtypes[layer.name])
+            moments = update.block(layer).to(device, weights.dtype).of_inputs()
+            if alignment is not None:
+                weights, moments = alignment.weights(weights), alignment.curvature(moments)
             to_client, to_merged = align(weights, merged[index], moments, activation)
-            yield to_client.to(weights), to_merged.to(weights)
+            yield {"client": to_client.to(weights), "merged": to_merged.to(weights)}
 
     def _sent(self, layer: Layer) -> int:
         """Bytes of all clients' weights and curvature of a layer, before a method transforms it."""

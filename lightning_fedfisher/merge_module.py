@@ -11,7 +11,6 @@ one that is too large by itself is worked on from disk.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -21,10 +20,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.optim import Optimizer
-from torch.utils.data import DistributedSampler
-from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from lightning_fedfisher.admission import UpdateSource, check_fit, open_updates
@@ -35,10 +31,11 @@ from lightning_fedfisher.methods import METHODS, Method, MethodName
 from lightning_fedfisher.schedule import IDLE, Sweep, SweepCounter, deal, dearest
 from lightning_fedfisher.solvers import Solver
 from lightning_fedfisher.strategies import require_whole_model
+from lightning_fedfisher.validation import Validation
 
 _ITERATIONS, _DONE = 0, -1  # columns of a layer's status; between them objective and residual
+_CONVERGED, _ENDED = 1.0, 2.0  # what the last holds: zero before, and two if short of the tolerance
 _CHECKPOINT_KEY = "lightning_fedfisher_merge"
-_LARGE_RESIDUAL = 1e-3
 
 
 class FisherMergeModule(LightningModule):
@@ -88,9 +85,10 @@ class FisherMergeModule(LightningModule):
                 As the method has it if None: the published methods do, ours does not.
             max_iterations: solver steps a layer at most; the method's own if None.
             memory_budget: bytes of clients' curvature and weights to hold at a time; beyond it,
-                layers wait for their turn, and one that exceeds it alone is kept on disk, in the
-                folder for temporary files. Where the best iterate is looked for on a validation
-                loader, all layers move at once, and it bounds each of them, not their sum.
+                layers wait for their turn, and the curvature of one that exceeds it alone is kept
+                on disk, in the folder for temporary files, as are alignments. Where the best
+                iterate is looked for on a validation loader, all layers move at once, and it
+                bounds each of them, not their sum.
 
         Raises:
             MergeError: naming every update that is missing, corrupt, of another architecture, or
@@ -116,12 +114,11 @@ class FisherMergeModule(LightningModule):
             nn.Parameter(self._problems.average(layer)) for layer in self.layers
         )
         self._merged_buffers = merge_buffers(self.updates)
-        self._dtypes = {n: t.dtype for n, t in self.updates[0].parameters.items()}
+        self._dtypes = {n: dtype for n, (_, dtype) in self.updates[0].forms.items()}
         self._target: list[nn.Module] = [] if model is None else [model]
         if model is not None:
             check_fit(model, self.merged_state_dict(), self.updates[0].header.frozen)
-        self._replica: list[nn.Module] = []
-        self._accuracy, self._nll = MeanMetric(), MeanMetric()
+        self._validation: Validation | None = None
         self._turns = 0
         self._forget()
 
@@ -192,7 +189,7 @@ class FisherMergeModule(LightningModule):
         self._status, self.history = saved["status"].cpu(), list(saved["history"])
         if saved["max_iterations"] != self._max_iterations:
             # What ended for want of iterations begins anew, with all that waits for it.
-            ran_out = self._status[:, _ITERATIONS] >= saved["max_iterations"]
+            ran_out = self._status[:, _DONE] == _ENDED
             for index in range(len(self.layers)):
                 if ran_out[self._problems.needs(index)].any():
                     self._status[index] = 0
@@ -234,18 +231,9 @@ class FisherMergeModule(LightningModule):
         if not self._target:
             raise ValueError("a validation loader needs a model to run: pass model=...")
         loaders = self.trainer.val_dataloaders
-        for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
-            if isinstance(getattr(loader, "sampler", None), DistributedSampler):
-                raise ValueError(
-                    "every process needs all validation samples, each once: use "
-                    "Trainer(use_distributed_sampler=False)"
-                )
-        # New ones each time: a state reset in inference mode could not be updated outside it.
-        self._accuracy = MeanMetric().to(self.device)
-        self._nll = MeanMetric().to(self.device)
-        # So is the replica: it may have been on another device. It keeps the model's own dtypes.
-        self._replica = [copy.deepcopy(self._target[0]).to(self.device).eval()]
-        self._replica[0].load_state_dict(self._state(), strict=False)
+        # A new one each time: it may have been on another device, and a metric that was reset in
+        # inference mode could not be updated outside it.
+        self._validation = Validation(self._target[0], self._state(), loaders, self.device)
 
     @override
     def training_step(self, batch: int, batch_idx: int) -> None:
@@ -257,24 +245,23 @@ class FisherMergeModule(LightningModule):
             optimizer.step(self._gather)
 
     @override
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        x, y = batch
-        logits = self._replica[0](x)
-        self._accuracy.update((logits.argmax(1) == y).float() * 100)
-        self._nll.update(functional.cross_entropy(logits, y, reduction="none"))
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        assert self._validation is not None
+        self._validation.update(batch)
 
     @override
     def on_validation_epoch_end(self) -> None:
-        samples = int(self._nll.weight)
-        accuracy, nll = float(self._accuracy.compute()), float(self._nll.compute())
+        assert self._validation is not None
+        scores, samples = self._validation.compute()
+        self._validation = None
         if self.trainer.sanity_checking:
             return
-        scores = {"val_accuracy": accuracy, "val_nll": nll}
         self.log_dict(scores, prog_bar=True, batch_size=1, sync_dist=True)
         if not self.history or self.trainer.state.fn != TrainerFn.FITTING:
             return  # no sweep is complete, or this is no fit
         self._validation_samples = samples
         self.history[-1] |= scores
+        accuracy = scores["val_accuracy"]
         if self._best is None or accuracy > self._best[0]:
             self._best = accuracy, [matrix.detach().cpu().clone() for matrix in self.merged]
 
@@ -308,7 +295,7 @@ class FisherMergeModule(LightningModule):
             for layer, (iterations, _, residual, done) in zip(
                 self.layers, self._status.tolist(), strict=True
             )
-            if not done or (self._method.converges and residual > _LARGE_RESIDUAL)
+            if not done or (self._method.converges and done == _ENDED)
         ]
         if short:
             rank_zero_warn(
@@ -348,8 +335,10 @@ class FisherMergeModule(LightningModule):
                 f"the merge of layer {layer.name} left the finite numbers within "
                 f"{solver.iterations} iterations: some client's curvature is too large, or none"
             )
-        done = solver.finished or solver.iterations >= self._max_iterations
-        status = [float(solver.iterations), *solver.look(), float(done)]
+        done = 0.0
+        if solver.finished or solver.iterations >= self._max_iterations:
+            done = _CONVERGED if solver.converged else _ENDED
+        status = [float(solver.iterations), *solver.look(), done]
         self._progress[index] = solver.weights.to(self.merged[index].dtype), status
         if done:
             del self._solvers[index]

@@ -38,6 +38,11 @@ class Solver(ABC):
         self.finished = False
         self._pull = problem.pull
 
+    @property
+    def converged(self) -> bool:
+        """Whether it has reached what it was to reach."""
+        return self.finished
+
     def advance(self, iterations: int) -> None:
         """Makes some steps, or fewer if it finishes earlier.
 
@@ -90,9 +95,16 @@ class ClosedForm(Solver):
         super().__init__(problem)
 
     def _step(self) -> None:
-        total = self.problem.curve(torch.ones_like(self.weights))
-        correction = self.problem.gradient(self.weights) / total
-        self.weights = self.weights - torch.where(total > 0, correction, 0.0)
+        # In float64: what certain clients leave may be fainter than float32 can divide by.
+        average = self.problem.average.double()
+        total, force = torch.zeros_like(average), torch.zeros_like(average)
+        for share, weights, curvature in zip(
+            self.problem.shares, self.problem.weights, self.problem.curvatures, strict=True
+        ):
+            exact = curvature.to(average.device, average.dtype)
+            total += share * exact.apply(torch.ones_like(average))
+            force += share * exact.apply(average - weights)
+        self.weights = self.weights - torch.where(total > 0, force / total, 0.0).to(self.weights)
         self.finished = True
 
 
@@ -123,9 +135,15 @@ class ConjugateGradient(Solver):
         super().__init__(problem)
         self._tolerance, self._cut = tolerance, cut
         self._inverse: PseudoInverse | None = None
+        self._stalled = False
         self.finished = norm(problem.gradient(self.weights)) <= tolerance * self._pull
         if not self.finished:
             self._begin()
+
+    @property
+    @override
+    def converged(self) -> bool:
+        return self.finished and not self._stalled
 
     @override
     def _seen(self, gradient: Tensor) -> Tensor:
@@ -177,7 +195,7 @@ class ConjugateGradient(Solver):
         if self.finished or self._started_at < before / 2:
             return
         if self.weights.dtype == torch.float64:
-            self.finished = True
+            self.finished = self._stalled = True
             return
         self.problem, self.weights = self.problem.in_double(), self.weights.double()
         self._inverse = None

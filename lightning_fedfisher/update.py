@@ -7,6 +7,7 @@ names file and tensor.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,10 +49,11 @@ class ClientUpdate:
         self.source = source
         self._tensors = tensors
         if isinstance(tensors, UpdateFile):
-            shapes = tensors.shapes
+            self._shapes, self._dtypes = tensors.shapes, tensors.dtypes
         else:
-            shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if offenders := inconsistencies(header, shapes):
+            self._shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            self._dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+        if offenders := inconsistencies(header, self._shapes):
             raise UpdateError(source, offenders)
 
     @classmethod
@@ -121,6 +123,15 @@ class ClientUpdate:
         return {name: self._tensors[f"buffers/{name}"] for name in self._names("buffers")}
 
     @property
+    def forms(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of all trained weights and buffers by name; none of them is read."""
+        return {
+            name: (self._shapes[f"{group}/{name}"], self._dtypes[f"{group}/{name}"])
+            for group in ("parameters", "buffers")
+            for name in self._names(group)
+        }
+
+    @property
     def blocks(self) -> dict[str, Curvature]:
         """The curvature of every layer, by layer name."""
         return {layer.name: self.block(layer) for layer in self.layers}
@@ -179,8 +190,7 @@ class ClientUpdate:
     @property
     def fedavg_bytes(self) -> int:
         """Bytes a FedAvg client would send: weights and buffers as they are, nothing else."""
-        sent = (*self.parameters.values(), *self.buffers.values())
-        return sum(tensor.numel() * tensor.element_size() for tensor in sent)
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.forms.values())
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the update; a reader sees the old file or the whole new one.

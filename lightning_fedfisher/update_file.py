@@ -22,8 +22,20 @@ from lightning_fedfisher.update_header import UpdateError, UpdateHeader, is_poss
 
 SCHEMA = 3
 _METADATA_KEY = "lightning_fedfisher"
-_FLOATS = {"F16", "BF16", "F32", "F64"}
-_BUFFER_TYPES = _FLOATS | {"BOOL", "U8", "I8", "I16", "I32", "I64"}
+_FLOATS = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+_BUFFER_TYPES = _FLOATS | {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
 
 
 def write_file(path: Path, header: UpdateHeader, tensors: Mapping[str, Tensor]) -> None:
@@ -58,6 +70,7 @@ class UpdateFile(Mapping[str, Tensor]):
     Attributes:
         header: what the tensors mean.
         shapes: of the tensors, by name.
+        dtypes: of the tensors, by name.
         digests: of the tensors, by name.
     """
 
@@ -113,6 +126,7 @@ class UpdateFile(Mapping[str, Tensor]):
                 offenders.append(f"{name} has an impossible shape")
         if offenders:
             raise UpdateError(str(path), offenders)
+        self.dtypes = {name: _BUFFER_TYPES[found] for name, found in types.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.shapes:

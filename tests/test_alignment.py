@@ -422,6 +422,27 @@ def test_an_aligned_merge_in_no_memory_is_the_same(network, kind, tmp_path):
     assert_same(alone.merged_state_dict(), freely.merged_state_dict(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("network", ["chain", "convolutional", "twins"])
+def test_what_is_known_of_merged_layers_stays_within_the_budget(network):
+    clients = _clients(network)
+    maps, alone = [], LayerProblems(clients, METHODS["fedfisher"], 2**30)
+    merged = [alone.average(layer) for layer in alone._layers]
+    for index in range(len(merged)):
+        alone.read(index, CPU, merged)
+    for pairs in alone._related.values():
+        maps.append(sum(t.nbytes for pair in pairs for t in pair.values()))
+    assert sum(maps) == alone._related_size > 0
+    for budget in (0, min(maps), sum(maps) - 1, sum(maps)):
+        problems = LayerProblems(clients, METHODS["fedfisher"], budget)
+        for index in range(len(merged)):
+            problems.read(index, CPU, merged)
+        held = [pairs for pairs in problems._related.values() if isinstance(pairs, list)]
+        size = sum(t.nbytes for pairs in held for pair in pairs for t in pair.values())
+        assert size == problems._related_size <= budget
+        problems.forget()
+        assert problems._related_size == 0
+
+
 STOPS = (1, 3, 5, 8)
 
 

@@ -1020,7 +1020,9 @@ def _check_coverage(model, found):
     for treatment in found.treatments:
         assert treatment.kind == found.blocks[treatment.layer.name].kind
     weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    lines = found.report.splitlines()
+    *lines, head = found.report.splitlines()
+    no_head = "no head: the logits are no layer's outputs"
+    assert head == (f"head: {found.head}" if found.head else no_head)
     assert sum(int(line.split(" weights")[0].split()[-1]) for line in lines) == weights
     assert {line.split(" (")[0] for line in lines} == {t.kind for t in found.treatments}
     for treatment in found.treatments:

@@ -369,6 +369,16 @@ def test_closed_form_stays_at_the_average_where_no_client_has_curvature(dtype):
     )
 
 
+def test_closed_form_divides_curvature_fainter_than_float32():
+    problem = _problem("diagonal", dtype=torch.float32)
+    for curvature in problem.curvatures:
+        curvature.values.mul_(1e-43)  # a few steps of the smallest number
+    expected = _reference_solution(problem)
+    known = sum(curvature.values for curvature in problem.curvatures) > 0
+    found = _solved(problem).weights
+    assert _error(found[known], expected[known]) < 1e-6
+
+
 @pytest.mark.parametrize("kind", KINDS[1:])
 @pytest.mark.parametrize("solver", [ConjugateGradient, exact_solver])
 def test_no_curvature_at_all_is_the_average(solver, kind):

@@ -9,10 +9,12 @@ from results_table import (
     costs_table,
     extraction_summary,
     large_table,
+    merge_benchmark_table,
     merge_summary,
     merge_table,
     read_rows,
     results_table,
+    rounds_table,
     study_table,
 )
 
@@ -52,14 +54,23 @@ def test_recipes_readme_shows_the_curvature_studies(cells):
     assert study_table(read_rows(path)) in (ROOT / "recipes" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("cells", ["development", "seeds", "held_out"])
+def test_recipes_readme_shows_several_rounds_and_a_start_from_given_weights():
+    text = (ROOT / "recipes" / "README.md").read_text()
+    rounds, init = load(
+        "fashionmnist-lenet-a0.1-p3-s0-rounds", "fashionmnist-lenet-a0.07-p11-s7-init"
+    )
+    assert rounds_table(rounds) in text
+    assert results_table([init]) in text
+
+
+@pytest.mark.parametrize("cells", ["development", "seeds", "held_out", "earlier", "variants"])
 def test_recipes_readme_shows_the_merge_studies(cells):
     path = RESULTS / f"merge_study_{cells}.csv"
     assert path.read_text().startswith("# 20")
     rows = read_rows(path)
     text = (ROOT / "recipes" / "README.md").read_text()
     assert merge_table(rows) in text
-    if cells != "seeds":
+    if cells not in ("seeds", "variants"):
         assert merge_summary(rows) in text
 
 
@@ -76,3 +87,12 @@ def test_readmes_show_the_extraction_benchmarks():
     assert large_table(*load("extraction_resnet18")) in text
     assert extraction_summary(reports) in text
     assert extraction_summary(reports) in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("merge_*.json")), ids=lambda path: path.stem)
+def test_recipes_readme_shows_the_merge_benchmarks(path):
+    text = (ROOT / "recipes" / "README.md").read_text()
+    report = json.loads(path.read_text())
+    assert merge_benchmark_table(report) in text
+    if "times_faster" in report:
+        assert f"{report['times_faster']:.1f} times" in text
