@@ -1273,7 +1273,9 @@ def test_other_dtypes_are_another_model(on_disk, tmp_path):
     header = _update_of(models[0].eval(), _rows(), "kfac").header
     clients = []
     for index, model in enumerate(models):
-        blocks = {name: Identity(layer.shape) for name, layer in zip("01", header.layers)}
+        blocks = {
+            name: Identity(layer.shape) for name, layer in zip("01", header.layers, strict=True)
+        }
         plain = dataclasses.replace(
             header, curvature="identity", fisher="", kinds=dict.fromkeys(blocks, "identity")
         )
