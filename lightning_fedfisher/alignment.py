@@ -21,8 +21,8 @@ from lightning_fedfisher.curvature import Curvature
 from lightning_fedfisher.input_map import InputMap
 from lightning_fedfisher.layers import Activation
 
-# In mean eigenvalues: what is known of a direction with less is drawn to "as it was".
-_RIDGE = 1.0
+# A share of all second moments: what is known of a direction with less is drawn to "as it was".
+_RIDGE = 0.1
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,9 @@ def _regression(across: Tensor, among: Tensor) -> Tensor:
         among: of what is known.
 
     Returns:
-        ``(across + r I) (among + r I)^-1`` with `_RIDGE` times the mean eigenvalue as ``r``.
+        ``(across + r I) (among + r I)^-1`` with `_RIDGE` times the trace as ``r``.
     """
-    floor = _RIDGE * among.diagonal().mean() * torch.eye(len(among)).to(among)
+    floor = _RIDGE * among.trace() * torch.eye(len(among)).to(among)
     if not floor.any():  # nothing is known
         return torch.eye(len(among)).to(among)
     regression: Tensor = torch.linalg.solve(among + floor, across + floor, left=False)
