@@ -160,20 +160,21 @@ class ConjugateGradient(Solver):
         self._started_at = self._least = norm(self._residual)
         self._waited = 0
         self.finished = self._least <= self._AGREES * self._tolerance * self._pull
-        preconditioned = self._inverse.inverse * self._residual
-        self._direction = self._inverse.back(preconditioned)
-        self._squared = dot(self._residual, preconditioned)
+        self._conjugate = self._residual
+        self._squared = dot(self._residual, self._inverse.inverse * self._residual)
 
     @override
     def _step(self) -> None:
         assert self._inverse is not None
-        curved = self.problem.curve(self._direction)
-        bend = dot(self._direction, curved)
-        if bend <= 0:  # only rounding is left of this direction's curvature
-            self._check()
+        coordinates = self._inverse.inverse * self._conjugate
+        direction = self._inverse.back(coordinates)
+        curved = self.problem.curve(direction)
+        bend = dot(direction, curved)
+        if bend <= _rounding(direction) * dot(coordinates, self._conjugate):
+            self._check()  # the mean curvature sees this direction, and no client's does
             return
         step = self._squared / bend
-        self.weights = self.weights + step * self._direction
+        self.weights = self.weights + step * direction
         turned = self._inverse.support * self._inverse.turn(curved)
         self._residual = self._residual - step * turned
         length = norm(self._residual)
@@ -182,10 +183,8 @@ class ConjugateGradient(Solver):
         if length <= self._tolerance * self._pull or self._waited > self._PATIENCE:
             self._check()
             return
-        preconditioned = self._inverse.inverse * self._residual
-        squared = dot(self._residual, preconditioned)
-        along = squared / self._squared
-        self._direction = self._inverse.back(preconditioned) + along * self._direction
+        squared = dot(self._residual, self._inverse.inverse * self._residual)
+        self._conjugate = self._residual + squared / self._squared * self._conjugate
         self._squared = squared
 
     def _check(self) -> None:
@@ -200,6 +199,11 @@ class ConjugateGradient(Solver):
         self.problem, self.weights = self.problem.in_double(), self.weights.double()
         self._inverse = None
         self._begin()
+
+
+def _rounding(tensor: Tensor) -> float:
+    """The share of a sum of products that may be rounding."""
+    return 100 * torch.finfo(tensor.dtype).eps
 
 
 def exact_solver(problem: Quadratic, cut: float = 1e-6) -> Solver:

@@ -144,14 +144,13 @@ def test_dead_units_do_no_harm(activation, dead):
         assert all(torch.equal(units, torch.eye(4).double()) for units in found)
 
 
-def test_half_of_a_permutation_of_equal_units_is_believed():
+def test_half_of_a_permutation_of_ten_equal_units_is_believed():
     # With uncorrelated units of one size the ridge weighs as much as what is known.
-    permutation = torch.eye(4).double()[[2, 0, 3, 1]]
-    there, back = align(
-        permutation, torch.eye(4).double(), _of(torch.eye(4).double(), 4), "identity"
-    )
-    torch.testing.assert_close(there, (permutation + torch.eye(4).double()) / 2)
-    torch.testing.assert_close(back, (permutation.mT + torch.eye(4).double()) / 2)
+    same = torch.eye(10).double()
+    permutation = same[[2, 0, 3, 1, 9, 4, 5, 6, 7, 8]]
+    there, back = align(permutation, same, _of(same, 10), "identity")
+    torch.testing.assert_close(there, (permutation + same) / 2)
+    torch.testing.assert_close(back, (permutation.mT + same) / 2)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -11,7 +11,7 @@ import torch
 from lightning_fedfisher.curvature import Dense, Diagonal, Identity
 from lightning_fedfisher.kronecker import Kronecker
 from lightning_fedfisher.methods import METHODS
-from lightning_fedfisher.quadratic import Quadratic, Unread, average
+from lightning_fedfisher.quadratic import Quadratic, Unread, average, norm
 from lightning_fedfisher.solvers import (
     ClosedForm,
     ConjugateGradient,
@@ -367,6 +367,29 @@ def test_closed_form_stays_at_the_average_where_no_client_has_curvature(dtype):
     assert _error(solver.weights, _reference_solution(problem)) < (
         1e-12 if dtype == torch.float64 else 1e-6
     )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rounding_takes_no_step_where_only_the_mean_curvature_sees_anything(seed):
+    """Rows that one client knows with columns that another knows; and a goal below float32."""
+    generator = torch.Generator().manual_seed(seed)
+    turns = [
+        torch.linalg.qr(torch.randn(size, size, generator=generator).double()).Q for size in (6, 8)
+    ]
+    curvatures, weights = [], []
+    for client in range(2):
+        factors = []
+        for turn in turns:
+            values = torch.rand(len(turn), generator=generator).double() + 0.1
+            values[client::2] = 0
+            factors.append(((turn * values) @ turn.mT).float())
+        curvatures.append(Kronecker(*factors))
+        weights.append(torch.randn(6, 8, generator=generator))
+    solver = ConjugateGradient(Quadratic([1.0, 2.0], weights, curvatures), tolerance=1e-12)
+    solver.advance(500)
+    assert solver.finished
+    assert solver.residual < 1e-6
+    assert norm(solver.weights) < 1.5 * max(map(norm, weights))
 
 
 def test_closed_form_divides_curvature_fainter_than_float32():
