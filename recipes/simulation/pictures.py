@@ -99,7 +99,7 @@ def draw_accuracies(results: Mapping[str, Any], path: Path) -> Path:
 
 
 def draw_merge_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> Path:
-    """Draws how the residual of each iterative method falls.
+    """Draws how the residual of each iterative method falls, once all layers are begun.
 
     Args:
         histories: of each method, as `FisherMergeModule.history`.
@@ -113,12 +113,14 @@ def draw_merge_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], pa
     for method, history in histories.items():
         if history[-1]["iterations"] <= 1:
             continue  # a closed form has no curve
-        steps = [entry["iterations"] for entry in history]
-        residuals = [max(entry["residual"], 1e-8) for entry in history]
+        # A method that aligns begins its layers one after the other, and has none to show before.
+        begun = [entry for entry in history if entry["residual"] < 1] or history
+        steps = [entry["iterations"] for entry in begun]
+        residuals = [max(entry["residual"], 1e-8) for entry in begun]
         axes.plot(steps, residuals, marker=".", color=next(colours), label=method)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("solver iterations")
+    axes.set_xlabel("solver iterations, the most of any layer")
     axes.set_ylabel("largest relative residual of a layer")
     axes.set_title("How far each merge is from its minimum")
     if axes.has_data():
