@@ -149,7 +149,8 @@ class LayerProblems:
         """What the method makes of a client's curvature of a layer."""
         layer, header = self._layers[index], self._updates[client].header
         block = self._updates[client].block(layer).to(device, self._dtypes[layer.name])
-        return self._method.transform(block, layer.name == header.head)
+        head = layer.name == header.head and self.waits_for(index) is not None
+        return self._method.transform(block, head)
 
     def _keep(
         self, index: int, curvatures: Iterable[Curvature], device: torch.device

@@ -27,7 +27,7 @@ class Method:
         curvatures: kinds of curvature it can merge; any if empty.
         fishers: Fisher types it is defined for; any if empty.
         transform: what it makes of a client's curvature; the flag tells whether the layer is the
-            head, whose outputs are the logits of a softmax.
+            head, whose outputs are the logits of a softmax, and aligned.
         solver: how it minimises.
         iterations: steps after which it stops, if its solver has not finished before.
         sweep: steps between two looks at the model.
@@ -85,7 +85,8 @@ def _temper(curvature: Curvature, head: bool) -> Curvature:
     # rest; at power 1/2 the minimum itself is the model wanted, and no labels decide when to stop.
     # The inputs of the head have a mean far larger than their spread. Weighing by their second
     # moment ties the clients to how much they prefer a class whatever the input, which is about
-    # the classes they happened to hold; so the head is weighed by its outputs alone.
+    # the classes they happened to hold; so the head is weighed by its outputs alone. Only where it
+    # is aligned: else nothing but that weight keeps a new mean from shifting all classes.
     return (curvature.over_outputs() if head else curvature).power(0.5)
 
 

@@ -87,14 +87,19 @@ def wide(units, layer):
     return torch.block_diag(blocks, torch.eye(int(has_bias)).double())
 
 
+def _is_aligned(header, name):
+    """Whether a layer reads another and both hold their inputs' moments."""
+    source = header.sources.get(name)
+    return bool(source) and {header.kinds[name], header.kinds[source.layer]} <= set(HOLD_INPUTS)
+
+
 def _carried(clients, name, merged):
     """What each client's inputs have become: the layer's maps ``T`` and ``S``, written out."""
     header = clients[0].header
     layers = {layer.name: layer for layer in header.layers}
     layer, source = layers[name], header.sources.get(name)
     same = torch.eye(layer.shape[1]).double()
-    held = source and {header.kinds[name], header.kinds[source.layer]} <= set(HOLD_INPUTS)
-    if not held:
+    if not _is_aligned(header, name):
         return [(same, same)] * len(clients)
     before, found = layers[source.layer], []
     earlier = _carried(clients, source.layer, merged)
@@ -116,7 +121,7 @@ def quadratic(clients, name, merged, aligns=True):
     carried = _carried(clients, name, merged) if aligns else [(same, same)] * len(clients)
     for client, (there, back) in zip(clients, carried, strict=True):
         dense = written_out(client.block(layer))
-        if name == header.head:
+        if name == header.head and aligns and _is_aligned(header, name):
             dense = over_outputs(dense, layer.shape)
         change = torch.kron(torch.eye(layer.shape[0]).double(), back)
         weights.append(client.weights(layer).double() @ there)

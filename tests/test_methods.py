@@ -294,23 +294,25 @@ def test_other_methods_know_no_head(method):
         torch.testing.assert_close(here.dense(), there.dense(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("make", [_chain, _classifier])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_method_is_told_which_layer_is_the_head(method):
+def test_a_method_is_told_which_layer_is_an_aligned_head(method, make):
     kind = METHODS[method].curvatures[0] if METHODS[method].curvatures else "kfac"
-    updates = [_update(_classifier(seed=s), _classified(s), kind) for s in range(2)]
+    updates = [_update(make(seed=s), _classified(s), kind) for s in range(2)]
     told, transform = [], METHODS[method].transform
     row = replace(
         METHODS[method], transform=lambda f, head: (told.append(head), transform(f, head))[1]
     )
-    for head, expected in (("2", [False, True]), ("0", [True, False]), ("", [False, False])):
+    aligned = METHODS[method].aligns and make is _chain
+    for head, expected in (("2", [False, aligned]), ("0", [False, False]), ("", [False, False])):
         renamed = [
-            ClientUpdate.from_model(_classifier(), replace(u.header, head=head), u.blocks)
-            for u in updates
+            ClientUpdate.from_model(make(), replace(u.header, head=head), u.blocks) for u in updates
         ]
         problems = LayerProblems(renamed, row, 2**30)
+        merged = [problems.average(layer) for layer in renamed[0].layers]
         for index in range(2):
             told.clear()
-            problems.read(index, CPU, [])
+            problems.read(index, CPU, merged)
             assert told == [expected[index]] * 2
 
 
