@@ -20,6 +20,7 @@ from lightning_fedfisher.merge_module import FisherMergeModule
 from lightning_fedfisher.methods import METHODS
 
 # What crosses between them, and what it is made of
+from lightning_fedfisher.compression import BudgetError
 from lightning_fedfisher.curvature import Curvature, Dense, Diagonal, Identity
 from lightning_fedfisher.kronecker import (
     KINDS,
@@ -35,6 +36,7 @@ from lightning_fedfisher.update_header import UpdateError, UpdateHeader
 __all__ = [
     "KINDS",
     "METHODS",
+    "BudgetError",
     "ClientUpdate",
     "Curvature",
     "Dense",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -52,7 +53,7 @@ class FedFisherCallback(Callback):
         trainer.fit(module, train_loader)
 
     Attributes:
-        update: the extracted update; None until the fit has ended.
+        update: the update as it is sent; None until the fit has ended.
         path: the file written; None until then.
         seconds: wall-clock time the extraction took; None until then.
     """
@@ -71,6 +72,7 @@ class FedFisherCallback(Callback):
         forward: Forward | None = None,
         draws: int = 1,
         seed: int = 0,
+        upload_budget: float | None = 1.0,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         """Checks the options; see `extract_curvature` for those not told here.
@@ -91,6 +93,9 @@ class FedFisherCallback(Callback):
                 batches are not ``(x, y)`` or the module's output is not its logits.
             draws: directions a sample for the Fisher types that draw.
             seed: of the subset and of the Monte-Carlo draws.
+            upload_budget: most bytes of the file, in multiples of what FedAvg sends; weights and
+                curvature are rounded to fit (see `ClientUpdate.packed`). None sends all as it is,
+                as does any budget that this fits into, or 16 KiB.
             metadata: anything to send along, as strings.
 
         Raises:
@@ -102,6 +107,8 @@ class FedFisherCallback(Callback):
         for name, value in counts.items():
             if value is not None and not (isinstance(value, int) and value >= 1):
                 raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
+        if upload_budget is not None and not 0 < upload_budget < math.inf:
+            raise ValueError(f"upload_budget must be greater than 0, got {upload_budget!r}")
         for item in (metadata or {}).items():
             if not all(isinstance(part, str) for part in item):
                 raise ValueError(f"metadata must map strings to strings, got {item}")
@@ -116,6 +123,7 @@ class FedFisherCallback(Callback):
         self._forward = forward
         self._draws = draws
         self._seed = seed
+        self._upload_budget = upload_budget
         self._metadata = dict(metadata or {})
         self.update: ClientUpdate | None = None
         self.path: Path | None = None
@@ -165,6 +173,7 @@ class FedFisherCallback(Callback):
         find_layers(pl_module)
         if counted:  # a rehearsal; an iterable might not start anew
             rehearsed = self._extract(trainer, pl_module, max_samples=_REHEARSED)
+            self._update_of(pl_module, rehearsed)
             rank_zero_info(f"FedFisherCallback will extract\n{rehearsed.report}")
 
     @override
@@ -176,8 +185,7 @@ class FedFisherCallback(Callback):
             # What an iterable cannot tell.
             most = most_samples(most, self._num_samples)
         extracted = self._extract(trainer, pl_module, one_batch if dry else most)
-        header = extracted.header(self._num_samples, self._metadata)
-        self.update = ClientUpdate.from_model(pl_module, header, extracted.blocks)
+        self.update = self._update_of(pl_module, extracted)
         self.seconds = extracted.seconds
         if not dry:
             self._write(trainer, self.update)
@@ -221,6 +229,11 @@ class FedFisherCallback(Callback):
             shard=_shard(trainer),
             progress=trainer.progress_bar_callback is not None,
         )
+
+    def _update_of(self, pl_module: LightningModule, extracted: ExtractedCurvature) -> ClientUpdate:
+        header = extracted.header(self._num_samples, self._metadata)
+        update = ClientUpdate.from_model(pl_module, header, extracted.blocks)
+        return update if self._upload_budget is None else update.packed(self._upload_budget)
 
     def _write(self, trainer: Trainer, update: ClientUpdate) -> None:
         # Asked on every rank: the log directory is broadcast.

@@ -15,7 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ from lightning_fedfisher.spectrum import (
     symmetric_power,
 )
 
+Form = Literal["factor", "values", "basis"]
+"""What a tensor of a curvature is: a positive semi-definite matrix, eigenvalues, or a basis."""
+
 
 class Curvature(ABC):
     """A symmetric positive semi-definite operator on one layer's weight matrix.
@@ -38,6 +41,8 @@ class Curvature(ABC):
     """
 
     kind: ClassVar[str]
+    forms: ClassVar[Mapping[str, Form]] = {}
+    """What each of its tensors is, by field name."""
     elementwise: ClassVar[bool] = False
     """Whether the operator is its own diagonal, so that sums of it invert entry by entry."""
     holds_inputs: ClassVar[bool] = False
@@ -123,6 +128,17 @@ class Curvature(ABC):
     def trace(self) -> Tensor:
         """Sum of the eigenvalues, a scalar."""
         return self.diagonal().sum()
+
+    @abstractmethod
+    def sensitivities(self) -> dict[str, float]:
+        """How far its square root moves when the roots of its tensors do.
+
+        The root of a factor or of eigenvalues is their square root; a basis is its own.
+
+        Returns:
+            By field name, ``||d F^(1/2)||^2`` to first order for a unit error in an entry of the
+            tensor's root, in the mean over entries.
+        """
 
     def dense(self) -> Tensor:
         """The operator as an ``(out * in, out * in)`` matrix, for small layers and tests."""
@@ -228,6 +244,10 @@ class Identity(Curvature):
     def diagonal(self) -> Tensor:
         return torch.ones(self.size)
 
+    @override
+    def sensitivities(self) -> dict[str, float]:
+        return {}
+
     @classmethod
     @override
     def tensor_shapes(cls, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
@@ -249,6 +269,7 @@ class Diagonal(Curvature):
 
     values: Tensor
     kind: ClassVar[str] = "diagonal"
+    forms: ClassVar[Mapping[str, Form]] = {"values": "values"}
     elementwise: ClassVar[bool] = True
 
     @property
@@ -278,6 +299,10 @@ class Diagonal(Curvature):
     def diagonal(self) -> Tensor:
         return self.values
 
+    @override
+    def sensitivities(self) -> dict[str, float]:
+        return {"values": 1.0}
+
     @classmethod
     @override
     def tensor_shapes(cls, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
@@ -296,6 +321,7 @@ class Dense(Curvature):
     matrix: Tensor
     size: tuple[int, int]
     kind: ClassVar[str] = "dense"
+    forms: ClassVar[Mapping[str, Form]] = {"matrix": "factor"}
 
     @property
     @override
@@ -330,6 +356,10 @@ class Dense(Curvature):
     @override
     def diagonal(self) -> Tensor:
         return self.matrix.diagonal().reshape(self.size)
+
+    @override
+    def sensitivities(self) -> dict[str, float]:
+        return {"matrix": 1.0}
 
     @classmethod
     @override

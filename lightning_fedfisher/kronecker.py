@@ -7,7 +7,7 @@ looks up one token, and is kept so: a vocabulary squared would fit no file.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_fedfisher.curvature import Curvature, Dense, Diagonal, Identity
+from lightning_fedfisher.curvature import Curvature, Dense, Diagonal, Form, Identity
 from lightning_fedfisher.input_map import InputMap
 from lightning_fedfisher.spectrum import (
     PseudoInverse,
@@ -107,6 +107,14 @@ class Eigenbased(Curvature):
     def trace(self) -> Tensor:
         return self.spectrum.sum()
 
+    @override
+    def sensitivities(self) -> dict[str, float]:
+        # A basis U meets the root on both sides: twice, and once more where they meet each other.
+        trace = float(self.spectrum.sum())
+        sizes = {name: len(self.tensors()[name]) for name in self.forms if name != "spectrum"}
+        bases = {name: 2 * (size + 1) * trace / size**2 for name, size in sizes.items()}
+        return bases | {"spectrum": 1.0}
+
     @classmethod
     @override
     def mean(cls, curvatures: Iterable[Curvature], shares: Sequence[float]) -> Curvature:
@@ -130,6 +138,7 @@ class Kronecker(Factored):
     output_factor: Tensor
     input_factor: Tensor
     kind: ClassVar[str] = "kronecker"
+    forms: ClassVar[Mapping[str, Form]] = {"output_factor": "factor", "input_factor": "factor"}
     holds_inputs: ClassVar[bool] = True
 
     @property
@@ -174,6 +183,12 @@ class Kronecker(Factored):
     def diagonal(self) -> Tensor:
         return torch.outer(self.output_factor.diagonal(), self.input_factor.diagonal())
 
+    @override
+    def sensitivities(self) -> dict[str, float]:
+        # The norm of a product is that of its factors, and a root's squared is a trace.
+        outputs, inputs = self.output_factor.trace(), self.input_factor.trace()
+        return {"output_factor": float(inputs), "input_factor": float(outputs)}
+
     @classmethod
     @override
     def tensor_shapes(cls, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
@@ -193,6 +208,7 @@ class LookupKronecker(Factored):
     output_values: Tensor
     input_factor: Tensor
     kind: ClassVar[str] = "lookup_kronecker"
+    forms: ClassVar[Mapping[str, Form]] = {"output_values": "values", "input_factor": "factor"}
 
     @property
     @override
@@ -213,6 +229,11 @@ class LookupKronecker(Factored):
     @override
     def diagonal(self) -> Tensor:
         return torch.outer(self.output_values, self.input_factor.diagonal())
+
+    @override
+    def sensitivities(self) -> dict[str, float]:
+        outputs, inputs = self.output_values.sum(), self.input_factor.trace()
+        return {"output_values": float(inputs), "input_factor": float(outputs)}
 
     @classmethod
     @override
@@ -253,6 +274,11 @@ class EigenKronecker(Eigenbased):
     input_basis: Tensor
     spectrum: Tensor
     kind: ClassVar[str] = "ekfac"
+    forms: ClassVar[Mapping[str, Form]] = {
+        "output_basis": "basis",
+        "input_basis": "basis",
+        "spectrum": "values",
+    }
     holds_inputs: ClassVar[bool] = True
     factored: ClassVar[type[Factored]] = Kronecker
 
@@ -311,6 +337,7 @@ class LookupEigenKronecker(Eigenbased):
     input_basis: Tensor
     spectrum: Tensor
     kind: ClassVar[str] = "lookup_ekfac"
+    forms: ClassVar[Mapping[str, Form]] = {"input_basis": "basis", "spectrum": "values"}
     factored: ClassVar[type[Factored]] = LookupKronecker
 
     @override

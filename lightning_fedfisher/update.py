@@ -9,18 +9,28 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
+from lightning_fedfisher.compression import BudgetError, Compression, check, restore
 from lightning_fedfisher.curvature import Curvature
 from lightning_fedfisher.kronecker import KINDS
 from lightning_fedfisher.layers import Layer, aliases, frozen_parameters
-from lightning_fedfisher.update_file import UpdateFile, digest, write_file
-from lightning_fedfisher.update_header import UpdateError, UpdateHeader, inconsistencies
+from lightning_fedfisher.update_file import UpdateFile, digest, file_size, write_file
+from lightning_fedfisher.update_header import (
+    PACKED_TYPES,
+    Packed,
+    UpdateError,
+    UpdateHeader,
+    inconsistencies,
+)
+
+_GRANTED = 2**14  # bytes; below it, what tells the layers is most of a file
+_LONG = 1.2345678901234567e-10  # as many digits as a number may have
 
 
 class ClientUpdate:
@@ -49,12 +59,15 @@ class ClientUpdate:
         self.source = source
         self._tensors = tensors
         if isinstance(tensors, UpdateFile):
-            self._shapes, self._dtypes = tensors.shapes, tensors.dtypes
+            shapes, dtypes = tensors.shapes, tensors.dtypes
         else:
-            self._shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-            self._dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-        if offenders := inconsistencies(header, self._shapes):
+            shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+        if offenders := inconsistencies(header, shapes):
             raise UpdateError(source, offenders)
+        self._unpacked = header.tensors()
+        self._shapes = shapes | {name: self._unpacked[name][0] for name in header.packed}
+        self._dtypes = dtypes | {n: PACKED_TYPES[how.dtype] for n, how in header.packed.items()}
 
     @classmethod
     def from_model(
@@ -115,12 +128,12 @@ class ClientUpdate:
     @property
     def parameters(self) -> dict[str, Tensor]:
         """All trained weights by parameter name."""
-        return {name: self._tensors[f"parameters/{name}"] for name in self._names("parameters")}
+        return {name: self._read(f"parameters/{name}") for name in self._names("parameters")}
 
     @property
     def buffers(self) -> dict[str, Tensor]:
         """All persistent buffers by name."""
-        return {name: self._tensors[f"buffers/{name}"] for name in self._names("buffers")}
+        return {name: self._read(f"buffers/{name}") for name in self._names("buffers")}
 
     @property
     def forms(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -145,7 +158,7 @@ class ClientUpdate:
         Returns:
             A matrix of shape ``layer.shape``, in the parameters' own dtype.
         """
-        return layer.join({n: self._tensors[f"parameters/{n}"] for n in layer.parameter_names})
+        return layer.join({n: self._read(f"parameters/{n}") for n in layer.parameter_names})
 
     def block(self, layer: Layer) -> Curvature:
         """One layer's curvature; only this layer is read.
@@ -158,7 +171,7 @@ class ClientUpdate:
         """
         kind = KINDS[self.header.kinds[layer.name]]
         parts = kind.tensor_shapes(layer.shape)
-        tensors = {part: self._tensors[f"curvature/{layer.name}/{part}"] for part in parts}
+        tensors = {part: self._read(f"curvature/{layer.name}/{part}") for part in parts}
         return kind.from_tensors(tensors, layer.shape)
 
     def verify(self) -> None:
@@ -170,7 +183,8 @@ class ClientUpdate:
         offenders: list[str] = []
         for name in self._tensors:
             try:
-                tensor = self._tensors[name]
+                # Of a packed factor the root is enough: the product takes far longer.
+                tensor = self._unpack(name, check)
             except UpdateError as error:
                 offenders.extend(error.offenders)
                 continue
@@ -191,6 +205,50 @@ class ClientUpdate:
     def fedavg_bytes(self) -> int:
         """Bytes a FedAvg client would send: weights and buffers as they are, nothing else."""
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.forms.values())
+
+    def packed(self, upload_budget: float) -> Self:
+        """The update rounded and packed, so that its file is as small as wanted.
+
+        Args:
+            upload_budget: most bytes of the file, in multiples of `fedavg_bytes`; but 16 KiB are
+                always granted.
+
+        Returns:
+            An update whose weights and curvature differ by rounding (see `compression`); buffers
+            are the same. The update itself if it is small enough.
+
+        Raises:
+            ValueError: if the budget is not greater than zero.
+            BudgetError: if nothing of use fits.
+            UpdateError: if a curvature is not positive semi-definite.
+        """
+        if not 0 < upload_budget < math.inf:
+            raise ValueError(f"upload_budget must be greater than 0, got {upload_budget}")
+        size = max(int(upload_budget * self.fedavg_bytes), _GRANTED)
+        if file_size(self.header, self._tensors) <= size:
+            return self
+        plain = {name: self._read(name) for name in self._tensors}
+        try:
+            compression = Compression(self.header, plain, size)
+        except ValueError as error:
+            raise UpdateError(self.source, [str(error)]) from error
+        # What the rest takes: all but the bytes of what is packed.
+        guess = dict.fromkeys(compression.names, Packed(_LONG, "bfloat16", 1000, _LONG))
+        nothing = {name: torch.empty(0, dtype=torch.uint8) for name in compression.names}
+        room = size - file_size(dataclasses.replace(self.header, packed=guess), plain | nothing)
+        while True:
+            try:
+                packed, payloads = compression.fit(room)
+            except BudgetError as error:
+                raise BudgetError(
+                    f"{self.source} does not fit into upload_budget={upload_budget:g}, {size} "
+                    f"bytes: {error}. Raise it, send a smaller kind of curvature, or pass None"
+                ) from None
+            header, tensors = dataclasses.replace(self.header, packed=packed), plain | payloads
+            excess = file_size(header, tensors) - size
+            if excess <= 0:
+                return type(self)(header, tensors, self.source)
+            room -= excess
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the update; a reader sees the old file or the whole new one.
@@ -221,6 +279,19 @@ class ClientUpdate:
         """
         file = UpdateFile(Path(path))
         return cls(file.header, file, str(path))
+
+    def _read(self, name: str) -> Tensor:
+        """A tensor by its name in the file."""
+        return self._unpack(name, restore)
+
+    def _unpack(self, name: str, how: Callable[..., Tensor]) -> Tensor:
+        tensor, packed = self._tensors[name], self.header.packed.get(name)
+        if packed is None:
+            return tensor
+        try:
+            return how(tensor, packed, *self._unpacked[name])
+        except ValueError as error:
+            raise UpdateError(self.source, [f"{name} cannot be unpacked: {error}"]) from error
 
     def _names(self, group: str) -> list[str]:
         prefix = f"{group}/"

@@ -1,7 +1,8 @@
 """The file of a client update: safetensors, read tensor by tensor, trusted in nothing.
 
-Tensors are named ``parameters/<name>``, ``buffers/<name>`` and ``curvature/<layer>/<field>``. One
-metadata entry holds the header as JSON, with a SHA-256 digest of itself and of each tensor.
+Tensors are named ``parameters/<name>``, ``buffers/<name>`` and ``curvature/<layer>/<field>``; what
+is packed is there as bytes. One metadata entry holds the header as JSON, with a SHA-256 digest of
+itself and of each tensor.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from lightning_fedfisher.update_header import UpdateError, UpdateHeader, is_possible
 
-SCHEMA = 3
+SCHEMA = 4
+_UNPACKED_SCHEMA = 3  # of files from before anything was packed
 _METADATA_KEY = "lightning_fedfisher"
 _FLOATS = {
     "F16": torch.float16,
@@ -28,6 +30,7 @@ _FLOATS = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
+_BYTES = {"U8": torch.uint8}
 _BUFFER_TYPES = _FLOATS | {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -47,6 +50,29 @@ def write_file(path: Path, header: UpdateHeader, tensors: Mapping[str, Tensor]) 
         tensors: by their names in the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        save_file(dict(tensors), partial, _metadata(header, tensors))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def file_size(header: UpdateHeader, tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of the file that `write_file` would write.
+
+    Args:
+        header: what the tensors mean.
+        tensors: by their names in the file.
+
+    Returns:
+        The size, without writing.
+    """
+    return len(save(dict(tensors), _metadata(header, tensors)))
+
+
+def _metadata(header: UpdateHeader, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The one entry that the file has besides tensors."""
     fields = {
         **asdict(header),
         "schema": SCHEMA,
@@ -55,13 +81,7 @@ def write_file(path: Path, header: UpdateHeader, tensors: Mapping[str, Tensor]) 
     # One entry of sorted JSON: with several, the order of the bytes changes from run to run.
     text = json.dumps(fields, sort_keys=True)
     own = hashlib.sha256(text.encode()).hexdigest()
-    metadata = {_METADATA_KEY: json.dumps({"digest": own, "header": text}, sort_keys=True)}
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        save_file(dict(tensors), partial, metadata)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    return {_METADATA_KEY: json.dumps({"digest": own, "header": text}, sort_keys=True)}
 
 
 class UpdateFile(Mapping[str, Tensor]):
@@ -103,11 +123,13 @@ class UpdateFile(Mapping[str, Tensor]):
             fields = json.loads(text)
             schema = fields.pop("schema")
             self.digests: dict[str, str] = dict(fields.pop("digests"))
-            if type(schema) is not int or schema != SCHEMA:
+            if type(schema) is not int or schema not in (_UNPACKED_SCHEMA, SCHEMA):
                 raise UpdateError(
                     str(path),
                     [f"its schema is {schema!r}, this version reads {SCHEMA}: extract it anew"],
                 )
+            if schema == _UNPACKED_SCHEMA:
+                fields["packed"] = {}
             self.header = UpdateHeader.from_json(fields)
         except UpdateError:
             raise
@@ -120,6 +142,8 @@ class UpdateFile(Mapping[str, Tensor]):
         ]
         for name, found in types.items():
             allowed = _BUFFER_TYPES if name.startswith("buffers/") else _FLOATS
+            if name in self.header.packed:
+                allowed = _BYTES
             if found not in allowed:
                 offenders.append(f"{name} is of type {found}, not of {', '.join(sorted(allowed))}")
             if not is_possible(self.shapes[name]):

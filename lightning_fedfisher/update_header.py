@@ -10,8 +10,19 @@ from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, Self, TypeVar, get_args
 
+import torch
+
+from lightning_fedfisher.curvature import Form
 from lightning_fedfisher.kronecker import KINDS
 from lightning_fedfisher.layers import Activation, Layer, Source
+
+PACKED_TYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+"""What a packed tensor may have been, by the name of its type."""
 
 _MOST_ELEMENTS, _MOST_DIMENSIONS = 2**48, 16
 _T = TypeVar("_T")
@@ -33,6 +44,23 @@ class UpdateError(ValueError):
 
 
 @dataclass(frozen=True)
+class Packed:
+    """How a tensor was packed: its root, in whole numbers of a step (see `compression`).
+
+    Attributes:
+        step: the unit.
+        dtype: of the tensor before, as torch names it.
+        rank: columns of a factor's root; 0 if it is a triangle.
+        tail: eigenvalue of a factor in all directions but those columns'.
+    """
+
+    step: float
+    dtype: str
+    rank: int = 0
+    tail: float = 0.0
+
+
+@dataclass(frozen=True)
 class UpdateHeader:
     """What the tensors of an update mean.
 
@@ -49,6 +77,7 @@ class UpdateHeader:
         frozen: digest of each parameter that was not trained, and is not sent.
         sources: whose outputs each layer reads, for those that read one other layer's.
         head: name of the layer whose outputs are the logits of a softmax; empty if none is.
+        packed: the tensors that are packed, by their names in the file.
 
     Raises:
         TypeError, ValueError: if an attribute, down to the shapes, is not of its type.
@@ -66,6 +95,7 @@ class UpdateHeader:
     frozen: Mapping[str, str] = field(default_factory=dict)
     sources: Mapping[str, Source] = field(default_factory=dict)
     head: str = ""
+    packed: Mapping[str, Packed] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "curvature_samples"):
@@ -77,6 +107,14 @@ class UpdateHeader:
                 _typed(str, key), _typed(str, value)
         for reader, source in self.sources.items():
             _typed(str, reader), _typed(str, source.layer), _typed(str, source.activation)
+        for name, packed in self.packed.items():
+            _typed(str, name)
+            if not (_typed(float, packed.step) > 0 and math.isfinite(packed.step)):
+                raise ValueError(f"{name} is packed in steps of {packed.step}")
+            if _typed(str, packed.dtype) not in PACKED_TYPES:
+                raise ValueError(f"{name} was packed from {packed.dtype}")
+            if _typed(int, packed.rank) < 0 or not 0 <= _typed(float, packed.tail) < math.inf:
+                raise ValueError(f"{name} has rank {packed.rank} and tail {packed.tail}")
         for layer in self.layers:
             _typed(str, layer.name)
             for name, shape in layer.parameters:
@@ -107,7 +145,21 @@ class UpdateHeader:
             for layer in fields["layers"]
         )
         sources = {reader: Source(**source) for reader, source in fields["sources"].items()}
-        return cls(**{**fields, "layers": layers, "sources": sources})
+        packed = {name: Packed(**how) for name, how in fields["packed"].items()}
+        return cls(**{**fields, "layers": layers, "sources": sources, "packed": packed})
+
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], Form]]:
+        """Shape and form of each weight and of each tensor of the curvature, by names in the file.
+
+        Weights have the form of a basis: nothing is known of them.
+        """
+        found: dict[str, tuple[tuple[int, ...], Form]] = {}
+        for layer in self.layers:
+            kind = KINDS[self.kinds[layer.name]]
+            shapes = kind.tensor_shapes(layer.shape)
+            found |= {f"parameters/{name}": (shape, "basis") for name, shape in layer.parameters}
+            found |= {f"curvature/{layer.name}/{p}": (shapes[p], f) for p, f in kind.forms.items()}
+        return found
 
 
 def inconsistencies(header: UpdateHeader, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
@@ -154,8 +206,11 @@ def inconsistencies(header: UpdateHeader, shapes: Mapping[str, tuple[int, ...]])
         if f"parameters/{name}" in expected
     ]
     offenders += _misled(header)
+    offenders += [f"{n} is packed and unknown" for n in header.packed if n not in expected]
     found = {name: shape for name, shape in shapes.items() if not name.startswith("buffers/")}
     for name in sorted(expected.keys() | found.keys()):
+        if name in header.packed and len(found.get(name, ())) == 1:
+            continue  # bytes, whose number is found wrong when they are unpacked
         if expected.get(name) != found.get(name):
             offenders.append(
                 f"{name} should be {expected.get(name, 'absent')}, is {found.get(name, 'absent')}"

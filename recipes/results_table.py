@@ -6,6 +6,7 @@ Usage: ``python recipes/results_table.py recipes/results/*.json``
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import statistics
 import sys
@@ -160,15 +161,9 @@ def merge_table(rows: Sequence[dict[str, str]]) -> str:
         A Markdown table of test accuracies in percent, the mean of the cells with the lowest and
         highest, and of the mean negative log-likelihood.
     """
-    found = _by_method(rows)
-    cells = sorted(
-        dict.fromkeys(map(_federation, rows)),
-        key=lambda cell: (cell.model != "lenet", cell.model, float(cell.alpha)),
-    )
-    columns: dict[str, list[_Federation]] = {}
-    for cell in cells:
-        title = f"lenet a{cell.alpha}" if cell.model == "lenet" else cell.model
-        columns.setdefault(title, []).append(cell)
+    found = _by(rows, "method")
+    columns = _columns(rows)
+    cells = [cell for group in columns.values() for cell in group]
     lenet = [cell for cell in cells if cell.model == "lenet"]
     table = [
         ["method", "server labels", *columns, "lenet mean", "NLL"],
@@ -198,7 +193,7 @@ def merge_summary(rows: Sequence[dict[str, str]]) -> str:
         A Markdown table: for each network the mean difference of accuracies in points, and in how
         many cells accuracy is higher and negative log-likelihood lower.
     """
-    found = _by_method(rows)
+    found = _by(rows, "method")
     models: dict[str, list[_Federation]] = {}
     for cell in found["fedfisher"]:
         models.setdefault(cell.model, []).append(cell)
@@ -218,6 +213,51 @@ def merge_summary(rows: Sequence[dict[str, str]]) -> str:
                 f"{sum(difference < 0 for difference in nll)} of {len(cells)}",
             ]
         table.append(line)
+    return _markdown(table)
+
+
+def compression_table(rows: Sequence[dict[str, str]]) -> str:
+    """Accuracy by the bytes sent.
+
+    Args:
+        rows: of a compression study; all cells for everything that was sent.
+
+    Returns:
+        A Markdown table: mean size in FedAvg uploads; test accuracies in percent, the mean of the
+        cells with the lowest and highest; the change from sending all as it is, in points, in the
+        mean of all cells and in the column where it is least; negative log-likelihood; and how much
+        longer than the extraction alone a client takes.
+    """
+    found, columns = _by(rows, "sent"), _columns(rows)
+    plain, *_ = found.values()
+    table = [
+        ["sent", "FedAvg uploads", *columns, "change", "least change", "NLL", "client's time"],
+        ["---", *["---:"] * (len(columns) + 5)],
+    ]
+    for sent, own in found.items():
+
+        def mean(column: str, own: dict[_Federation, dict[str, str]] = own) -> float:
+            return statistics.mean(float(row[column]) for row in own.values())
+
+        groups = [[float(own[cell]["accuracy"]) for cell in group] for group in columns.values()]
+        before = [[float(plain[cell]["accuracy"]) for cell in group] for group in columns.values()]
+        changes = [
+            statistics.mean(now) - statistics.mean(then)
+            for now, then in zip(groups, before, strict=True)
+        ]
+        all_now, all_before = itertools.chain(*groups), itertools.chain(*before)
+        time = mean("packing_seconds") / mean("extraction_seconds")
+        table.append(
+            [
+                sent,
+                f"{mean('upload'):.2f}",
+                *map(_range, groups),
+                f"{statistics.mean(all_now) - statistics.mean(all_before):+.2f}",
+                f"{min(changes):+.2f}",
+                f"{mean('nll'):.2f}",
+                f"+{100 * time:.0f}%",
+            ]
+        )
     return _markdown(table)
 
 
@@ -361,11 +401,26 @@ def _federation(row: dict[str, str]) -> _Federation:
     return _Federation(*(row[column] for column in _Federation._fields))
 
 
-def _by_method(rows: Sequence[dict[str, str]]) -> dict[str, dict[_Federation, dict[str, str]]]:
+def _by(
+    rows: Sequence[dict[str, str]], column: str
+) -> dict[str, dict[_Federation, dict[str, str]]]:
     found: dict[str, dict[_Federation, dict[str, str]]] = {}
     for row in rows:
-        found.setdefault(row["method"], {})[_federation(row)] = row
+        found.setdefault(row[column], {})[_federation(row)] = row
     return found
+
+
+def _columns(rows: Sequence[dict[str, str]]) -> dict[str, list[_Federation]]:
+    """Federations by the column of a table that they go into: LeNet's by alpha, and the CNN's."""
+    cells = sorted(
+        dict.fromkeys(map(_federation, rows)),
+        key=lambda cell: (cell.model != "lenet", cell.model, float(cell.alpha)),
+    )
+    columns: dict[str, list[_Federation]] = {}
+    for cell in cells:
+        title = f"lenet a{cell.alpha}" if cell.model == "lenet" else cell.model
+        columns.setdefault(title, []).append(cell)
+    return columns
 
 
 def _range(values: Sequence[float]) -> str:

@@ -157,7 +157,8 @@ def _matrix_fields(**changes):
     """Header of `MATRIX`: one layer of one parameter ``w``."""
     digest = _reference_digest(torch.float32, *MATRIX["parameters/w"][1:])
     fields = {
-        "schema": 3,
+        "schema": 4,
+        "packed": {},
         "num_samples": 3,
         "curvature": "identity",
         "fisher": "",
@@ -654,7 +655,7 @@ LIES = {
     "sources list": (_set("sources", []), "header is missing or malformed"),
     "head is no layer": (_set("head", "conv.weight"), "the head conv.weight is no layer"),
     "head null": (_set("head", None), "expected str, got None"),
-    "schema 1": (_set("schema", 1), "its schema is 1, this version reads 3"),
+    "schema 1": (_set("schema", 1), "its schema is 1, this version reads 4"),
     "schema string": (_set("schema", "3"), "its schema is '3'"),
     "field unknown": (_set("unknown", 1), "unknown"),
     "deep value": (_set("num_samples", json.loads("[" * 900 + "]" * 900)), "expected int"),
@@ -861,7 +862,15 @@ def test_a_missing_buffer_is_refused(file):
     assert "buffers/norm.running_var" in _refusal(file)
 
 
-@pytest.mark.parametrize("schema", [True, 3.0])
+def test_a_file_from_before_packing_opens(tmp_path):
+    path = tmp_path / "client.safetensors"
+    fields = _matrix_fields(schema=3)
+    del fields["packed"]
+    _raw(path, {ENTRY: _sign(fields)}, MATRIX)
+    assert _read(path).parameters["w"].tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+@pytest.mark.parametrize("schema", [True, 3.0, 4.0, 5])
 def test_schema_is_exactly_a_number(schema, file):
     _forge(file, _set("schema", schema))
     assert "schema" in _refusal(file)

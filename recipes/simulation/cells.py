@@ -99,6 +99,7 @@ def fit_cell(cell: Cell, images: ImageData, folder: Path) -> Iterator[Client]:
                 learning_rate=0.01,
                 batch_size=64,
                 curvature_samples=None,
+                upload_budget=None,
                 seed=1000 * cell.seed + index,
                 trainer_options=QUIET,
             )

@@ -168,6 +168,7 @@ def fit_client(
     learning_rate: float,
     batch_size: int,
     curvature_samples: int | None,
+    upload_budget: float | None,
     seed: int,
     trainer_options: Mapping[str, Any],
 ) -> tuple[Classifier, dict[str, float]]:
@@ -182,6 +183,7 @@ def fit_client(
         learning_rate: of SGD.
         batch_size: of SGD.
         curvature_samples: samples to average the curvature over; all if None.
+        upload_budget: as the callback takes it.
         seed: of shuffling and augmentation.
         trainer_options: accelerator, devices, logger and the like.
 
@@ -198,6 +200,7 @@ def fit_client(
             curvature=cast(Any, EXTRACTIONS[method][0]),
             fisher=cast(Any, EXTRACTIONS[method][1]),
             max_samples=curvature_samples,
+            upload_budget=upload_budget,
             dataloader=plain,
         )
         for method in methods

@@ -57,6 +57,7 @@ class Flags:
     learning_rate: float = _flag(0.01, "of SGD with momentum 0.9")
     batch_size: int = _flag(64, "of local training")
     curvature_samples: int | None = _flag(None, "samples a client averages its curvature over")
+    upload_budget: float = _flag(1.0, "most bytes of an update, in multiples of a FedAvg upload")
     methods: list[MethodName] = field(
         default_factory=lambda: list(METHODS),
         metadata={"help": "merge methods to compare"},

@@ -136,6 +136,7 @@ class Round:
                     learning_rate=flags.learning_rate,
                     batch_size=flags.batch_size,
                     curvature_samples=flags.curvature_samples,
+                    upload_budget=flags.upload_budget,
                     seed=1000 * flags.seed + index + 100_000 * (self.number - 1),
                     trainer_options=self._trainer_options(logger),
                 )

@@ -68,7 +68,8 @@ def test_uploads_are_the_sizes_of_the_files(federation):
     assert results["methods"]["fedfisher"]["upload_bytes"] == round(sum(sizes) / len(sizes))
     weights = sum(p.numel() for p in build_model("lenet", 3, 32, 10).parameters())
     assert results["methods"]["fedfisher"]["fedavg_bytes"] == 4 * weights
-    assert 1.0 < results["methods"]["fedavg"]["upload_bytes"] / (4 * weights) < 1.1
+    for row in results["methods"].values():
+        assert 0.5 < row["upload_bytes"] / (4 * weights) <= 1.0
 
 
 def test_merged_model_loads_into_the_network(federation):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from results_table import (
     benchmark_table,
+    compression_table,
     costs_table,
     extraction_summary,
     large_table,
@@ -72,6 +73,12 @@ def test_recipes_readme_shows_the_merge_studies(cells):
     assert merge_table(rows) in text
     if cells not in ("seeds", "variants"):
         assert merge_summary(rows) in text
+
+
+def test_recipes_readme_shows_the_compression_study():
+    path = RESULTS / "compression_study.csv"
+    assert path.read_text().startswith("# 20")
+    assert compression_table(read_rows(path)) in (ROOT / "recipes" / "README.md").read_text()
 
 
 def test_readme_shows_the_merges_no_choice_was_made_on():

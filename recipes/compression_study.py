@@ -1,0 +1,144 @@
+"""What an upload may weigh: accuracy of the default merge by the bytes that a client sends.
+
+Trains the clients of several federations once (and keeps them), extracts what the callback would by
+default, and merges the updates as they are, packed to several budgets, and truncated as FedFisher
+publishes it. Started again, it goes on where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from merge_study import CELLS as MERGE_CELLS
+from simulation.cells import Cell, Client, extract, initial_network, run_study, study_parser
+from simulation.data import ImageData
+from simulation.federation import QUIET, Classifier, merge, predict, score
+from torch import Tensor
+
+from lightning_fedfisher import ClientUpdate
+
+_CPU = torch.device("cpu")
+PLAIN, PUBLISHED = "as it is", "published truncation"
+BUDGETS = {f"budget {budget:g}": budget for budget in (0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5)}
+CELLS = {
+    "development": MERGE_CELLS["seeds"] + MERGE_CELLS["development"][-1:],
+    "held-out": MERGE_CELLS["held-out"],
+}
+_WEIGHT_BITS, _FACTOR_BITS = 16, 9  # of the published truncation
+
+
+@dataclass(frozen=True)
+class Row(Cell):
+    """A result; means over clients, accuracy in percent, seconds of one client."""
+
+    sent: str
+    upload: float
+    accuracy: float
+    nll: float
+    extraction_seconds: float
+    packing_seconds: float
+
+
+def truncated(update: ClientUpdate) -> tuple[ClientUpdate, float]:
+    """An update as FedFisher (arXiv 2403.12329) truncates it to about the bits of fp32 weights.
+
+    Weights take 16 bits, and of each factor as many singular triples are kept as there is room for,
+    one number for all factors, at 9 bits an entry. Bits are counted, as published; no file holds
+    them.
+
+    Args:
+        update: with K-FAC factors.
+
+    Returns:
+        What a server would make of it, its factors made symmetric, and its bytes.
+    """
+    weights = sum(tensor.numel() for tensor in update.parameters.values())
+    factors = {
+        f"curvature/{name}/{part}": tensor
+        for name, block in update.blocks.items()
+        for part, tensor in block.tensors().items()
+    }
+
+    def bits(rank: int) -> int:
+        triples = sum(min(rank, len(f)) * (2 * len(f) + 1) for f in factors.values())
+        return _WEIGHT_BITS * weights + _FACTOR_BITS * triples
+
+    rank = 1
+    while rank < max(map(len, factors.values())) and bits(rank + 1) <= 32 * weights:
+        rank += 1
+    tensors = {f"buffers/{name}": tensor for name, tensor in update.buffers.items()}
+    for name, tensor in update.parameters.items():
+        tensors[f"parameters/{name}"] = _uniform(tensor, _WEIGHT_BITS)
+    for name, factor in factors.items():
+        u, s, v = (_uniform(part, _FACTOR_BITS) for part in torch.linalg.svd(factor))
+        kept = (u[:, :rank] * s[:rank]) @ v[:rank]
+        tensors[name] = ((kept + kept.mT) / 2).contiguous()
+    return ClientUpdate(update.header, tensors), bits(rank) / 8
+
+
+def _uniform(tensor: Tensor, bits: int) -> Tensor:
+    """Rounds to so many bits, scaled by the largest magnitude."""
+    steps = 2 ** (bits - 1) - 1
+    scale = tensor.abs().max().clamp_min(torch.finfo(tensor.dtype).tiny)
+    return (tensor / scale * steps).round() * scale / steps
+
+
+def run_budgets(
+    cell: Cell,
+    clients: Sequence[Client],
+    images: ImageData,
+    settings: Sequence[tuple[str, ...]],
+) -> Iterator[Row]:
+    """Merges one federation's updates at one size after the other, and tests the models.
+
+    Args:
+        cell: the federation.
+        clients: trained networks and samples.
+        images: the data, for the test set.
+        settings: what is sent.
+
+    Yields:
+        The results.
+    """
+    updates, extraction = [], 0.0
+    for client in clients:
+        extracted = extract(client, ["kfac"], "normalised", "auto")["kfac"]
+        extraction += extracted.seconds / len(clients)
+        updates.append(ClientUpdate.from_model(client[0], extracted.header(), extracted.blocks))
+    for (sent,) in settings:
+        with TemporaryDirectory() as folder:
+            sizes, packing, arrived = [], 0.0, []
+            for index, update in enumerate(updates):
+                path = Path(folder) / f"{index}.safetensors"
+                started = time.perf_counter()
+                if sent == PUBLISHED:
+                    update, size = truncated(update)
+                    update.save(path)
+                else:
+                    (update if sent == PLAIN else update.packed(BUDGETS[sent])).save(path)
+                    size = path.stat().st_size
+                packing += (time.perf_counter() - started) / len(updates)
+                sizes.append(size / update.fedavg_bytes)
+                arrived.append(path)
+            network = initial_network(cell, images)
+            merge("fedfisher", arrived, network, None, QUIET)
+        scores = score(predict(Classifier(network, 0.0), images.test, _CPU), images.test.labels)
+        upload = math.fsum(sizes) / len(sizes)
+        yield Row(*astuple(cell), sent, upload, *scores, extraction, packing)
+
+
+def main() -> None:
+    """Runs the study from the command line."""
+    flags = study_parser("compression_study", __doc__, CELLS).parse_args()
+    names = [PLAIN, *BUDGETS, PUBLISHED]
+    run_study(flags, CELLS, [(name,) for name in names], Row, run_budgets)
+
+
+if __name__ == "__main__":
+    main()
