@@ -114,9 +114,9 @@ class Compression:
         for _ in range(_GUESSES):
             size = sum(part.size(self._scale(octaves)) for part in self._parts)
             # A step twice as large saves a bit an entry at most: this goes too far neither way.
-            change = 8 * (size - room) / self._count
-            octaves = min(max(octaves + change, -_OCTAVES), 0.0)
-            if abs(change) < _CLOSE:
+            before = octaves
+            octaves = min(max(octaves + 8 * (size - room) / self._count, -_OCTAVES), 0.0)
+            if abs(octaves - before) < _CLOSE:
                 break
         while True:  # those sizes were estimates
             scale = self._scale(octaves)
@@ -271,6 +271,8 @@ def _root(tensor: Tensor, form: Form, rank: int) -> tuple[Tensor, float]:
         ValueError: if it is not positive semi-definite up to rounding.
     """
     if form == "factor":
+        if tensor[tensor.diagonal() <= 0].any():
+            raise ValueError("is not positive semi-definite")
         if rank:
             root, tail = _narrow_root(tensor, rank)
             return root.flatten(), tail
@@ -306,8 +308,6 @@ def _lower_root(matrix: Tensor) -> Tensor:
     """
     seen = (matrix.diagonal() > 0).nonzero().squeeze(1)
     whole = len(seen) == len(matrix)
-    if not whole and matrix[matrix.diagonal() <= 0].any():
-        raise ValueError("is not positive semi-definite")
     some = matrix.clone() if whole else matrix[seen][:, seen]
     diagonal = some.diagonal().clone()
     ridge = _FIRST_RIDGE

@@ -4,6 +4,7 @@
 - clients: time and memory of the default merge for a quarter, half and all of many LeNet updates.
 - resnet18: the same for the paper's ResNet18, of which one update is 420 MB.
 - processes: the default merge of the CNN's updates by one process and by two.
+- upload: packing, opening and reading one update of ResNet18.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import logging
 import shutil
 import statistics
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,11 +46,18 @@ from torch.utils.data import DataLoader
 
 from lightning_fedfisher import ClientUpdate, extract_curvature
 
-What = Literal["speed", "clients", "resnet18", "processes"]
+What = Literal["speed", "clients", "resnet18", "processes", "upload"]
 
-_MODELS = {"speed": "lenet", "clients": "lenet", "resnet18": "resnet18", "processes": "cnn"}
-_CLIENTS = {"speed": 5, "clients": 1000, "resnet18": 20, "processes": 5}
-_REPEATS = {"speed": 5, "clients": 3, "resnet18": 1, "processes": 3}
+_MODELS = {
+    "speed": "lenet",
+    "clients": "lenet",
+    "resnet18": "resnet18",
+    "processes": "cnn",
+    "upload": "resnet18",
+}
+_CLIENTS = {"speed": 5, "clients": 1000, "resnet18": 20, "processes": 5, "upload": 1}
+_REPEATS = {"speed": 5, "clients": 3, "resnet18": 1, "processes": 3, "upload": 1}
+_BUDGETS = {"as it is": None, "budget 1": 1.0, "budget 0.3": 0.3}
 _BATCH = 250
 _PUBLISHED = "fedfisher_kfac"
 
@@ -222,6 +231,39 @@ def processes(flags: Any) -> dict[str, Any]:
     }
 
 
+def upload(flags: Any) -> dict[str, Any]:
+    """Measures what an update with made-up factors costs on its way.
+
+    Args:
+        flags: of the command line.
+
+    Returns:
+        The report; sizes in multiples of the weights.
+    """
+    channels, size = _image(flags.model)
+    update = made_up(untrained(flags.model), torch.rand(2, channels, size, size))
+    path = flags.output_dir / "upload.safetensors"
+    rows = {}
+    for name, budget in _BUDGETS.items():
+        started = time.perf_counter()
+        (update if budget is None else update.packed(budget)).save(path)
+        written = time.perf_counter()
+        opened = ClientUpdate.open(path)
+        opened.verify()
+        verified = time.perf_counter()
+        for layer in opened.layers:
+            opened.weights(layer), opened.block(layer)
+        rows[name] = {
+            "uploads": path.stat().st_size / update.fedavg_bytes,
+            "packing_seconds": written - started,
+            "verifying_seconds": verified - written,
+            "reading_seconds": time.perf_counter() - verified,
+        }
+        print(name, rows[name], flush=True)
+    path.unlink()
+    return {"rows": rows}
+
+
 def _median(
     folder: Path, clients: int, repeats: int, **options: Any
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -294,10 +336,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     flags.model = flags.model or _MODELS[flags.what]
     flags.clients = flags.clients or _CLIENTS[flags.what]
     flags.repeats = flags.repeats or _REPEATS[flags.what]
-    if flags.clients_dir is None and flags.what != "processes":
+    if flags.clients_dir is None and flags.what not in ("processes", "upload"):
         flags.clients_dir = Path("runs/curvature_study")
     flags.output_dir.mkdir(parents=True, exist_ok=True)
-    run = {"speed": speed, "clients": clients, "resnet18": clients, "processes": processes}
+    run = {
+        "speed": speed,
+        "clients": clients,
+        "resnet18": clients,
+        "processes": processes,
+        "upload": upload,
+    }
     try:
         report = run[flags.what](flags)
     except (OSError, RuntimeError) as error:

@@ -355,10 +355,10 @@ def merge_benchmark_rows(report: dict[str, Any]) -> list[list[str]]:
         report: of ``merge_benchmark.py``.
 
     Returns:
-        The header, and a row for each merge.
+        The header, and a row for each merge or size.
     """
     what = report["config"]["what"]
-    first = {"speed": "method", "processes": "processes"}.get(what, "clients")
+    first = {"speed": "method", "processes": "processes", "upload": "sent"}.get(what, "clients")
     columns: dict[str, Callable[[dict[str, float]], str]] = {
         "speed": {
             "seconds": lambda row: f"{row['seconds']:.2f}",
@@ -368,6 +368,12 @@ def merge_benchmark_rows(report: dict[str, Any]) -> list[list[str]]:
         "processes": {
             "seconds": lambda row: f"{row['fit_seconds']:.2f}",
             "CG steps": lambda row: f"{row['iterations']:.0f}",
+        },
+        "upload": {
+            "FedAvg uploads": lambda row: f"{row['uploads']:.2f}",
+            "packing, s": lambda row: f"{row['packing_seconds']:.1f}",
+            "opening and verifying, s": lambda row: f"{row['verifying_seconds']:.1f}",
+            "reading all, s": lambda row: f"{row['reading_seconds']:.1f}",
         },
     }.get(
         what,

@@ -9,6 +9,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from federation import quiet_trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -19,6 +20,7 @@ from lightning_fedfisher import (
     Dense,
     Diagonal,
     EigenKronecker,
+    FisherMergeModule,
     Kronecker,
     LookupEigenKronecker,
     LookupKronecker,
@@ -397,6 +399,41 @@ def test_a_narrow_root_is_the_best_of_its_rank(size, monkeypatch):
     assert float(kept.trace()) == pytest.approx(float(factor.trace()), rel=1e-5)
     best = (values[:-20] - values[:-20].mean()).square().sum()
     assert float((kept - factor).square().sum()) < 1.3 * float(best)
+
+
+# In a merge
+
+
+def _merged(updates, root, method="fedfisher"):
+    module = FisherMergeModule(updates, method=method)
+    quiet_trainer(root, max_epochs=-1).fit(module)
+    return module.merged_state_dict()
+
+
+METHODS_OF_KINDS = [
+    ("identity", "fedavg", 1.5),
+    ("diagonal", "fedfisher", 1.8),
+    ("kfac", "fedfisher", 3.0),
+    ("kfac", "regmean", 3.0),
+    ("ekfac", "fedfisher", 4.0),
+]
+
+
+@pytest.mark.parametrize(("kind", "method", "budget"), METHODS_OF_KINDS)
+def test_packed_updates_merge_as_plain_ones(kind, method, budget, granted, tmp_path):
+    plain = [_update(kind, seed, _Net(24)) for seed in range(2)]
+    expected = _merged(plain, tmp_path, method)
+    packed = [update.packed(budget) for update in plain]
+    if kind != "identity":
+        assert all(update.header.packed for update in packed)
+    files = [update.save(tmp_path / f"{n}.safetensors") for n, update in enumerate(packed)]
+    in_memory, from_files = _merged(packed, tmp_path, method), _merged(files, tmp_path, method)
+    mixed = _merged([plain[0], files[1]], tmp_path, method)
+    for name, tensor in expected.items():
+        assert torch.equal(in_memory[name], from_files[name])
+        if tensor.is_floating_point():
+            for found in (in_memory, mixed):
+                torch.testing.assert_close(found[name], tensor, rtol=0.02, atol=2e-3)
 
 
 # Files of strangers

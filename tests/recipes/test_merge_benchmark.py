@@ -57,6 +57,15 @@ def test_processes_agree(run):
     assert merge_benchmark_table(report).count("\n") == 3
 
 
+def test_uploads_are_packed_opened_and_read(run):
+    report = run("--what", "upload")
+    plain, *packed = (row["uploads"] for row in report["rows"].values())
+    assert plain > 2 > 1 >= packed[0] > packed[1]
+    for row in report["rows"].values():
+        assert all(row[f"{what}_seconds"] > 0 for what in ("packing", "verifying", "reading"))
+    assert merge_benchmark_table(report).startswith("| sent | FedAvg uploads |")
+
+
 def test_numbers_of_clients_are_compared(run, monkeypatch, tmp_path):
     names = ("seconds", "fit_seconds", "cpu_seconds", "before_bytes", "peak_bytes")
     took = dict.fromkeys(names, 1.0)

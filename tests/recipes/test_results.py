@@ -75,8 +75,9 @@ def test_recipes_readme_shows_the_merge_studies(cells):
         assert merge_summary(rows) in text
 
 
-def test_recipes_readme_shows_the_compression_study():
-    path = RESULTS / "compression_study.csv"
+@pytest.mark.parametrize("name", ["compression_study", "compression_study_held_out"])
+def test_recipes_readme_shows_the_compression_study(name):
+    path = RESULTS / f"{name}.csv"
     assert path.read_text().startswith("# 20")
     assert compression_table(read_rows(path)) in (ROOT / "recipes" / "README.md").read_text()
 
