@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_fedfisher.layers import aliases
 from lightning_fedfisher.methods import Method
 from lightning_fedfisher.progress import is_first, shown
-from lightning_fedfisher.update import ClientUpdate
+from lightning_fedfisher.update import ClientUpdate, frozen_at
 from lightning_fedfisher.update_file import digest
 from lightning_fedfisher.update_header import UpdateError
 
@@ -30,7 +33,24 @@ class MergeError(ValueError):
         super().__init__("These updates cannot be merged:\n" + "\n".join(offenders))
 
 
-def open_updates(sources: Sequence[UpdateSource], method: Method, name: str) -> list[ClientUpdate]:
+@dataclass
+class Examined:
+    """What was found out about one source.
+
+    Attributes:
+        source: the file, or a word for an update in memory.
+        update: None if it cannot be opened.
+        offenders: reasons to refuse it; none if it is usable.
+    """
+
+    source: str
+    update: ClientUpdate | None = None
+    offenders: list[str] = field(default_factory=list)
+
+
+def open_updates(
+    sources: Sequence[UpdateSource], method: Method, name: str, skip_invalid: bool = False
+) -> list[ClientUpdate]:
     """Opens every update, reads it once, and refuses all bad ones together.
 
     Of several processes only the first reads all: it starts before the others, or takes them with
@@ -40,6 +60,8 @@ def open_updates(sources: Sequence[UpdateSource], method: Method, name: str) -> 
         sources: update files or `ClientUpdate` objects, one for each client.
         method: the merge method they are for.
         name: of the method, for messages.
+        skip_invalid: leave bad ones out, with a warning, as long as there is a good one. All
+            processes read all of them then, to leave out the same.
 
     Returns:
         The updates, in the order given.
@@ -54,71 +76,90 @@ def open_updates(sources: Sequence[UpdateSource], method: Method, name: str) -> 
         raise MergeError([f"{sources.source} is one update: pass a list of them"])
     if not sources:
         raise MergeError(["there are none: pass the update files of at least one client"])
-    opened: list[ClientUpdate] = []
-    offenders: list[str] = []
-    for source in shown(sources, "verify"):
-        try:
-            update = source if isinstance(source, ClientUpdate) else ClientUpdate.open(source)
-            if is_first():
-                update.verify()
-        except (UpdateError, FileNotFoundError) as error:
-            offenders.append(str(error))
-            continue
-        opened.append(update)
-        if refusal := method.refusal(update.header.curvature, update.header.fisher):
-            offenders.append(f"{update.source} {refusal}, as method {name!r} needs")
-    for update in opened[1:]:
-        ours, theirs = (
-            (u.header.curvature, u.header.fisher, u.header.likelihood) for u in (opened[0], update)
-        )
-        if method.curvatures and ours != theirs:
-            offenders.append(
-                f"{update.source} holds {' '.join(theirs)} curvature, {opened[0].source} "
-                f"{' '.join(ours)}: extract both alike"
-            )
-        kinds, wanted = update.header.kinds, opened[0].header.kinds
-        if method.curvatures and (odd := _unlike(wanted, kinds)):
-            offenders.append(
-                f"{update.source} was treated unlike {opened[0].source}: "
-                + ", ".join(f"layer {name} is {theirs}, not {mine}" for name, mine, theirs in odd)
-            )
-        if method.curvatures and (odd := _unlike(_wiring(opened[0]), _wiring(update))):
-            offenders.append(
-                f"{update.source} ran its layers otherwise than {opened[0].source}: "
-                + ", ".join(f"{name} is {theirs}, not {mine}" for name, mine, theirs in odd)
-            )
-        if differences := _differences(opened[0], update):
-            offenders.append(
-                f"{update.source} is of another model than {opened[0].source}: {differences}"
-            )
-    if offenders:
-        raise MergeError(offenders)
-    return opened
+    examined = examine(sources, method, name, verify=is_first() or skip_invalid)
+    usable = [found.update for found in examined if found.update and not found.offenders]
+    refused = [reason for found in examined for reason in found.offenders]
+    if refused and not (skip_invalid and usable):
+        raise MergeError(refused)
+    if refused:
+        left_out = f"{len(examined) - len(usable)} of {len(examined)} updates are left out:"
+        rank_zero_warn("\n".join([left_out, *refused]))
+    return usable
 
 
-def _wiring(update: ClientUpdate) -> dict[str, object]:
-    """What each layer reads, and which one is the head."""
-    header = update.header
+def examine(
+    sources: Sequence[UpdateSource],
+    method: Method | None = None,
+    name: str = "",
+    verify: bool = True,
+) -> list[Examined]:
+    """Finds out which updates are usable, and which belong together: with those most are like.
+
+    Args:
+        sources: update files or `ClientUpdate` objects, one for each client.
+        method: the merge method they are for; any if None.
+        name: of the method, for messages.
+        verify: read every tensor.
+
+    Returns:
+        What was found, in the order given.
+    """
+    examined = [_opened(source, verify) for source in shown(sources, "verify")]
+    opened = [(found, found.update) for found in examined if found.update]
+    any_curvature = method is not None and not method.curvatures
+    traits = [_traits(update, any_curvature) for _, update in opened]
+    alike = Counter(map(repr, traits))
+    # The first of those that most are like; not the first of all, who may be the odd one.
+    typical = max(range(len(opened)), key=lambda index: alike[repr(traits[index])], default=0)
+    for (found, update), own in zip(opened, traits, strict=True):
+        header, (_, first) = update.header, opened[typical]
+        refusal = method.refusal(header.curvature, header.fisher) if method else None
+        if refusal:
+            found.offenders.append(f"{update.source} {refusal}, as method {name!r} needs")
+        for says, mine, theirs in zip(_UNLIKE, traits[typical], own, strict=True):
+            odd = [f"{what} is {this}, not {that}" for what, that, this in _unlike(mine, theirs)]
+            if odd:
+                found.offenders.append(f"{update.source} {says} {first.source}: {', '.join(odd)}")
+                break  # what follows would say it again
+    return examined
+
+
+def _opened(source: UpdateSource, verify: bool) -> Examined:
+    """Opens a source, and reads it if wanted."""
+    if isinstance(source, ClientUpdate):
+        found = Examined(source.source, source)
+    else:
+        found = Examined(str(source))
+    try:
+        found.update = found.update or ClientUpdate.open(found.source)
+        if verify:
+            found.update.verify()
+    except (UpdateError, FileNotFoundError) as error:
+        return Examined(found.source, None, [str(error)])
+    return found
+
+
+_UNLIKE = (
+    "is of another model than",
+    "was not extracted alike with",
+    "was treated unlike",
+    "ran its layers otherwise than",
+)
+"""What is said of differences in `_traits`."""
+
+
+def _traits(update: ClientUpdate, any_curvature: bool) -> tuple[dict[str, object], ...]:
+    """All in which updates must be alike to be merged, in tables."""
+    header, model = update.header, update.architecture
+    if any_curvature:
+        return model, {}, {}, {}
+    extracted = {name: getattr(header, name) for name in ("curvature", "fisher", "likelihood")}
     wiring: dict[str, object] = {
         f"the source of {name}": f"{source.layer} ({source.activation})"
         for name, source in header.sources.items()
     }
-    return wiring | {"the head": header.head or "absent"}
-
-
-def _differences(first: ClientUpdate, second: ClientUpdate) -> str:
-    """How the architectures of two updates differ; empty if they do not."""
-
-    def describe(update: ClientUpdate) -> dict[str, object]:
-        parts: dict[str, object] = {
-            name: f"{shape} {str(dtype).removeprefix('torch.')}"
-            for name, (shape, dtype) in update.forms.items()
-        }
-        parts |= {n: _frozen_at(d) for n, d in update.header.frozen.items()}
-        return parts | {n: f"another name of {a}" for n, a in update.header.aliases.items()}
-
-    unlike = _unlike(describe(first), describe(second))
-    return ", ".join(f"{name} is {theirs}, not {mine}" for name, mine, theirs in unlike)
+    kinds: dict[str, object] = {f"layer {name}": kind for name, kind in header.kinds.items()}
+    return model, extracted, kinds, wiring | {"the head": header.head or "absent"}
 
 
 def check_fit(model: nn.Module, state: Mapping[str, Tensor], frozen: Mapping[str, str]) -> None:
@@ -139,21 +180,17 @@ def check_fit(model: nn.Module, state: Mapping[str, Tensor], frozen: Mapping[str
         if not isinstance(tensor, Tensor):  # a module's extra state
             continue
         if name in frozen:
-            own[name] = _frozen_at(digest(tensor.detach().cpu()))
+            own[name] = frozen_at(digest(tensor.detach().cpu()))
         elif name not in twice:
             own[name] = tuple(tensor.shape)
     new: dict[str, object] = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    new |= {name: _frozen_at(found) for name, found in frozen.items()}
+    new |= {name: frozen_at(found) for name, found in frozen.items()}
     unlike = _unlike(own, new)
     if unlike:
         wrong = (
             f"{name} is {mine} in it, {theirs} in the updates" for name, mine, theirs in unlike
         )
         raise ValueError("the model does not fit the updates: " + "; ".join(wrong))
-
-
-def _frozen_at(found: str) -> str:
-    return f"frozen with digest {found[:8]}"
 
 
 def _unlike(

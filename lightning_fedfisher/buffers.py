@@ -2,37 +2,49 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from lightning_fedfisher.influence import hold_values
 from lightning_fedfisher.quadratic import average
 from lightning_fedfisher.update import ClientUpdate
 
 
-def merge_buffers(updates: Sequence[ClientUpdate]) -> dict[str, Tensor]:
+def merge_buffers(
+    updates: Sequence[ClientUpdate], max_influence: float = math.inf
+) -> dict[str, Tensor]:
     """Counters by maximum, running variances by the law of total variance, the rest by average.
 
     Args:
         updates: of all clients, found to belong together.
+        max_influence: what a client's number of samples, and the distance of its values from the
+            median, may be, as a multiple of the median client's.
 
     Returns:
         The merged buffers by name.
     """
-    shares = [update.num_samples for update in updates]
+    samples = [float(update.num_samples) for update in updates]
     clients = [update.buffers for update in updates]
+    hold = partial(hold_values, samples, most=max_influence)
     merged: dict[str, Tensor] = {}
     for name, first in clients[0].items():
         values = [buffers[name] for buffers in clients]
         location = name.removesuffix("running_var") + "running_mean"
         if not first.is_floating_point():
-            merged[name] = torch.stack(values).amax(0)
+            ordered = torch.stack(values).sort(dim=0).values
+            usual = ordered[(len(values) - 1) // 2]
+            # Where most agree, as on an index, nobody else decides.
+            agreed = 2 * (ordered == usual).sum(dim=0) > len(values)
+            merged[name] = torch.where(agreed, usual, ordered[-1])
         elif name.endswith("running_var") and location in clients[0]:
-            means = [buffers[location] for buffers in clients]
+            shares, means = hold([buffers[location] for buffers in clients])
             pooled = average(shares, means)
             spread = average(shares, [(mean - pooled).square() for mean in means])
-            merged[name] = average(shares, values) + spread
+            merged[name] = average(*hold(values)).clamp_min(0) + spread
         else:
-            merged[name] = average(shares, values)
+            merged[name] = average(*hold(values))
     return merged

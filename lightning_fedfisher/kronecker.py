@@ -104,10 +104,6 @@ class Eigenbased(Curvature):
         return self.with_spectrum(rows.expand_as(self.spectrum).contiguous())
 
     @override
-    def trace(self) -> Tensor:
-        return self.spectrum.sum()
-
-    @override
     def sensitivities(self) -> dict[str, float]:
         # A basis U meets the root on both sides: twice, and once more where they meet each other.
         trace = float(self.spectrum.sum())
@@ -163,6 +159,11 @@ class Kronecker(Factored):
         input_values, input_basis = eigen(self.input_factor)
         spectrum = torch.outer(_without(output_values, cut), _without(input_values, cut))
         return EigenKronecker(output_basis, input_basis, spectrum)
+
+    @override
+    def trace(self) -> Tensor:
+        # In float64, where the product neither overflows nor vanishes.
+        return self.output_factor.trace().double() * self.input_factor.trace().double()
 
     @override
     def over_outputs(self) -> Self:
@@ -246,6 +247,10 @@ class LookupKronecker(Factored):
         values, basis = eigen(self.input_factor)
         spectrum = torch.outer(_without(self.output_values, cut), _without(values, cut))
         return LookupEigenKronecker(basis, spectrum)
+
+    @override
+    def trace(self) -> Tensor:
+        return self.output_values.sum().double() * self.input_factor.trace().double()
 
     @override
     def over_outputs(self) -> Self:

@@ -10,8 +10,10 @@ from functools import partial, reduce
 import torch
 from torch import Tensor, distributed
 
+from lightning_fedfisher.admission import MergeError
 from lightning_fedfisher.alignment import Alignment, align
 from lightning_fedfisher.curvature import Curvature
+from lightning_fedfisher.influence import MEASURES, hold, measure
 from lightning_fedfisher.input_map import InputMap
 from lightning_fedfisher.kronecker import KINDS
 from lightning_fedfisher.layers import Activation, Layer
@@ -24,7 +26,11 @@ from lightning_fedfisher.update import ClientUpdate
 
 
 class LayerProblems:
-    """The merge problems of a federation, each read from the updates when asked for."""
+    """The merge problems of a federation, each read from the updates when asked for.
+
+    Attributes:
+        weighed: what the clients weigh in the layers read so far (`influence.measure`).
+    """
 
     def __init__(self, updates: Sequence[ClientUpdate], method: Method, memory_budget: int) -> None:
         """Reads the precision of the weights, and nothing else yet.
@@ -60,6 +66,9 @@ class LayerProblems:
         self._related: dict[tuple[int, Activation], Sequence[Mapping[str, Tensor]]] = {}
         self._related_size = 0  # in memory
         self._prepared: dict[int, Spilled] = {}
+        self.weighed = torch.zeros(
+            len(self._layers), len(self._updates), len(MEASURES), dtype=torch.float64
+        )
 
     def average(self, layer: Layer) -> Tensor:
         """Where the merge of a layer starts: the clients' average by their shares.
@@ -101,8 +110,11 @@ class LayerProblems:
             merged: the merged matrices, of which those it waits for are solved.
 
         Returns:
-            The quadratic; its curvature, if there is any, is on disk where the layer exceeds the
-            budget by itself.
+            The quadratic, with no client beyond the method's `max_influence`; its curvature, if
+            there is any, is on disk where the layer exceeds the budget by itself.
+
+        Raises:
+            MergeError: naming the clients whose weights or curvature overflow.
         """
         weights = self._weights(self._layers[index], device)
         blocks: Iterable[Curvature] | None = self._prepared.pop(index, None)
@@ -113,7 +125,15 @@ class LayerProblems:
             weights = [a.weights(w) for a, w in zip(alignments(), weights, strict=True)]
             pairs = zip(alignments(), blocks, strict=True)
             blocks = (alignment.curvature(block) for alignment, block in pairs)
-        return Quadratic(self._shares, weights, self._keep(index, blocks, device))
+        problem = Quadratic(self._shares, weights, self._keep(index, blocks, device))
+        self.weighed[index] = measure(problem)
+        if too_large := [
+            f"{update.source} is too large for float32 in layer {self._layers[index].name}"
+            for update, found in zip(self._updates, self.weighed[index], strict=True)
+            if found.isinf().any()
+        ]:
+            raise MergeError(too_large)
+        return hold(problem, self.weighed[index], self._method.max_influence)
 
     def prepare(self, index: int, device: torch.device) -> None:
         """Does what `read` does first, and keeps it on disk, as the layer may have to wait.

@@ -12,8 +12,9 @@ one that is too large by itself is worked on from disk.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
-from typing import Any
+from dataclasses import replace
+from functools import cached_property, partial
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -26,15 +27,15 @@ from typing_extensions import override
 from lightning_fedfisher.admission import UpdateSource, check_fit, open_updates
 from lightning_fedfisher.buffers import merge_buffers
 from lightning_fedfisher.fingerprint import fingerprint
+from lightning_fedfisher.influence import unusual
 from lightning_fedfisher.layer_problems import LayerProblems
+from lightning_fedfisher.layer_status import CONVERGED, DONE, ENDED, by_layer, summary, unsolved
 from lightning_fedfisher.methods import METHODS, Method, MethodName
 from lightning_fedfisher.schedule import IDLE, Sweep, SweepCounter, deal, dearest
 from lightning_fedfisher.solvers import Solver
 from lightning_fedfisher.strategies import require_whole_model
 from lightning_fedfisher.validation import Validation
 
-_ITERATIONS, _DONE = 0, -1  # columns of a layer's status; between them objective and residual
-_CONVERGED, _ENDED = 1.0, 2.0  # what the last holds: zero before, and two if short of the tolerance
 _CHECKPOINT_KEY = "lightning_fedfisher_merge"
 
 
@@ -61,6 +62,8 @@ class FisherMergeModule(LightningModule):
 
     Attributes:
         updates: the opened updates, in the order given.
+        influence: what each client weighs in each layer, as multiples of what the median client
+            does: ``(layers, clients, 3)``, its information, distance and pull (see `influence`).
         history: one dictionary a sweep: ``iterations``, ``objective`` (of the layers begun),
             ``residual`` and, with a validation loader, ``val_accuracy`` (percent) and ``val_nll``.
     """
@@ -73,6 +76,8 @@ class FisherMergeModule(LightningModule):
         method: MethodName | Method = "fedfisher",
         keep_best: bool | None = None,
         max_iterations: int | None = None,
+        max_influence: float | None = None,
+        skip_invalid: bool = False,
         memory_budget: int = 2**30,
     ) -> None:
         """Opens and checks all updates.
@@ -84,6 +89,10 @@ class FisherMergeModule(LightningModule):
             keep_best: return the iterate best on the validation loader rather than the last one.
                 As the method has it if None: the published methods do, ours does not.
             max_iterations: solver steps a layer at most; the method's own if None.
+            max_influence: what a client may weigh in a layer, as a multiple of what the median
+                client does (see `influence`). As the method has it if None: 10 for ours, infinite
+                for the published ones. 2 resists clients that are hostile.
+            skip_invalid: merge without the updates that would be refused, and warn of them.
             memory_budget: bytes of clients' curvature and weights to hold at a time; beyond it,
                 layers wait for their turn, and the curvature of one that exceeds it alone is kept
                 on disk, in the folder for temporary files, as are alignments. Where the best
@@ -105,7 +114,11 @@ class FisherMergeModule(LightningModule):
         if max_iterations is not None and max_iterations < 1:
             raise ValueError(f"max_iterations must be at least 1, got {max_iterations}")
         self._max_iterations = max_iterations or self._method.iterations
-        self.updates = open_updates(updates, self._method, self.method)
+        if max_influence is not None:
+            if not max_influence >= 1:
+                raise ValueError(f"max_influence must be at least 1, got {max_influence}")
+            self._method = replace(self._method, max_influence=float(max_influence))
+        self.updates = open_updates(updates, self._method, self.method, skip_invalid)
         self.layers = self.updates[0].layers
         self._problems = LayerProblems(self.updates, self._method, memory_budget)
         # Parameters, so that checkpoints hold them and DDP takes the module. Buffers or submodules
@@ -113,7 +126,7 @@ class FisherMergeModule(LightningModule):
         self.merged = nn.ParameterList(
             nn.Parameter(self._problems.average(layer)) for layer in self.layers
         )
-        self._merged_buffers = merge_buffers(self.updates)
+        self._merged_buffers = merge_buffers(self.updates, self._method.max_influence)
         self._dtypes = {n: dtype for n, (_, dtype) in self.updates[0].forms.items()}
         self._target: list[nn.Module] = [] if model is None else [model]
         if model is not None:
@@ -128,6 +141,7 @@ class FisherMergeModule(LightningModule):
         self._solvers: dict[int, Solver] = {}
         self._progress: dict[int, tuple[Tensor, list[float]]] = {}
         self._status = torch.zeros(len(self.layers), 4, dtype=torch.float64)
+        self.influence = self._problems.weighed.clone()
         self._best: tuple[float, list[Tensor]] | None = None
         self.history: list[dict[str, float]] = []
         self._validation_samples = 0
@@ -135,11 +149,12 @@ class FisherMergeModule(LightningModule):
 
     @cached_property
     def _fingerprint(self) -> str:  # when a checkpoint asks for it: it may hash all updates
-        return fingerprint(self._method if self.method == "custom" else self.method, self.updates)
+        known = METHODS.get(cast(MethodName, self.method)) == self._method
+        return fingerprint(self.method if known else self._method, self.updates)
 
     @property
     def _finished(self) -> bool:
-        return bool(self._status[:, _DONE].all())
+        return bool(self._status[:, DONE].all())
 
     def merged_state_dict(self) -> dict[str, Tensor]:
         """The merged model: parameters and buffers by name, as the clients named them.
@@ -176,6 +191,7 @@ class FisherMergeModule(LightningModule):
             "history": self.history,
             "best": self._best,
             "validation_samples": self._validation_samples,
+            "influence": self.influence,
         }
 
     @override
@@ -187,9 +203,10 @@ class FisherMergeModule(LightningModule):
                 "order, and the same method"
             )
         self._status, self.history = saved["status"].cpu(), list(saved["history"])
+        self.influence = saved["influence"].cpu()
         if saved["max_iterations"] != self._max_iterations:
             # What ended for want of iterations begins anew, with all that waits for it.
-            ran_out = self._status[:, _DONE] == _ENDED
+            ran_out = self._status[:, DONE] == ENDED
             for index in range(len(self.layers)):
                 if ran_out[self._problems.needs(index)].any():
                     self._status[index] = 0
@@ -218,7 +235,7 @@ class FisherMergeModule(LightningModule):
     def _prepare(self) -> None:
         """Has all ranks do beforehand what one would do while the others wait for it."""
         ranks, shapes = self.trainer.world_size, [layer.shape for layer in self.layers]
-        left = {index for index, status in enumerate(self._status) if not status[_DONE]}
+        left = {index for index, status in enumerate(self._status) if not status[DONE]}
         shared = dearest(shapes, ranks)
         for index in sorted(left & shared.keys()):
             self._problems.prepare_together(index, self.device, shared[index])
@@ -278,8 +295,13 @@ class FisherMergeModule(LightningModule):
     @override
     def on_train_end(self) -> None:
         self._ended = True
-        if self._method.converges or not self._finished:
-            self._warn_of_what_is_unsolved()
+        clients, layers = [u.source for u in self.updates], [layer.name for layer in self.layers]
+        for complaint in (
+            unsolved(self.layers, self._status, self._method.converges),
+            unusual(self.influence, clients, layers, self._method.max_influence),
+        ):
+            if complaint:
+                rank_zero_warn(complaint)
         if self._keep_best and self._best is not None:
             self._set_merged(self._best[1])
         self._problems.forget()
@@ -288,21 +310,6 @@ class FisherMergeModule(LightningModule):
         if self._target:
             # What is missing are parameters that no client trained; they stay.
             self._target[0].load_state_dict(self.merged_state_dict(), strict=False)
-
-    def _warn_of_what_is_unsolved(self) -> None:
-        short = [
-            f"{layer.name} (residual {residual:.1e} after {iterations:.0f} iterations)"
-            for layer, (iterations, _, residual, done) in zip(
-                self.layers, self._status.tolist(), strict=True
-            )
-            if not done or (self._method.converges and done == _ENDED)
-        ]
-        if short:
-            rank_zero_warn(
-                f"the merge has not converged in {len(short)} of {len(self.layers)} layers: "
-                f"{', '.join(short)}. Use Trainer(max_epochs=-1), and a larger max_iterations if "
-                "that is not enough"
-            )
 
     def _state(self) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}
@@ -317,9 +324,9 @@ class FisherMergeModule(LightningModule):
     def _advance(self, index: int) -> None:
         """Moves one layer's solver by a sweep's iterations, and lets go of it when it is done."""
         layer = self.layers[index]
-        if index in self._progress and self._progress[index][1][_DONE]:
+        if index in self._progress and self._progress[index][1][DONE]:
             return
-        if self._status[index, _DONE]:  # before the merge was interrupted
+        if self._status[index, DONE]:  # before the merge was interrupted
             self._progress[index] = self._merged(index), self._status[index].tolist()
             return
         if index not in self._solvers:
@@ -337,7 +344,7 @@ class FisherMergeModule(LightningModule):
             )
         done = 0.0
         if solver.finished or solver.iterations >= self._max_iterations:
-            done = _CONVERGED if solver.converged else _ENDED
+            done = CONVERGED if solver.converged else ENDED
         status = [float(solver.iterations), *solver.look(), done]
         self._progress[index] = solver.weights.to(self.merged[index].dtype), status
         if done:
@@ -345,7 +352,7 @@ class FisherMergeModule(LightningModule):
 
     def _may_begin(self, index: int) -> bool:
         before = self._problems.waits_for(index)
-        if before is not None and not self._status[before, _DONE]:
+        if before is not None and not self._status[before, DONE]:
             return False
         # A method that looks for its best iterate moves all layers at once.
         looks = self._keep_best and self.trainer.enable_validation
@@ -364,23 +371,14 @@ class FisherMergeModule(LightningModule):
             matrices.append(self._total(torch.zeros_like(matrix) if own is None else own.clone()))
         self._set_merged(matrices)
         self._status = self._total(status.to(self.device)).cpu()
-        iterations, objectives, residuals, _ = self._status.T
-        entry = {
-            "iterations": float(iterations.max()),
-            "objective": float(objectives.sum()),
-            "residual": float(residuals.max()),
-        }
-        self.history.append(entry)
-        self.log_dict(
-            entry, on_step=False, on_epoch=True, prog_bar=True, batch_size=1, sync_dist=True
-        )
-        if not self.loggers:  # the price of each of many names is that of a small layer
-            return
-        by_layer: dict[str, float] = {}
-        for layer, done, residual in zip(self.layers, iterations, residuals, strict=True):
-            by_layer[f"iterations/{layer.name}"] = float(done)
-            by_layer[f"residual/{layer.name}"] = float(residual)
-        self.log_dict(by_layer, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+        weighed = self._total(self._problems.weighed.to(self.device, copy=True)).cpu()
+        # Layers that were solved before an interruption are not read again.
+        self.influence = torch.where(weighed.any(dim=2, keepdim=True), weighed, self.influence)
+        self.history.append(summary(self._status))
+        log = partial(self.log_dict, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+        log(self.history[-1], prog_bar=True)
+        if self.loggers:  # the price of each of many names is that of a small layer
+            log(by_layer(self.layers, self._status))
 
     def _merged(self, index: int) -> Tensor:
         matrix: Tensor = self.merged[index]

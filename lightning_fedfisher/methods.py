@@ -5,12 +5,14 @@ A method is a row of `METHODS`; the code that merges knows no method's name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, get_args
 
 from lightning_fedfisher.curvature import Curvature, Identity
+from lightning_fedfisher.influence import USUAL
 from lightning_fedfisher.quadratic import Quadratic
 from lightning_fedfisher.solvers import ClosedForm, PublishedServer, Solver, exact_solver
 
@@ -36,6 +38,8 @@ class Method:
         keeps_best: whether it returns its best iterate on labelled samples, when given some.
         aligns: whether a layer is merged after the one whose outputs it reads, with weights and
             curvature for the inputs that the merged model gives it (see `alignment`).
+        max_influence: what a client may weigh in a layer, as a multiple of what the median client
+            does (see `influence`).
     """
 
     curvatures: tuple[str, ...]
@@ -48,6 +52,7 @@ class Method:
     converges: bool = False
     keeps_best: bool = False
     aligns: bool = False
+    max_influence: float = math.inf
 
     def refusal(self, curvature: str, fisher: str) -> str | None:
         """Why it cannot merge such an update, or None if it can.
@@ -142,6 +147,7 @@ METHODS: dict[MethodName, Method] = {
         share_power=0.5,
         converges=True,
         aligns=True,
+        max_influence=USUAL,
     ),
 }
 """Every method.

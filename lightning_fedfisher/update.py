@@ -7,9 +7,12 @@ names file and tensor.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Self
 
@@ -20,6 +23,7 @@ from lightning_fedfisher.compression import BudgetError, Compression, check, res
 from lightning_fedfisher.curvature import Curvature
 from lightning_fedfisher.kronecker import KINDS
 from lightning_fedfisher.layers import Layer, aliases, frozen_parameters
+from lightning_fedfisher.soundness import flaw
 from lightning_fedfisher.update_file import UpdateFile, digest, file_size, write_file
 from lightning_fedfisher.update_header import (
     PACKED_TYPES,
@@ -145,6 +149,22 @@ class ClientUpdate:
         }
 
     @property
+    def architecture(self) -> dict[str, object]:
+        """The model without its values: what each parameter and buffer is, by name."""
+        parts: dict[str, object] = {
+            name: f"{shape} {str(dtype).removeprefix('torch.')}"
+            for name, (shape, dtype) in self.forms.items()
+        }
+        parts |= {name: frozen_at(found) for name, found in self.header.frozen.items()}
+        return parts | {n: f"another name of {a}" for n, a in self.header.aliases.items()}
+
+    @property
+    def model_fingerprint(self) -> str:
+        """SHA-256 of the `architecture`: alike for all clients that can be merged."""
+        text = json.dumps(self.architecture, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
     def blocks(self) -> dict[str, Curvature]:
         """The curvature of every layer, by layer name."""
         return {layer.name: self.block(layer) for layer in self.layers}
@@ -178,19 +198,25 @@ class ClientUpdate:
         """Reads every tensor once, one at a time, and checks it.
 
         Raises:
-            UpdateError: naming every tensor that is corrupt or not finite.
+            UpdateError: naming every tensor that is corrupt, not finite, larger than float32 can
+                multiply, or no curvature: not symmetric or not positive semi-definite.
         """
         offenders: list[str] = []
-        for name in self._tensors:
-            try:
-                # Of a packed factor the root is enough: the product takes far longer.
-                tensor = self._unpack(name, check)
-            except UpdateError as error:
-                offenders.extend(error.offenders)
-                continue
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                bad = int((~torch.isfinite(tensor)).sum())
-                offenders.append(f"{name} holds {bad} values that are not finite")
+        at_once = (
+            self._tensors.at_once() if isinstance(self._tensors, UpdateFile) else nullcontext()
+        )
+        with at_once:
+            for name in self._tensors:
+                try:
+                    # A packed factor is a product, which is sound if its root is.
+                    packed = name in self.header.packed
+                    tensor = self._unpack(name, check)
+                    form = self._unpacked[name][1] if name in self._unpacked else None
+                    found = flaw(tensor, "basis" if packed else form)
+                except UpdateError as error:
+                    offenders.extend(error.offenders)
+                else:
+                    offenders += [f"{name} {found}"] if found else []
         if offenders:
             raise UpdateError(self.source, offenders)
 
@@ -264,21 +290,31 @@ class ClientUpdate:
         return path
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Self:
+    def open(cls, path: str | os.PathLike[str], max_tensor_bytes: int = 2**32) -> Self:
         """Opens an update without reading its tensors.
 
         Args:
             path: a file written by `save`; nothing in it is trusted or executed.
+            max_tensor_bytes: most bytes of memory that a tensor of it may take.
 
         Returns:
             The update; tensors are read, and checked against their digests, when asked for.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            UpdateError: if it is truncated, no update, of another schema, or contradicts itself.
+            UpdateError: if it is truncated, no update, of another schema, holds a tensor that is
+                too large, or contradicts itself.
         """
         file = UpdateFile(Path(path))
-        return cls(file.header, file, str(path))
+        update = cls(file.header, file, str(path))
+        sizes = {n: math.prod(s) * update._dtypes[n].itemsize for n, s in update._shapes.items()}
+        if offenders := [
+            f"{name} takes {size} bytes, more than max_tensor_bytes={max_tensor_bytes}"
+            for name, size in sizes.items()
+            if size > max_tensor_bytes
+        ]:
+            raise UpdateError(str(path), offenders)
+        return update
 
     def _read(self, name: str) -> Tensor:
         """A tensor by its name in the file."""
@@ -296,3 +332,8 @@ class ClientUpdate:
     def _names(self, group: str) -> list[str]:
         prefix = f"{group}/"
         return [name.removeprefix(prefix) for name in self._tensors if name.startswith(prefix)]
+
+
+def frozen_at(found: str) -> str:
+    """Describes a frozen parameter by its digest."""
+    return f"frozen with digest {found[:8]}"

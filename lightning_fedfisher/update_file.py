@@ -11,8 +11,10 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,6 +25,7 @@ from lightning_fedfisher.update_header import UpdateError, UpdateHeader, is_poss
 
 SCHEMA = 4
 _UNPACKED_SCHEMA = 3  # of files from before anything was packed
+_MOST_HEADER, _MOST_TENSORS = 2**24, 2**14
 _METADATA_KEY = "lightning_fedfisher"
 _FLOATS = {
     "F16": torch.float16,
@@ -107,9 +110,14 @@ class UpdateFile(Mapping[str, Tensor]):
         if not path.is_file():
             raise FileNotFoundError(f"there is no update file {path}")
         self._path = path
+        self._handle: Any = None
+        _require_sane(path)
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
+                if len(file.keys()) > _MOST_TENSORS:
+                    reason = f"it holds {len(file.keys())} tensors, more than {_MOST_TENSORS}"
+                    raise UpdateError(str(path), [reason])
                 slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
                 self.shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
                 types = {name: part.get_dtype() for name, part in slices.items()}
@@ -156,8 +164,8 @@ class UpdateFile(Mapping[str, Tensor]):
         if name not in self.shapes:
             raise KeyError(name)
         try:
-            with safe_open(self._path, framework="pt") as file:
-                tensor: Tensor = file.get_tensor(name)
+            with self.at_once():
+                tensor: Tensor = self._handle.get_tensor(name)
         except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:
             raise UpdateError(str(self._path), [f"{name} cannot be read: {error}"]) from error
         if self.digests.get(name) != digest(tensor):
@@ -166,11 +174,32 @@ class UpdateFile(Mapping[str, Tensor]):
             )
         return tensor
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Keeps the file open, to read more than one tensor: opening reads all of the header."""
+        if self._handle is not None:
+            yield
+            return
+        with safe_open(self._path, framework="pt") as self._handle:
+            try:
+                yield
+            finally:
+                self._handle = None
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
 
     def __len__(self) -> int:
         return len(self.shapes)
+
+
+def _require_sane(path: Path) -> None:
+    """Refuses a file by its size and the size of its header, before either is read."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if size > _MOST_HEADER:
+        reason = f"it is truncated or damaged: a header of {size} bytes, more than {_MOST_HEADER}"
+        raise UpdateError(str(path), [reason])
 
 
 def digest(tensor: Tensor) -> str:

@@ -25,6 +25,15 @@ PACKED_TYPES = {
 """What a packed tensor may have been, by the name of its type."""
 
 _MOST_ELEMENTS, _MOST_DIMENSIONS = 2**48, 16
+_MOST_SAMPLES = 2**40
+_KINDS_OF = {
+    "identity": ("identity",),
+    "diagonal": ("diagonal",),
+    "kfac": ("kronecker", "lookup_kronecker", "diagonal"),
+    "ekfac": ("ekfac", "lookup_ekfac", "diagonal"),
+    "dense": ("dense",),
+}
+"""Kinds of blocks that an extraction may give, by what it was asked for."""
 _T = TypeVar("_T")
 
 
@@ -177,6 +186,9 @@ def inconsistencies(header: UpdateHeader, shapes: Mapping[str, tuple[int, ...]])
         offenders.append(f"num_samples is {header.num_samples}: an empty client has no say")
     if header.curvature_samples < 0:
         offenders.append(f"curvature_samples is {header.curvature_samples}")
+    for name in ("num_samples", "curvature_samples"):
+        if getattr(header, name) > _MOST_SAMPLES:
+            offenders.append(f"{name} is more than {_MOST_SAMPLES}: nobody holds so many")
     expected: dict[str, tuple[int, ...]] = {}
     names = [layer.name for layer in header.layers]
     offenders += [f"two layers are named {name}" for name, n in Counter(names).items() if n > 1]
@@ -187,6 +199,8 @@ def inconsistencies(header: UpdateHeader, shapes: Mapping[str, tuple[int, ...]])
                 f"layer {layer.name}: unknown curvature {header.kinds.get(layer.name)}"
             )
             continue
+        if kind.kind not in _KINDS_OF.get(header.curvature, ()):
+            offenders.append(f"layer {layer.name}: {kind.kind} is not {header.curvature} curvature")
         if not _forms_a_matrix(layer):
             offenders.append(f"layer {layer.name}: its parameters form no matrix")
             continue

@@ -1,0 +1,59 @@
+"""Whether a tensor can be what it is said to be: nobody's curvature is taken at their word."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_fedfisher.curvature import Form
+
+LARGEST = 1e18
+"""Of weights and curvature, in size: what float32 can still multiply."""
+
+_ROUNDING = 1e-4  # of the trace, or of the largest entry
+
+
+def flaw(tensor: Tensor, form: Form | None) -> str:
+    """What is wrong with a tensor.
+
+    Args:
+        tensor: of any type and shape.
+        form: what it must be; None for a buffer, of which nothing is known.
+
+    Returns:
+        The reason to refuse it; empty if there is none.
+    """
+    if not tensor.is_floating_point():
+        return ""
+    if not torch.isfinite(tensor).all():
+        return f"holds {int((~torch.isfinite(tensor)).sum())} values that are not finite"
+    if form is None or not tensor.numel():
+        return ""
+    exact = tensor.double()
+    largest = float(exact.abs().max())
+    if largest > LARGEST:
+        return f"holds values up to {largest:.1e}, more than {LARGEST:.0e}"
+    if form == "values" and float(exact.min()) < -_ROUNDING * largest:
+        return f"holds negative eigenvalues, down to {float(exact.min()):.1e}"
+    if form == "factor":
+        if float((exact - exact.mT).abs().max()) > _ROUNDING * largest:
+            return "is not symmetric"
+        if not is_semidefinite(exact):
+            return "is not positive semi-definite"
+    return ""
+
+
+def is_semidefinite(matrix: Tensor) -> bool:
+    """Whether a symmetric matrix has no negative eigenvalue beyond rounding.
+
+    Args:
+        matrix: in float64.
+
+    Returns:
+        False if one is below a ten-thousandth of minus the trace.
+    """
+    if not matrix.any():
+        return True
+    ridge = _ROUNDING * matrix.trace()
+    _, failed = torch.linalg.cholesky_ex(matrix + ridge * torch.eye(len(matrix)).to(matrix))
+    return not failed
