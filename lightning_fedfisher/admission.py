@@ -82,7 +82,7 @@ def open_updates(
     if refused and not (skip_invalid and usable):
         raise MergeError(refused)
     if refused:
-        left_out = f"{len(examined) - len(usable)} of {len(examined)} updates are left out:"
+        left_out = f"{len(examined) - len(usable)} of {len(examined)} updates left out:"
         rank_zero_warn("\n".join([left_out, *refused]))
     return usable
 

@@ -157,7 +157,11 @@ def draw_in(tensors: Sequence[Tensor], by: Tensor) -> list[Tensor]:
 
 
 def unusual(
-    weighed: Tensor, clients: Sequence[str], layers: Sequence[str], most: float = math.inf
+    weighed: Tensor,
+    clients: Sequence[str],
+    layers: Sequence[str],
+    most: float = math.inf,
+    usual: Sequence[float] = (USUAL, USUAL, USUAL),
 ) -> str:
     """Tells of clients that weigh far more than the median client.
 
@@ -166,6 +170,7 @@ def unusual(
         clients: their names.
         layers: their names.
         most: multiple of the median client's that they are held to.
+        usual: multiple, of each measure, up to which nothing is told.
 
     Returns:
         A line for each such client, with what and where, and what is done about it; empty if there
@@ -174,9 +179,9 @@ def unusual(
     lines = []
     for name, own in zip(clients, weighed.unbind(1), strict=True):
         found = []
-        for what, values in zip(MEASURES, own.unbind(1), strict=True):
+        for what, values, limit in zip(MEASURES, own.unbind(1), usual, strict=True):
             order = values.argsort(descending=True, stable=True).tolist()
-            if where := [layers[index] for index in order if values[index] > min(most, USUAL)]:
+            if where := [layers[index] for index in order if values[index] > min(most, limit)]:
                 more = f" and {len(where) - 3} more layers" if len(where) > 3 else ""
                 found.append((float(values.max()), f"{what} in {', '.join(where[:3])}{more}"))
         if found:
@@ -184,9 +189,12 @@ def unusual(
             lines.append(f"{name} has, of the median client's, {told}")
     if not lines:
         return ""
-    done = f"They are held to {most:g}" if most < math.inf else "Nothing holds them to less"
-    lines.append(f"{done} times the median client's: max_influence. Look at them before you merge")
-    return "\n".join(lines)
+    done = (
+        f"It is held to {most:g} times the median client's (max_influence)"
+        if most < math.inf
+        else "A merge with a low max_influence holds it to less"
+    )
+    return "\n".join([*lines, f"{done}; look at such a client before you use the model"])
 
 
 def _reduction(times: Tensor, most: float) -> Tensor:

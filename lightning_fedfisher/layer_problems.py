@@ -70,6 +70,24 @@ class LayerProblems:
             len(self._layers), len(self._updates), len(MEASURES), dtype=torch.float64
         )
 
+    @property
+    def shares(self) -> list[float]:
+        """What each client counts by its samples alone; they sum to one."""
+        return [share / sum(self._shares) for share in self._shares]
+
+    @property
+    def peak_bytes(self) -> int:
+        """About how much memory a merge takes in one process."""
+        kinds, layers = self._updates[0].header.kinds, self._layers
+        sides = [1]
+        for layer in layers:
+            kind = KINDS[kinds[layer.name]]
+            shapes = kind.tensor_shapes(layer.shape)
+            sides += [max(shapes[part]) for part, form in kind.forms.items() if form == "factor"]
+        model = _WIDTH * sum(math.prod(layer.shape) for layer in layers)
+        # Merged, averaged and begun; curvature held at a time; eigenvectors of the longest side.
+        return 3 * model + min(sum(self._sizes), self._budget) + 6 * 8 * max(sides) ** 2
+
     def average(self, layer: Layer) -> Tensor:
         """Where the merge of a layer starts: the clients' average by their shares.
 

@@ -62,6 +62,7 @@ class FisherMergeModule(LightningModule):
 
     Attributes:
         updates: the opened updates, in the order given.
+        max_influence: what a client may weigh, as a multiple of what the median client does.
         influence: what each client weighs in each layer, as multiples of what the median client
             does: ``(layers, clients, 3)``, its information, distance and pull (see `influence`).
         history: one dictionary a sweep: ``iterations``, ``objective`` (of the layers begun),
@@ -118,6 +119,7 @@ class FisherMergeModule(LightningModule):
             if not max_influence >= 1:
                 raise ValueError(f"max_influence must be at least 1, got {max_influence}")
             self._method = replace(self._method, max_influence=float(max_influence))
+        self.max_influence = self._method.max_influence
         self.updates = open_updates(updates, self._method, self.method, skip_invalid)
         self.layers = self.updates[0].layers
         self._problems = LayerProblems(self.updates, self._method, memory_budget)
@@ -126,7 +128,7 @@ class FisherMergeModule(LightningModule):
         self.merged = nn.ParameterList(
             nn.Parameter(self._problems.average(layer)) for layer in self.layers
         )
-        self._merged_buffers = merge_buffers(self.updates, self._method.max_influence)
+        self._merged_buffers = merge_buffers(self.updates, self.max_influence)
         self._dtypes = {n: dtype for n, (_, dtype) in self.updates[0].forms.items()}
         self._target: list[nn.Module] = [] if model is None else [model]
         if model is not None:
@@ -164,6 +166,11 @@ class FisherMergeModule(LightningModule):
             that the clients had frozen are not among them: the model brings its own.
         """
         return {name: tensor.cpu() for name, tensor in self._state().items()}
+
+    @property
+    def problems(self) -> LayerProblems:
+        """What is read of the updates: shares, an estimate of memory, and each layer's problem."""
+        return self._problems
 
     @property
     def server_labels(self) -> int:
@@ -298,7 +305,7 @@ class FisherMergeModule(LightningModule):
         clients, layers = [u.source for u in self.updates], [layer.name for layer in self.layers]
         for complaint in (
             unsolved(self.layers, self._status, self._method.converges),
-            unusual(self.influence, clients, layers, self._method.max_influence),
+            unusual(self.influence, clients, layers, self.max_influence),
         ):
             if complaint:
                 rank_zero_warn(complaint)

@@ -24,7 +24,7 @@ from lightning_fedfisher.curvature import Curvature
 from lightning_fedfisher.kronecker import KINDS
 from lightning_fedfisher.layers import Layer, aliases, frozen_parameters
 from lightning_fedfisher.soundness import flaw
-from lightning_fedfisher.update_file import UpdateFile, digest, file_size, write_file
+from lightning_fedfisher.update_file import UpdateFile, digest, file_digest, file_size, write_file
 from lightning_fedfisher.update_header import (
     PACKED_TYPES,
     Packed,
@@ -69,6 +69,7 @@ class ClientUpdate:
             dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
         if offenders := inconsistencies(header, shapes):
             raise UpdateError(source, offenders)
+        self._sent = {n: math.prod(s) * dtypes[n].itemsize for n, s in shapes.items()}
         self._unpacked = header.tensors()
         self._shapes = shapes | {name: self._unpacked[name][0] for name in header.packed}
         self._dtypes = dtypes | {n: PACKED_TYPES[how.dtype] for n, how in header.packed.items()}
@@ -226,6 +227,32 @@ class ClientUpdate:
         if isinstance(self._tensors, UpdateFile):
             return self._tensors.digests
         return {name: digest(tensor) for name, tensor in self._tensors.items()}
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the header and, through their digests, of all tensors: one for each update."""
+        if isinstance(self._tensors, UpdateFile):
+            return self._tensors.digest
+        return file_digest(self.header, self._tensors)
+
+    @property
+    def upload_bytes(self) -> int:
+        """Bytes of the file, whether it was written or not."""
+        if isinstance(self._tensors, UpdateFile):
+            return self._tensors.size
+        return file_size(self.header, self._tensors)
+
+    def sent_bytes(self, name: str) -> int:
+        """Bytes that tensors take in the file, packed where they are.
+
+        Args:
+            name: of a tensor, or of a group up to a slash: ``parameters/``, ``curvature/conv1/``.
+
+        Returns:
+            Their sum.
+        """
+        group = [n for n in self._sent if n == name or (name.endswith("/") and n.startswith(name))]
+        return sum(self._sent[n] for n in group)
 
     @property
     def fedavg_bytes(self) -> int:

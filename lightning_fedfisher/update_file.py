@@ -74,6 +74,20 @@ def file_size(header: UpdateHeader, tensors: Mapping[str, Tensor]) -> int:
     return len(save(dict(tensors), _metadata(header, tensors)))
 
 
+def file_digest(header: UpdateHeader, tensors: Mapping[str, Tensor]) -> str:
+    """Digest of the file that `write_file` would write.
+
+    Args:
+        header: what the tensors mean.
+        tensors: by their names in the file.
+
+    Returns:
+        As `UpdateFile.digest`.
+    """
+    found: str = json.loads(_metadata(header, tensors)[_METADATA_KEY])["digest"]
+    return found
+
+
 def _metadata(header: UpdateHeader, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """The one entry that the file has besides tensors."""
     fields = {
@@ -83,8 +97,7 @@ def _metadata(header: UpdateHeader, tensors: Mapping[str, Tensor]) -> dict[str, 
     }
     # One entry of sorted JSON: with several, the order of the bytes changes from run to run.
     text = json.dumps(fields, sort_keys=True)
-    own = hashlib.sha256(text.encode()).hexdigest()
-    return {_METADATA_KEY: json.dumps({"digest": own, "header": text}, sort_keys=True)}
+    return {_METADATA_KEY: json.dumps({"digest": _sha256(text), "header": text}, sort_keys=True)}
 
 
 class UpdateFile(Mapping[str, Tensor]):
@@ -95,6 +108,8 @@ class UpdateFile(Mapping[str, Tensor]):
         shapes: of the tensors, by name.
         dtypes: of the tensors, by name.
         digests: of the tensors, by name.
+        digest: of the header, which holds those: of all there is in the file.
+        size: of the file, in bytes.
     """
 
     def __init__(self, path: Path) -> None:
@@ -112,6 +127,7 @@ class UpdateFile(Mapping[str, Tensor]):
         self._path = path
         self._handle: Any = None
         _require_sane(path)
+        self.size = path.stat().st_size
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -126,7 +142,8 @@ class UpdateFile(Mapping[str, Tensor]):
         try:
             envelope = json.loads(metadata[_METADATA_KEY])
             text = str(envelope["header"])
-            if hashlib.sha256(text.encode()).hexdigest() != envelope["digest"]:
+            self.digest = _sha256(text)
+            if self.digest != envelope["digest"]:
                 raise ValueError("it does not match its digest")
             fields = json.loads(text)
             schema = fields.pop("schema")
@@ -191,6 +208,10 @@ class UpdateFile(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.shapes)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _require_sane(path: Path) -> None:

@@ -1,0 +1,357 @@
+"""The ``fedfisher`` command line: look at updates, check them, merge them.
+
+The server needs no model code: names and shapes are in the updates, and the result is a state dict.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from glob import glob, has_magic
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.pytorch import Trainer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lightning_fedfisher import __version__
+from lightning_fedfisher.admission import MergeError, check_fit, examine
+from lightning_fedfisher.influence import USUAL, unusual
+from lightning_fedfisher.kronecker import KINDS
+from lightning_fedfisher.layer_problems import LayerProblems
+from lightning_fedfisher.merge_module import FisherMergeModule
+from lightning_fedfisher.methods import METHODS, MethodName
+from lightning_fedfisher.model_card import model_card
+from lightning_fedfisher.progress import is_first, shown
+from lightning_fedfisher.update import ClientUpdate
+from lightning_fedfisher.update_header import UpdateError
+
+_BAD = 1  # exit status; 2 is for a command line that makes no sense
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        arguments: of the command line; `sys.argv` if None.
+
+    Returns:
+        The exit status: 0; 1 if an update or a model is refused.
+    """
+    flags = _parser().parse_args(arguments)
+    run: Callable[[Namespace], int] = _COMMANDS[flags.command]
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        for category in (PossibleUserWarning, DeprecationWarning, FutureWarning):
+            warnings.simplefilter("ignore", category)
+        warnings.filterwarnings("ignore", message=".*no `val_dataloader`")
+        warnings.showwarning = _show_warning
+        try:
+            return run(flags[flags.command])
+        except (UpdateError, MergeError, FileNotFoundError, ValueError) as error:
+            _complain(f"error: {error}")
+            return _BAD
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="fedfisher", description=__doc__, version=__version__)
+    commands = parser.add_subcommands(dest="command", title="commands")
+
+    inspect = ArgumentParser(description="Tells what an update file holds, without reading it all.")
+    inspect.add_argument("file", type=str, help="update file")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+    commands.add_subcommand("inspect", inspect, help="tell what an update file holds")
+
+    verify = ArgumentParser(
+        description="Reads update files whole and checks everything: digests, finiteness, shapes, "
+        "curvature that is none, and whether they belong together. Clients that weigh far more "
+        "than the median client are reported. Exits with 1 if a file is refused."
+    )
+    verify.add_argument("files", type=str, nargs="+", help="update files, or quoted patterns")
+    verify.add_argument("--model", type=str | None, help=_MODEL)
+    commands.add_subcommand("verify", verify, help="check update files")
+
+    merge = ArgumentParser(
+        description="Merges update files into one model, a safetensors file of its state dict, "
+        "with a model card beside it."
+    )
+    merge.add_argument("--config", action="config", help="YAML file of flags")
+    merge.add_argument("files", type=str, nargs="+", help="update files, or quoted patterns")
+    merge.add_argument("--output", type=str, required=True, help="file to write: NAME.safetensors")
+    merge.add_argument("--method", type=MethodName, default="fedfisher", help="merge method")
+    merge.add_argument("--model", type=str | None, help=_MODEL)
+    merge.add_argument("--accelerator", type=str, default="auto", help="Lightning accelerator")
+    merge.add_argument("--devices", type=int, default=1, help="devices, or processes on a CPU")
+    merge.add_argument(
+        "--max-influence",
+        type=float | None,
+        help="what a client may weigh, as a multiple of the median client; by default as the "
+        "method has it",
+    )
+    merge.add_argument("--max-iterations", type=int | None, help="solver steps a layer at most")
+    merge.add_argument(
+        "--memory-budget", type=int, default=2**30, help="bytes of curvature to hold at a time"
+    )
+    merge.add_argument(
+        "--skip-invalid", action="store_true", help="go on without updates that are refused"
+    )
+    merge.add_argument(
+        "--dry-run", action="store_true", help="check all, tell what would be done, write nothing"
+    )
+    commands.add_subcommand("merge", merge, help="merge update files into one model")
+    return parser
+
+
+_MODEL = "module.path:factory, a function without arguments that makes the model to check against"
+
+
+def _inspect(flags: Namespace) -> int:
+    update = ClientUpdate.open(flags.file)
+    facts = _facts(update)
+    if flags.json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    header = update.header
+    about = f"{header.curvature} curvature"
+    if header.fisher:
+        about += f" ({header.fisher} Fisher of {header.curvature_samples} samples)"
+    lines = [
+        f"{update.source}: {header.num_samples} samples, {about}",
+        f"{update.upload_bytes:,} bytes, {facts['fedavg_uploads']:.2f} of a FedAvg upload",
+        f"digest {update.digest}",
+        f"model  {update.model_fingerprint}",
+        *(f"{name}: {value}" for name, value in sorted(header.metadata.items())),
+        "",
+    ]
+    titles = ("layer", "kind", "shape", "weights", "bits", "curvature", "bits")
+    rows = [titles]
+    for layer in facts["layers"]:
+        shape = "x".join(map(str, layer["shape"]))
+        cells = [(f"{layer[p]['bytes']:,}", f"{layer[p]['bits']:.1f}") for p in _PARTS]
+        rows.append((layer["name"], layer["kind"], shape, *cells[0], *cells[1]))
+    print("\n".join(map(_printable, [*lines, *_columns(rows)])))
+    return 0
+
+
+_PARTS = ("weights", "curvature")
+
+
+def _facts(update: ClientUpdate) -> dict[str, Any]:
+    """What `inspect` tells; bytes as in the file, bits for each number that they stand for."""
+    header = update.header
+    layers = []
+    for layer in update.layers:
+        kind = KINDS[header.kinds[layer.name]]
+        numbers = sum(map(math.prod, kind.tensor_shapes(layer.shape).values()))
+        sent = sum(update.sent_bytes(f"parameters/{name}") for name in layer.parameter_names)
+        curved = update.sent_bytes(f"curvature/{layer.name}/")
+        layers.append(
+            {
+                "name": layer.name,
+                "kind": kind.kind,
+                "shape": layer.shape,
+                "weights": {"bytes": sent, "bits": 8 * sent / math.prod(layer.shape)},
+                "curvature": {"bytes": curved, "bits": 8 * curved / max(numbers, 1)},
+            }
+        )
+    return {
+        "file": update.source,
+        "bytes": update.upload_bytes,
+        "fedavg_uploads": update.upload_bytes / max(update.fedavg_bytes, 1),
+        "digest": update.digest,
+        "model": update.model_fingerprint,
+        "num_samples": header.num_samples,
+        "curvature": header.curvature,
+        "fisher": header.fisher,
+        "likelihood": header.likelihood,
+        "curvature_samples": header.curvature_samples,
+        "head": header.head,
+        "frozen": sorted(header.frozen),
+        "buffers": {"bytes": update.sent_bytes("buffers/")},
+        "metadata": dict(header.metadata),
+        "layers": layers,
+    }
+
+
+def _verify(flags: Namespace) -> int:
+    files, model = _expanded(flags.files), _made(flags.model)
+    examined = examine(files)
+    for found in examined:
+        if found.update and model and not found.offenders:
+            try:
+                check_fit(model, _without_values(found.update), found.update.header.frozen)
+            except ValueError as error:
+                found.offenders.append(f"{found.source}: {error}")
+    for found in examined:
+        if found.update and not found.offenders:
+            header = found.update.header
+            told = f"{header.num_samples} samples, {header.curvature} {header.fisher}".rstrip()
+            print(_printable(f"ok       {found.source}: {told}"))
+        else:
+            print(_printable(f"REFUSED  {found.source}"))
+            for reason in found.offenders:
+                print("\n".join(f"         {_printable(line)}" for line in reason.splitlines()))
+    usable = [found.update for found in examined if found.update and not found.offenders]
+    if len(usable) > 1 and (told := _unusual(usable)):
+        _complain(f"warning: {told}")
+    refused = len(examined) - len(usable)
+    print(f"{len(usable)} of {len(examined)} updates are usable")
+    return _BAD if refused else 0
+
+
+def _unusual(updates: Sequence[ClientUpdate]) -> str:
+    """Which clients weigh far more than the median one, by their curvature as it was sent."""
+    as_sent = replace(METHODS["fisher_merge"], curvatures=())
+    problems = LayerProblems(updates, as_sent, memory_budget=2**30)
+    for index in shown(range(len(updates[0].layers)), "weigh"):
+        problems.read(index, torch.device("cpu"), [])
+    names = [layer.name for layer in updates[0].layers]
+    clients = [update.source for update in updates]
+    # The default method works with roots of the curvature and of the samples.
+    usual = (USUAL**2, USUAL, USUAL**2)
+    return unusual(problems.weighed, clients, names, usual=usual)
+
+
+def _merge(flags: Namespace) -> int:
+    output = Path(flags.output)
+    if output.suffix != ".safetensors":
+        raise ValueError(f"the output {output} must be named NAME.safetensors")
+    files, model = _expanded(flags.files), _made(flags.model)
+    if output.resolve() in {Path(file).resolve() for file in files}:
+        raise ValueError(f"the output {output} is one of the updates: choose another name")
+    merge = FisherMergeModule(
+        files,
+        model=model,
+        method=flags.method,
+        max_iterations=flags.max_iterations,
+        max_influence=flags.max_influence,
+        skip_invalid=flags.skip_invalid,
+        memory_budget=flags.memory_budget,
+    )
+    card = output.with_suffix(".md")
+    if flags.dry_run:
+        if is_first():
+            _tell_plan(merge, flags, output, card)
+        return 0
+    trainer = Trainer(
+        accelerator=flags.accelerator,
+        devices=flags.devices,
+        strategy="ddp" if flags.devices > 1 else "auto",
+        max_epochs=-1,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=sys.stderr.isatty(),
+    )
+    trainer.fit(merge)
+    if trainer.interrupted:
+        raise ValueError("the merge was interrupted: nothing is written")
+    if is_first():
+        state = merge.merged_state_dict()
+        if model is not None:  # which brings along what was frozen
+            state = {n: t for n, t in model.state_dict().items() if isinstance(t, Tensor)}
+        _write(output, state)
+        card.write_text(model_card(merge, output.name, ["fedfisher", *sys.argv[1:]]))
+        print(f"{output}: {len(merge.updates)} updates merged by {merge.method}; {card} tells more")
+    return 0
+
+
+def _tell_plan(merge: FisherMergeModule, flags: Namespace, output: Path, card: Path) -> None:
+    weights = sum(layer.shape[0] * layer.shape[1] for layer in merge.layers)
+    print(
+        f"would merge {len(merge.updates)} updates, {len(merge.layers)} layers of {weights:,} "
+        f"weights, by {merge.method} on {flags.devices} x {flags.accelerator}"
+    )
+    for update, share in zip(merge.updates, merge.problems.shares, strict=True):
+        told = f"  {update.source}: {update.num_samples} samples, a share of {100 * share:.1f}%"
+        print(_printable(told))
+    print(f"memory: about {merge.problems.peak_bytes / 1e6:,.1f} MB a process, beside Python's own")
+    print(f"would write {output} and {card}")
+
+
+def _write(output: Path, state: dict[str, Tensor]) -> None:
+    """Writes a state dict; a reader sees the old file or the whole new one."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f"{output.name}.{os.getpid()}.partial")
+    try:
+        # Copied, as the names of a shared parameter may not share memory in this format.
+        save_file({n: t.cpu().clone().contiguous() for n, t in state.items()}, partial)
+        os.replace(partial, output)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _expanded(patterns: Sequence[str]) -> list[str]:
+    """The files that patterns stand for, in order of their names; plain names as they are."""
+    files: list[str] = []
+    for pattern in patterns:
+        found = sorted(glob(pattern, recursive=True)) if has_magic(pattern) else [pattern]
+        if not found:
+            raise ValueError(f"no file matches {pattern}")
+        files += found
+    return list(dict.fromkeys(files))
+
+
+def _made(factory: str | None) -> nn.Module | None:
+    """The model that a ``module.path:factory`` makes, looked for in the working folder as well."""
+    if factory is None:
+        return None
+    module, _, name = factory.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        model = getattr(importlib.import_module(module), name)()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ValueError(f"--model {factory} makes no model: {error}") from error
+    finally:
+        sys.path.remove(os.getcwd())
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"--model {factory} makes a {type(model).__name__}, not a torch module")
+    return model
+
+
+def _without_values(update: ClientUpdate) -> dict[str, Tensor]:
+    """The state dict of an update's model, on no device."""
+    state = {n: torch.empty(s, dtype=d, device="meta") for n, (s, d) in update.forms.items()}
+    return state | {name: state[first] for name, first in update.header.aliases.items()}
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Text in columns: names to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = "<<>>>>>"
+    return [
+        "  ".join(f"{c:{to}{w}}" for c, to, w in zip(row, aligned, widths, strict=True))
+        for row in rows
+    ]
+
+
+def _printable(text: str) -> str:
+    """A line without what a terminal would obey: names and metadata are a stranger's."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _complain(text: str) -> None:
+    if is_first():
+        print("\n".join(map(_printable, text.splitlines())), file=sys.stderr)
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    _complain(f"warning: {message}")
+
+
+_COMMANDS = {"inspect": _inspect, "verify": _verify, "merge": _merge}
+
+if __name__ == "__main__":
+    sys.exit(main())
