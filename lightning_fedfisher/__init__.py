@@ -19,6 +19,9 @@ from lightning_fedfisher.admission import MergeError
 from lightning_fedfisher.merge_module import FisherMergeModule
 from lightning_fedfisher.methods import METHODS
 
+# Secure aggregation
+from lightning_fedfisher.additive import from_fixed, pooled, summand, to_fixed
+
 # What crosses between them, and what it is made of
 from lightning_fedfisher.compression import BudgetError
 from lightning_fedfisher.curvature import Curvature, Dense, Diagonal, Identity
@@ -58,5 +61,9 @@ __all__ = [
     "extract_curvature",
     "extract_curvatures",
     "find_layers",
+    "from_fixed",
+    "pooled",
+    "summand",
+    "to_fixed",
 ]
 __version__ = "0.1.0"
