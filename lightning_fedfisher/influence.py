@@ -18,9 +18,9 @@ checked before it is used and what it unpacks to is bounded before it is allocat
 is not its due, by its curvature or its number of samples. It is judged by the median client, in
 every layer: by its information ``p_k tr F_k``, by the distance of its weights from the median
 weights, and by its pull ``p_k ||F_k (W_k - W_median)||``. What exceeds ``max_influence`` times the
-median client's is reduced to it: one hostile client among ``K`` has at most a share ``m / (m + (K -
-1) / 2)`` of a layer's information. Clients within the bound are left as they are, to the bit;
-others are named, as they are by ``fedfisher verify``.
+median client's is reduced to it, by a smaller share or by weights drawn towards the median weights.
+Clients within the bound are left as they are, to the bit; those beyond what is usual are named, as
+they are by ``fedfisher verify``.
 
 *What remains*: a client within the bound may still lie, as one trained on wrong labels or with a
 backdoor does. It decides alone in directions that no other client has information on. Half of the

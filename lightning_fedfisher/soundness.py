@@ -10,7 +10,7 @@ from lightning_fedfisher.curvature import Form
 LARGEST = 1e18
 """Of weights and curvature, in size: what float32 can still multiply."""
 
-_ROUNDING = 1e-4  # of the trace, or of the largest entry
+_ROUNDING = 1e-4  # of the trace, or of the largest entry; more where the type is coarser
 
 
 def flaw(tensor: Tensor, form: Form | None) -> str:
@@ -29,31 +29,32 @@ def flaw(tensor: Tensor, form: Form | None) -> str:
         return f"holds {int((~torch.isfinite(tensor)).sum())} values that are not finite"
     if form is None or not tensor.numel():
         return ""
-    exact = tensor.double()
+    exact, rounding = tensor.double(), max(_ROUNDING, torch.finfo(tensor.dtype).eps)
     largest = float(exact.abs().max())
     if largest > LARGEST:
         return f"holds values up to {largest:.1e}, more than {LARGEST:.0e}"
-    if form == "values" and float(exact.min()) < -_ROUNDING * largest:
+    if form == "values" and float(exact.min()) < -rounding * largest:
         return f"holds negative eigenvalues, down to {float(exact.min()):.1e}"
     if form == "factor":
-        if float((exact - exact.mT).abs().max()) > _ROUNDING * largest:
+        if float((exact - exact.mT).abs().max()) > rounding * largest:
             return "is not symmetric"
-        if not is_semidefinite(exact):
+        if not is_semidefinite(exact, rounding):
             return "is not positive semi-definite"
     return ""
 
 
-def is_semidefinite(matrix: Tensor) -> bool:
+def is_semidefinite(matrix: Tensor, rounding: float) -> bool:
     """Whether a symmetric matrix has no negative eigenvalue beyond rounding.
 
     Args:
         matrix: in float64.
+        rounding: share of the trace that an eigenvalue may be below zero.
 
     Returns:
-        False if one is below a ten-thousandth of minus the trace.
+        False if one is further below.
     """
     if not matrix.any():
         return True
-    ridge = _ROUNDING * matrix.trace()
+    ridge = rounding * matrix.trace()
     _, failed = torch.linalg.cholesky_ex(matrix + ridge * torch.eye(len(matrix)).to(matrix))
     return not failed
