@@ -391,6 +391,35 @@ def merge_benchmark_rows(report: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def fuzz_table(report: dict[str, Any]) -> str:
+    """The report of the fuzzer as a Markdown table.
+
+    Args:
+        report: of ``fuzz_updates.py``.
+
+    Returns:
+        A row for each way to mutate a file.
+    """
+    header, *rows = fuzz_rows(report)
+    return _markdown([header, ["---", *["---:"] * (len(header) - 1)], *rows])
+
+
+def fuzz_rows(report: dict[str, Any]) -> list[list[str]]:
+    """The cells of `fuzz_table`.
+
+    Args:
+        report: of ``fuzz_updates.py``.
+
+    Returns:
+        The header, a row for each way to mutate a file, and one for all.
+    """
+    columns = ("files", "refused", "accepted", "merged")
+    rows = [[kind, *(row[name] for name in columns)] for kind, row in report["rows"].items()]
+    rows.append(["all", *map(sum, list(zip(*rows, strict=True))[1:])])
+    numbers = [[kind, *(f"{number:,}" for number in row)] for kind, *row in rows]
+    return [["mutation", *columns], *numbers]
+
+
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 

@@ -1,0 +1,151 @@
+"""Update files as a stranger might send them: damaged, cut, or forged and signed anew."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import random
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+_KEY = "lightning_fedfisher"
+_VALUES: tuple[Any, ...] = (
+    *(0, -1, 1, 2, 1.5, 10**9, 10**18, 2**31, 2**63, 10**400, 1e300, -1e300, 5e-324),
+    *(True, None, "x", "\x1b[2J", "\ud800", "float16", "kronecker", [], {}, [1e9], [[[]]]),
+    *(float("nan"), float("inf")),
+)
+_TYPES = {"U8": "torch.uint8", "F32": "torch.float32", "F64": "torch.float64", "I64": "torch.int64"}
+
+
+@dataclass
+class UpdateParts:
+    """An update file taken apart.
+
+    Attributes:
+        index: the tensors of the file: type, shape and place of each, by name.
+        fields: what the update says of itself.
+        content: bytes of all tensors.
+    """
+
+    index: dict[str, Any]
+    fields: Any
+    content: bytearray
+
+    @classmethod
+    def read(cls, data: bytes) -> UpdateParts:
+        """Takes a sound file apart.
+
+        Args:
+            data: all of its bytes.
+
+        Returns:
+            The parts.
+        """
+        (size,) = struct.unpack("<Q", data[:8])
+        index = json.loads(data[8 : 8 + size])
+        envelope = json.loads(index.pop("__metadata__")[_KEY])
+        return cls(index, json.loads(envelope["header"]), bytearray(data[8 + size :]))
+
+    def signed(self) -> bytes:
+        """A file of these parts whose digests are right, whatever they hold."""
+        if isinstance(self.fields, dict) and isinstance(self.fields.get("digests"), dict):
+            for name in self.fields["digests"].keys() & self.index.keys():
+                self.fields["digests"][name] = self._digest(self.index[name])
+        text = json.dumps(self.fields, sort_keys=True)
+        own = hashlib.sha256(text.encode()).hexdigest()
+        metadata = {_KEY: json.dumps({"digest": own, "header": text})}
+        header = json.dumps({"__metadata__": metadata, **self.index}).encode()
+        header += b" " * (-len(header) % 8)
+        return struct.pack("<Q", len(header)) + header + bytes(self.content)
+
+    def _digest(self, entry: Any) -> str:
+        try:
+            start, end = entry["data_offsets"]
+            found = hashlib.sha256(f"{_TYPES[entry['dtype']]} {tuple(entry['shape'])}".encode())
+            found.update(self.content[start:end])
+        except (KeyError, TypeError, ValueError):
+            return ""
+        return found.hexdigest()
+
+
+Mutation: TypeAlias = Callable[[bytes, bytes, random.Random], bytes]
+"""Makes a file of two sound ones."""
+
+
+def _damage(data: bytes, other: bytes, dice: random.Random) -> bytes:
+    changed = bytearray(data)
+    for _ in range(dice.randint(1, 16)):
+        changed[dice.randrange(len(changed))] = dice.randrange(256)
+    return bytes(changed)
+
+
+def _cut(data: bytes, other: bytes, dice: random.Random) -> bytes:
+    where = dice.randrange(len(data))
+    return data[:where] + dice.randbytes(dice.choice((0, 0, 1, 100)))
+
+
+def _splice(data: bytes, other: bytes, dice: random.Random) -> bytes:
+    start, end = sorted(dice.choices(range(len(data)), k=2))
+    place = dice.randrange(len(other))
+    return data[:start] + other[place : place + end - start] + data[end:]
+
+
+def _forge_header(data: bytes, other: bytes, dice: random.Random) -> bytes:
+    parts = UpdateParts.read(data)
+    for _ in range(dice.randint(1, 3)):
+        parts.fields = _changed(parts.fields, dice)
+    return parts.signed()
+
+
+def _forge_index(data: bytes, other: bytes, dice: random.Random) -> bytes:
+    parts = UpdateParts.read(data)
+    parts.index = _changed(parts.index, dice)
+    if not isinstance(parts.index, dict):
+        parts.index = {"x": parts.index}
+    return parts.signed()
+
+
+def _forge_content(data: bytes, other: bytes, dice: random.Random) -> bytes:
+    parts = UpdateParts.read(data)
+    for _ in range(dice.randint(1, 4)):
+        parts.content[dice.randrange(len(parts.content))] = dice.randrange(256)
+    return parts.signed()
+
+
+MUTATIONS: dict[str, Mutation] = {
+    "bytes changed": _damage,
+    "cut or extended": _cut,
+    "two files spliced": _splice,
+    "header forged": _forge_header,
+    "index forged": _forge_index,
+    "content forged": _forge_content,
+}
+"""Every way, by name; what is forged is signed anew."""
+
+
+def _changed(value: Any, dice: random.Random) -> Any:
+    """JSON with one value in it made another, taken away or doubled."""
+    if not isinstance(value, dict | list) or not value or dice.random() < 0.1:
+        return copy.deepcopy(dice.choice(_VALUES))
+    if isinstance(value, dict):
+        key = dice.choice(sorted(value))
+        match dice.randrange(8):
+            case 0:
+                del value[key]
+            case 1:
+                value[dice.choice(("x", "", "a/b", key + "\x00"))] = copy.deepcopy(value[key])
+            case _:
+                value[key] = _changed(value[key], dice)
+        return value
+    index = dice.randrange(len(value))
+    match dice.randrange(8):
+        case 0:
+            del value[index]
+        case 1:
+            value.insert(index, copy.deepcopy(value[index]))
+        case _:
+            value[index] = _changed(value[index], dice)
+    return value
