@@ -13,12 +13,26 @@ LARGEST = 1e18
 _ROUNDING = 1e-4  # of the trace, or of the largest entry; more where the type is coarser
 
 
+def form_of_buffer(name: str) -> Form | None:
+    """What a buffer must be: running statistics are squared when they are merged.
+
+    Args:
+        name: of the buffer.
+
+    Returns:
+        The form; None if nothing is known of it.
+    """
+    if name.endswith("running_var"):
+        return "values"
+    return "basis" if name.endswith("running_mean") else None
+
+
 def flaw(tensor: Tensor, form: Form | None) -> str:
     """What is wrong with a tensor.
 
     Args:
         tensor: of any type and shape.
-        form: what it must be; None for a buffer, of which nothing is known.
+        form: what it must be; None if nothing is known of it.
 
     Returns:
         The reason to refuse it; empty if there is none.
@@ -34,7 +48,7 @@ def flaw(tensor: Tensor, form: Form | None) -> str:
     if largest > LARGEST:
         return f"holds values up to {largest:.1e}, more than {LARGEST:.0e}"
     if form == "values" and float(exact.min()) < -rounding * largest:
-        return f"holds negative eigenvalues, down to {float(exact.min()):.1e}"
+        return f"holds negative values, down to {float(exact.min()):.1e}"
     if form == "factor":
         if float((exact - exact.mT).abs().max()) > rounding * largest:
             return "is not symmetric"

@@ -23,7 +23,7 @@ from lightning_fedfisher.compression import BudgetError, Compression, check, res
 from lightning_fedfisher.curvature import Curvature
 from lightning_fedfisher.kronecker import KINDS
 from lightning_fedfisher.layers import Layer, aliases, frozen_parameters
-from lightning_fedfisher.soundness import flaw
+from lightning_fedfisher.soundness import flaw, form_of_buffer
 from lightning_fedfisher.update_file import UpdateFile, digest, file_digest, file_size, write_file
 from lightning_fedfisher.update_header import (
     PACKED_TYPES,
@@ -212,7 +212,8 @@ class ClientUpdate:
                     # A packed factor is a product, which is sound if its root is.
                     packed = name in self.header.packed
                     tensor = self._unpack(name, check)
-                    form = self._unpacked[name][1] if name in self._unpacked else None
+                    known = name in self._unpacked
+                    form = self._unpacked[name][1] if known else form_of_buffer(name)
                     found = flaw(tensor, "basis" if packed else form)
                 except UpdateError as error:
                     offenders.extend(error.offenders)

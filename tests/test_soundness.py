@@ -120,7 +120,7 @@ def _linear(**changes):
     [
         (Kronecker(torch.eye(2), -torch.eye(4)), "kfac", "input_factor is not positive"),
         (Kronecker(torch.ones(2, 2).tril(), torch.eye(4)), "kfac", "output_factor is not symm"),
-        (Diagonal(-torch.ones(2, 4)), "diagonal", "values holds negative eigenvalues"),
+        (Diagonal(-torch.ones(2, 4)), "diagonal", "values holds negative values"),
     ],
 )
 def test_an_update_with_a_false_curvature_is_refused(blocks, curvature, reason, tmp_path):
@@ -199,6 +199,22 @@ def test_more_tensors_than_any_model_has_are_refused(tmp_path):
     save_file(many, path, {"lightning_fedfisher": json.dumps({})})
     with pytest.raises(UpdateError, match="holds 16385 tensors, more than 16384"):
         ClientUpdate.open(path)
+
+
+@pytest.mark.parametrize(
+    ("statistic", "value", "reason"),
+    [
+        ("running_var", -1.0, r"buffers/2\.running_var holds negative values"),
+        ("running_var", 1e19, r"buffers/2\.running_var holds values up to"),
+        ("running_mean", -1e19, r"buffers/2\.running_mean holds values up to"),
+    ],
+)
+def test_running_statistics_that_cannot_be_merged_are_refused(statistic, value, reason):
+    model = nn.Sequential(_linear(), nn.Linear(3, 2), nn.BatchNorm1d(2, affine=False))
+    _update(model)
+    getattr(model[2], statistic).fill_(value)
+    with pytest.raises(UpdateError, match=reason):
+        _update(model)
 
 
 # The model's fingerprint
