@@ -29,6 +29,7 @@ from torch import Tensor
 from lightning_fedfisher.curvature import Form
 from lightning_fedfisher.kronecker import KINDS
 from lightning_fedfisher.packing import LARGEST, pack, packed_size, unpack
+from lightning_fedfisher.soundness import LARGEST_VALUE
 from lightning_fedfisher.update_header import PACKED_TYPES, Packed, UpdateHeader
 
 _ROUNDED = 1 / 12  # mean squared error of rounding to whole numbers
@@ -191,7 +192,7 @@ def restore(payload: Tensor, packed: Packed, shape: tuple[int, ...], form: Form)
         The tensor, up to rounding.
 
     Raises:
-        ValueError: if the bytes are not those of such a tensor, or it would not be finite.
+        ValueError: if the bytes are not those of such a tensor, or it would be too large.
     """
     entries = check(payload, packed, shape, form)
     if form == "factor":
@@ -210,7 +211,7 @@ def restore(payload: Tensor, packed: Packed, shape: tuple[int, ...], form: Form)
 
 
 def check(payload: Tensor, packed: Packed, shape: tuple[int, ...], form: Form) -> Tensor:
-    """Unpacks the entries of a tensor's root and finds out that the tensor would be finite.
+    """Unpacks the entries of a tensor's root and finds out that the tensor would be sound.
 
     Args:
         payload: its bytes, from a stranger.
@@ -222,15 +223,15 @@ def check(payload: Tensor, packed: Packed, shape: tuple[int, ...], form: Form) -
         The entries in one dimension, in at least float32.
 
     Raises:
-        ValueError: if the bytes are not those of such a tensor, or it would not be finite.
+        ValueError: if the bytes are not those of such a tensor, or it would be too large.
     """
     numbers = unpack(payload, _entries(shape, form, packed.rank))
     largest = float(numbers.abs().max()) * packed.step if len(numbers) else 0.0
     if form != "basis":
         largest = largest * largest * (shape[0] if form == "factor" else 1) + packed.tail
     dtype = PACKED_TYPES[packed.dtype]
-    if not largest <= torch.finfo(dtype).max:
-        raise ValueError(f"it holds values up to {largest:.1e}, which {packed.dtype} cannot")
+    if not largest <= (most := min(torch.finfo(dtype).max, LARGEST_VALUE)):
+        raise ValueError(f"it holds values up to {largest:.1e}, more than {most:.1e}")
     return numbers.to(torch.promote_types(dtype, torch.float32)) * packed.step
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_fedfisher.curvature import Form
 
-LARGEST = 1e18
+LARGEST_VALUE = 1e18
 """Of weights and curvature, in size: what float32 can still multiply."""
 
 _ROUNDING = 1e-4  # of the trace, or of the largest entry; more where the type is coarser
@@ -43,16 +43,15 @@ def flaw(tensor: Tensor, form: Form | None) -> str:
         return f"holds {int((~torch.isfinite(tensor)).sum())} values that are not finite"
     if form is None or not tensor.numel():
         return ""
-    exact, rounding = tensor.double(), max(_ROUNDING, torch.finfo(tensor.dtype).eps)
-    largest = float(exact.abs().max())
-    if largest > LARGEST:
-        return f"holds values up to {largest:.1e}, more than {LARGEST:.0e}"
-    if form == "values" and float(exact.min()) < -rounding * largest:
-        return f"holds negative values, down to {float(exact.min()):.1e}"
+    largest, rounding = float(tensor.abs().max()), max(_ROUNDING, torch.finfo(tensor.dtype).eps)
+    if largest > LARGEST_VALUE:
+        return f"holds values up to {largest:.1e}, more than {LARGEST_VALUE:.0e}"
+    if form == "values" and float(tensor.min()) < -rounding * largest:
+        return f"holds negative values, down to {float(tensor.min()):.1e}"
     if form == "factor":
-        if float((exact - exact.mT).abs().max()) > rounding * largest:
+        if float((tensor - tensor.mT).abs().max()) > rounding * largest:
             return "is not symmetric"
-        if not is_semidefinite(exact, rounding):
+        if not is_semidefinite(tensor.double(), rounding):
             return "is not positive semi-definite"
     return ""
 

@@ -91,7 +91,7 @@ class ClientUpdate:
             The update.
 
         Raises:
-            UpdateError: if a weight, buffer or block is not finite; all are named.
+            UpdateError: if a weight, buffer or block is not finite, or too large; all are named.
         """
         frozen = {n: digest(p.detach().cpu()) for n, p in frozen_parameters(model).items()}
         persistent = model.state_dict()
@@ -117,7 +117,7 @@ class ClientUpdate:
             for name, tensor in named.items()
         }
         update = cls(header, tensors)
-        update.verify()
+        update._check(definite=False)  # takes long, and an extraction gives nothing else
         return update
 
     @property
@@ -202,19 +202,20 @@ class ClientUpdate:
             UpdateError: naming every tensor that is corrupt, not finite, larger than float32 can
                 multiply, or no curvature: not symmetric or not positive semi-definite.
         """
+        self._check(definite=True)
+
+    def _check(self, definite: bool) -> None:
         offenders: list[str] = []
-        at_once = (
-            self._tensors.at_once() if isinstance(self._tensors, UpdateFile) else nullcontext()
-        )
-        with at_once:
-            for name in self._tensors:
+        tensors = self._tensors
+        with tensors.at_once() if isinstance(tensors, UpdateFile) else nullcontext():
+            for name in tensors:
+                known = name in self._unpacked
+                form = self._unpacked[name][1] if known else form_of_buffer(name)
+                # What is packed is the root of a curvature, which is sound whatever its root.
+                if name in self.header.packed or (form == "factor" and not definite):
+                    form = "basis"
                 try:
-                    # A packed factor is a product, which is sound if its root is.
-                    packed = name in self.header.packed
-                    tensor = self._unpack(name, check)
-                    known = name in self._unpacked
-                    form = self._unpacked[name][1] if known else form_of_buffer(name)
-                    found = flaw(tensor, "basis" if packed else form)
+                    found = flaw(self._unpack(name, check), form)
                 except UpdateError as error:
                     offenders.extend(error.offenders)
                 else:

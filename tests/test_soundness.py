@@ -129,7 +129,7 @@ def test_an_update_with_a_false_curvature_is_refused(blocks, curvature, reason, 
     assert header.curvature == curvature
     name = header.layers[0].name
     with pytest.raises(UpdateError, match=reason):
-        ClientUpdate.from_model(model, header, {name: blocks})
+        ClientUpdate.from_model(model, header, {name: blocks}).verify()
     tensors = {f"parameters/{n}": p.detach() for n, p in model.named_parameters()}
     tensors |= {f"curvature/{name}/{part}": tensor for part, tensor in blocks.tensors().items()}
     path = ClientUpdate(header, tensors).save(tmp_path / "false.safetensors")
