@@ -391,6 +391,28 @@ def merge_benchmark_rows(report: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def hostile_table(rows: Sequence[dict[str, str]]) -> str:
+    """Merged accuracy beside a hostile client, by what a client may weigh.
+
+    Args:
+        rows: of ``hostile_study.py``.
+
+    Returns:
+        A row for each attack, a column for each network and bound: the mean over federations.
+    """
+    found: dict[str, dict[tuple[str, str], list[float]]] = {}
+    for row in rows:
+        cells = found.setdefault(row["attack"], {})
+        cells.setdefault((row["model"], row["bound"]), []).append(float(row["accuracy"]))
+    columns = list(dict.fromkeys(cell for cells in found.values() for cell in cells))
+    titles = [f"{model}: {'no bound' if bound == 'none' else bound}" for model, bound in columns]
+    table = [
+        [attack, *(f"{statistics.mean(cells[column]):.1f}" for column in columns)]
+        for attack, cells in found.items()
+    ]
+    return _markdown([["forged", *titles], ["---", *["---:"] * len(titles)], *table])
+
+
 def fuzz_table(report: dict[str, Any]) -> str:
     """The report of the fuzzer as a Markdown table.
 

@@ -176,6 +176,15 @@ def test_a_dry_run_tells_and_writes_nothing(folder, capsys):
     assert sorted(folder.rglob("*")) == before
 
 
+def test_the_estimate_of_memory_counts_models_curvature_and_the_longest_side(folder):
+    files = sorted((folder / "updates").glob("*"))
+    sent = 265 + sum(side**2 for side in (3, 10, 4, 28, 6, 17, 3, 7))
+    fixed = 3 * 4 * 265 + 6 * 8 * 28**2
+    assert FisherMergeModule(files).problems.peak_bytes == fixed + 10 * 4 * sent
+    assert FisherMergeModule(files, memory_budget=1000).problems.peak_bytes == fixed + 1000
+    assert FisherMergeModule(files, memory_budget=0, method="fedavg").problems.peak_bytes >= fixed
+
+
 def test_flags_may_stand_in_a_file(folder):
     (folder / "flags.yaml").write_text("method: fedavg\noutput: m.safetensors\nmax_influence: 2\n")
     assert main(["merge", "--config", "flags.yaml", "updates/*.safetensors"]) == 0
@@ -267,3 +276,7 @@ def test_two_processes_write_the_same(folder):
     assert done.stdout.count("two.safetensors") == 1
     assert main(["merge", "updates/*.safetensors", "--output", "one.safetensors"]) == 0
     assert (folder / "one.safetensors").read_bytes() == (folder / "two.safetensors").read_bytes()
+    clients = [
+        (folder / f"{name}.md").read_text().split("## Clients")[1] for name in ("one", "two")
+    ]
+    assert clients[0] == clients[1]

@@ -12,6 +12,7 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
+import numpy as np
 import torch
 from cifar_resnet import environment
 from jsonargparse import ArgumentParser
@@ -31,7 +32,8 @@ from simulation.partition import reference_partition
 Client: TypeAlias = tuple[nn.Module, TensorImages]
 """A trained network and the samples it was trained on."""
 
-_EPOCHS = {"lenet": 30, "cnn": 10}
+_EPOCHS = {"lenet": 30, "cnn": 10, "resnet18": 6}
+_MOST_IMAGES = {"resnet18": 4000}  # of which a processor trains it within minutes
 _EXTRACTION_BATCH = 250
 
 
@@ -83,11 +85,16 @@ def fit_cell(cell: Cell, images: ImageData, folder: Path) -> Iterator[Client]:
     Yields:
         One client after the other.
     """
-    labels = images.train.labels.numpy()
+    train = images.train
+    if len(train) > (most := _MOST_IMAGES.get(cell.model, len(train))):
+        train = train.subset(
+            np.random.default_rng(cell.partition_seed).permutation(len(train))[:most]
+        )
+    labels = train.labels.numpy()
     for index, part in enumerate(reference_partition(labels, 5, cell.alpha, cell.partition_seed)):
         network = initial_network(cell, images)
         file = folder / f"client-{index}.safetensors"
-        samples = images.train.subset(part)
+        samples = train.subset(part)
         if not file.is_file():
             print(f"{cell.name}: training client {index} on {len(part)} samples", flush=True)
             fit_client(

@@ -9,6 +9,8 @@ from results_table import (
     compression_table,
     costs_table,
     extraction_summary,
+    fuzz_table,
+    hostile_table,
     large_table,
     merge_benchmark_table,
     merge_summary,
@@ -75,7 +77,22 @@ def test_recipes_readme_shows_the_merge_studies(cells):
         assert merge_summary(rows) in text
 
 
-@pytest.mark.parametrize("name", ["compression_study", "compression_study_held_out"])
+def test_readmes_show_what_a_hostile_client_does():
+    table = hostile_table(read_rows(RESULTS / "hostile_study.csv"))
+    for readme in (ROOT / "README.md", ROOT / "recipes" / "README.md"):
+        assert table in readme.read_text()
+
+
+def test_recipes_readme_shows_what_became_of_mutated_files():
+    (report,) = load("fuzz_updates")
+    assert report["config"]["files"] >= 200_000
+    assert report["crashes"] == []
+    assert fuzz_table(report) in (ROOT / "recipes" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "name", ["compression_study", "compression_study_held_out", "compression_study_resnet18"]
+)
 def test_recipes_readme_shows_the_compression_study(name):
     path = RESULTS / f"{name}.csv"
     assert path.read_text().startswith("# 20")
