@@ -173,15 +173,15 @@ def unusual(
         usual: multiple, of each measure, up to which nothing is told.
 
     Returns:
-        A line for each such client, with what and where, and what is done about it; empty if there
-        is none.
+        A line for each such client, with what and where, and one on what is done about it; empty
+        if there is none.
     """
     lines = []
     for name, own in zip(clients, weighed.unbind(1), strict=True):
         found = []
         for what, values, limit in zip(MEASURES, own.unbind(1), usual, strict=True):
             order = values.argsort(descending=True, stable=True).tolist()
-            if where := [layers[index] for index in order if values[index] > min(most, limit)]:
+            if where := [layers[index] for index in order if values[index] > limit]:
                 more = f" and {len(where) - 3} more layers" if len(where) > 3 else ""
                 found.append((float(values.max()), f"{what} in {', '.join(where[:3])}{more}"))
         if found:
@@ -189,12 +189,9 @@ def unusual(
             lines.append(f"{name} has, of the median client's, {told}")
     if not lines:
         return ""
-    done = (
-        f"It is held to {most:g} times the median client's (max_influence)"
-        if most < math.inf
-        else "A merge with a low max_influence holds it to less"
-    )
-    return "\n".join([*lines, f"{done}; look at such a client before you use the model"])
+    bound = "any share" if most == math.inf else f"{most:g} times the median client's"
+    lines.append(f"max_influence leaves each {bound}; look at such a client before you go on")
+    return "\n".join(lines)
 
 
 def _reduction(times: Tensor, most: float) -> Tensor:

@@ -126,9 +126,9 @@ class UpdateFile(Mapping[str, Tensor]):
             raise FileNotFoundError(f"there is no update file {path}")
         self._path = path
         self._handle: Any = None
-        _require_sane(path)
-        self.size = path.stat().st_size
         try:
+            self.size = path.stat().st_size
+            _require_sane(path)
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 if len(file.keys()) > _MOST_TENSORS:
@@ -183,6 +183,9 @@ class UpdateFile(Mapping[str, Tensor]):
         try:
             with self.at_once():
                 tensor: Tensor = self._handle.get_tensor(name)
+        except UpdateError as error:
+            reasons = "; ".join(error.offenders)
+            raise UpdateError(str(self._path), [f"{name} cannot be read: {reasons}"]) from error
         except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:
             raise UpdateError(str(self._path), [f"{name} cannot be read: {error}"]) from error
         if self.digests.get(name) != digest(tensor):
@@ -197,7 +200,11 @@ class UpdateFile(Mapping[str, Tensor]):
         if self._handle is not None:
             yield
             return
-        with safe_open(self._path, framework="pt") as self._handle:
+        try:
+            file = safe_open(self._path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise UpdateError(str(self._path), [f"it cannot be read any more: {error}"]) from error
+        with file as self._handle:
             try:
                 yield
             finally:

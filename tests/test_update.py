@@ -506,6 +506,17 @@ def test_a_file_that_vanishes_after_opening_is_refused(file):
     file.unlink()
     with pytest.raises(UpdateError, match=r"parameters/conv\.weight cannot be read"):
         opened.weights(opened.layers[0])
+    with pytest.raises(UpdateError, match="it cannot be read any more"):
+        opened.verify()
+
+
+def test_a_file_nobody_may_read_is_refused(file, monkeypatch):
+    def forbidden(*_, **__):
+        raise PermissionError("not for you")
+
+    monkeypatch.setattr("pathlib.Path.open", forbidden)
+    with pytest.raises(UpdateError, match="not for you"):
+        ClientUpdate.open(file)
 
 
 @pytest.mark.parametrize(
