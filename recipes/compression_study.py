@@ -16,14 +16,21 @@ from tempfile import TemporaryDirectory
 
 import torch
 from merge_study import CELLS as MERGE_CELLS
-from simulation.cells import Cell, Client, extract, initial_network, run_study, study_parser
+from simulation.cells import (
+    Cell,
+    Client,
+    default_update,
+    initial_network,
+    run_study,
+    scores_of,
+    study_parser,
+)
 from simulation.data import ImageData
-from simulation.federation import QUIET, Classifier, merge, predict, score
+from simulation.federation import QUIET, merge
 from torch import Tensor
 
 from lightning_fedfisher import ClientUpdate
 
-_CPU = torch.device("cpu")
 PLAIN, PUBLISHED = "as it is", "published truncation"
 BUDGETS = {f"budget {budget:g}": budget for budget in (0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5)}
 CELLS = {
@@ -115,9 +122,9 @@ def run_budgets(
     """
     updates, extraction = [], 0.0
     for client in clients:
-        extracted = extract(client, ["kfac"], "normalised", "auto")["kfac"]
-        extraction += extracted.seconds / len(clients)
-        updates.append(ClientUpdate.from_model(client[0], extracted.header(), extracted.blocks))
+        update, seconds = default_update(client)
+        extraction += seconds / len(clients)
+        updates.append(update)
     for (sent,) in settings:
         with TemporaryDirectory() as folder:
             sizes, packing, arrived = [], 0.0, []
@@ -135,7 +142,7 @@ def run_budgets(
                 arrived.append(path)
             network = initial_network(cell, images)
             merge("fedfisher", arrived, network, None, QUIET)
-        scores = score(predict(Classifier(network, 0.0), images.test, _CPU), images.test.labels)
+        scores = scores_of(network, images)
         upload = math.fsum(sizes) / len(sizes)
         yield Row(*astuple(cell), sent, upload, *scores, extraction, packing)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 
-import torch
 from lightning.pytorch import Trainer
 from simulation.cells import (
     Cell,
@@ -18,10 +17,11 @@ from simulation.cells import (
     extract,
     initial_network,
     run_study,
+    scores_of,
     study_parser,
 )
 from simulation.data import ImageData
-from simulation.federation import QUIET, Classifier, predict, score
+from simulation.federation import QUIET
 
 from lightning_fedfisher import ClientUpdate, FisherMergeModule
 
@@ -108,8 +108,7 @@ def run_settings(
             updates.append(ClientUpdate.from_model(client[0], extracted.header(), extracted.blocks))
         network = initial_network(cell, images)
         Trainer(max_epochs=-1, **QUIET).fit(FisherMergeModule(updates, model=network))
-        predicted = predict(Classifier(network, 0.0), images.test, torch.device("cpu"))
-        accuracy, nll = score(predicted, images.test.labels)
+        accuracy, nll = scores_of(network, images)
         sent = [_bytes(update) for update in updates]
         yield Row(
             *astuple(cell),

@@ -13,14 +13,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 
 import torch
-from simulation.cells import Cell, Client, extract, initial_network, run_study, study_parser
+from simulation.cells import (
+    Cell,
+    Client,
+    default_update,
+    initial_network,
+    run_study,
+    scores_of,
+    study_parser,
+)
 from simulation.data import ImageData
-from simulation.federation import QUIET, Classifier, merge, predict, score
+from simulation.federation import QUIET, merge
 from torch import Tensor
 
 from lightning_fedfisher import METHODS, ClientUpdate, UpdateHeader
 
-_CPU = torch.device("cpu")
 _MUCH, _MANY = 1e8, 10**6
 BOUNDS = {"none": math.inf, "10": 10.0, "3": 3.0, "2": 2.0}
 CELLS = {
@@ -132,17 +139,14 @@ def run_attacks(
     Yields:
         The results.
     """
-    updates = []
-    for client in clients:
-        extracted = extract(client, ["kfac"], "normalised", "auto")["kfac"]
-        updates.append(ClientUpdate.from_model(client[0], extracted.header(), extracted.blocks))
+    updates = [default_update(client)[0] for client in clients]
     for attack, name in settings:
         bound = BOUNDS[name]
         method = dataclasses.replace(METHODS["fedfisher"], max_influence=bound)
         sent = updates if attack == NOBODY else [*updates, forge(updates, attack, bound)]
         network = initial_network(cell, images)
         merge(method, sent, network, None, QUIET)
-        scores = score(predict(Classifier(network, 0.0), images.test, _CPU), images.test.labels)
+        scores = scores_of(network, images)
         yield Row(*astuple(cell), attack, name, *scores)
 
 

@@ -19,6 +19,7 @@ from simulation.cells import (
     extract,
     initial_network,
     run_study,
+    scores_of,
     study_parser,
 )
 from simulation.data import ImageData
@@ -215,7 +216,7 @@ def run_methods(
     for name, how in merges.items():
         network = initial_network(cell, images)
         merged = merge(how.method, updates[how.extraction], network, labelled, QUIET)
-        scores = score(predict(Classifier(network, 0.0), images.test, _CPU), images.test.labels)
+        scores = scores_of(network, images)
         yield Row(*astuple(cell), name, *scores, merged.labels, merged.seconds)
 
 

@@ -22,10 +22,17 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from lightning_fedfisher import ExtractedCurvature, extract_curvatures
+from lightning_fedfisher import ClientUpdate, ExtractedCurvature, extract_curvatures
 from lightning_fedfisher.treatment import CurvatureType
 from simulation.data import ImageData, TensorImages, collate_images, load_images
-from simulation.federation import QUIET, ClientFolder, fit_client
+from simulation.federation import (
+    QUIET,
+    Classifier,
+    ClientFolder,
+    fit_client,
+    predict,
+    score,
+)
 from simulation.models import build_model
 from simulation.partition import reference_partition
 
@@ -144,6 +151,34 @@ def extract(
         progress=False,
     )
     return {str(kind): found for kind, found in extracted.items()}
+
+
+def default_update(client: Client) -> tuple[ClientUpdate, float]:
+    """What the callback extracts of a client by default, as it is.
+
+    Args:
+        client: network and samples.
+
+    Returns:
+        The update, and the seconds its extraction took.
+    """
+    extracted = extract(client, ["kfac"], "normalised", "auto")["kfac"]
+    update = ClientUpdate.from_model(client[0], extracted.header(), extracted.blocks)
+    return update, extracted.seconds
+
+
+def scores_of(network: nn.Module, images: ImageData) -> tuple[float, float]:
+    """How a network does on the whole test set.
+
+    Args:
+        network: left in eval mode.
+        images: the data set.
+
+    Returns:
+        Accuracy in percent, and negative log-likelihood.
+    """
+    predicted = predict(Classifier(network, 0.0), images.test, torch.device("cpu"))
+    return score(predicted, images.test.labels)
 
 
 class Table:
