@@ -88,6 +88,7 @@ def test_recipes_readme_shows_what_became_of_mutated_files():
     assert report["config"]["files"] >= 200_000
     assert report["crashes"] == []
     assert fuzz_table(report) in (ROOT / "recipes" / "README.md").read_text()
+    assert f"{report['config']['files']:,} mutated files" in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
