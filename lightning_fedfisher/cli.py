@@ -20,13 +20,14 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Trainer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_fedfisher import __version__
-from lightning_fedfisher.admission import MergeError, check_fit, examine
+from lightning_fedfisher.admission import check_fit, examine
 from lightning_fedfisher.influence import USUAL, unusual
 from lightning_fedfisher.kronecker import KINDS
 from lightning_fedfisher.layer_problems import LayerProblems
@@ -35,7 +36,7 @@ from lightning_fedfisher.methods import METHODS, MethodName
 from lightning_fedfisher.model_card import model_card
 from lightning_fedfisher.progress import is_first, shown
 from lightning_fedfisher.update import ClientUpdate
-from lightning_fedfisher.update_header import UpdateError
+from lightning_fedfisher.update_file import whole_file
 
 _BAD = 1  # exit status; 2 is for a command line that makes no sense
 
@@ -51,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     flags = _parser().parse_args(arguments)
     run: Callable[[Namespace], int] = _COMMANDS[flags.command]
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
     with warnings.catch_warnings():
         for category in (PossibleUserWarning, DeprecationWarning, FutureWarning):
             warnings.simplefilter("ignore", category)
@@ -59,9 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.showwarning = _show_warning
         try:
             return run(flags[flags.command])
-        except (UpdateError, MergeError, FileNotFoundError, ValueError) as error:
+        except (OSError, ValueError, MisconfigurationException) as error:
             _complain(f"error: {error}")
             return _BAD
+        finally:
+            logger.setLevel(level)
 
 
 def _parser() -> ArgumentParser:
@@ -78,6 +83,7 @@ def _parser() -> ArgumentParser:
         "curvature that is none, and whether they belong together. Clients that weigh far more "
         "than the median client are reported. Exits with 1 if a file is refused."
     )
+    verify.add_argument("--config", action="config", help="YAML file of flags")
     verify.add_argument("files", type=str, nargs="+", help="update files, or quoted patterns")
     verify.add_argument("--model", type=str | None, help=_MODEL)
     commands.add_subcommand("verify", verify, help="check update files")
@@ -230,6 +236,17 @@ def _merge(flags: Namespace) -> int:
     files, model = _expanded(flags.files), _made(flags.model)
     if output.resolve() in {Path(file).resolve() for file in files}:
         raise ValueError(f"the output {output} is one of the updates: choose another name")
+    trainer = Trainer(
+        accelerator=flags.accelerator,
+        devices=flags.devices,
+        strategy="ddp" if flags.devices > 1 else "auto",
+        max_epochs=-1,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=sys.stderr.isatty(),
+    )
     merge = FisherMergeModule(
         files,
         model=model,
@@ -244,17 +261,7 @@ def _merge(flags: Namespace) -> int:
         if is_first():
             _tell_plan(merge, flags, output, card)
         return 0
-    trainer = Trainer(
-        accelerator=flags.accelerator,
-        devices=flags.devices,
-        strategy="ddp" if flags.devices > 1 else "auto",
-        max_epochs=-1,
-        use_distributed_sampler=False,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=sys.stderr.isatty(),
-    )
+    output.parent.mkdir(parents=True, exist_ok=True)  # or it fails before the work
     trainer.fit(merge)
     if trainer.interrupted:
         raise ValueError("the merge was interrupted: nothing is written")
@@ -262,8 +269,11 @@ def _merge(flags: Namespace) -> int:
         state = merge.merged_state_dict()
         if model is not None:  # which brings along what was frozen
             state = {n: t for n, t in model.state_dict().items() if isinstance(t, Tensor)}
-        _write(output, state)
-        card.write_text(model_card(merge, output.name, ["fedfisher", *sys.argv[1:]]))
+        with whole_file(output) as partial:
+            # Copied: in this format the names of a shared parameter may not share memory.
+            save_file({n: t.cpu().clone().contiguous() for n, t in state.items()}, partial)
+        with whole_file(card) as partial:
+            partial.write_text(model_card(merge, output.name, ["fedfisher", *sys.argv[1:]]))
         print(f"{output}: {len(merge.updates)} updates merged by {merge.method}; {card} tells more")
     return 0
 
@@ -279,18 +289,6 @@ def _tell_plan(merge: FisherMergeModule, flags: Namespace, output: Path, card: P
         print(_printable(told))
     print(f"memory: about {merge.problems.peak_bytes / 1e6:,.1f} MB a process, beside Python's own")
     print(f"would write {output} and {card}")
-
-
-def _write(output: Path, state: dict[str, Tensor]) -> None:
-    """Writes a state dict; a reader sees the old file or the whole new one."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f"{output.name}.{os.getpid()}.partial")
-    try:
-        # Copied, as the names of a shared parameter may not share memory in this format.
-        save_file({n: t.cpu().clone().contiguous() for n, t in state.items()}, partial)
-        os.replace(partial, output)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _expanded(patterns: Sequence[str]) -> list[str]:

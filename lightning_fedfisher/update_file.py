@@ -52,10 +52,24 @@ def write_file(path: Path, header: UpdateHeader, tensors: Mapping[str, Tensor]) 
         header: what the tensors mean.
         tensors: by their names in the file.
     """
+    with whole_file(path) as partial:
+        save_file(dict(tensors), partial, _metadata(header, tensors))
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Writes a file so that a reader sees the old one or the whole new one.
+
+    Args:
+        path: of the file; missing folders are made.
+
+    Yields:
+        Where to write it; it takes its place at the end, and goes if that does not come.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        save_file(dict(tensors), partial, _metadata(header, tensors))
+        yield partial
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -233,6 +233,8 @@ def test_shared_and_frozen_parameters_come_with_a_model(folder):
             ["--output", "m.safetensors", "--method", "regmean", "--max-influence", "0"],
             "at least 1",
         ),
+        (["--output", "m.safetensors", "--accelerator", "abacus"], "abacus"),
+        (["--output", "flags/m.safetensors"], "flags"),
         (["--output", "m.safetensors", "--model", "factories:foreign"], "does not fit"),
         (["--output", "m.safetensors", "--model", "factories:nothing"], "makes a int"),
         (["--output", "m.safetensors", "--model", "nowhere:make"], "makes no model"),
@@ -240,6 +242,7 @@ def test_shared_and_frozen_parameters_come_with_a_model(folder):
     ],
 )
 def test_merge_refuses_with_a_reason(folder, capsys, arguments, reason):
+    (folder / "flags").write_text("a file where a folder is wanted")
     before = {path: path.read_bytes() for path in folder.rglob("*.safetensors")}
     assert main(["merge", "updates/*.safetensors", *arguments]) == 1
     assert reason in capsys.readouterr().err
