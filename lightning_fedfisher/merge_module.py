@@ -62,6 +62,7 @@ class FisherMergeModule(LightningModule):
 
     Attributes:
         updates: the opened updates, in the order given.
+        problems: what is read of them: shares, an estimate of memory, each layer's problem.
         max_influence: what a client may weigh, as a multiple of what the median client does.
         influence: what each client weighs in each layer, as multiples of what the median client
             does: ``(layers, clients, 3)``, its information, distance and pull (see `influence`).
@@ -122,11 +123,11 @@ class FisherMergeModule(LightningModule):
         self.max_influence = self._method.max_influence
         self.updates = open_updates(updates, self._method, self.method, skip_invalid)
         self.layers = self.updates[0].layers
-        self._problems = LayerProblems(self.updates, self._method, memory_budget)
+        self.problems = LayerProblems(self.updates, self._method, memory_budget)
         # Parameters, so that checkpoints hold them and DDP takes the module. Buffers or submodules
         # would be overwritten by rank 0's, so the model stays outside the module tree.
         self.merged = nn.ParameterList(
-            nn.Parameter(self._problems.average(layer)) for layer in self.layers
+            nn.Parameter(self.problems.average(layer)) for layer in self.layers
         )
         self._merged_buffers = merge_buffers(self.updates, self.max_influence)
         self._dtypes = {n: dtype for n, (_, dtype) in self.updates[0].forms.items()}
@@ -139,11 +140,11 @@ class FisherMergeModule(LightningModule):
 
     def _forget(self) -> None:
         """Starts a merge with nothing solved."""
-        self._problems.forget()
+        self.problems.forget()
         self._solvers: dict[int, Solver] = {}
         self._progress: dict[int, tuple[Tensor, list[float]]] = {}
         self._status = torch.zeros(len(self.layers), 4, dtype=torch.float64)
-        self.influence = self._problems.weighed.clone()
+        self.influence = self.problems.weighed.clone()
         self._best: tuple[float, list[Tensor]] | None = None
         self.history: list[dict[str, float]] = []
         self._validation_samples = 0
@@ -168,11 +169,6 @@ class FisherMergeModule(LightningModule):
         return {name: tensor.cpu() for name, tensor in self._state().items()}
 
     @property
-    def problems(self) -> LayerProblems:
-        """What is read of the updates: shares, an estimate of memory, and each layer's problem."""
-        return self._problems
-
-    @property
     def server_labels(self) -> int:
         """Labelled samples that decided which iterate is returned."""
         return self._validation_samples if self._keep_best else 0
@@ -187,7 +183,7 @@ class FisherMergeModule(LightningModule):
             )
         if stage == TrainerFn.FITTING:
             self._forget()
-            self._set_merged([self._problems.average(layer) for layer in self.layers])
+            self._set_merged([self.problems.average(layer) for layer in self.layers])
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -215,7 +211,7 @@ class FisherMergeModule(LightningModule):
             # What ended for want of iterations begins anew, with all that waits for it.
             ran_out = self._status[:, DONE] == ENDED
             for index in range(len(self.layers)):
-                if ran_out[self._problems.needs(index)].any():
+                if ran_out[self.problems.needs(index)].any():
                     self._status[index] = 0
         self._best, self._validation_samples = saved["best"], saved["validation_samples"]
 
@@ -245,10 +241,10 @@ class FisherMergeModule(LightningModule):
         left = {index for index, status in enumerate(self._status) if not status[DONE]}
         shared = dearest(shapes, ranks)
         for index in sorted(left & shared.keys()):
-            self._problems.prepare_together(index, self.device, shared[index])
+            self.problems.prepare_together(index, self.device, shared[index])
         for index in deal(shapes, ranks)[self.trainer.global_rank]:
-            if index in left - shared.keys() and self._problems.waits_for(index) is not None:
-                self._problems.prepare(index, self.device)
+            if index in left - shared.keys() and self.problems.waits_for(index) is not None:
+                self.problems.prepare(index, self.device)
 
     @override
     def on_validation_start(self) -> None:
@@ -311,7 +307,7 @@ class FisherMergeModule(LightningModule):
                 rank_zero_warn(complaint)
         if self._keep_best and self._best is not None:
             self._set_merged(self._best[1])
-        self._problems.forget()
+        self.problems.forget()
         self._solvers.clear()
         self._progress.clear()
         if self._target:
@@ -340,7 +336,7 @@ class FisherMergeModule(LightningModule):
             if not self._may_begin(index):
                 self._progress[index] = self._merged(index), [0.0, 0.0, 1.0, 0.0]
                 return
-            problem = self._problems.read(index, self.device, list(self.merged))
+            problem = self.problems.read(index, self.device, list(self.merged))
             self._solvers[index] = self._method.solver(problem)
         solver = self._solvers[index]
         solver.advance(min(self._method.sweep, self._max_iterations - solver.iterations))
@@ -358,12 +354,12 @@ class FisherMergeModule(LightningModule):
             del self._solvers[index]
 
     def _may_begin(self, index: int) -> bool:
-        before = self._problems.waits_for(index)
+        before = self.problems.waits_for(index)
         if before is not None and not self._status[before, DONE]:
             return False
         # A method that looks for its best iterate moves all layers at once.
         looks = self._keep_best and self.trainer.enable_validation
-        return looks or self._problems.fits(index, self._solvers)
+        return looks or self.problems.fits(index, self._solvers)
 
     @torch.no_grad()
     def _gather(self) -> None:
@@ -378,7 +374,7 @@ class FisherMergeModule(LightningModule):
             matrices.append(self._total(torch.zeros_like(matrix) if own is None else own.clone()))
         self._set_merged(matrices)
         self._status = self._total(status.to(self.device)).cpu()
-        weighed = self._total(self._problems.weighed.to(self.device, copy=True)).cpu()
+        weighed = self._total(self.problems.weighed.to(self.device, copy=True)).cpu()
         # Layers that were solved before an interruption are not read again.
         self.influence = torch.where(weighed.any(dim=2, keepdim=True), weighed, self.influence)
         self.history.append(summary(self._status))

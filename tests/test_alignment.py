@@ -365,7 +365,7 @@ def test_a_layer_waits_for_the_one_it_reads(network, monkeypatch, tmp_path):
         assert before == (None if source is None else names.index(source.layer))
         if before is not None:
             assert torch.equal(module.merged[before], then)  # solved by then
-            assert float((then - module._problems.average(module.layers[before])).norm()) > 1e-3
+            assert float((then - module.problems.average(module.layers[before])).norm()) > 1e-3
 
 
 @pytest.mark.parametrize("method", [name for name, row in METHODS.items() if not row.aligns])
