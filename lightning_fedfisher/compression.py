@@ -119,6 +119,7 @@ class Compression:
             octaves = min(max(octaves + 8 * (size - room) / self._count, -_OCTAVES), 0.0)
             if abs(octaves - before) < _CLOSE:
                 break
+        octaves = min(octaves + _CLOSE, 0.0)  # lest a large update is packed twice
         while True:  # those sizes were estimates
             scale = self._scale(octaves)
             payloads = {part.name: pack(part.rounded(scale)) for part in self._parts}

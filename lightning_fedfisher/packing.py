@@ -23,6 +23,7 @@ _ESCAPE = 255  # stands for a number that is listed instead
 _PREFIX = struct.Struct("<BI")  # low bits of each number, numbers listed
 _LISTED = np.dtype("<u4")
 _SKEWED = 2.5  # bits a number below which Huffman's code is told from the entropy
+_JUDGED = 2**16
 _RAW = -15  # zlib's largest window, without a header
 
 _Folded = NDArray[np.uint32]
@@ -109,13 +110,14 @@ def _fold(numbers: Tensor) -> _Folded:
 
 
 def _cheapest(folded: _Folded) -> tuple[int, float]:
-    """How many low bits to keep apart, and the bits that all takes."""
+    """How many low bits to keep apart, and the bits that all takes; judged by some of many."""
     low = max(int(folded.max(initial=0)).bit_length() - 8, 0)
-    best = low, _bits(folded, low)
-    while low and (bits := _bits(folded, low - 1)) <= best[1]:
+    some = folded[:: max(len(folded) // _JUDGED, 1)]
+    best = low, _bits(some, low)
+    while low and (bits := _bits(some, low - 1)) <= best[1]:
         low -= 1
         best = low, bits
-    return best
+    return best[0], best[1] * len(folded) / max(len(some), 1)
 
 
 def _bits(folded: _Folded, low: int) -> float:

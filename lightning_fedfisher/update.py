@@ -211,15 +211,16 @@ class ClientUpdate:
             for name in tensors:
                 known = name in self._unpacked
                 form = self._unpacked[name][1] if known else form_of_buffer(name)
-                # What is packed is the root of a curvature, which is sound whatever its root.
-                if name in self.header.packed or (form == "factor" and not definite):
+                if form == "factor" and not definite:
                     form = "basis"
                 try:
-                    found = flaw(self._unpack(name, check), form)
+                    tensor = self._unpack(name, check)
                 except UpdateError as error:
                     offenders.extend(error.offenders)
-                else:
-                    offenders += [f"{name} {found}"] if found else []
+                    continue
+                # What is packed is a root, which was checked; and what has a root is definite.
+                if name not in self.header.packed and (found := flaw(tensor, form)):
+                    offenders.append(f"{name} {found}")
         if offenders:
             raise UpdateError(self.source, offenders)
 
