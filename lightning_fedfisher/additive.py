@@ -3,12 +3,15 @@
 Where curvature is diagonal, the minimum of the clients' quadratics is ``sum_k p_k F_k W_k`` over
 ``sum_k p_k F_k``, entry by entry: nobody has to see a client to add it. A protocol that reveals
 sums alone (Bonawitz et al., 2017) adds what `to_fixed` makes of a `summand`: integers modulo
-``2**64``, where pairwise masks cancel exactly. `from_fixed` and `pooled` make a model of the sum,
-which is an update like any other and may be merged further, as of a region's clients.
+``2**64``, where pairwise masks cancel exactly (`fixed_point`). `from_fixed` and `pooled` make a
+model of the sum, which is an update like any other and may be merged further, as of a region's
+clients.
 
-Not here: the protocol, with its keys, its masks and what becomes of clients that drop out. A server
-that sees sums alone can judge no client (`influence`), and of the sum it learns all that `pooled`
-has: the merged model, its curvature and the number of all samples.
+Not here: the protocol, with its keys, its masks and what becomes of clients that drop out. Of the
+sum a server learns the merged model, the average, their curvature and buffers, and the number of
+all samples. Two sums that differ by a client tell that client, and of two clients each learns the
+other. A server that sees sums alone can judge nobody: a hostile client is invisible in them, and
+not held to the `max_influence` of `FisherMergeModule`.
 """
 
 from __future__ import annotations
@@ -21,11 +24,11 @@ from torch import Tensor
 
 from lightning_fedfisher.curvature import Diagonal
 from lightning_fedfisher.methods import METHODS, MethodName
+from lightning_fedfisher.soundness import flaw
 from lightning_fedfisher.update import ClientUpdate
 from lightning_fedfisher.update_header import UpdateError
 
-_RING = 2.0**63  # of half of the integers, those not negative
-_FAINT = 256  # steps: information up to there would be divided by what is rounding
+_BY_LAYER = ("information", "pull", "weights")
 
 
 def summand(
@@ -35,7 +38,8 @@ def summand(
 
     Args:
         update: of a kind of curvature that the method works with entry by entry.
-        method: name of the merge method; all clients must take the same.
+        method: name of the merge method; all clients must take the same. The published steps of
+            ``fedfisher_diag`` are no sum: of it the sums give the minimum.
         unit: samples that count as one. A public number as large as the largest client keeps the
             sums small, so that fixed-point numbers have room for fractions.
 
@@ -85,28 +89,17 @@ def pooled(total: Mapping[str, Tensor], like: ClientUpdate, *, unit: float = 1.0
 
     Returns:
         An update whose `parameters` are the merged model, as `FisherMergeModule` finds it, with
-        diagonal curvature. Entries without information are averages. Merge it by ``fisher_merge``.
-        Counters are averages here, not the largest.
+        diagonal curvature. Merge it by ``fisher_merge``, whatever the method was. Entries without
+        information are averages, and of regions merged so averages by samples. The largest is no
+        sum: counters are averages here, rounded.
 
     Raises:
-        UpdateError: naming every sum that is missing, unknown, of the wrong shape or not finite.
+        UpdateError: naming every sum that is missing, unknown, of the wrong shape, not finite, or
+            negative where it cannot be, as it is where masks were left in it.
     """
-    shapes: dict[str, tuple[int, ...]] = {"share": (), "samples": ()}
-    for layer in like.layers:
-        shapes |= {f"{what}/{layer.name}": layer.shape for what in _BY_LAYER}
     forms = like.forms
     buffers = {name: forms[name] for name in like.buffers}
-    shapes |= {f"buffers/{name}": shape for name, (shape, _) in buffers.items()}
-    found = {name: tuple(tensor.shape) for name, tensor in total.items()}
-    offenders = [
-        f"{name} should be {shapes.get(name, 'absent')}, is {found.get(name, 'absent')}"
-        for name in sorted(shapes.keys() | found.keys())
-        if shapes.get(name) != found.get(name)
-    ] or [f"{name} is not finite" for name, t in total.items() if not torch.isfinite(t).all()]
-    if not offenders and not min(float(total["share"]), float(total["samples"])) > 0:
-        offenders = ["share and samples must be greater than 0"]
-    if offenders:
-        raise UpdateError("this sum", offenders)
+    _require_sums(total, like, buffers)
     tensors: dict[str, Tensor] = {}
     for layer in like.layers:
         information, pull, weights = (total[f"{what}/{layer.name}"] for what in _BY_LAYER)
@@ -114,8 +107,7 @@ def pooled(total: Mapping[str, Tensor], like: ClientUpdate, *, unit: float = 1.0
         for name, tensor in layer.split(matrix).items():
             tensors[f"parameters/{name}"] = tensor.to(forms[name][1])
         # By samples, whatever the shares were: so sums of sums are sums.
-        values = (information / total["samples"]).clamp_min(0)
-        tensors[f"curvature/{layer.name}/values"] = values.contiguous()
+        tensors[f"curvature/{layer.name}/values"] = (information / total["samples"]).contiguous()
     means = {name: total[f"buffers/{name}"] / total["samples"] for name in buffers}
     for name, mean in means.items():
         if (location := _mean_of(name)) in means:
@@ -126,6 +118,7 @@ def pooled(total: Mapping[str, Tensor], like: ClientUpdate, *, unit: float = 1.0
         like.header,
         num_samples=max(round(unit * float(total["samples"])), 1),
         curvature="diagonal",
+        curvature_samples=0,  # nobody told
         kinds=dict.fromkeys(like.header.kinds, Diagonal.kind),
         metadata={},
         packed={},
@@ -133,84 +126,28 @@ def pooled(total: Mapping[str, Tensor], like: ClientUpdate, *, unit: float = 1.0
     return ClientUpdate(header, tensors, "this sum")
 
 
-def to_fixed(
-    tensors: Mapping[str, Tensor], clients: int, fraction_bits: int = 40, words: int = 2
-) -> dict[str, Tensor]:
-    """Writes numbers as integers modulo ``2**64``, whose sums wrap around.
-
-    Each entry is off by half a step of ``2**-(words * fraction_bits)`` at most, a sum by
-    ``clients`` times that. The merge divides by information, so what is off must be small beside
-    it: a client's entries of less than 256 steps count as no information, and rounding moves a
-    weight ``W`` merged of the others by ``(1 + |W|) / 512`` at most. Clients that are certain
-    leave 1e-15 and less, which two words keep; one will do for its root, as ``fedfisher`` takes.
-
-    Args:
-        tensors: a `summand`.
-        clients: how many are added; their sum must fit.
-        fraction_bits: bits behind the point of the first word, and of each further one.
-        words: integers for each number, each going on where the one before it was rounded.
-
-    Returns:
-        Tensors of ``int64``, of shape ``(words, *shape)``; to add them modulo ``2**64`` is to add
-        them.
-
-    Raises:
-        ValueError: naming the tensors that leave no room for the sum, or are not finite; or if
-            there are no clients, bits or words.
-    """
-    if min(clients, fraction_bits, words) < 1:
-        raise ValueError(
-            "clients, fraction_bits and words must be at least 1, got "
-            f"{clients}, {fraction_bits} and {words}"
-        )
-    limit = _RING / clients - clients
-    faint = _FAINT * 2.0 ** -(words * fraction_bits)
-    fixed, offenders = {}, []
-    for name, tensor in tensors.items():
-        rest = tensor.double() * 2.0**fraction_bits
-        what, _, layer = name.partition("/")
-        if what in ("information", "pull"):
-            rest = torch.where(tensors[f"information/{layer}"] < faint, 0.0, rest)
-        parts = [rest.round()]
-        for _ in range(words - 1):
-            rest = (rest - parts[-1]) * 2.0**fraction_bits
-            parts.append(rest.round())
-        stacked = torch.stack(parts)
-        if stacked.numel() and not stacked.abs().max() < limit:
-            offenders.append(name)
-        fixed[name] = stacked.to(torch.int64)
+def _require_sums(
+    total: Mapping[str, Tensor],
+    like: ClientUpdate,
+    buffers: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+) -> None:
+    """Refuses what can be no sum of clients of this model; names all of it at once."""
+    shapes: dict[str, tuple[int, ...]] = {"share": (), "samples": ()}
+    for layer in like.layers:
+        shapes |= {f"{what}/{layer.name}": layer.shape for what in _BY_LAYER}
+    shapes |= {f"buffers/{name}": shape for name, (shape, _) in buffers.items()}
+    found = {name: tuple(tensor.shape) for name, tensor in total.items()}
+    offenders = []
+    for name in sorted(shapes.keys() | found.keys()):
+        if shapes.get(name) != found.get(name):
+            should = shapes.get(name, "absent")
+            offenders.append(f"{name} should be {should}, is {found.get(name, 'absent')}")
+        elif reason := flaw(total[name], "values" if name.startswith("information/") else None):
+            offenders.append(f"{name} {reason}")
+        elif name in ("share", "samples") and not total[name] > 0:
+            offenders.append(f"{name} must be greater than 0")
     if offenders:
-        raise ValueError(
-            f"{', '.join(offenders)} hold numbers too large for {clients} clients and "
-            f"{fraction_bits} fraction bits, or not finite: take fewer bits in a word and more "
-            "words, or a larger unit in summand"
-        )
-    return fixed
-
-
-def from_fixed(tensors: Mapping[str, Tensor], fraction_bits: int = 40) -> dict[str, Tensor]:
-    """Reads a sum of what `to_fixed` wrote.
-
-    Args:
-        tensors: of ``int64``, and of shape ``(words, *shape)``.
-        fraction_bits: as it was written with.
-
-    Returns:
-        The numbers, in float64.
-
-    Raises:
-        ValueError: naming the tensors of another type, or without words.
-    """
-    if odd := [n for n, t in tensors.items() if t.dtype != torch.int64 or not t.dim()]:
-        raise ValueError(f"{', '.join(odd)} are not int64 of shape (words, ...), as of to_fixed")
-    numbers = {}
-    for name, tensor in tensors.items():
-        places = -fraction_bits * torch.arange(1, len(tensor) + 1, dtype=torch.float64)
-        numbers[name] = torch.tensordot(places.exp2(), tensor.double(), 1)
-    return numbers
-
-
-_BY_LAYER = ("information", "pull", "weights")
+        raise UpdateError("this sum", offenders)
 
 
 def _mean_of(name: str) -> str:

@@ -188,6 +188,10 @@ def test_a_missing_client_leaves_nothing_but_noise(updates):
     sent = [_masked(tensors, client, CLIENTS) for client, tensors in enumerate(fixed)]
     total = from_fixed(_sum(sent[1:]))
     assert float(total["weights/network.0"].abs().max()) > 1e4
+    # Where the numbers of samples came through, the rest is still no sum of clients.
+    total |= {name: torch.tensor(1.0) for name in ("share", "samples")}
+    with pytest.raises(UpdateError, match=r"information/network\.0 holds negative values"):
+        pooled(total, updates[0])
 
 
 @pytest.mark.parametrize("method", ["fisher_merge", "fedfisher"])
@@ -246,12 +250,21 @@ def test_sums_that_do_not_fit_are_refused(updates):
     odd = dict(total)
     del odd["pull/network.0"]
     odd |= {"more": torch.ones(1), "weights/network.2": torch.ones(2)}
+    odd["information/network.5"] = total["information/network.5"].clone()
+    odd["information/network.5"][0, 0] = -1.0
+    odd["share"] = torch.tensor(torch.nan)
     with pytest.raises(UpdateError) as error:
         pooled(odd, updates[0])
-    assert len(error.value.offenders) == 3
-    with pytest.raises(UpdateError, match=r"share is not finite"):
-        pooled(total | {"share": torch.tensor(torch.nan)}, updates[0])
-    with pytest.raises(UpdateError, match="greater than 0"):
+    assert [line.split()[0] for line in error.value.offenders] == [
+        "information/network.5",
+        "more",
+        "pull/network.0",
+        "share",
+        "weights/network.2",
+    ]
+    assert "holds negative values, down to -1" in error.value.offenders[0]
+    assert "1 values that are not finite" in error.value.offenders[3]
+    with pytest.raises(UpdateError, match="samples must be greater than 0"):
         pooled(total | {"samples": torch.tensor(0.0)}, updates[0])
     with pytest.raises(ValueError, match="unit"):
         summand(updates[0], unit=0)
@@ -287,4 +300,9 @@ def test_what_is_not_in_fixed_point_is_refused(updates):
 def test_nothing_private_is_pooled(updates):
     told = dataclasses.replace(updates[0].header, metadata={"who": "me"})
     like = ClientUpdate(told, updates[0]._tensors)
-    assert pooled(summand(updates[1]), like).header.metadata == {}
+    found = pooled(summand(updates[1]), like)
+    assert found.header.metadata == {}
+    assert found.header.curvature_samples == 0
+    nameless = {name: torch.zeros_like(tensor) for name, tensor in updates[0]._tensors.items()}
+    other = pooled(summand(updates[1]), ClientUpdate(updates[2].header, nameless))
+    assert other.digest == found.digest
