@@ -204,7 +204,8 @@ def test_regions_may_be_summed_before(updates, method, tmp_path):
 
 
 def test_buffers_are_merged_alike(normed, tmp_path):
-    found = pooled(_sum(map(summand, normed)), normed[0]).buffers
+    total = _sum(map(summand, normed))
+    found = pooled(total, normed[0]).buffers
     merged = FisherMergeModule(normed, method="fisher_merge").merged_state_dict()
     counter = "network.3.0.num_batches_tracked"
     for name in found.keys() - {counter}:
@@ -214,9 +215,13 @@ def test_buffers_are_merged_alike(normed, tmp_path):
     assert len(set(counts.tolist())) == 3
     assert found[counter] == (counts * samples).sum().div(samples.sum()).round().long()
     assert found[counter].dtype == torch.int64
+    for mean, whole in ((2.4, 2), (2.6, 3)):
+        changed = total | {f"buffers/{counter}": mean * total["samples"]}
+        assert pooled(changed, normed[0]).buffers[counter] == whole
 
 
-def test_entries_without_information_are_averages(updates):
+@pytest.mark.parametrize(("method", "power"), [("fisher_merge", 1.0), ("fedfisher", 0.5)])
+def test_entries_without_information_are_averages(updates, method, power):
     blind = []
     for update in updates:
         values = dict(update.blocks)
@@ -226,8 +231,9 @@ def test_entries_without_information_are_averages(updates):
         model = tiny_model()
         model.load_state_dict(update.parameters)
         blind.append(ClientUpdate.from_model(model, update.header, values))
-    merged = pooled(_sum(map(summand, blind)), blind[0]).parameters["network.5.weight"]
-    samples = [update.num_samples for update in blind]
+    total = _sum(summand(update, method) for update in blind)
+    merged = pooled(total, blind[0]).parameters["network.5.weight"]
+    samples = [update.num_samples**power for update in blind]
     average = sum(
         n * u.parameters["network.5.weight"] for n, u in zip(samples, blind, strict=True)
     ) / sum(samples)
