@@ -20,7 +20,8 @@ from lightning_fedfisher.merge_module import FisherMergeModule
 from lightning_fedfisher.methods import METHODS
 
 # Secure aggregation
-from lightning_fedfisher.additive import from_fixed, pooled, summand, to_fixed
+from lightning_fedfisher.additive import pooled, summand
+from lightning_fedfisher.fixed_point import from_fixed, to_fixed
 
 # What crosses between them, and what it is made of
 from lightning_fedfisher.compression import BudgetError

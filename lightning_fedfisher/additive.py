@@ -3,12 +3,15 @@
 Where curvature is diagonal, the minimum of the clients' quadratics is ``sum_k p_k F_k W_k`` over
 ``sum_k p_k F_k``, entry by entry: nobody has to see a client to add it. A protocol that reveals
 sums alone (Bonawitz et al., 2017) adds what `to_fixed` makes of a `summand`: integers modulo
-``2**64``, where pairwise masks cancel exactly. `from_fixed` and `pooled` make a model of the sum,
-which is an update like any other and may be merged further, as of a region's clients.
+``2**64``, where pairwise masks cancel exactly (`fixed_point`). `from_fixed` and `pooled` make a
+model of the sum, which is an update like any other and may be merged further, as of a region's
+clients.
 
-Not here: the protocol, with its keys, its masks and what becomes of clients that drop out. A server
-that sees sums alone can judge no client (`influence`), and of the sum it learns all that `pooled`
-has: the merged model, its curvature and the number of all samples.
+Not here: the protocol, with its keys, its masks and what becomes of clients that drop out. Of the
+sum a server learns the merged model, the average, their curvature and buffers, and the number of
+all samples. Two sums that differ by a client tell that client, and of two clients each learns the
+other. A server that sees sums alone can judge nobody: a hostile client is invisible in them, and
+not held to the `max_influence` of `FisherMergeModule`.
 """
 
 from __future__ import annotations
@@ -21,10 +24,11 @@ from torch import Tensor
 
 from lightning_fedfisher.curvature import Diagonal
 from lightning_fedfisher.methods import METHODS, MethodName
+from lightning_fedfisher.soundness import flaw
 from lightning_fedfisher.update import ClientUpdate
 from lightning_fedfisher.update_header import UpdateError
 
-_RING = 2.0**63  # of half of the integers, those not negative
+_BY_LAYER = ("information", "pull", "weights")
 
 
 def summand(
@@ -34,7 +38,8 @@ def summand(
 
     Args:
         update: of a kind of curvature that the method works with entry by entry.
-        method: name of the merge method; all clients must take the same.
+        method: name of the merge method; all clients must take the same. The published steps of
+            ``fedfisher_diag`` are no sum: of it the sums give the minimum.
         unit: samples that count as one. A public number as large as the largest client keeps the
             sums small, so that fixed-point numbers have room for fractions.
 
@@ -84,28 +89,17 @@ def pooled(total: Mapping[str, Tensor], like: ClientUpdate, *, unit: float = 1.0
 
     Returns:
         An update whose `parameters` are the merged model, as `FisherMergeModule` finds it, with
-        diagonal curvature. Entries without information are averages. Merge it by ``fisher_merge``.
-        Counters are averages here, not the largest.
+        diagonal curvature. Merge it by ``fisher_merge``, whatever the method was. Entries without
+        information are averages, and of regions merged so averages by samples. The largest is no
+        sum: counters are averages here, rounded.
 
     Raises:
-        UpdateError: naming every sum that is missing, unknown, of the wrong shape or not finite.
+        UpdateError: naming every sum that is missing, unknown, of the wrong shape, not finite, or
+            negative where it cannot be, as it is where masks were left in it.
     """
-    shapes: dict[str, tuple[int, ...]] = {"share": (), "samples": ()}
-    for layer in like.layers:
-        shapes |= {f"{what}/{layer.name}": layer.shape for what in _BY_LAYER}
     forms = like.forms
     buffers = {name: forms[name] for name in like.buffers}
-    shapes |= {f"buffers/{name}": shape for name, (shape, _) in buffers.items()}
-    found = {name: tuple(tensor.shape) for name, tensor in total.items()}
-    offenders = [
-        f"{name} should be {shapes.get(name, 'absent')}, is {found.get(name, 'absent')}"
-        for name in sorted(shapes.keys() | found.keys())
-        if shapes.get(name) != found.get(name)
-    ] or [f"{name} is not finite" for name, t in total.items() if not torch.isfinite(t).all()]
-    if not offenders and not min(float(total["share"]), float(total["samples"])) > 0:
-        offenders = ["share and samples must be greater than 0"]
-    if offenders:
-        raise UpdateError("this sum", offenders)
+    _require_sums(total, like, buffers)
     tensors: dict[str, Tensor] = {}
     for layer in like.layers:
         information, pull, weights = (total[f"{what}/{layer.name}"] for what in _BY_LAYER)
@@ -113,8 +107,7 @@ def pooled(total: Mapping[str, Tensor], like: ClientUpdate, *, unit: float = 1.0
         for name, tensor in layer.split(matrix).items():
             tensors[f"parameters/{name}"] = tensor.to(forms[name][1])
         # By samples, whatever the shares were: so sums of sums are sums.
-        values = (information / total["samples"]).clamp_min(0)
-        tensors[f"curvature/{layer.name}/values"] = values.contiguous()
+        tensors[f"curvature/{layer.name}/values"] = (information / total["samples"]).contiguous()
     means = {name: total[f"buffers/{name}"] / total["samples"] for name in buffers}
     for name, mean in means.items():
         if (location := _mean_of(name)) in means:
@@ -125,6 +118,7 @@ def pooled(total: Mapping[str, Tensor], like: ClientUpdate, *, unit: float = 1.0
         like.header,
         num_samples=max(round(unit * float(total["samples"])), 1),
         curvature="diagonal",
+        curvature_samples=0,  # nobody told
         kinds=dict.fromkeys(like.header.kinds, Diagonal.kind),
         metadata={},
         packed={},
@@ -132,50 +126,28 @@ def pooled(total: Mapping[str, Tensor], like: ClientUpdate, *, unit: float = 1.0
     return ClientUpdate(header, tensors, "this sum")
 
 
-def to_fixed(
-    tensors: Mapping[str, Tensor], clients: int, fraction_bits: int = 40
-) -> dict[str, Tensor]:
-    """Writes numbers as integers modulo ``2**64``, whose sums wrap around.
-
-    Args:
-        tensors: of a `summand`.
-        clients: how many are added; their sum must fit.
-        fraction_bits: bits behind the point. Each entry is off by half of the last one at most, a
-            sum of ``clients`` by ``clients * 2**-(fraction_bits + 1)``.
-
-    Returns:
-        Tensors of ``int64``; to add them modulo ``2**64`` is to add them.
-
-    Raises:
-        ValueError: naming the tensors that leave no room for the sum.
-    """
-    limit = _RING / clients - clients
-    scaled = {
-        name: (tensor.double() * 2.0**fraction_bits).round() for name, tensor in tensors.items()
-    }
-    offenders = [name for name, t in scaled.items() if t.numel() and not t.abs().max() < limit]
+def _require_sums(
+    total: Mapping[str, Tensor],
+    like: ClientUpdate,
+    buffers: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+) -> None:
+    """Refuses what can be no sum of clients of this model; names all of it at once."""
+    shapes: dict[str, tuple[int, ...]] = {"share": (), "samples": ()}
+    for layer in like.layers:
+        shapes |= {f"{what}/{layer.name}": layer.shape for what in _BY_LAYER}
+    shapes |= {f"buffers/{name}": shape for name, (shape, _) in buffers.items()}
+    found = {name: tuple(tensor.shape) for name, tensor in total.items()}
+    offenders = []
+    for name in sorted(shapes.keys() | found.keys()):
+        if shapes.get(name) != found.get(name):
+            should = shapes.get(name, "absent")
+            offenders.append(f"{name} should be {should}, is {found.get(name, 'absent')}")
+        elif reason := flaw(total[name], "values" if name.startswith("information/") else None):
+            offenders.append(f"{name} {reason}")
+        elif name in ("share", "samples") and not total[name] > 0:
+            offenders.append(f"{name} must be greater than 0")
     if offenders:
-        raise ValueError(
-            f"{', '.join(offenders)} hold numbers too large for {clients} clients and "
-            f"{fraction_bits} fraction bits: take fewer bits, or a larger unit in summand"
-        )
-    return {name: tensor.to(torch.int64) for name, tensor in scaled.items()}
-
-
-def from_fixed(tensors: Mapping[str, Tensor], fraction_bits: int = 40) -> dict[str, Tensor]:
-    """Reads a sum of what `to_fixed` wrote.
-
-    Args:
-        tensors: of ``int64``.
-        fraction_bits: as it was written with.
-
-    Returns:
-        The numbers, in float64.
-    """
-    return {name: tensor.double() / 2.0**fraction_bits for name, tensor in tensors.items()}
-
-
-_BY_LAYER = ("information", "pull", "weights")
+        raise UpdateError("this sum", offenders)
 
 
 def _mean_of(name: str) -> str:

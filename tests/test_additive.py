@@ -110,12 +110,77 @@ def test_masked_sums_in_fixed_point_give_the_same_model(updates, tmp_path):
         assert not any(torch.equal(masked[n], t) for n, t in tensors.items() if t.any())
         # Uniform on the ring: its spread is known.
         assert float(hidden.std()) == pytest.approx(2**64 / 12**0.5, rel=0.05)
+    for name, tensor in _sum(fixed).items():
+        assert torch.equal(_sum(sent)[name], tensor), name
     total = from_fixed(_sum(sent))
-    exact = _sum(plain)
-    for name, tensor in total.items():
-        assert float((tensor - exact[name]).abs().max()) <= CLIENTS * 2.0**-41, name
     _close(_model(pooled(total, updates[0], unit=unit)), _merged(updates, tmp_path), atol=1e-5)
     assert pooled(total, updates[0], unit=unit).num_samples == sum(u.num_samples for u in updates)
+
+
+@pytest.mark.parametrize(("fraction_bits", "words"), [(20, 1), (40, 1), (20, 3), (40, 2)])
+def test_sums_are_off_by_half_a_step_for_each_client(fraction_bits, words):
+    generator = torch.Generator().manual_seed(0)
+    shape = (CLIENTS, 50)
+    # Exact in float64, with more bits than are kept, and of either sign.
+    numbers = torch.randint(-(2**45), 2**45, shape, generator=generator).double() * 2.0**-44
+    faint = torch.randint(-(2**45), 2**45, shape, generator=generator).double() * 2.0**-99
+    plain = [{"a": one, "b": other} for one, other in zip(numbers, faint, strict=True)]
+    fixed = [to_fixed(tensors, CLIENTS, fraction_bits, words) for tensors in plain]
+    assert fixed[0]["a"].shape == (words, 50)
+    total = from_fixed(_sum(fixed), fraction_bits)
+    step = 2.0 ** -(fraction_bits * words)
+    for name, exact in _sum(plain).items():
+        assert float((total[name] - exact).abs().max()) <= CLIENTS * step / 2, name
+
+
+def _scattered(updates, low, high):
+    """Information of all sizes, the same for all clients up to a factor."""
+    generator = torch.Generator().manual_seed(1)
+    changed = [dict(update._tensors) for update in updates]
+    for layer in updates[0].layers:
+        name = f"curvature/{layer.name}/values"
+        size = low + (high - low) * torch.rand(layer.shape, generator=generator)
+        for tensors in changed:
+            tensors[name] = 10 ** (size + 0.3 * torch.randn(layer.shape, generator=generator))
+    return [ClientUpdate(u.header, t) for u, t in zip(updates, changed, strict=True)]
+
+
+def _quotients(updates):
+    """The merge by its definition, matrix by layer name."""
+    found = {}
+    for layer in updates[0].layers:
+        p = [u.num_samples * u.block(layer).values.double() for u in updates]
+        pulls = sum(q * u.weights(layer).double() for q, u in zip(p, updates, strict=True))
+        found[layer.name] = pulls / sum(p)
+    return found
+
+
+def _in_fixed_point(updates, **options):
+    sent = [to_fixed(summand(update, unit=1e4), 100, **options) for update in updates]
+    total = pooled(from_fixed(_sum(sent)), updates[0], unit=1e4)
+    return {layer.name: total.weights(layer).double() for layer in total.layers}
+
+
+def test_information_of_certain_clients_survives_fixed_point(updates):
+    certain = _scattered(updates, -16, 0)
+    expected = _quotients(certain)
+    for name, found in _in_fixed_point(certain).items():
+        torch.testing.assert_close(found, expected[name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("words", [1, 2])
+def test_what_is_too_faint_for_fixed_point_leaves_weights_among_the_clients(updates, words):
+    certain = _scattered(updates, -30, 0)
+    found = _in_fixed_point(certain, words=words)
+    beyond = 0
+    for layer in certain[0].layers:
+        weights = torch.stack([update.weights(layer).double() for update in certain])
+        least, most = weights.min(0).values, weights.max(0).values
+        room = (1 + weights.abs().max(0).values) / 512
+        assert (found[layer.name] >= least - room).all(), layer.name
+        assert (found[layer.name] <= most + room).all(), layer.name
+        beyond += int((found[layer.name] - _quotients(certain)[layer.name] > 1e-3).sum())
+    assert beyond  # some were
 
 
 def test_a_missing_client_leaves_nothing_but_noise(updates):
@@ -123,6 +188,10 @@ def test_a_missing_client_leaves_nothing_but_noise(updates):
     sent = [_masked(tensors, client, CLIENTS) for client, tensors in enumerate(fixed)]
     total = from_fixed(_sum(sent[1:]))
     assert float(total["weights/network.0"].abs().max()) > 1e4
+    # Where the numbers of samples came through, the rest is still no sum of clients.
+    total |= {name: torch.tensor(1.0) for name in ("share", "samples")}
+    with pytest.raises(UpdateError, match=r"information/network\.0 holds negative values"):
+        pooled(total, updates[0])
 
 
 @pytest.mark.parametrize("method", ["fisher_merge", "fedfisher"])
@@ -135,7 +204,8 @@ def test_regions_may_be_summed_before(updates, method, tmp_path):
 
 
 def test_buffers_are_merged_alike(normed, tmp_path):
-    found = pooled(_sum(map(summand, normed)), normed[0]).buffers
+    total = _sum(map(summand, normed))
+    found = pooled(total, normed[0]).buffers
     merged = FisherMergeModule(normed, method="fisher_merge").merged_state_dict()
     counter = "network.3.0.num_batches_tracked"
     for name in found.keys() - {counter}:
@@ -145,9 +215,13 @@ def test_buffers_are_merged_alike(normed, tmp_path):
     assert len(set(counts.tolist())) == 3
     assert found[counter] == (counts * samples).sum().div(samples.sum()).round().long()
     assert found[counter].dtype == torch.int64
+    for mean, whole in ((2.4, 2), (2.6, 3)):
+        changed = total | {f"buffers/{counter}": mean * total["samples"]}
+        assert pooled(changed, normed[0]).buffers[counter] == whole
 
 
-def test_entries_without_information_are_averages(updates):
+@pytest.mark.parametrize(("method", "power"), [("fisher_merge", 1.0), ("fedfisher", 0.5)])
+def test_entries_without_information_are_averages(updates, method, power):
     blind = []
     for update in updates:
         values = dict(update.blocks)
@@ -157,8 +231,9 @@ def test_entries_without_information_are_averages(updates):
         model = tiny_model()
         model.load_state_dict(update.parameters)
         blind.append(ClientUpdate.from_model(model, update.header, values))
-    merged = pooled(_sum(map(summand, blind)), blind[0]).parameters["network.5.weight"]
-    samples = [update.num_samples for update in blind]
+    total = _sum(summand(update, method) for update in blind)
+    merged = pooled(total, blind[0]).parameters["network.5.weight"]
+    samples = [update.num_samples**power for update in blind]
     average = sum(
         n * u.parameters["network.5.weight"] for n, u in zip(samples, blind, strict=True)
     ) / sum(samples)
@@ -181,12 +256,21 @@ def test_sums_that_do_not_fit_are_refused(updates):
     odd = dict(total)
     del odd["pull/network.0"]
     odd |= {"more": torch.ones(1), "weights/network.2": torch.ones(2)}
+    odd["information/network.5"] = total["information/network.5"].clone()
+    odd["information/network.5"][0, 0] = -1.0
+    odd["share"] = torch.tensor(torch.nan)
     with pytest.raises(UpdateError) as error:
         pooled(odd, updates[0])
-    assert len(error.value.offenders) == 3
-    with pytest.raises(UpdateError, match=r"share is not finite"):
-        pooled(total | {"share": torch.tensor(torch.nan)}, updates[0])
-    with pytest.raises(UpdateError, match="greater than 0"):
+    assert [line.split()[0] for line in error.value.offenders] == [
+        "information/network.5",
+        "more",
+        "pull/network.0",
+        "share",
+        "weights/network.2",
+    ]
+    assert "holds negative values, down to -1" in error.value.offenders[0]
+    assert "1 values that are not finite" in error.value.offenders[3]
+    with pytest.raises(UpdateError, match="samples must be greater than 0"):
         pooled(total | {"samples": torch.tensor(0.0)}, updates[0])
     with pytest.raises(ValueError, match="unit"):
         summand(updates[0], unit=0)
@@ -195,18 +279,36 @@ def test_sums_that_do_not_fit_are_refused(updates):
 def test_numbers_that_leave_no_room_are_refused(updates):
     total = summand(updates[0])
     room = 2.0**63 / 8 / 2.0**40
-    total["pull/network.0"] = torch.full((3, 10), room * 1.001)
-    total["weights/network.2"] = torch.full((4, 28), torch.nan)
-    with pytest.raises(ValueError, match=r"pull/network\.0, weights/network\.2 hold numbers"):
+    total["weights/network.0"] = torch.full((3, 10), room * 1.001)
+    total["pull/network.2"] = torch.full((4, 28), torch.nan)
+    with pytest.raises(ValueError, match=r"^weights/network\.0, pull/network\.2 hold numbers"):
         to_fixed(total, 8)
-    total["pull/network.0"] = torch.full((3, 10), -room * 0.999)
-    del total["weights/network.2"]
+    total["weights/network.0"] = torch.full((3, 10), -room * 0.999)
+    del total["pull/network.2"]
     fixed = to_fixed(total, 8)
     back = from_fixed(_sum([fixed] * 8))
-    torch.testing.assert_close(back["pull/network.0"], 8 * total["pull/network.0"].double())
+    torch.testing.assert_close(back["weights/network.0"], 8 * total["weights/network.0"].double())
+
+
+@pytest.mark.parametrize("senseless", [{"clients": 0}, {"fraction_bits": 0}, {"words": 0}])
+def test_senseless_fixed_point_is_refused(updates, senseless):
+    with pytest.raises(ValueError, match="must be at least 1"):
+        to_fixed(summand(updates[0]), **{"clients": 2} | senseless)
+
+
+def test_what_is_not_in_fixed_point_is_refused(updates):
+    total = to_fixed(summand(updates[0]), 2)
+    total |= {"share": total["share"].double(), "samples": torch.tensor(1)}
+    with pytest.raises(ValueError, match=r"^share, samples are not int64"):
+        from_fixed(total)
 
 
 def test_nothing_private_is_pooled(updates):
     told = dataclasses.replace(updates[0].header, metadata={"who": "me"})
     like = ClientUpdate(told, updates[0]._tensors)
-    assert pooled(summand(updates[1]), like).header.metadata == {}
+    found = pooled(summand(updates[1]), like)
+    assert found.header.metadata == {}
+    assert found.header.curvature_samples == 0
+    nameless = {name: torch.zeros_like(tensor) for name, tensor in updates[0]._tensors.items()}
+    other = pooled(summand(updates[1]), ClientUpdate(updates[2].header, nameless))
+    assert other.digest == found.digest
