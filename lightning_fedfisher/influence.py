@@ -64,7 +64,8 @@ def measure(problem: Quadratic) -> Tensor:
         offset = weights - middle
         pull = share * norm(curvature.apply(offset))
         rows.append([share * float(curvature.trace()), norm(offset), pull])
-    return multiples(torch.tensor(rows, dtype=torch.float64).nan_to_num(nan=math.inf))
+    found = torch.tensor(rows, dtype=torch.float64)
+    return multiples(found.nan_to_num(nan=math.inf, posinf=math.inf))
 
 
 def hold(problem: Quadratic, weighed: Tensor, most: float) -> Quadratic:
