@@ -614,6 +614,20 @@ def test_nobody_moves_what_most_agree_on(place, most):
     assert float(merge_buffers(clients)["norm.running_mean"][0]) > 1e11
 
 
+def test_half_of_the_clients_are_not_most():
+    clients = [_mixed(value) for value in (3.0, 1.0, 9.0, 3.0)]
+    assert merge_buffers(clients, 10)["constant"].tolist() == [1, 4]
+    assert merge_buffers([*clients, clients[0]], 10)["constant"].tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("most", [2, math.inf])
+def test_a_merge_bounds_the_buffers_as_the_layers(most):
+    clients = [_with_buffers(100 + k, 0.1 * k, 1.0) for k in range(5)]
+    clients.append(_with_buffers(100, 1e12, 1.0))
+    module = FisherMergeModule(clients, method="fedavg", max_influence=most)
+    assert (float(module.merged_state_dict()["norm.running_mean"][0]) < 0.5) == (most == 2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("most", [1, 2, math.inf])
 def test_the_largest_numbers_of_a_type_merge_to_numbers(most, dtype):
