@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -108,9 +109,11 @@ def examine(
     opened = [(found, found.update) for found in examined if found.update]
     any_curvature = method is not None and not method.curvatures
     traits = [_traits(update, any_curvature) for _, update in opened]
-    alike = Counter(map(repr, traits))
+    # In memory and in a file the same tables may be in another order.
+    described = [json.dumps(own, sort_keys=True) for own in traits]
+    alike = Counter(described)
     # The first of those that most are like; not the first of all, who may be the odd one.
-    typical = max(range(len(opened)), key=lambda index: alike[repr(traits[index])], default=0)
+    typical = max(range(len(opened)), key=lambda index: alike[described[index]], default=0)
     for (found, update), own in zip(opened, traits, strict=True):
         header, (_, first) = update.header, opened[typical]
         refusal = method.refusal(header.curvature, header.fisher) if method else None

@@ -40,11 +40,14 @@ def merge_buffers(
             # Where most agree, as on an index, nobody else decides.
             agreed = 2 * (ordered == usual).sum(dim=0) > len(values)
             merged[name] = torch.where(agreed, usual, ordered[-1])
-        elif name.endswith("running_var") and location in clients[0]:
-            shares, means = hold([buffers[location] for buffers in clients])
+            continue
+        # In float64, where no difference of two numbers overflows.
+        found = average(*hold([value.double() for value in values]))
+        if name.endswith("running_var") and location in clients[0]:
+            shares, means = hold([buffers[location].double() for buffers in clients])
             pooled = average(shares, means)
             spread = average(shares, [(mean - pooled).square() for mean in means])
-            merged[name] = average(*hold(values)).clamp_min(0) + spread
-        else:
-            merged[name] = average(*hold(values))
+            found = found.clamp_min(0) + spread
+        limits = torch.finfo(first.dtype)
+        merged[name] = found.clamp(limits.min, limits.max).to(first.dtype)
     return merged

@@ -229,7 +229,8 @@ def check(payload: Tensor, packed: Packed, shape: tuple[int, ...], form: Form) -
     numbers = unpack(payload, _entries(shape, form, packed.rank))
     largest = float(numbers.abs().max()) * packed.step if len(numbers) else 0.0
     if form != "basis":
-        largest = largest * largest * (shape[0] if form == "factor" else 1) + packed.tail
+        columns = (packed.rank or shape[0]) if form == "factor" else 1
+        largest = largest * largest * columns + packed.tail
     dtype = PACKED_TYPES[packed.dtype]
     if not largest <= (most := min(torch.finfo(dtype).max, LARGEST_VALUE)):
         raise ValueError(f"it holds values up to {largest:.1e}, more than {most:.1e}")

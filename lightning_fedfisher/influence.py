@@ -64,7 +64,8 @@ def measure(problem: Quadratic) -> Tensor:
         offset = weights - middle
         pull = share * norm(curvature.apply(offset))
         rows.append([share * float(curvature.trace()), norm(offset), pull])
-    return multiples(torch.tensor(rows, dtype=torch.float64).nan_to_num(nan=math.inf))
+    found = torch.tensor(rows, dtype=torch.float64)
+    return multiples(found.nan_to_num(nan=math.inf, posinf=math.inf))
 
 
 def hold(problem: Quadratic, weighed: Tensor, most: float) -> Quadratic:
@@ -98,13 +99,17 @@ def hold_values(
         most: multiple of the median client's that is left to anyone.
 
     Returns:
-        Smaller shares, and values drawn towards their median.
+        Smaller shares, and values drawn towards their median; all the way where most are alike to
+        the bit, as a constant is.
     """
     middle = median(values)
     distances = torch.tensor([[norm(v - middle)] for v in values], dtype=torch.float64)
+    times = multiples(distances)
+    if 2 * int((distances == 0).sum()) > len(values):
+        times = times.where(distances == 0, math.inf)
     due = _reduction(multiples(torch.tensor(shares, dtype=torch.float64).unsqueeze(1)), most)
     held = [share * float(by) for share, by in zip(shares, due, strict=True)]
-    return held, draw_in(values, _reduction(multiples(distances), most).squeeze(1))
+    return held, draw_in(values, _reduction(times, most).squeeze(1))
 
 
 def median(tensors: Sequence[Tensor]) -> Tensor:

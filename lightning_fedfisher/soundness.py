@@ -41,11 +41,12 @@ def flaw(tensor: Tensor, form: Form | None) -> str:
         return ""
     if not torch.isfinite(tensor).all():
         return f"holds {int((~torch.isfinite(tensor)).sum())} values that are not finite"
-    if form is None or not tensor.numel():
+    if not tensor.numel():
         return ""
     largest, rounding = float(tensor.abs().max()), max(_ROUNDING, torch.finfo(tensor.dtype).eps)
-    if largest > LARGEST_VALUE:
-        return f"holds values up to {largest:.1e}, more than {LARGEST_VALUE:.0e}"
+    most = torch.finfo(torch.float32).max if form is None else LARGEST_VALUE
+    if largest > most:
+        return f"holds values up to {largest:.1e}, more than {most:.2g}"
     if form == "values" and float(tensor.min()) < -rounding * largest:
         return f"holds negative values, down to {float(tensor.min()):.1e}"
     if form == "factor":

@@ -212,12 +212,18 @@ def inconsistencies(header: UpdateHeader, shapes: Mapping[str, tuple[int, ...]])
             expected[f"curvature/{layer.name}/{part}"] = shape
     for name, first in header.aliases.items():
         known = f"parameters/{first}" in expected or f"buffers/{first}" in shapes
-        if not known or f"parameters/{name}" in expected or f"buffers/{name}" in shapes:
+        taken = f"parameters/{name}" in expected or f"buffers/{name}" in shapes
+        if not known or taken or name in header.frozen:
             offenders.append(f"{name} cannot be another name of {first}")
     offenders += [
         f"{name} is frozen and trained"
         for name in header.frozen
         if f"parameters/{name}" in expected
+    ]
+    offenders += [
+        f"{name} is a buffer, and a parameter too"
+        for name in (n.removeprefix("buffers/") for n in shapes if n.startswith("buffers/"))
+        if f"parameters/{name}" in expected or name in header.frozen
     ]
     offenders += _misled(header)
     offenders += [f"{n} is packed and unknown" for n in header.packed if n not in expected]

@@ -13,6 +13,7 @@ from lightning_fedfisher import METHODS, ClientUpdate, FisherMergeModule, MergeE
 from lightning_fedfisher.admission import examine
 from lightning_fedfisher.curvature import Identity
 from lightning_fedfisher.layers import find_layers
+from lightning_fedfisher.update_file import write_file
 
 CLIENTS = 10
 
@@ -198,3 +199,91 @@ def test_updates_in_memory_are_examined_alike(files):
     (bad,) = [one for one in examine(updates) if one.offenders]
     assert bad.source == "mallory"
     assert "more than 1e+18" in bad.offenders[0]
+
+
+@pytest.mark.parametrize("bad", ["missing", "not a number", "another wiring"])
+@pytest.mark.parametrize("index", [0, 4, 9])
+def test_whatever_is_left_out_the_nine_are_merged_as_by_themselves(index, bad, files):
+    _spoil(files, index, bad)
+    with pytest.warns(UserWarning, match="1 of 10 updates left out"):
+        module = FisherMergeModule(files, skip_invalid=True)
+    alone = FisherMergeModule(files[:index] + files[index + 1 :])
+    one, other = _merged(module), _merged(alone)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    assert torch.equal(module.influence, alone.influence)
+
+
+def test_of_ten_one_may_be_left(files):
+    for file in files[:7] + files[8:]:
+        _flip(file)
+    with pytest.warns(UserWarning, match="9 of 10 updates left out") as caught:
+        module = FisherMergeModule(files, skip_invalid=True)
+    assert [update.source for update in module.updates] == [str(files[7])]
+    told = str(caught[0].message)
+    assert [file.name in told for file in files] == [index != 7 for index in range(CLIENTS)]
+
+
+@pytest.mark.parametrize("odd", [2, 4])
+def test_updates_in_memory_and_in_files_are_counted_as_alike(odd, files):
+    for file in files[:odd]:
+        _changed(file, sources={})
+    here = _trained_here(files[odd], files[odd].parent)
+    sound = [*files[odd : 2 * odd - 1], *[here] * 2]
+    with pytest.raises(MergeError) as error:
+        FisherMergeModule([*files[:odd], *sound])
+    assert [offender.split()[0] for offender in error.value.offenders] == [
+        str(file) for file in files[:odd]
+    ]
+    assert FisherMergeModule(sound).updates[-1] is here
+
+
+def _trained_here(path, folder):
+    """An update as a callback leaves it, whose tables are in the order of the model."""
+    (update,) = tiny_updates(folder / "here", clients=1, epochs=1)
+    opened = ClientUpdate.open(path)
+    assert update.architecture == opened.architecture
+    assert list(update.architecture) != list(opened.architecture)
+    return update
+
+
+@pytest.mark.parametrize("index", [0, 4, 9])
+def test_a_buffer_that_hides_behind_a_parameter_is_refused(index, files):
+    update = ClientUpdate.open(files[index])
+    tensors = dict(update._tensors)
+    tensors["buffers/network.5.bias"] = tensors["parameters/network.5.bias"].clone()
+    write_file(files[index], update.header, tensors)
+    with pytest.raises(MergeError) as error:
+        FisherMergeModule(files)
+    (offender,) = error.value.offenders
+    assert str(files[index]) in offender
+    assert "network.5.bias is a buffer, and a parameter too" in offender
+    with pytest.warns(UserWarning, match="1 of 10 updates left out"):
+        assert len(FisherMergeModule(files, skip_invalid=True).updates) == CLIENTS - 1
+
+
+def test_what_is_not_read_is_not_judged(files):
+    _flip(files[3])
+    _truncate(files[6])
+    found = examine(files, verify=False)
+    assert [bool(one.offenders) for one in found] == [index == 6 for index in range(CLIENTS)]
+    found = examine(files)
+    assert [bool(one.offenders) for one in found] == [index in (3, 6) for index in range(CLIENTS)]
+    assert [one.update is None for one in found] == [index in (3, 6) for index in range(CLIENTS)]
+    assert [one.source for one in found] == [str(file) for file in files]
+
+
+def test_a_bad_file_has_no_part_in_what_most_are_like(files):
+    # Five of another wiring, of which two are damaged: three are fewer than four.
+    for file in files[:5]:
+        _changed(file, sources={})
+    _flip(files[0])
+    _flip(files[1])
+    files[9].unlink()
+    reasons = ["does not match", "does not match", *["ran its layers otherwise"] * 3, "no update"]
+    with pytest.raises(MergeError) as error:
+        FisherMergeModule(files)
+    bad = [*files[:5], files[9]]
+    for file, reason, offender in zip(bad, reasons, error.value.offenders, strict=True):
+        assert file.name in offender
+        assert reason in offender

@@ -1,9 +1,11 @@
 """What one client weighs, against dense oracles, and what a hostile one can do."""
 
 import dataclasses
+import itertools
 import math
 import warnings
 
+import oracle
 import pytest
 import torch
 from federation import quiet_trainer, tiny_model, tiny_updates
@@ -20,12 +22,25 @@ from lightning_fedfisher import (
 )
 from lightning_fedfisher.buffers import merge_buffers
 from lightning_fedfisher.curvature import Dense, Diagonal, Identity
-from lightning_fedfisher.influence import draw_in, hold, measure, median, multiples, unusual
-from lightning_fedfisher.kronecker import EigenKronecker, Kronecker, LookupKronecker
+from lightning_fedfisher.influence import (
+    draw_in,
+    hold,
+    hold_values,
+    measure,
+    median,
+    multiples,
+    unusual,
+)
+from lightning_fedfisher.kronecker import (
+    EigenKronecker,
+    Kronecker,
+    LookupEigenKronecker,
+    LookupKronecker,
+)
 from lightning_fedfisher.quadratic import Quadratic
 
 ROWS, COLUMNS = SHAPE = (3, 4)
-KINDS = ("identity", "diagonal", "dense", "kronecker", "lookup", "ekfac")
+KINDS = ("identity", "diagonal", "dense", "kronecker", "lookup", "ekfac", "lookup ekfac")
 SHARES = (5.0, 1.0, 3.0, 2.0, 7.0)
 
 
@@ -49,7 +64,10 @@ def _curvature(kind, generator):
             return LookupKronecker(values, _moment(COLUMNS, generator))
     # As aligned inputs leave them, the bases are not orthogonal.
     bases = [torch.randn(n, n, generator=generator).double() for n in SHAPE]
-    return EigenKronecker(*bases, torch.rand(SHAPE, generator=generator).double())
+    spectrum = torch.rand(SHAPE, generator=generator).double()
+    if kind == "lookup ekfac":
+        return LookupEigenKronecker(bases[1], spectrum)
+    return EigenKronecker(*bases, spectrum)
 
 
 def _problem(kind="kronecker", clients=5, seed=0):
@@ -70,15 +88,21 @@ def _scaled(problem, client, share=1.0, offset=1.0, curvature=1.0):
     return Quadratic(shares, weights, curvatures)
 
 
-def _oracle(problem):
+def _raw(problem, middle=None):
+    """What each client weighs, by the median weights of this problem or of another."""
     flat = torch.stack([matrix.flatten() for matrix in problem.weights])
-    middle = flat.quantile(0.5, dim=0)
+    middle = flat.quantile(0.5, dim=0) if middle is None else middle.flatten()
     rows = []
     for share, weights, curvature in zip(problem.shares, flat, problem.curvatures, strict=True):
-        dense, offset = curvature.dense().double(), weights - middle
-        pull = share * (dense @ offset).norm()
-        rows.append(torch.stack([share * dense.trace(), offset.norm(), pull]))
-    table = torch.stack(rows)
+        identity = torch.eye(ROWS * COLUMNS).double()
+        dense = identity if curvature.kind == "identity" else oracle.written_out(curvature)
+        pull = share * (dense @ (weights - middle)).norm()
+        rows.append(torch.stack([share * dense.trace(), (weights - middle).norm(), pull]))
+    return torch.stack(rows)
+
+
+def _oracle(problem):
+    table = _raw(problem)
     return table / table.quantile(0.5, dim=0)
 
 
@@ -102,6 +126,38 @@ def test_multiples_leave_zeros_out_and_keep_infinities():
     expected = torch.tensor([0.0, 0.4, 0.8, 1.2, math.inf]).double()
     torch.testing.assert_close(multiples(values)[:, 0], expected)
     assert not multiples(values)[:, 1].any()
+
+
+@pytest.mark.parametrize("size", [1.0, 1e6])
+def test_what_overflows_is_infinite_whatever_the_others_weigh(size):
+    weights = [matrix.float() for matrix in _problem().weights]
+    curvatures = [Diagonal(torch.full(SHAPE, size * (1 + k))) for k in range(5)]
+    curvatures[2] = Diagonal(torch.full(SHAPE, 3e38))  # twelve of them are more than float32 holds
+    found = measure(Quadratic(SHARES, weights, curvatures))
+    others = [0, 1, 3, 4]
+    assert found[2, [0, 2]].isinf().all()
+    assert found[2, 1].isfinite()
+    assert found[others].isfinite().all()
+    shares = torch.tensor(SHARES).double()[others] * torch.tensor([1.0, 2, 4, 5])
+    torch.testing.assert_close(found[others, 0] / found[0, 0], shares / shares[0])
+
+
+def test_weights_that_are_not_finite_are_that_clients_alone():
+    problem = _problem()
+    weights = [*problem.weights[:4], torch.full(SHAPE, math.nan).double()]
+    found = measure(Quadratic(problem.shares, weights, problem.curvatures))
+    assert found[4, 1:].isinf().all()
+    assert found[:4].isfinite().all()
+
+
+def test_clients_without_information_have_no_part_in_the_median():
+    problem = _problem("diagonal")
+    curvatures = list(problem.curvatures)
+    curvatures[0] = curvatures[4] = Diagonal(torch.zeros(SHAPE).double())
+    found = measure(Quadratic(SHARES, problem.weights, curvatures))
+    traces = torch.tensor(SHARES[1:4]) * torch.stack([c.values.sum() for c in curvatures[1:4]])
+    assert found[0, 0] == found[4, 0] == found[0, 2] == found[4, 2] == 0
+    torch.testing.assert_close(found[1:4, 0], traces / traces.median())
 
 
 def test_nobody_is_held_who_weighs_no_more_than_allowed():
@@ -138,6 +194,78 @@ def test_nobody_is_farther_away_than_allowed(most):
     torch.testing.assert_close(left, distances.clamp_max(most * distances.quantile(0.5)))
 
 
+def _times(curvature, factor):
+    parts = curvature.tensors()
+    name = "spectrum" if "spectrum" in parts else next(iter(parts))
+    return type(curvature).from_tensors(parts | {name: factor * parts[name]}, SHAPE)
+
+
+def _unit(held, problem):
+    """What became of a share that was not reduced, when all were scaled to sum to one."""
+    return max(new / old for new, old in zip(held.shares, problem.shares, strict=True))
+
+
+@pytest.mark.parametrize("most", [2.0, 10.0])
+@pytest.mark.parametrize("much", ["share", "curvature"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_client_has_a_bounded_share_of_the_information(kind, much, most):
+    problem = _problem(kind)
+    shares, weights, curvatures = map(list, _parts(problem))
+    weights = weights[:1] * 5  # so that nobody has a pull, and information alone is held
+    if much == "share" or kind == "identity":
+        shares[3] *= 1e8
+    else:
+        curvatures[3] = _times(curvatures[3], 1e8)
+    problem = Quadratic(shares, weights, curvatures)
+    before = _raw(problem)[:, 0]
+    assert before[3] > 0.999 * before.sum()
+    held = hold(problem, measure(problem), most)
+    left = _raw(held)[:, 0]
+    assert float(left[3] / left.sum()) <= most / (most + (5 - 1) / 2)
+    assert float(left[3]) == pytest.approx(most * _unit(held, problem) * float(before.median()))
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("kind", KINDS)
+def test_whatever_clients_send_they_are_within_the_bounds(kind, seed):
+    dice = torch.Generator().manual_seed(seed)
+    shares, weights, curvatures = _parts(_problem(kind, seed=seed))
+    shares = [n * float(10 ** (4 * torch.randn(1, generator=dice))) for n in shares]
+    weights = [m * 10 ** (2 * torch.randn(1, generator=dice)) for m in weights]
+    problem = Quadratic(shares, weights, curvatures)
+    before, weighed = _raw(problem), measure(problem)
+    held = hold(problem, weighed, 2.0)
+    after = _raw(held, median(weights))
+    after[:, [0, 2]] /= _unit(held, problem)
+    assert (before > 2.1 * before.median(dim=0).values).any()
+    assert (after <= 2.0 * before.median(dim=0).values * (1 + 1e-6)).all()
+    for old, new, distance in zip(weights, held.weights, weighed[:, 1], strict=True):
+        assert (old is new) == (distance <= 2)
+
+
+def test_what_is_held_does_not_depend_on_units_or_order():
+    problem = _scaled(_problem(), 3, share=1e4, offset=1e4)
+    held = hold(problem, measure(problem), 2.0)
+    other = Quadratic(
+        [7 * share for share in problem.shares],
+        [3 * matrix for matrix in problem.weights],
+        [Kronecker(5 * c.output_factor, c.input_factor) for c in problem.curvatures],
+    )
+    scaled = hold(other, measure(other), 2.0)
+    torch.testing.assert_close(torch.tensor(scaled.shares), torch.tensor(held.shares))
+    order = [3, 0, 4, 1, 2]
+    other = Quadratic(*([part[i] for i in order] for part in _parts(problem)))
+    turned = hold(other, measure(other), 2.0)
+    for place, client in enumerate(order):
+        torch.testing.assert_close(scaled.weights[client], 3 * held.weights[client])
+        torch.testing.assert_close(turned.weights[place], held.weights[client])
+        assert turned.shares[place] == pytest.approx(held.shares[client])
+
+
+def _parts(problem):
+    return problem.shares, problem.weights, problem.curvatures
+
+
 def test_what_is_measured_does_not_depend_on_units_or_order():
     problem = _problem()
     scaled = Quadratic(
@@ -147,11 +275,7 @@ def test_what_is_measured_does_not_depend_on_units_or_order():
     )
     torch.testing.assert_close(measure(scaled), measure(problem))
     order = [3, 0, 4, 1, 2]
-    turned = Quadratic(
-        [problem.shares[i] for i in order],
-        [problem.weights[i] for i in order],
-        [problem.curvatures[i] for i in order],
-    )
+    turned = Quadratic(*([part[i] for i in order] for part in _parts(problem)))
     torch.testing.assert_close(measure(turned), measure(problem)[order])
 
 
@@ -301,6 +425,118 @@ def test_a_checkpoint_keeps_what_was_measured_and_its_bound(honest, tmp_path):
         quiet_trainer(tmp_path, max_epochs=-1).fit(FisherMergeModule(honest), ckpt_path=path)
 
 
+def test_a_bound_that_nobody_reaches_changes_no_bit(honest, tmp_path):
+    default, _ = _merge(honest, tmp_path)
+    for most in (10, 1e6):
+        module, told = _merge(honest, tmp_path, max_influence=most)
+        assert not told
+        for name, tensor in module.merged_state_dict().items():
+            assert torch.equal(tensor, default.merged_state_dict()[name])
+    tight, _ = _merge(honest, tmp_path, max_influence=1)
+    assert _apart(tight.merged_state_dict(), default.merged_state_dict()) > 1e-3
+
+
+def test_identical_clients_weigh_alike_and_are_returned(honest, tmp_path):
+    module, told = _merge([honest[2]] * 5, tmp_path, max_influence=1)
+    assert not told
+    assert (module.influence[:, :, 0] == 1).all()
+    assert not module.influence[:, :, 1:].any()
+    for name, tensor in module.merged_state_dict().items():
+        torch.testing.assert_close(tensor, honest[2].parameters[name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("place", [0, 4, 7])
+def test_what_a_hostile_client_is_told_for_is_what_it_did(place, honest, tmp_path):
+    told = {}
+    for attack, options in ATTACKS.items():
+        clients = [*honest[:place], _forged(honest[0], **options), *honest[place:]]
+        module, (message,) = _merge(clients, tmp_path, max_influence=2)
+        (told[attack],) = [line for line in message.splitlines() if line.startswith("mallory")]
+        assert int(module.influence.amax(dim=(0, 2)).argmax()) == place
+        assert "network." in told[attack]
+    assert "information" in told["samples"]
+    assert "information" in told["curvature"]
+    assert "distance" not in told["curvature"]
+    assert "distance" in told["weights"]
+    assert "information" not in told["weights"]
+    assert all(what in told["all"] for what in ("information", "distance", "pull"))
+
+
+@pytest.mark.parametrize("attack", ["samples", "weights"])
+@pytest.mark.parametrize("method", ["fedavg", "regmean"])
+def test_published_methods_are_bounded_where_wanted(method, attack, honest, tmp_path):
+    good = _merge(honest, tmp_path, method=method)[0].merged_state_dict()
+    spread = max(_apart(good, update.parameters) for update in honest)
+    mallory = _forged(honest[0], **ATTACKS[attack])
+    clients = [*honest, mallory]
+    bounded = _merge(clients, tmp_path, method=method, max_influence=2)[0].merged_state_dict()
+    assert _apart(bounded, good) < spread
+    owned = _merge(clients, tmp_path, method=method)[0].merged_state_dict()
+    if attack == "samples":
+        assert _apart(owned, mallory.parameters) < 0.1 * _apart(bounded, mallory.parameters)
+    else:
+        assert _apart(owned, good) > 1e3 * spread
+
+
+def test_clients_are_held_alike_from_disk(honest, tmp_path):
+    clients = [*honest, _forged(honest[0], **ATTACKS["all"])]
+    there, _ = _merge(clients, tmp_path, max_influence=2, memory_budget=0)
+    here, _ = _merge(clients, tmp_path, max_influence=2)
+    assert torch.equal(there.influence, here.influence)
+    for name, tensor in there.merged_state_dict().items():
+        assert torch.equal(tensor, here.merged_state_dict()[name])
+
+
+@pytest.mark.parametrize("size", [1.0, 1e7])
+def test_overflow_is_refused_by_name_whatever_the_others_weigh(size, honest, tmp_path):
+    clients = [_forged(update, curvature=size) for update in honest]
+    for index, client in enumerate(clients):
+        client.source = f"client {index}"
+    mallory = _Overflowing(honest[0].header, honest[0]._tensors, "mallory")
+    with pytest.raises(MergeError) as error:
+        _merge([*clients[:3], mallory, *clients[3:]], tmp_path, method="regmean")
+    (offender,) = error.value.offenders
+    assert offender.startswith("mallory is too large for float32 in layer network.")
+
+
+def test_a_merge_that_goes_on_keeps_what_was_measured_before(honest, tmp_path):
+    clients = [*honest, _forged(honest[0], curvature=1e4)]
+    row = dataclasses.replace(METHODS["fedfisher"], sweep=1)
+    options = {"method": row, "memory_budget": 0, "max_influence": 3}  # a layer after the other
+    whole, _ = _merge(clients, tmp_path, **options)
+    first = FisherMergeModule(clients, **options)
+    trainer = quiet_trainer(tmp_path, max_epochs=len(whole.history) // 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(first)
+    measured = first.influence.any(dim=2).all(dim=1)
+    assert measured.any()
+    assert not measured.all()
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    again = FisherMergeModule(clients, **options)
+    with pytest.warns(UserWarning, match="of the median client's") as caught:
+        quiet_trainer(tmp_path, max_epochs=-1).fit(again, ckpt_path=tmp_path / "half.ckpt")
+    assert torch.equal(again.influence, whole.influence)
+    assert any(
+        "4 more layers" in str(w.message) or "1 more layers" in str(w.message) for w in caught
+    )
+    for name, tensor in again.merged_state_dict().items():
+        assert torch.equal(tensor, whole.merged_state_dict()[name])
+
+
+@pytest.mark.parametrize("most", [1, 3, math.inf])
+def test_a_checkpoint_of_another_bound_is_of_another_merge(most, honest, tmp_path):
+    first = FisherMergeModule(honest, max_influence=2)
+    trainer = quiet_trainer(tmp_path, max_epochs=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(first)
+    trainer.save_checkpoint(tmp_path / "merge.ckpt")
+    other = FisherMergeModule(honest, max_influence=most)
+    with pytest.raises(ValueError, match="of another merge"):
+        quiet_trainer(tmp_path, max_epochs=-1).fit(other, ckpt_path=tmp_path / "merge.ckpt")
+
+
 # Buffers
 
 
@@ -348,3 +584,145 @@ def test_honest_buffers_are_merged_as_without_a_bound():
     for name, tensor in free.items():
         assert torch.equal(tensor, held[name]), name
     assert int(free["norm.num_batches_tracked"]) == 4
+
+
+def _mixed(value, dtype=torch.float32):
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+            self.register_buffer("constant", torch.tensor([1.0, value], dtype=dtype))
+
+    torch.manual_seed(0)
+    model = Mixed()
+    layers = find_layers(model)
+    blocks = {layer.name: Identity(layer.shape) for layer in layers}
+    kinds = dict.fromkeys(blocks, "identity")
+    header = UpdateHeader(9, "identity", "", "categorical", 0, layers, kinds)
+    return ClientUpdate.from_model(model, header, blocks)
+
+
+@pytest.mark.parametrize("most", [1, 2, 10])
+@pytest.mark.parametrize("place", [0, 3, 5])
+def test_nobody_moves_what_most_agree_on(place, most):
+    honest = [_with_buffers(100 + k, 0.5, 2.0) for k in range(5)]
+    mallory = _with_buffers(100, 1e12, 1e15)
+    clients = [*honest[:place], mallory, *honest[place:]]
+    held = merge_buffers(clients, max_influence=most)
+    assert held["norm.running_mean"].tolist() == [0.5] * 3
+    assert held["norm.running_var"].tolist() == [2.0] * 3
+    assert float(merge_buffers(clients)["norm.running_mean"][0]) > 1e11
+
+
+def test_half_of_the_clients_are_not_most():
+    clients = [_mixed(value) for value in (3.0, 1.0, 9.0, 3.0)]
+    assert merge_buffers(clients, 10)["constant"].tolist() == [1, 4]
+    assert merge_buffers([*clients, clients[0]], 10)["constant"].tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("most", [2, math.inf])
+def test_a_merge_bounds_the_buffers_as_the_layers(most):
+    clients = [_with_buffers(100 + k, 0.1 * k, 1.0) for k in range(5)]
+    clients.append(_with_buffers(100, 1e12, 1.0))
+    module = FisherMergeModule(clients, method="fedavg", max_influence=most)
+    assert (float(module.merged_state_dict()["norm.running_mean"][0]) < 0.5) == (most == 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("most", [1, 2, math.inf])
+def test_the_largest_numbers_of_a_type_merge_to_numbers(most, dtype):
+    largest = torch.finfo(dtype).max
+    clients = {value: _mixed(value, dtype) for value in (-largest, largest, 0.0)}
+    for values in itertools.product(clients, repeat=4):
+        merged = merge_buffers([clients[value] for value in values], most)["constant"]
+        assert merged.dtype == dtype
+        assert torch.isfinite(merged).all(), values
+        assert merged[0] == 1
+        assert min(values) <= float(merged[1]) <= max(values)
+
+
+def test_a_constant_that_most_hold_is_kept_whatever_it_is():
+    lowest = torch.finfo(torch.float32).min
+    clients = [_mixed(lowest), _mixed(-lowest), _mixed(lowest)]
+    assert merge_buffers(clients, 2)["constant"].tolist() == [1, lowest]
+
+
+def test_a_variance_that_float16_cannot_hold_is_the_largest_that_it_can():
+    clients = [_with_buffers(10, mean, 1.0) for mean in (-3e4, 3e4)]
+    for client in clients:
+        for name in ("running_mean", "running_var"):
+            client._tensors[f"buffers/norm.{name}"] = client.buffers[f"norm.{name}"].half()
+    merged = merge_buffers(clients)
+    assert merged["norm.running_mean"].tolist() == [0, 0, 0]
+    assert merged["norm.running_var"].tolist() == [torch.finfo(torch.float16).max] * 3
+
+
+@pytest.mark.parametrize("most", [10, math.inf])
+def test_buffers_are_those_of_the_pooled_samples(most):
+    generator = torch.Generator().manual_seed(0)
+    data = [torch.randn(40, 3, generator=generator).double() + 0.1 * k for k in range(4)]
+    clients = []
+    for rows in data:
+        client = _with_buffers(len(rows), 0.0, 1.0)
+        client._tensors["buffers/norm.running_mean"] = rows.mean(0)
+        client._tensors["buffers/norm.running_var"] = rows.var(0, unbiased=False)
+        clients.append(client)
+    merged, pooled = merge_buffers(clients, most), torch.cat(data)
+    torch.testing.assert_close(merged["norm.running_mean"], pooled.mean(0))
+    torch.testing.assert_close(merged["norm.running_var"], pooled.var(0, unbiased=False))
+
+
+@pytest.mark.parametrize(
+    ("attack", "bound"),
+    [
+        ({"mean": 1e12, "var": 1.2}, 1.5),
+        ({"mean": 0.2, "var": 1e12}, 1.5),
+        ({"samples": 2**39, "mean": 0.9, "var": 1.2}, 1.5),
+    ],
+    ids=str,
+)
+def test_each_statistic_is_held_by_itself(attack, bound):
+    honest = [_with_buffers(100 + k, 0.1 * k, 1 + 0.1 * k) for k in range(5)]
+    mallory = _with_buffers(**{"samples": 100} | attack)
+    held = merge_buffers([*honest, mallory], max_influence=2)
+    assert 0.1 < float(held["norm.running_mean"][0]) < 0.6
+    assert 1.0 < float(held["norm.running_var"][0]) < bound
+    order = [3, 5, 0, 4, 1, 2]
+    turned = merge_buffers([[*honest, mallory][i] for i in order], max_influence=2)
+    for name, tensor in held.items():
+        torch.testing.assert_close(turned[name], tensor)
+
+
+def test_what_is_held_of_plain_values_is_the_median_clients():
+    shares = [1.0, 2.0, 3.0, 4.0, 1e6]
+    values = [torch.tensor([x, 0.0]).double() for x in (-2.0, -1.0, 0.0, 1.0, 1e9)]
+    held, drawn = hold_values(shares, values, 2.0)
+    assert held == pytest.approx([1, 2, 3, 4, 6])
+    # Those at the median have no part: of 1, 1, 2 and 1e9 the median is 1.5.
+    assert [float(v[0]) for v in drawn] == pytest.approx([-2, -1, 0, 1, 3])
+    assert all(one is other for one, other in zip(drawn[:4], values[:4], strict=True))
+    same, still = hold_values(shares, values, math.inf)
+    assert same == shares
+    assert all(one is other for one, other in zip(still, values, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("values", "merged"),
+    [
+        ([3, 3, 9], 3),
+        ([9, 3, 3], 3),
+        ([3, 3, 9, 9], 9),
+        ([3, 5, 9, 3], 9),
+        ([3, 3, 3, 9], 3),
+        ([7, 7, 7, 2], 7),
+        ([4, 6], 6),
+        ([5], 5),
+    ],
+    ids=str,
+)
+def test_whole_numbers_are_what_most_agree_on_or_the_largest(values, merged):
+    clients = [_with_buffers(9, 0.0, 1.0, index=(0, 1, 2, value)) for value in values]
+    for most in (1, math.inf):
+        found = merge_buffers(clients, most)["index"]
+        assert found.dtype == torch.int64
+        assert found.tolist() == [0, 1, 2, merged]

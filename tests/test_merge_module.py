@@ -1405,6 +1405,7 @@ trainer = quiet_trainer(
 trainer.fit(module, val_dataloaders=tiny_loader(seed=50, samples=40, shuffle=False))
 if trainer.is_global_zero:
     torch.save(module.merged_state_dict(), root / "merged.pt")
+    torch.save(module.influence, root / "influence.pt")
     (root / "history.json").write_text(json.dumps(module.history))
 """
 
@@ -1446,6 +1447,9 @@ def test_processes_do_not_change_the_result(updates, method, devices, budget, tm
     alone = merge(clients, tmp_path, loader, method=method, model=tiny_model())
     together = torch.load(tmp_path / "merged.pt", weights_only=True)
     assert_same(together, alone.merged_state_dict(), rtol=1e-5, atol=1e-6)
+    influence = torch.load(tmp_path / "influence.pt", weights_only=True)
+    assert influence.any(dim=2).all()
+    torch.testing.assert_close(influence, alone.influence, rtol=1e-4, atol=1e-6)
     history = json.loads((tmp_path / "history.json").read_text())
     for ours, theirs in zip(alone.history, history, strict=True):
         assert theirs == pytest.approx(ours, rel=1e-3)

@@ -7,21 +7,26 @@ import struct
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from lightning_fedfisher import (
+    KINDS,
     ClientUpdate,
+    Dense,
     Diagonal,
+    EigenKronecker,
     Identity,
     Kronecker,
+    LookupEigenKronecker,
+    LookupKronecker,
     UpdateError,
     UpdateHeader,
     find_layers,
 )
 from lightning_fedfisher.packing import pack
 from lightning_fedfisher.soundness import flaw, is_semidefinite
-from lightning_fedfisher.update_header import Packed
+from lightning_fedfisher.update_file import UpdateFile
+from lightning_fedfisher.update_header import Packed, inconsistencies
 
 
 def _moment(size, rows, dtype=torch.float32, seed=0):
@@ -92,6 +97,51 @@ def test_what_float32_cannot_multiply_is_found_but_for_buffers():
         assert flaw(torch.eye(2) * 1.1e18, form).startswith("holds values up to 1.1e+18")
         assert flaw(torch.eye(2) * 0.9e18, form) == ""
     assert flaw(torch.full((2, 2), torch.finfo(torch.float32).min), None) == ""
+
+
+FINE = {torch.float16: 9.8e-4, torch.bfloat16: 7.8e-3, torch.float32: 1e-4, torch.float64: 1e-4}
+
+
+@pytest.mark.parametrize(("times", "sound"), [(0.5, True), (2.0, False)])
+@pytest.mark.parametrize(("dtype", "rounding"), FINE.items(), ids=str)
+def test_the_tolerance_is_that_of_the_type(dtype, rounding, times, sound):
+    off = times * rounding
+    lopsided, negative = torch.eye(3), torch.diag(torch.tensor([0.5, 0.5, -off]))
+    lopsided[0, 2] = off
+    assert (flaw(lopsided.to(dtype), "factor") == "") == sound
+    assert (flaw(negative.to(dtype), "factor") == "") == sound
+    assert (flaw(torch.tensor([1.0, -off]).to(dtype), "values") == "") == sound
+    for matrix in (lopsided, negative):
+        assert flaw(matrix.to(dtype), "basis") == flaw(matrix.to(dtype), None) == ""
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1.0, 1e12])
+def test_soundness_does_not_depend_on_units(scale):
+    indefinite = torch.tensor([[1.0, 2.0], [2.0, 1.0]]).double()
+    lopsided = torch.tensor([[1.0, 0.5], [0.4, 1.0]]).double()
+    singular = torch.ones(4, 4).double()
+    assert flaw(scale * indefinite, "factor") == "is not positive semi-definite"
+    assert flaw(scale * lopsided, "factor") == "is not symmetric"
+    assert flaw(scale * singular, "factor") == ""
+    assert flaw(torch.block_diag(singular, torch.zeros(3, 3)) * scale, "factor") == ""
+    assert "negative" in flaw(scale * torch.tensor([1.0, -1.0]).double(), "values")
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int8, torch.int64], ids=str)
+def test_whole_numbers_are_sound(dtype):
+    limits = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+    for form in ("values", None):
+        assert flaw(torch.tensor(limits, dtype=dtype), form) == ""
+
+
+def test_buffers_are_what_float32_can_hold():
+    most = torch.finfo(torch.float32).max
+    assert flaw(torch.tensor([most, -most], dtype=torch.float64), None) == ""
+    assert flaw(torch.tensor([2 * most], dtype=torch.float64), None).startswith(
+        "holds values up to 6.8e+38"
+    )
+    for dtype in (torch.float16, torch.bfloat16):
+        assert flaw(torch.tensor([torch.finfo(dtype).min], dtype=dtype), None) == ""
 
 
 # In files
@@ -193,14 +243,6 @@ def test_a_long_header_is_not_read(tmp_path):
         ClientUpdate.open(path)
 
 
-def test_more_tensors_than_any_model_has_are_refused(tmp_path):
-    path = tmp_path / "many.safetensors"
-    many = {str(index): torch.zeros(1) for index in range(2**14 + 1)}
-    save_file(many, path, {"lightning_fedfisher": json.dumps({})})
-    with pytest.raises(UpdateError, match="holds 16385 tensors, more than 16384"):
-        ClientUpdate.open(path)
-
-
 @pytest.mark.parametrize(
     ("statistic", "value", "reason"),
     [
@@ -215,6 +257,248 @@ def test_running_statistics_that_cannot_be_merged_are_refused(statistic, value, 
     getattr(model[2], statistic).fill_(value)
     with pytest.raises(UpdateError, match=reason):
         _update(model)
+
+
+def _moments(*sizes):
+    return [_moment(size, 2 * size, seed=size) for size in sizes]
+
+
+def _of_kind(kind):
+    values = torch.rand(2, 4, generator=torch.Generator().manual_seed(0))
+    match kind:
+        case "diagonal":
+            return Diagonal(values)
+        case "dense":
+            return Dense(_moment(8, 16), (2, 4))
+        case "kronecker":
+            return Kronecker(*_moments(2, 4))
+        case "lookup_kronecker":
+            return LookupKronecker(values[:, 0].contiguous(), _moment(4, 8))
+        case "ekfac":
+            return EigenKronecker(torch.eye(2), torch.eye(4), values)
+    return LookupEigenKronecker(torch.eye(4), values)
+
+
+ASKED = {
+    "diagonal": "diagonal",
+    "dense": "dense",
+    "kronecker": "kfac",
+    "lookup_kronecker": "kfac",
+    "ekfac": "ekfac",
+    "lookup_ekfac": "ekfac",
+}
+FORMS = {
+    ("diagonal", "values"): "values",
+    ("dense", "matrix"): "factor",
+    ("kronecker", "output_factor"): "factor",
+    ("kronecker", "input_factor"): "factor",
+    ("lookup_kronecker", "output_values"): "values",
+    ("lookup_kronecker", "input_factor"): "factor",
+    ("ekfac", "output_basis"): "basis",
+    ("ekfac", "input_basis"): "basis",
+    ("ekfac", "spectrum"): "values",
+    ("lookup_ekfac", "input_basis"): "basis",
+    ("lookup_ekfac", "spectrum"): "values",
+}
+FLAWS = {
+    "asymmetric": (lambda t: t + t.triu(1), "is not symmetric", ("factor",)),
+    "indefinite": (
+        lambda t: t - 0.5 * t.trace() * torch.eye(len(t)),
+        "is not positive semi-definite",
+        ("factor",),
+    ),
+    "negative": (lambda t: t.clone().flatten()[0].neg() - t, "holds negative values", ("values",)),
+    "not a number": (lambda t: t * torch.nan, "not finite", ("factor", "values", "basis")),
+    "infinite": (lambda t: t / 0, "not finite", ("factor", "values", "basis")),
+    "too large": (lambda t: t * 1e20, "more than 1e+18", ("factor", "values", "basis")),
+}
+
+
+def _file_of(kind, tmp_path, change=None, dtype=torch.float32):
+    """A file of one linear layer, with one tensor of its curvature changed; every digest holds."""
+    model, block = _linear().to(dtype), _of_kind(kind)
+    header = _header(model, kind, curvature=ASKED[kind])
+    (name,) = header.kinds
+    tensors = {f"parameters/{n}": p.detach() for n, p in model.named_parameters()}
+    for part, tensor in block.tensors().items():
+        tensors[f"curvature/{name}/{part}"] = tensor.to(dtype)
+    if change:
+        part, spoil = change
+        key = f"curvature/{name}/{part}"
+        tensors[key] = spoil(tensors[key])
+    return ClientUpdate(header, tensors).save(tmp_path / "update.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ASKED)
+def test_every_kind_is_accepted_as_it_is_in_every_type(kind, dtype, tmp_path):
+    update = ClientUpdate.open(_file_of(kind, tmp_path, dtype=dtype))
+    update.verify()
+    assert update.block(update.layers[0]).kind == kind
+
+
+@pytest.mark.parametrize("flawed", FLAWS)
+@pytest.mark.parametrize(("kind", "part"), FORMS)
+def test_a_flaw_in_any_part_of_a_curvature_is_refused_by_name(kind, part, flawed, tmp_path):
+    spoil, reason, forms = FLAWS[flawed]
+    if FORMS[kind, part] not in forms:
+        spoil, reason = (lambda t: t.clone()), ""
+    update = ClientUpdate.open(_file_of(kind, tmp_path, (part, spoil)))
+    if not reason:
+        update.verify()
+        return
+    with pytest.raises(UpdateError) as error:
+        update.verify()
+    (offender,) = error.value.offenders
+    assert offender.startswith(f"curvature/{update.layers[0].name}/{part} holds") or (
+        offender == f"curvature/{update.layers[0].name}/{part} {reason}"
+    )
+    assert reason in offender
+    assert str(tmp_path) in str(error.value)
+
+
+def test_the_form_of_every_part_is_checked():
+    assert {(kind, part) for kind in ASKED for part in KINDS[kind].forms} == set(FORMS)
+
+
+@pytest.mark.parametrize(("kind", "part"), FORMS)
+def test_no_curvature_at_all_is_sound(kind, part, tmp_path):
+    ClientUpdate.open(_file_of(kind, tmp_path, (part, torch.zeros_like))).verify()
+
+
+@pytest.mark.parametrize("kind", [*ASKED, "identity"])
+@pytest.mark.parametrize("asked", [*set(ASKED.values()), "identity", "", "kronecker"])
+def test_kinds_are_those_that_an_extraction_gives(asked, kind):
+    given = {(asked, kind) for kind, asked in ASKED.items()} | {("identity", "identity")}
+    given |= {("kfac", "diagonal"), ("ekfac", "diagonal")}  # of layers without a matrix product
+    header = _header(_linear(), kind, curvature=asked)
+    shapes = {"parameters/weight": (2, 3), "parameters/bias": (2,)}
+    (name,) = header.kinds
+    parts = KINDS[kind].tensor_shapes((2, 4))
+    shapes |= {f"curvature/{name}/{part}": shape for part, shape in parts.items()}
+    found = inconsistencies(header, shapes)
+    expected = [] if (asked, kind) in given else [f"layer {name}: {kind} is not {asked} curvature"]
+    assert found == expected
+
+
+def _packed_file(tmp_path, how, numbers, outputs=1):
+    """A file whose output factor is packed, of a layer of so many outputs."""
+    model = nn.Linear(2, outputs, bias=False)
+    key = "curvature/weight/output_factor"
+    header = _header(model, "kronecker", packed={key: how})
+    tensors = {"parameters/weight": torch.ones(outputs, 2), key: pack(numbers)}
+    tensors["curvature/weight/input_factor"] = torch.eye(2)
+    return ClientUpdate(header, tensors).save(tmp_path / "packed.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "step", "rank", "sound"),
+    [
+        ("float32", 0.9e9, 1, True),
+        ("float32", 1.1e9, 1, False),
+        ("float32", 0.9e8, 100, True),
+        ("float32", 1.1e8, 100, False),
+        ("float64", 1.1e8, 100, False),
+        ("bfloat16", 1.1e8, 100, False),
+        ("float16", 25.0, 100, True),
+        ("float16", 26.0, 100, False),
+    ],
+)
+def test_packed_curvature_is_bounded_however_many_columns_it_has(
+    dtype, step, rank, sound, tmp_path
+):
+    ones = torch.ones(rank, dtype=torch.int32)
+    path = _packed_file(tmp_path, Packed(step, dtype, rank, 0.0), ones)
+    update = ClientUpdate.open(path)
+    if sound:
+        update.verify()
+        factor = update.block(update.layers[0]).output_factor
+        assert factor.dtype == getattr(torch, dtype)
+        assert float(factor) == pytest.approx(rank * step**2, rel=1e-2)
+        return
+    for read in (update.verify, lambda: update.block(update.layers[0])):
+        with pytest.raises(UpdateError, match="weight/output_factor cannot be unpacked") as error:
+            read()
+        assert "it holds values up to" in str(error.value)
+
+
+def test_a_tail_counts_as_well(tmp_path):
+    ones = torch.ones(3, dtype=torch.int32)
+    for tail, sound in ((0.9e18, True), (1.1e18, False)):
+        path = _packed_file(tmp_path, Packed(1.0, "float32", 1, tail), ones, outputs=3)
+        if sound:
+            ClientUpdate.open(path).verify()
+        else:
+            with pytest.raises(UpdateError, match=r"values up to 1\.1e\+18, more than 1\.0e\+18"):
+                ClientUpdate.open(path).verify()
+
+
+def test_nothing_is_allocated_for_what_is_refused(tmp_path, monkeypatch):
+    update = _update(_linear())
+    path = update.save(tmp_path / "small.safetensors")
+
+    def read(*_):
+        raise AssertionError("a tensor was read")
+
+    monkeypatch.setattr(UpdateFile, "__getitem__", read)
+    with pytest.raises(UpdateError) as error:
+        ClientUpdate.open(path, max_tensor_bytes=7)
+    assert [offender.split()[0] for offender in error.value.offenders] == [
+        "parameters/bias",
+        "parameters/weight",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("count", "reason"), [(2**14, ""), (2**14 + 1, "holds 16385 tensors, more than 16384")]
+)
+def test_more_tensors_than_any_model_has_are_refused(count, reason, tmp_path):
+    """By the safetensors header alone: no tensor has a byte."""
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    head = {str(index): entry for index in range(count)}
+    head["__metadata__"] = {"lightning_fedfisher": json.dumps({})}
+    text = json.dumps(head).encode()
+    path = tmp_path / "many.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+    with pytest.raises(UpdateError, match=reason or "header is missing or malformed"):
+        ClientUpdate.open(path)
+
+
+@pytest.mark.parametrize("size", [2**24, 2**24 + 1, 2**63])
+def test_the_length_of_the_header_is_judged_before_it_is_read(size, tmp_path):
+    path = tmp_path / "long.safetensors"
+    path.write_bytes(struct.pack("<Q", size) + b"{}")
+    with pytest.raises(UpdateError, match="truncated or damaged") as error:
+        ClientUpdate.open(path)
+    assert (f"a header of {size} bytes" in str(error.value)) == (size > 2**24)
+
+
+@pytest.mark.parametrize(
+    ("header", "tensor", "reason"),
+    [
+        ({}, "buffers/weight", "weight is a buffer, and a parameter too"),
+        ({"frozen": {"scale": "0"}}, "buffers/scale", "scale is a buffer, and a parameter too"),
+        (
+            {"frozen": {"scale": "0"}, "aliases": {"scale": "weight"}},
+            None,
+            "scale cannot be another name of weight",
+        ),
+    ],
+    ids=str,
+)
+def test_a_name_stands_for_one_tensor(header, tensor, reason):
+    update = _update(_linear())
+    tensors = dict(update._tensors) | ({tensor: torch.ones(2, 3)} if tensor else {})
+    with pytest.raises(UpdateError) as error:
+        ClientUpdate(dataclasses.replace(update.header, **header), tensors)
+    assert error.value.offenders == (reason,)
+
+
+def test_other_buffers_may_be_negative_and_large():
+    model = nn.Sequential(_linear(), nn.Linear(3, 2))
+    model.register_buffer("offset", torch.tensor([-3e38, 3e38]))
+    model.register_buffer("running", torch.tensor([-(2**62), 2**62]))
+    _update(model).verify()
 
 
 # The model's fingerprint
@@ -265,3 +549,37 @@ def test_digest_and_size_are_those_of_the_file(tmp_path):
     assert opened.upload_bytes == update.upload_bytes == path.stat().st_size
     assert opened.sent_bytes("buffers/") == 2 * 2 * 4 + 8
     assert opened.sent_bytes("parameters/0.weight") == 24
+
+
+def test_clients_of_one_model_have_one_fingerprint(tmp_path):
+    first = _update(MODELS["with buffers"])
+    opened = ClientUpdate.open(first.save(tmp_path / "first.safetensors"))
+    other = nn.Sequential(_linear(), nn.Linear(3, 2), nn.BatchNorm1d(2, affine=False))
+    nn.init.constant_(other[1].weight, 7.0)
+    other[2].running_mean.fill_(3)
+    second = _update(other, num_samples=9, metadata={"client": "second"}, head="1")
+    assert opened.architecture == first.architecture == second.architecture
+    assert opened.model_fingerprint == first.model_fingerprint == second.model_fingerprint
+    assert len(first.architecture) == 4 + 3
+    assert first.architecture["2.running_mean"] == "(2,) float32"
+
+
+@pytest.mark.parametrize("name", ["2.running_mean", "2.num_batches_tracked"])
+def test_the_type_of_a_buffer_is_part_of_the_model(name):
+    first = _update(MODELS["with buffers"])
+    other = nn.Sequential(_linear(), nn.Linear(3, 2), nn.BatchNorm1d(2, affine=False))
+    setattr(other[2], name[2:], getattr(other[2], name[2:]).to(torch.float64))
+    second = _update(other)
+    assert second.model_fingerprint != first.model_fingerprint
+    changed = {n for n, what in second.architecture.items() if first.architecture[n] != what}
+    assert changed == {name}
+
+
+def test_whose_other_name_it_is_is_part_of_the_model():
+    models = [nn.Sequential(*(nn.Linear(3, 3, bias=False) for _ in range(3))) for _ in range(2)]
+    models[0][2].weight = models[0][0].weight
+    models[1][2].weight = models[1][1].weight
+    first, second = map(_update, models)
+    assert first.architecture["2.weight"] == "another name of 0.weight"
+    assert second.architecture["2.weight"] == "another name of 1.weight"
+    assert first.model_fingerprint != second.model_fingerprint
