@@ -109,16 +109,19 @@ def examine(
     opened = [(found, found.update) for found in examined if found.update]
     any_curvature = method is not None and not method.curvatures
     traits = [_traits(update, any_curvature) for _, update in opened]
+    if method is not None:
+        for found, update in opened:
+            if refusal := method.refusal(update.header.curvature, update.header.fisher):
+                found.offenders.append(f"{update.source} {refusal}, as method {name!r} needs")
     # In memory and in a file the same tables may be in another order.
     described = [json.dumps(own, sort_keys=True) for own in traits]
-    alike = Counter(described)
+    alike = Counter(
+        text for (found, _), text in zip(opened, described, strict=True) if not found.offenders
+    )
     # The first of those that most are like; not the first of all, who may be the odd one.
     typical = max(range(len(opened)), key=lambda index: alike[described[index]], default=0)
     for (found, update), own in zip(opened, traits, strict=True):
-        header, (_, first) = update.header, opened[typical]
-        refusal = method.refusal(header.curvature, header.fisher) if method else None
-        if refusal:
-            found.offenders.append(f"{update.source} {refusal}, as method {name!r} needs")
+        _, first = opened[typical]
         for says, mine, theirs in zip(_UNLIKE, traits[typical], own, strict=True):
             odd = [f"{what} is {this}, not {that}" for what, that, this in _unlike(mine, theirs)]
             if odd:

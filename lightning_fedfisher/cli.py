@@ -209,11 +209,10 @@ def _verify(flags: Namespace) -> int:
             for reason in found.offenders:
                 print("\n".join(f"         {_printable(line)}" for line in reason.splitlines()))
     usable = [found.update for found in examined if found.update and not found.offenders]
+    print(f"{len(usable)} of {len(examined)} updates are usable")
     if len(usable) > 1 and (told := _unusual(usable)):
         _complain(f"warning: {told}")
-    refused = len(examined) - len(usable)
-    print(f"{len(usable)} of {len(examined)} updates are usable")
-    return _BAD if refused else 0
+    return 0 if len(usable) == len(examined) else _BAD
 
 
 def _unusual(updates: Sequence[ClientUpdate]) -> str:

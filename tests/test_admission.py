@@ -287,3 +287,14 @@ def test_a_bad_file_has_no_part_in_what_most_are_like(files):
     for file, reason, offender in zip(bad, reasons, error.value.offenders, strict=True):
         assert file.name in offender
         assert reason in offender
+
+
+def test_a_majority_that_the_method_refuses_decides_nothing(files):
+    for file in files[:6]:
+        _other_file("diagonal")(file)
+    with pytest.raises(MergeError) as error:
+        FisherMergeModule(files, method="regmean")
+    assert {o.split()[0] for o in error.value.offenders} == {str(file) for file in files[:6]}
+    with pytest.warns(UserWarning, match="6 of 10 updates left out"):
+        module = FisherMergeModule(files, method="regmean", skip_invalid=True)
+    assert len(module.updates) == 4
