@@ -14,12 +14,12 @@ from lightning_fedfisher.merge_module import FisherMergeModule
 _PACKAGES = ("lightning-fedfisher", "lightning", "torch")
 
 
-def model_card(merge: FisherMergeModule, name: str, command: Sequence[str]) -> str:
+def model_card(merge: FisherMergeModule, title: str, command: Sequence[str]) -> str:
     """Writes the card of a merged model.
 
     Args:
         merge: after its fit.
-        name: of the model's file.
+        title: the name of the model's file.
         command: that merged it, in words.
 
     Returns:
@@ -44,21 +44,24 @@ def model_card(merge: FisherMergeModule, name: str, command: Sequence[str]) -> s
     ]
     # The largest of a client's layers: where it decides most.
     weighed = merge.influence.amax(0).tolist()
+    names = _short([update.source for update in merge.updates])
     clients = [
         (
-            _code(Path(update.source).name),
+            _code(name),
             f"{update.num_samples:,}",
             f"{100 * share:.1f}%",
             f"{update.upload_bytes:,}",
             *(f"{times:.2g}" for times in row),
             _code(update.digest[:16]),
         )
-        for update, share, row in zip(merge.updates, merge.problems.shares, weighed, strict=True)
+        for update, name, share, row in zip(
+            merge.updates, names, merge.problems.shares, weighed, strict=True
+        )
     ]
     titles = ("client", "samples", "share", "bytes", "information", "distance", "pull", "digest")
     return "\n".join(
         [
-            f"# {name}",
+            f"# {title}",
             "",
             "One model merged from clients that trained alone, in one round, without their data.",
             "",
@@ -77,6 +80,15 @@ def model_card(merge: FisherMergeModule, name: str, command: Sequence[str]) -> s
             "",
         ]
     )
+
+
+def _short(sources: Sequence[str]) -> list[str]:
+    """Paths without the folders that all have in common."""
+    parts = [Path(source).parts for source in sources]
+    shared = 0
+    while all(len(own) > shared + 1 and own[shared] == parts[0][shared] for own in parts):
+        shared += 1
+    return ["/".join(own[shared:]) for own in parts]
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
