@@ -26,13 +26,9 @@ from lightning_fedfisher.fixed_point import from_fixed, to_fixed
 # What crosses between them, and what it is made of
 from lightning_fedfisher.compression import BudgetError
 from lightning_fedfisher.curvature import Curvature, Dense, Diagonal, Identity
-from lightning_fedfisher.kronecker import (
-    KINDS,
-    EigenKronecker,
-    Kronecker,
-    LookupEigenKronecker,
-    LookupKronecker,
-)
+from lightning_fedfisher.kinds import KINDS
+from lightning_fedfisher.kronecker import EigenKronecker, Kronecker
+from lightning_fedfisher.lookup import LookupEigenKronecker, LookupKronecker
 from lightning_fedfisher.layers import Layer, UnsupportedModelError, find_layers
 from lightning_fedfisher.update import ClientUpdate
 from lightning_fedfisher.update_header import UpdateError, UpdateHeader

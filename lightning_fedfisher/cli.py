@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from lightning_fedfisher import __version__
 from lightning_fedfisher.admission import check_fit, examine
 from lightning_fedfisher.influence import USUAL, unusual
-from lightning_fedfisher.kronecker import KINDS
+from lightning_fedfisher.kinds import KINDS
 from lightning_fedfisher.layer_problems import LayerProblems
 from lightning_fedfisher.merge_module import FisherMergeModule
 from lightning_fedfisher.methods import METHODS, MethodName

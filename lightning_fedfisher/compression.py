@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from lightning_fedfisher.curvature import Form
-from lightning_fedfisher.kronecker import KINDS
+from lightning_fedfisher.kinds import KINDS
 from lightning_fedfisher.packing import LARGEST, pack, packed_size, unpack
 from lightning_fedfisher.soundness import LARGEST_VALUE
 from lightning_fedfisher.update_header import PACKED_TYPES, Packed, UpdateHeader

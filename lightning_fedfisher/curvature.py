@@ -25,6 +25,8 @@ from lightning_fedfisher.input_map import InputMap
 from lightning_fedfisher.spectrum import (
     PseudoInverse,
     eigen,
+    eigenvalues,
+    frobenius,
     reciprocal,
     require_positive,
     symmetric_power,
@@ -128,6 +130,14 @@ class Curvature(ABC):
     def trace(self) -> Tensor:
         """Sum of the eigenvalues, a scalar."""
         return self.diagonal().sum()
+
+    def eigenvalues(self) -> Tensor:
+        """All eigenvalues, in no particular order, of shape ``(out, in)``."""
+        return self.diagonal()
+
+    def norm(self) -> Tensor:
+        """Root of the sum of the eigenvalues' squares, a scalar in float64."""
+        return frobenius(self.eigenvalues())
 
     @abstractmethod
     def sensitivities(self) -> dict[str, float]:
@@ -352,6 +362,14 @@ class Dense(Curvature):
         blocks = self.matrix.view(rows, columns, rows, columns)
         partial = blocks.diagonal(dim1=1, dim2=3).mean(-1)
         return Dense(torch.kron(partial, torch.eye(columns).to(partial)), self.size)
+
+    @override
+    def eigenvalues(self) -> Tensor:
+        return eigenvalues(self.matrix).view(self.size)
+
+    @override
+    def norm(self) -> Tensor:
+        return frobenius(self.matrix)
 
     @override
     def diagonal(self) -> Tensor:

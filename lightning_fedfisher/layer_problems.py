@@ -15,7 +15,7 @@ from lightning_fedfisher.alignment import Alignment, align
 from lightning_fedfisher.curvature import Curvature
 from lightning_fedfisher.influence import MEASURES, hold, measure
 from lightning_fedfisher.input_map import InputMap
-from lightning_fedfisher.kronecker import KINDS
+from lightning_fedfisher.kinds import KINDS
 from lightning_fedfisher.layers import Activation, Layer
 from lightning_fedfisher.methods import Method
 from lightning_fedfisher.progress import shown

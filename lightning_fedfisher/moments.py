@@ -19,13 +19,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_fedfisher.curvature import Curvature, Dense, Diagonal
-from lightning_fedfisher.kronecker import (
-    Eigenbased,
-    EigenKronecker,
-    Kronecker,
-    LookupKronecker,
-)
+from lightning_fedfisher.kronecker import Eigenbased, EigenKronecker, Kronecker
 from lightning_fedfisher.layers import Layer
+from lightning_fedfisher.lookup import LookupKronecker
 from lightning_fedfisher.operations import Linear, Lookup, Product
 from lightning_fedfisher.uses import Use
 

@@ -75,6 +75,25 @@ def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return values.clamp_min(0).to(matrix.dtype), vectors.to(matrix.dtype)
 
 
+def eigenvalues(matrix: Tensor) -> Tensor:
+    """Eigenvalues of a symmetric positive semi-definite matrix, not negative, ascending.
+
+    Args:
+        matrix: of shape ``(n, n)``.
+
+    Returns:
+        Of shape ``(n,)``, found in float64.
+    """
+    values: Tensor = torch.linalg.eigvalsh(matrix.double())
+    return values.clamp_min(0).to(matrix.dtype)
+
+
+def frobenius(tensor: Tensor) -> Tensor:
+    """Root of the sum of squares, in float64, where squares neither overflow nor vanish."""
+    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.float64)
+    return norm
+
+
 def symmetric_power(matrix: Tensor, exponent: float) -> Tensor:
     """A power of a symmetric positive semi-definite matrix."""
     values, vectors = eigen(matrix.double())

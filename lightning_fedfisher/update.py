@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lightning_fedfisher.compression import BudgetError, Compression, check, restore
 from lightning_fedfisher.curvature import Curvature
-from lightning_fedfisher.kronecker import KINDS
+from lightning_fedfisher.kinds import KINDS
 from lightning_fedfisher.layers import Layer, aliases, frozen_parameters
 from lightning_fedfisher.soundness import flaw, form_of_buffer
 from lightning_fedfisher.update_file import UpdateFile, digest, file_digest, file_size, write_file

@@ -13,7 +13,7 @@ from typing import Any, Self, TypeVar, get_args
 import torch
 
 from lightning_fedfisher.curvature import Form
-from lightning_fedfisher.kronecker import KINDS
+from lightning_fedfisher.kinds import KINDS
 from lightning_fedfisher.layers import Activation, Layer, Source
 
 PACKED_TYPES = {

@@ -9,13 +9,9 @@ from torch import nn
 
 from lightning_fedfisher.curvature import Dense, Diagonal, Identity
 from lightning_fedfisher.input_map import InputMap
-from lightning_fedfisher.kronecker import (
-    KINDS,
-    EigenKronecker,
-    Kronecker,
-    LookupEigenKronecker,
-    LookupKronecker,
-)
+from lightning_fedfisher.kinds import KINDS
+from lightning_fedfisher.kronecker import EigenKronecker, Kronecker
+from lightning_fedfisher.lookup import LookupEigenKronecker, LookupKronecker
 
 SHAPE = (3, 4)
 CPU = torch.device("cpu")
@@ -121,6 +117,29 @@ def test_apply_diagonal_trace_and_dense(kind, singular):
     _close(curvature.diagonal().double(), expected.diagonal().view(SHAPE))
     _close(curvature.trace().double(), expected.trace())
     assert curvature.trace().ndim == 0
+
+
+@every_kind
+@singular_or_not
+def test_eigenvalues_and_norm_are_those_of_the_dense_matrix(kind, singular):
+    curvature = _make(kind, singular)
+    expected = torch.linalg.eigvalsh(_reference_dense(curvature))
+    found = curvature.eigenvalues()
+    assert found.shape == SHAPE
+    _close(found.to(expected).flatten().sort().values, expected.clamp_min(0))
+    _close(curvature.norm(), _reference_dense(curvature).square().sum().sqrt())
+
+
+@every_kind
+def test_the_norm_of_what_float32_cannot_square_is_finite(kind):
+    curvature = _make(kind).to(CPU, torch.float32)
+    tensors = {
+        name: tensor if KINDS[kind].forms[name] == "basis" else tensor * 1e15
+        for name, tensor in curvature.tensors().items()
+    }
+    times = 1e15 ** sum(form != "basis" for form in KINDS[kind].forms.values())
+    large = KINDS[kind].from_tensors(tensors, SHAPE).norm()
+    _close(large, curvature.norm() * times, 1e-6)
 
 
 def test_a_row_major_weight_sees_the_output_factor_first():

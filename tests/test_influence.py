@@ -31,12 +31,8 @@ from lightning_fedfisher.influence import (
     multiples,
     unusual,
 )
-from lightning_fedfisher.kronecker import (
-    EigenKronecker,
-    Kronecker,
-    LookupEigenKronecker,
-    LookupKronecker,
-)
+from lightning_fedfisher.kronecker import EigenKronecker, Kronecker
+from lightning_fedfisher.lookup import LookupEigenKronecker, LookupKronecker
 from lightning_fedfisher.quadratic import Quadratic
 
 ROWS, COLUMNS = SHAPE = (3, 4)

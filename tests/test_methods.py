@@ -14,14 +14,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_fedfisher import ClientUpdate, extract_curvature
 from lightning_fedfisher.curvature import Dense, Diagonal, Identity
 from lightning_fedfisher.extraction import CURVATURE_TYPES
-from lightning_fedfisher.kronecker import (
-    EigenKronecker,
-    Kronecker,
-    LookupEigenKronecker,
-    LookupKronecker,
-)
+from lightning_fedfisher.kronecker import EigenKronecker, Kronecker
 from lightning_fedfisher.layer_problems import LayerProblems
 from lightning_fedfisher.likelihood import FISHER_TYPES
+from lightning_fedfisher.lookup import LookupEigenKronecker, LookupKronecker
 from lightning_fedfisher.methods import METHODS, MethodName
 from lightning_fedfisher.quadratic import Quadratic
 
