@@ -19,6 +19,7 @@ from lightning_fedfisher.extraction import (
     check_options,
     extract_curvature,
 )
+from lightning_fedfisher.layer_curvature import describe_curvature
 from lightning_fedfisher.layers import find_layers
 from lightning_fedfisher.likelihood import FisherType, LikelihoodType
 from lightning_fedfisher.replica import Forward
@@ -30,6 +31,7 @@ from lightning_fedfisher.sampling import (
     most_samples,
 )
 from lightning_fedfisher.strategies import require_whole_model
+from lightning_fedfisher.tracking import log_update
 from lightning_fedfisher.treatment import CurvatureType
 from lightning_fedfisher.update import ClientUpdate
 
@@ -144,7 +146,7 @@ class FedFisherCallback(Callback):
         require_whole_model(trainer, "FedFisherCallback")
         if self._output is not None and self._output.is_dir():
             raise ValueError(f"output={self._output} is a folder: name a file in it")
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = _callbacks(trainer)
         later = callbacks[callbacks.index(self) + 1 :]
         averaging = [c for c in later if isinstance(c, WeightAveraging | StochasticWeightAveraging)]
         if averaging:
@@ -245,18 +247,25 @@ class FedFisherCallback(Callback):
         rank_zero_info(f"FedFisherCallback wrote {self.path}")
 
     def _log(self, trainer: Trainer, extracted: ExtractedCurvature) -> None:
-        if not trainer.is_global_zero or self.path is None:
+        if not trainer.is_global_zero or self.path is None or not trainer.loggers:
             return
+        written = ClientUpdate.open(self.path)
         metrics = {
-            "fedfisher/extraction_seconds": extracted.seconds,
-            "fedfisher/curvature_samples": float(extracted.num_samples),
-            "fedfisher/upload_bytes": float(self.path.stat().st_size),
+            "extraction_seconds": extracted.seconds,
+            "curvature_samples": float(extracted.num_samples),
+            "upload_bytes": float(written.upload_bytes),
         }
-        for name, block in extracted.blocks.items():
-            metrics[f"fedfisher/trace/{name}"] = float(block.trace())
+        curvature = [describe_curvature(n, block) for n, block in extracted.blocks.items()]
+        prefix = "fedfisher"
+        if any(isinstance(c, FedFisherCallback) and c is not self for c in _callbacks(trainer)):
+            prefix += f"/{self._curvature}-{self._fisher}"
         # LightningModule.log is closed at this point of a fit; the loggers are not.
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
+        log_update(trainer.loggers, prefix, written, curvature, metrics, trainer.global_step)
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
 
 
 def _shard(trainer: Trainer) -> Shard:

@@ -20,6 +20,7 @@ from lightning_fedfisher.layers import Activation, Layer
 from lightning_fedfisher.methods import Method
 from lightning_fedfisher.progress import shown
 from lightning_fedfisher.quadratic import Quadratic, average
+from lightning_fedfisher.schedule import deal, dearest
 from lightning_fedfisher.sharing import prepared_together
 from lightning_fedfisher.spill import Spilled, SpilledTensors
 from lightning_fedfisher.update import ClientUpdate
@@ -152,6 +153,24 @@ class LayerProblems:
         ]:
             raise MergeError(too_large)
         return hold(problem, self.weighed[index], self._method.max_influence)
+
+    def prepare_all(self, left: Sequence[int], rank: int, ranks: int, device: torch.device) -> None:
+        """Has all ranks do beforehand what one would do while the others wait for it.
+
+        Args:
+            left: layers that are not merged yet, by index.
+            rank: this one.
+            ranks: how many there are; each must call it.
+            device: where this rank works.
+        """
+        shapes = [layer.shape for layer in self._layers]
+        shared = dearest(shapes, ranks)
+        for index in left:
+            if index in shared:
+                self.prepare_together(index, device, shared[index])
+        for index in deal(shapes, ranks)[rank]:
+            if index in left and index not in shared and self.waits_for(index) is not None:
+                self.prepare(index, device)
 
     def prepare(self, index: int, device: torch.device) -> None:
         """Does what `read` does first, and keeps it on disk, as the layer may have to wait.

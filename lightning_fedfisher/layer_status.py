@@ -4,27 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from lightning_fedfisher.layers import Layer
 
+DISTANCES = slice(3, -1)
+"""Columns of a status after iterations, objective and residual: each client's, once it is done."""
+
 DONE = -1
-"""The last column of a status; before it iterations, objective and residual."""
+"""The last column."""
 
 CONVERGED, ENDED = 1.0, 2.0
 """What it holds: zero before, and `ENDED` if short of the tolerance."""
+
+
+def waiting(layers: int, clients: int) -> Tensor:
+    """The status of layers not begun.
+
+    Args:
+        layers: how many.
+        clients: how many.
+
+    Returns:
+        Of shape ``(layers, 4 + clients)``, in float64.
+    """
+    return torch.zeros(layers, 4 + clients, dtype=torch.float64)
 
 
 def summary(status: Tensor) -> dict[str, float]:
     """What is logged of all layers together.
 
     Args:
-        status: of shape ``(layers, 4)``.
+        status: of all layers, as from `waiting`.
 
     Returns:
         The most iterations, the sum of the objectives and the largest residual.
     """
-    iterations, objectives, residuals, _ = status.T
+    iterations, objectives, residuals = status[:, :3].T
     return {
         "iterations": float(iterations.max()),
         "objective": float(objectives.sum()),
@@ -37,13 +54,13 @@ def by_layer(layers: Sequence[Layer], status: Tensor) -> dict[str, float]:
 
     Args:
         layers: of the model.
-        status: of shape ``(layers, 4)``.
+        status: of all layers, as from `waiting`.
 
     Returns:
         Iterations and residual of every layer.
     """
     logged: dict[str, float] = {}
-    for layer, (iterations, _, residual, _) in zip(layers, status.tolist(), strict=True):
+    for layer, (iterations, _, residual, *_) in zip(layers, status.tolist(), strict=True):
         logged |= {f"iterations/{layer.name}": iterations, f"residual/{layer.name}": residual}
     return logged
 
@@ -53,7 +70,7 @@ def unsolved(layers: Sequence[Layer], status: Tensor, converges: bool) -> str:
 
     Args:
         layers: of the model.
-        status: of shape ``(layers, 4)``.
+        status: of all layers, as from `waiting`.
         converges: whether the method promises the minimum, rather than a number of steps.
 
     Returns:
@@ -63,7 +80,7 @@ def unsolved(layers: Sequence[Layer], status: Tensor, converges: bool) -> str:
         return ""
     short = [
         f"{layer.name} (residual {residual:.1e} after {iterations:.0f} iterations)"
-        for layer, (iterations, _, residual, done) in zip(layers, status.tolist(), strict=True)
+        for layer, (iterations, _, residual, *_, done) in zip(layers, status.tolist(), strict=True)
         if not done or (converges and done == ENDED)
     ]
     if not short:

@@ -24,16 +24,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_fedfisher import layer_status
 from lightning_fedfisher.admission import UpdateSource, check_fit, open_updates
 from lightning_fedfisher.buffers import merge_buffers
+from lightning_fedfisher.client_names import client_names
 from lightning_fedfisher.fingerprint import fingerprint
 from lightning_fedfisher.influence import unusual
 from lightning_fedfisher.layer_problems import LayerProblems
-from lightning_fedfisher.layer_status import CONVERGED, DONE, ENDED, by_layer, summary, unsolved
+from lightning_fedfisher.layer_status import DONE
 from lightning_fedfisher.methods import METHODS, Method, MethodName
-from lightning_fedfisher.schedule import IDLE, Sweep, SweepCounter, deal, dearest
+from lightning_fedfisher.schedule import IDLE, Sweep, SweepCounter, deal
 from lightning_fedfisher.solvers import Solver
 from lightning_fedfisher.strategies import require_whole_model
+from lightning_fedfisher.tracking import define_merge_axes, log_merge
 from lightning_fedfisher.validation import Validation
 
 _CHECKPOINT_KEY = "lightning_fedfisher_merge"
@@ -143,7 +146,7 @@ class FisherMergeModule(LightningModule):
         self.problems.forget()
         self._solvers: dict[int, Solver] = {}
         self._progress: dict[int, tuple[Tensor, list[float]]] = {}
-        self._status = torch.zeros(len(self.layers), 4, dtype=torch.float64)
+        self._status = layer_status.waiting(len(self.layers), len(self.updates))
         self.influence = self.problems.weighed.clone()
         self._best: tuple[float, list[Tensor]] | None = None
         self.history: list[dict[str, float]] = []
@@ -167,6 +170,16 @@ class FisherMergeModule(LightningModule):
             that the clients had frozen are not among them: the model brings its own.
         """
         return {name: tensor.cpu() for name, tensor in self._state().items()}
+
+    @property
+    def distances(self) -> Tensor:
+        """How far each layer was moved from each client, in the client's own Fisher norm.
+
+        Returns:
+            ``<W - W_k, F_k (W - W_k)>^(1/2)`` with the curvature as merged, where the layer's
+            solver ended, ``(layers, clients)``; zero for layers that are not solved.
+        """
+        return self._status[:, layer_status.DISTANCES].clone()
 
     @property
     def server_labels(self) -> int:
@@ -209,7 +222,7 @@ class FisherMergeModule(LightningModule):
         self.influence = saved["influence"].cpu()
         if saved["max_iterations"] != self._max_iterations:
             # What ended for want of iterations begins anew, with all that waits for it.
-            ran_out = self._status[:, DONE] == ENDED
+            ran_out = self._status[:, DONE] == layer_status.ENDED
             for index in range(len(self.layers)):
                 if ran_out[self.problems.needs(index)].any():
                     self._status[index] = 0
@@ -232,19 +245,11 @@ class FisherMergeModule(LightningModule):
                 "a sweep takes every layer, and limit_train_batches or fast_dev_run cuts it short: "
                 "leave them out"
             )
-        if self.trainer.world_size > 1:
-            self._prepare()
-
-    def _prepare(self) -> None:
-        """Has all ranks do beforehand what one would do while the others wait for it."""
-        ranks, shapes = self.trainer.world_size, [layer.shape for layer in self.layers]
-        left = {index for index, status in enumerate(self._status) if not status[DONE]}
-        shared = dearest(shapes, ranks)
-        for index in sorted(left & shared.keys()):
-            self.problems.prepare_together(index, self.device, shared[index])
-        for index in deal(shapes, ranks)[self.trainer.global_rank]:
-            if index in left - shared.keys() and self.problems.waits_for(index) is not None:
-                self.problems.prepare(index, self.device)
+        define_merge_axes(self.trainer.loggers)
+        ranks = self.trainer.world_size
+        if ranks > 1:
+            left = (self._status[:, DONE] == 0).nonzero().flatten().tolist()
+            self.problems.prepare_all(left, self.trainer.global_rank, ranks, self.device)
 
     @override
     def on_validation_start(self) -> None:
@@ -299,8 +304,10 @@ class FisherMergeModule(LightningModule):
     def on_train_end(self) -> None:
         self._ended = True
         clients, layers = [u.source for u in self.updates], [layer.name for layer in self.layers]
+        names, step = client_names(clients), self.trainer.global_step
+        log_merge(self.trainer.loggers, layers, names, self.distances, self.influence, step)
         for complaint in (
-            unsolved(self.layers, self._status, self._method.converges),
+            layer_status.unsolved(self.layers, self._status, self._method.converges),
             unusual(self.influence, clients, layers, self.max_influence),
         ):
             if complaint:
@@ -326,7 +333,7 @@ class FisherMergeModule(LightningModule):
     @torch.no_grad()
     def _advance(self, index: int) -> None:
         """Moves one layer's solver by a sweep's iterations, and lets go of it when it is done."""
-        layer = self.layers[index]
+        layer, none = self.layers[index], [0.0] * len(self.updates)
         if index in self._progress and self._progress[index][1][DONE]:
             return
         if self._status[index, DONE]:  # before the merge was interrupted
@@ -334,7 +341,7 @@ class FisherMergeModule(LightningModule):
             return
         if index not in self._solvers:
             if not self._may_begin(index):
-                self._progress[index] = self._merged(index), [0.0, 0.0, 1.0, 0.0]
+                self._progress[index] = self._merged(index), [0.0, 0.0, 1.0, *none, 0.0]
                 return
             problem = self.problems.read(index, self.device, list(self.merged))
             self._solvers[index] = self._method.solver(problem)
@@ -347,8 +354,9 @@ class FisherMergeModule(LightningModule):
             )
         done = 0.0
         if solver.finished or solver.iterations >= self._max_iterations:
-            done = CONVERGED if solver.converged else ENDED
-        status = [float(solver.iterations), *solver.look(), done]
+            done = layer_status.CONVERGED if solver.converged else layer_status.ENDED
+        distances = solver.problem.distances(solver.weights) if done else none
+        status = [float(solver.iterations), *solver.look(), *distances, done]
         self._progress[index] = solver.weights.to(self.merged[index].dtype), status
         if done:
             del self._solvers[index]
@@ -377,11 +385,11 @@ class FisherMergeModule(LightningModule):
         weighed = self._total(self.problems.weighed.to(self.device, copy=True)).cpu()
         # Layers that were solved before an interruption are not read again.
         self.influence = torch.where(weighed.any(dim=2, keepdim=True), weighed, self.influence)
-        self.history.append(summary(self._status))
+        self.history.append(layer_status.summary(self._status))
         log = partial(self.log_dict, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
         log(self.history[-1], prog_bar=True)
         if self.loggers:  # the price of each of many names is that of a small layer
-            log(by_layer(self.layers, self._status))
+            log(layer_status.by_layer(self.layers, self._status))
 
     def _merged(self, index: int) -> Tensor:
         matrix: Tensor = self.merged[index]

@@ -7,8 +7,8 @@ import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 
+from lightning_fedfisher.client_names import client_names
 from lightning_fedfisher.merge_module import FisherMergeModule
 
 _PACKAGES = ("lightning-fedfisher", "lightning", "torch")
@@ -44,7 +44,7 @@ def model_card(merge: FisherMergeModule, title: str, command: Sequence[str]) -> 
     ]
     # The largest of a client's layers: where it decides most.
     weighed = merge.influence.amax(0).tolist()
-    names = _short([update.source for update in merge.updates])
+    names = client_names([update.source for update in merge.updates])
     clients = [
         (
             _code(name),
@@ -80,15 +80,6 @@ def model_card(merge: FisherMergeModule, title: str, command: Sequence[str]) -> 
             "",
         ]
     )
-
-
-def _short(sources: Sequence[str]) -> list[str]:
-    """Paths without the folders that all have in common."""
-    parts = [Path(source).parts for source in sources]
-    shared = 0
-    while all(len(own) > shared + 1 and own[shared] == parts[0][shared] for own in parts):
-        shared += 1
-    return ["/".join(own[shared:]) for own in parts]
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

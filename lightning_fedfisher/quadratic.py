@@ -154,6 +154,22 @@ class Quadratic:
             self._latest[:] = matrix, self._at_average[1] + self.curve(matrix - self.average)
         return self._latest[1]
 
+    def distances(self, matrix: Tensor) -> list[float]:
+        """``<W - W_k, F_k (W - W_k)>^(1/2)``: from each client, in its own norm.
+
+        Args:
+            matrix: ``W``.
+
+        Returns:
+            One for each client.
+        """
+        offsets = (matrix - weights for weights in self.weights)
+        # Rounding may leave a little less than nothing.
+        return [
+            math.sqrt(max(0.0, dot(offset, curvature.apply(offset))))
+            for offset, curvature in zip(offsets, self.curvatures, strict=True)
+        ]
+
     @cached_property
     def mean(self) -> Curvature:
         """One curvature that stands for the clients' sum, and that can be inverted."""

@@ -416,6 +416,7 @@ def test_a_checkpoint_keeps_what_was_measured_and_its_bound(honest, tmp_path):
     again = FisherMergeModule(honest, max_influence=2)
     quiet_trainer(tmp_path, max_epochs=-1).fit(again, ckpt_path=path)
     assert torch.equal(again.influence, first.influence)
+    assert torch.equal(again.distances, first.distances)
     assert first.influence.any(dim=2).all()
     with pytest.raises(ValueError, match="of another merge"):
         quiet_trainer(tmp_path, max_epochs=-1).fit(FisherMergeModule(honest), ckpt_path=path)

@@ -101,6 +101,20 @@ def test_identical_clients_are_returned(updates, method, tmp_path):
     assert_same(module.merged_state_dict(), client.parameters, rtol=error, atol=error)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_distances_to_the_clients_add_up_to_the_objective(updates, method, tmp_path):
+    module = merge(updates[method], tmp_path, method=method)
+    assert module.distances.shape == (len(module.layers), 3)
+    assert module.distances.all()
+    shares = torch.tensor(module.problems.shares, dtype=torch.float64)
+    objective = float((module.distances.square() @ shares).sum())
+    assert objective == pytest.approx(module.history[-1]["objective"], rel=1e-5)
+
+
+def test_a_client_that_is_returned_is_at_no_distance(updates, tmp_path):
+    assert not merge([updates["fedavg"][0]] * 2, tmp_path, method="fedavg").distances.any()
+
+
 def test_fedavg_is_the_weighted_average_and_takes_any_update(updates, tmp_path):
     for kind in ("fedavg", "fedfisher"):
         clients = updates[kind]
@@ -1405,7 +1419,7 @@ trainer = quiet_trainer(
 trainer.fit(module, val_dataloaders=tiny_loader(seed=50, samples=40, shuffle=False))
 if trainer.is_global_zero:
     torch.save(module.merged_state_dict(), root / "merged.pt")
-    torch.save(module.influence, root / "influence.pt")
+    torch.save([module.influence, module.distances], root / "clients.pt")
     (root / "history.json").write_text(json.dumps(module.history))
 """
 
@@ -1447,9 +1461,11 @@ def test_processes_do_not_change_the_result(updates, method, devices, budget, tm
     alone = merge(clients, tmp_path, loader, method=method, model=tiny_model())
     together = torch.load(tmp_path / "merged.pt", weights_only=True)
     assert_same(together, alone.merged_state_dict(), rtol=1e-5, atol=1e-6)
-    influence = torch.load(tmp_path / "influence.pt", weights_only=True)
+    influence, distances = torch.load(tmp_path / "clients.pt", weights_only=True)
     assert influence.any(dim=2).all()
+    assert distances.all()
     torch.testing.assert_close(influence, alone.influence, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(distances, alone.distances, rtol=1e-3, atol=1e-6)
     history = json.loads((tmp_path / "history.json").read_text())
     for ours, theirs in zip(alone.history, history, strict=True):
         assert theirs == pytest.approx(ours, rel=1e-3)

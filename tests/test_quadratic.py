@@ -154,6 +154,20 @@ def test_objective_and_its_derivatives(kind, seed):
     torch.testing.assert_close(problem.curve(direction), curved / 2, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_distances_are_in_each_clients_own_norm(kind, seed):
+    problem = _problem(kind, seed)
+    point = torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed + 100)).double()
+    offsets = [(point - weights).flatten() for weights in problem.weights]
+    expected = [
+        float(offset @ _reference_dense(curvature) @ offset) ** 0.5
+        for offset, curvature in zip(offsets, problem.curvatures, strict=True)
+    ]
+    assert problem.distances(point) == pytest.approx(expected, rel=1e-12)
+    assert problem.distances(problem.weights[1])[1] == 0
+
+
 @pytest.mark.parametrize("distance", [1e3, 1e6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
