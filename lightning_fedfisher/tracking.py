@@ -20,6 +20,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_fedfisher.influence import MEASURES
+from lightning_fedfisher.progress import is_first
 from lightning_fedfisher.record import FederationRecord, LayerCurvature, ModelScore
 from lightning_fedfisher.update import ClientUpdate
 
@@ -37,6 +38,8 @@ def federation_logger(
     tags: Sequence[str] = (),
     config: Mapping[str, Any] | None = None,
     mode: WandbMode = "online",
+    save_dir: str | Path = ".",
+    log_model: Literal["all"] | bool = False,
     **options: Any,
 ) -> WandbLogger:
     """Opens the W&B run of one client, or of the server, among those of its federation.
@@ -53,7 +56,9 @@ def federation_logger(
         tags: of the run.
         config: added to the versions and the state of git, which every run tells.
         mode: of W&B.
-        **options: anything else that `WandbLogger` takes, as ``save_dir`` or ``log_model``.
+        save_dir: folder for W&B's own files.
+        log_model: whether W&B may have the update or the merged model (as `WandbLogger` has it).
+        **options: anything else that `wandb.init` takes, as ``entity`` or ``notes``.
 
     Returns:
         The logger, its run open.
@@ -63,6 +68,8 @@ def federation_logger(
     """
     import wandb
 
+    if not is_first():
+        return WandbLogger()  # which logs nothing outside the first process
     job = "server" if client is None else "client"
     name = name or client or "server"
     run_id = sha256("\0".join((project, federation, job, name)).encode()).hexdigest()[:16]
@@ -71,7 +78,7 @@ def federation_logger(
             f"the W&B run {wandb.run.name} is still open, and {name} would go on in it: call "
             "wandb.finish() before"
         )
-    logger = WandbLogger(
+    run = wandb.init(
         project=project,
         group=federation,
         job_type=job,
@@ -80,11 +87,14 @@ def federation_logger(
         resume="allow",
         tags=list(tags),
         config={**provenance(), **(config or {})},
+        dir=save_dir,
         mode=mode,
         **options,
     )
-    _ = logger.experiment
-    return logger
+    # As a WandbLogger does with a run that it opens itself.
+    run.define_metric("trainer/global_step")
+    run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+    return WandbLogger(experiment=run, save_dir=save_dir, log_model=log_model)
 
 
 def provenance() -> dict[str, Any]:
@@ -185,9 +195,7 @@ def define_merge_axes(loggers: Iterable[Logger]) -> None:
         if isinstance(logger, WandbLogger):
             start = f"{logger._prefix}/" if logger._prefix else ""
             for name in ("residual", "objective"):
-                logger.experiment.define_metric(
-                    f"{start}{name}", step_metric=f"{start}iterations", summary="last"
-                )
+                logger.experiment.define_metric(f"{start}{name}", step_metric=f"{start}iterations")
 
 
 def log_merge(

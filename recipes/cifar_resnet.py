@@ -14,6 +14,7 @@ import platform
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,65 +22,72 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning_fedfisher.report import write_report
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 from simulation.data import load_images
-from simulation.federation import ClientResult, MergeResult, ensemble, score
+from simulation.federation import ClientResult
 from simulation.flags import Flags, parse_flags, settle
-from simulation.pictures import draw_accuracies, draw_merge_curves, draw_partition
+from simulation.recording import record
 from simulation.round import Round, is_first_process, round_folder, say, seeded_network
 from simulation.start import read_start, without_prefix
 from torch import Tensor
 
 from lightning_fedfisher import ClientUpdate
+from lightning_fedfisher.record import FederationRecord, ModelScore
+from lightning_fedfisher.tracking import log_federation, log_merged_model
+from lightning_fedfisher.update_file import whole_file
+
+Report = dict[str, Any]
 
 _WRITTEN = (
-    *("results.json", "merged.safetensors", "updates"),
-    *("partition.png", "accuracy.png", "merge.png"),
+    *("report.html", "merged.safetensors", "updates"),
+    *("results.json", "record.json"),
 )
 
 
-def report(
-    current: Round,
-    clients: Sequence[ClientResult],
-    predictions: Sequence[Tensor],
-    merged: Mapping[str, tuple[MergeResult, float, float]],
-) -> dict[str, Any]:
-    """Puts all numbers together, in the form of ``results.json``.
+def results_of(current: Round, clients: Sequence[ClientResult], record: FederationRecord) -> Report:
+    """The numbers of a round, in the form of ``results.json``.
 
     Args:
         current: the round.
         clients: result of each client.
-        predictions: log-probabilities of each client's model on the test set.
-        merged: from `Round.merge_all`.
+        record: of the round.
 
     Returns:
         The report; accuracies in percent, sizes in bytes a client, times in seconds.
     """
-    ensemble_accuracy, ensemble_nll = score(ensemble(predictions), current.images.test.labels)
+    assert record.best_client is not None
+    assert record.ensemble is not None
+    merges = {merge.method: merge for merge in record.merges}
     methods = {}
-    for method, (result, accuracy, nll) in merged.items():
-        files = [folder.update(method) for folder in current.folders]
-        seconds = [client.extraction_seconds[files[0].name] for client in clients]
+    for method in current.flags.methods:
+        merge = merges[method]
         methods[method] = {
-            "accuracy": accuracy,
-            "nll": nll,
-            "upload_bytes": round(sum(file.stat().st_size for file in files) / len(files)),
-            "fedavg_bytes": ClientUpdate.open(files[0]).fedavg_bytes,
-            "client_seconds": sum(seconds) / len(seconds),
-            "server_seconds": result.seconds,
-            "server_labels": result.labels,
+            **_numbers(merge.score),
+            "upload_bytes": merge.upload_bytes,
+            "fedavg_bytes": merge.fedavg_bytes,
+            "client_seconds": merge.client_seconds,
+            "server_seconds": merge.server_seconds,
+            "server_labels": merge.server_labels,
         }
     return {
-        "config": current.flags.plain(),
+        "config": record.config,
         "data": current.images.note,
-        "environment": environment(current.device),
+        "environment": record.environment,
         "clients": [{"num_samples": c.num_samples, "accuracy": c.accuracy} for c in clients],
-        "best_client": {"accuracy": max(client.accuracy for client in clients)},
-        "ensemble": {"accuracy": ensemble_accuracy, "nll": ensemble_nll},
+        "best_client": _numbers(record.best_client),
+        "ensemble": _numbers(record.ensemble),
         "methods": methods,
     }
+
+
+def _numbers(score: ModelScore | None) -> dict[str, float]:
+    assert score is not None
+    numbers = asdict(score)
+    del numbers["confusion"]
+    return numbers
 
 
 def environment(device: torch.device) -> dict[str, str]:
@@ -95,24 +103,21 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def write(
-    current: Round,
-    results: Mapping[str, Any],
-    merged: Mapping[str, tuple[MergeResult, float, float]],
+    current: Round, results: Report, record: FederationRecord, state: Mapping[str, Tensor]
 ) -> None:
-    """Writes the merged model, the pictures and, as what marks the round as finished, the report.
+    """Writes model, record, page and, as what marks the round as finished, the numbers.
 
     Args:
         current: the round.
-        results: from `report`.
-        merged: from `Round.merge_all`.
+        results: from `results_of`.
+        record: of the round.
+        state: of the merged model.
     """
     current.report_file.unlink(missing_ok=True)  # of another model than the one to be written
-    save_file(merged[headline(merged)][0].state_dict, current.model_file)
-    draw_partition(current.histogram, current.output / "partition.png")
-    draw_accuracies(results, current.output / "accuracy.png")
-    histories = {method: result.history for method, (result, _, _) in merged.items()}
-    draw_merge_curves(histories, current.output / "merge.png")
-    write_report(current.report_file, results)
+    save_file(dict(state), current.model_file)
+    record.save(current.output / "record.json")
+    write_report(record, current.output / "report.html")
+    write_results(current.report_file, results)
 
 
 def headline(methods: Iterable[str]) -> str:
@@ -121,19 +126,18 @@ def headline(methods: Iterable[str]) -> str:
     return "fedfisher" if "fedfisher" in names else names[-1]
 
 
-def write_report(path: Path, results: Mapping[str, Any]) -> None:
-    """Writes a report; a reader sees the old one or the whole new one.
+def write_results(path: Path, results: Report) -> None:
+    """Writes numbers; a reader sees the old file or the whole new one.
 
     Args:
         path: of the JSON file.
-        results: from `report` or `whole_report`.
+        results: from `results_of` or `whole_report`.
     """
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(results, indent=2) + "\n")
-    partial.replace(path)
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(results, indent=2) + "\n")
 
 
-def whole_report(flags: Flags, reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def whole_report(flags: Flags, reports: Sequence[Report]) -> Report:
     """Puts the rounds of a run together.
 
     Args:
@@ -161,27 +165,25 @@ def whole_report(flags: Flags, reports: Sequence[Mapping[str, Any]]) -> dict[str
     return {**reports[0], "config": flags.plain(), "rounds": rounds}
 
 
-def show(results: Mapping[str, Any], console: Console, title: str) -> None:
+def show(results: Report, console: Console, title: str) -> None:
     """Prints the comparison table.
 
     Args:
-        results: from `report`.
+        results: from `results_of`.
         console: where to.
         title: of the table.
     """
     table = Table(title=title)
     table.add_column("model", no_wrap=True)
-    for column in ("accuracy", "NLL", "upload", "client", "server", "labels"):
+    for column in ("accuracy", "NLL", "ECE", "upload", "client", "server", "labels"):
         table.add_column(column, justify="right", no_wrap=True)
-    best, together = results["best_client"], results["ensemble"]
-    table.add_row("best single client", f"{best['accuracy']:.2f}", *[""] * 5)
-    table.add_row("ensemble of clients", f"{together['accuracy']:.2f}", f"{together['nll']:.3f}")
+    table.add_row("best single client", *_scores(results["best_client"]))
+    table.add_row("ensemble of clients", *_scores(results["ensemble"]))
     table.add_section()
     for method, row in results["methods"].items():
         table.add_row(
             method,
-            f"{row['accuracy']:.2f}",
-            f"{row['nll']:.3f}",
+            *_scores(row),
             f"{row['upload_bytes'] / row['fedavg_bytes']:.2f}x",
             f"{row['client_seconds']:.1f} s",
             f"{row['server_seconds']:.1f} s",
@@ -190,7 +192,14 @@ def show(results: Mapping[str, Any], console: Console, title: str) -> None:
     console.print(table)
 
 
-def run(flags: Flags) -> dict[str, Any]:
+def _scores(row: Mapping[str, float]) -> list[str]:
+    # Rounds that were finished before calibration was measured tell nothing of it.
+    off = row.get("calibration_error")
+    nll = f"{row['nll']:.3f}" if "nll" in row else ""
+    return [f"{row['accuracy']:.2f}", nll, "" if off is None else f"{off:.1f}"]
+
+
+def run(flags: Flags) -> Report:
     """Runs the whole recipe.
 
     Args:
@@ -223,7 +232,7 @@ def run(flags: Flags) -> dict[str, Any]:
         head = ", with a new last layer" if flags.new_head else ""
         say(f"all clients start from {flags.init}{head}")
     several = flags.rounds > 1
-    reports: list[dict[str, Any]] = []
+    reports: list[Report] = []
     for number in range(1, flags.rounds + 1):
         current = Round(flags, images, number, start)
         finished = current.finished() if flags.resume and several else None
@@ -235,12 +244,13 @@ def run(flags: Flags) -> dict[str, Any]:
         reports.append(results)
         if is_first_process():
             if several:
-                write_report(round_folder(flags, 1) / "results.json", whole_report(flags, reports))
+                write_results(round_folder(flags, 1) / "results.json", whole_report(flags, reports))
             after = f"after round {number} of {flags.rounds}" if several else "of one-shot models"
             show(results, Console(), f"Test accuracy {after}")
     say(
-        "accuracy in percent; upload: bytes a client sends, in multiples of its weights;\n"
-        "client: extraction; server: merge; labels: labelled samples the server used\n"
+        "accuracy and calibration error (ECE) in percent; upload: bytes a client sends, in\n"
+        "multiples of its weights; client: extraction; server: merge; labels: labelled samples\n"
+        "the server used\n"
         "written:"
     )
     later = [round_folder(flags, number) for number in range(2, flags.rounds + 1)]
@@ -249,7 +259,7 @@ def run(flags: Flags) -> dict[str, Any]:
     return whole_report(flags, reports)
 
 
-def play(current: Round) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def play(current: Round) -> tuple[Report, dict[str, Tensor]]:
     """Fits, merges, compares and writes one round.
 
     Args:
@@ -259,11 +269,19 @@ def play(current: Round) -> tuple[dict[str, Any], dict[str, Tensor]]:
         The report, and the weights that go on.
     """
     clients, predictions = current.fit_clients()
-    merged = current.merge_all()
-    results = report(current, clients, predictions, merged)
-    if is_first_process():
-        write(current, results, merged)
-    return results, without_prefix(merged[headline(merged)][0].state_dict)
+    main_method = headline(current.flags.methods)
+    with current.server_logger() as logger:
+        merged = current.merge_all(logger)
+        where = environment(current.device)
+        told = record(current, clients, predictions, merged, main_method, where)
+        results, state = results_of(current, clients, told), merged[main_method].result.state_dict
+        if is_first_process():
+            write(current, results, told, state)
+            if logger:
+                updates = [ClientUpdate.open(f.update(main_method)) for f in current.folders]
+                log_federation(logger, told)
+                log_merged_model(logger, current.model_file, updates)
+    return results, without_prefix(state)
 
 
 def _refuse_finished_clients(flags: Flags) -> None:

@@ -6,24 +6,29 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import lightning
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
-from torchmetrics.functional.classification import multiclass_accuracy
+from torchmetrics.functional.classification import (
+    multiclass_accuracy,
+    multiclass_calibration_error,
+    multiclass_confusion_matrix,
+)
 from tqdm import tqdm
 
 from lightning_fedfisher import METHODS, FedFisherCallback, FisherMergeModule
 from lightning_fedfisher.admission import UpdateSource
 from lightning_fedfisher.methods import Method, MethodName
+from lightning_fedfisher.record import ModelScore
 from simulation.data import TensorImages, collate_images
 
 EXTRACTIONS: dict[str, tuple[str, str]] = {
@@ -89,11 +94,23 @@ class ClientResult:
         num_samples: training samples it holds.
         accuracy: of its own model, percent of the test set.
         extraction_seconds: wall-clock time of each extraction, by update file name.
+        train_loss: mean loss of each epoch.
     """
 
     num_samples: int
     accuracy: float
     extraction_seconds: Mapping[str, float]
+    train_loss: list[float] = field(default_factory=list)
+
+
+class _TrainLosses(Callback):
+    """Keeps the training loss of every epoch, which loggers may not."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.losses.append(float(trainer.callback_metrics["train_loss"]))
 
 
 class ClientFolder:
@@ -171,7 +188,7 @@ def fit_client(
     upload_budget: float | None,
     seed: int,
     trainer_options: Mapping[str, Any],
-) -> tuple[Classifier, dict[str, float]]:
+) -> tuple[Classifier, dict[str, float], list[float]]:
     """Trains one client; the callbacks on its Trainer write one update for each kind needed.
 
     Args:
@@ -188,7 +205,8 @@ def fit_client(
         trainer_options: accelerator, devices, logger and the like.
 
     Returns:
-        The trained classifier, and the seconds of each extraction by update file name.
+        The trained classifier, the seconds of each extraction by update file name, and the
+        training loss of each epoch.
     """
     lightning.seed_everything(seed, verbose=False)
     plain = DataLoader(
@@ -206,10 +224,13 @@ def fit_client(
         for method in methods
     }
     classifier = Classifier(network, learning_rate)
-    trainer = Trainer(max_epochs=epochs, callbacks=list(callbacks.values()), **trainer_options)
+    curve = _TrainLosses()
+    every = [curve, *callbacks.values()]
+    trainer = Trainer(max_epochs=epochs, callbacks=every, **trainer_options)
     loader = DataLoader(samples, batch_size=batch_size, shuffle=True, collate_fn=collate_images)
     trainer.fit(classifier, loader)
-    return classifier, {path.name: callback.seconds or 0.0 for path, callback in callbacks.items()}
+    seconds = {path.name: callback.seconds or 0.0 for path, callback in callbacks.items()}
+    return classifier, seconds, curve.losses
 
 
 @dataclass(frozen=True)
@@ -221,12 +242,18 @@ class MergeResult:
         seconds: wall-clock time from the updates to the model.
         labels: labelled samples the server used.
         history: the merge, sweep by sweep (see `FisherMergeModule.history`).
+        layers: names.
+        distances: of each layer and client (see `FisherMergeModule.distances`).
+        influence: of each layer and client, the largest of `FisherMergeModule.influence`.
     """
 
     state_dict: dict[str, Tensor]
     seconds: float
     labels: int
     history: list[dict[str, float]]
+    layers: list[str]
+    distances: list[list[float]]
+    influence: list[list[float]]
 
 
 def labelled_samples(train: TensorImages, seed: int) -> TensorImages:
@@ -278,7 +305,15 @@ def merge(
     )
     trainer.fit(module, val_dataloaders=loader)
     seconds = time.perf_counter() - started
-    return MergeResult(module.merged_state_dict(), seconds, module.server_labels, module.history)
+    return MergeResult(
+        module.merged_state_dict(),
+        seconds,
+        module.server_labels,
+        module.history,
+        [layer.name for layer in module.layers],
+        module.distances.tolist(),
+        module.influence.amax(2).tolist(),
+    )
 
 
 def predict(classifier: Classifier, samples: TensorImages, device: torch.device) -> Tensor:
@@ -312,6 +347,22 @@ def ensemble(predictions: Sequence[Tensor]) -> Tensor:
         Log-probabilities ``(n, classes)``.
     """
     return torch.stack(list(predictions)).logsumexp(dim=0) - math.log(len(predictions))
+
+
+def assess(log_probabilities: Tensor, labels: Tensor) -> ModelScore:
+    """Everything that is told of a model on test data.
+
+    Args:
+        log_probabilities: ``(n, classes)``.
+        labels: ``(n,)``.
+
+    Returns:
+        Accuracy, negative log-likelihood, calibration error and confusion.
+    """
+    classes = log_probabilities.shape[1]
+    off = multiclass_calibration_error(log_probabilities.exp(), labels, classes, n_bins=15)
+    confusion = multiclass_confusion_matrix(log_probabilities, labels, classes)
+    return ModelScore(*score(log_probabilities, labels), 100 * float(off), confusion.tolist())
 
 
 def score(log_probabilities: Tensor, labels: Tensor) -> tuple[float, float]:

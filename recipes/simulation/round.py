@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +19,37 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lightning_fedfisher.record import ModelScore
+from lightning_fedfisher.tracking import federation_logger
 from simulation.data import ImageData
 from simulation.federation import (
     Classifier,
     ClientFolder,
     ClientResult,
     MergeResult,
+    assess,
     fit_client,
     labelled_samples,
     merge,
     predict,
-    score,
 )
 from simulation.flags import Flags
 from simulation.models import build_model
 from simulation.partition import class_histogram, reference_partition
 from simulation.start import start_digest, without_prefix
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What one method made of a round.
+
+    Attributes:
+        result: the merge.
+        score: of the merged model, on the test set.
+    """
+
+    result: MergeResult
+    score: ModelScore
 
 
 class Round:
@@ -126,8 +142,9 @@ class Round:
             finished = folder.load(setting, flags.methods) if flags.resume else None
             if finished is None:
                 say(f"{title}: training {flags.epochs} epochs")
-                logger = self._logger("client", f"-{index}")
-                classifier, seconds = fit_client(
+                logger = self._logger(f"client-{index}")
+                _show_classes(logger, self.histogram[index])
+                classifier, seconds, losses = fit_client(
                     self.network(),
                     self.images.train.subset(part),
                     folder,
@@ -141,9 +158,9 @@ class Round:
                     trainer_options=self._trainer_options(logger),
                 )
                 predicted = predict(classifier, self.images.test, self.device)
-                accuracy, nll = score(predicted, self.images.test.labels)
-                finished = ClientResult(len(part), accuracy, seconds), predicted
-                _close(logger, {"test_accuracy": accuracy, "test_nll": nll})
+                own = assess(predicted, self.images.test.labels)
+                finished = ClientResult(len(part), own.accuracy, seconds, losses), predicted
+                _close(logger, _test_metrics(own))
                 if is_first_process():
                     folder.save(setting, *finished)
             else:
@@ -153,47 +170,59 @@ class Round:
             predictions.append(finished[1])
         return results, predictions
 
-    def merge_all(self) -> dict[str, tuple[MergeResult, float, float]]:
+    def merge_all(self, logger: WandbLogger | None) -> dict[str, Merged]:
         """Merges the update files with every method.
 
+        Args:
+            logger: of the server's run, if any.
+
         Returns:
-            For each method the merge, and the merged model's test accuracy and NLL.
+            By method.
         """
         labelled = labelled_samples(self.images.train, self.flags.seed)
         merged = {}
-        logger = self._logger("server")
         for method in self.flags.methods:
             say(f"merging with {method}")
             classifier = Classifier(self.network(), self.flags.learning_rate)
             updates = [folder.update(method) for folder in self.folders]
-            options = self._trainer_options(logger and self._prefixed(logger, method))
-            result = merge(method, updates, classifier, labelled, options)
+            own = logger and self._prefixed(logger, method)
+            result = merge(method, updates, classifier, labelled, self._trainer_options(own))
             classifier.load_state_dict(result.state_dict)
             predicted = predict(classifier, self.images.test, self.device)
-            merged[method] = result, *score(predicted, self.images.test.labels)
-        _close(logger, {f"{m}/test_accuracy": merged[m][1] for m in merged})
+            merged[method] = Merged(result, assess(predicted, self.images.test.labels))
+            if own:
+                own.log_metrics(_test_metrics(merged[method].score))
         return merged
 
-    def _logger(self, job: str, index: str = "") -> WandbLogger | None:
+    @contextmanager
+    def server_logger(self) -> Iterator[WandbLogger | None]:
+        """Opens the server's run.
+
+        Yields:
+            Its logger; None if the run is not to be logged.
+        """
+        logger = self._logger(None)
+        try:
+            yield logger
+        finally:
+            _close(logger, {})
+
+    def _logger(self, client: str | None) -> WandbLogger | None:
         if self.flags.wandb == "disabled":
             return None
-        if not is_first_process():
-            return WandbLogger()  # a dummy outside the first process
-        config, name = self.flags.plain(), job + index
+        flags, name = self.flags.plain(), client or "server"
         if self.flags.rounds > 1:
-            config["round"] = self.number
+            flags["round"] = self.number
         if self.number > 1:
             name += f"-round-{self.number}"
-        return WandbLogger(
-            experiment=wandb.init(
-                project="lightning-fedfisher",
-                group=self.group,
-                job_type=job,
-                name=name,
-                dir=round_folder(self.flags, 1),  # the runs of all rounds side by side
-                mode=self.flags.wandb,
-                config=config,
-            )
+        return federation_logger(
+            self.group,
+            client,
+            name=name,
+            tags=[str(self.flags.dataset), str(self.flags.model), f"round-{self.number}"],
+            config=flags,
+            mode=self.flags.wandb,
+            save_dir=round_folder(self.flags, 1),  # the runs of all rounds side by side
         )
 
     @staticmethod
@@ -253,8 +282,27 @@ def is_first_process() -> bool:
     return rank_zero_only.rank == 0
 
 
+def _test_metrics(score: ModelScore) -> dict[str, float]:
+    return {
+        "test/accuracy": score.accuracy,
+        "test/nll": score.nll,
+        "test/calibration_error": score.calibration_error,
+    }
+
+
+def _show_classes(logger: WandbLogger | None, counts: np.ndarray) -> None:
+    """Shows which data a client holds, which only a simulation may know."""
+    if logger is None or not is_first_process():
+        return
+    rows: list[Any] = [[f"class {klass}", int(count)] for klass, count in enumerate(counts)]
+    table = wandb.Table(["class", "samples"], rows)
+    chart = wandb.plot.bar(table, "class", "samples", title="Samples that the client holds")
+    logger.experiment.log({"data/classes": chart})
+    logger.experiment.define_metric("train_loss", step_metric="epoch")
+
+
 def _close(logger: WandbLogger | None, metrics: Mapping[str, float]) -> None:
     if logger is not None:
-        logger.log_metrics(metrics)
-        # Otherwise the next WandbLogger would go on in this run.
+        logger.log_metrics(dict(metrics))
+        # Otherwise the next run would go on in this one.
         logger.experiment.finish()
