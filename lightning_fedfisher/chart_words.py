@@ -1,0 +1,99 @@
+"""Names and numbers in the words of a chart or a page."""
+
+from __future__ import annotations
+
+import html
+import math
+from typing import TypeGuard
+from unicodedata import east_asian_width
+
+
+def plain(text: str) -> str:
+    """Text without what would hide, turn round or break a line: names are a stranger's."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def label(name: str, width: int = 22) -> str:
+    """A name short enough for an axis or a title.
+
+    Args:
+        name: of a client, layer or method.
+        width: characters it may take.
+
+    Returns:
+        The name, with an ellipsis for its middle if it is longer.
+    """
+    text = plain(name).strip() or "(no name)"
+    kept = len(text)
+    short = text
+    while _width(short) > width:
+        kept -= 1
+        short = f"{text[: (kept + 1) // 2]}…{text[len(text) - kept // 2 :]}"
+    return short
+
+
+def _width(text: str) -> int:
+    return sum(2 if east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def marked(text: str) -> str:
+    """Text for plotly, which would take some of it for tags."""
+    return html.escape(plain(text), quote=False)
+
+
+def number(value: float) -> str:
+    """A number to three digits, as people write it.
+
+    Args:
+        value: any.
+
+    Returns:
+        Like ``0.25``, ``12,300``, ``9.1 x 10^-7`` with a proper cross and exponent.
+    """
+    if not math.isfinite(value):
+        return "infinite" if value == math.inf else "not a number"
+    if value == 0 or 1e-3 <= abs(value) < 999.5:
+        return f"{value:.3g}"
+    if abs(value) < 1e6 and abs(value) >= 1:
+        return f"{float(f'{value:.3g}'):,.0f}"
+    digits, _, power = f"{value:.1e}".partition("e")
+    ten = "10" + str(int(power)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return ten if digits == "1.0" else f"{digits.removesuffix('.0')} \u00d7 {ten}"
+
+
+def percent(part: float, whole: float) -> str:
+    """A share in percent that is 0 or 100 only if it is exactly that.
+
+    Args:
+        part: not negative.
+        whole: at least as much, and positive.
+
+    Returns:
+        Like ``41%``, ``0.3%``, ``less than 0.1%``.
+    """
+    share = 100 * part / whole
+    if share in (0, 100) or 1 <= share <= 99:
+        return f"{share:.0f}%"
+    if share < 0.1:
+        return "less than 0.1%"
+    return "more than 99.9%" if share > 99.9 else f"{share:.1f}%"
+
+
+def count(amount: int, what: str) -> str:
+    """An amount with its noun, in the plural where it is due."""
+    return f"{amount:,} {what}" if amount == 1 else f"{amount:,} {what}s"
+
+
+def sentences(*parts: str) -> str:
+    """Joins what is not empty into one subtitle."""
+    return " ".join(f"{part}." for part in parts if part)
+
+
+def is_known(value: float | None) -> TypeGuard[float]:
+    """Whether there is a number, and a finite one."""
+    return value is not None and math.isfinite(value)
+
+
+def is_drawn(value: float) -> bool:
+    """Whether a logarithmic axis can hold it."""
+    return 0 < value < math.inf
