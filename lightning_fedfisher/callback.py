@@ -255,7 +255,9 @@ class FedFisherCallback(Callback):
             "curvature_samples": float(extracted.num_samples),
             "upload_bytes": float(written.upload_bytes),
         }
-        curvature = [describe_curvature(n, block) for n, block in extracted.blocks.items()]
+        informed = self._curvature != "identity"
+        blocks = extracted.blocks if informed else {}
+        curvature = [describe_curvature(name, block) for name, block in blocks.items()]
         prefix = "fedfisher"
         if any(isinstance(c, FedFisherCallback) and c is not self for c in _callbacks(trainer)):
             prefix += f"/{self._curvature}-{self._fisher}"

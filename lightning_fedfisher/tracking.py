@@ -144,7 +144,8 @@ def log_update(
     for logger in loggers:
         logger.log_metrics(scalars, step=step)
         if isinstance(logger, WandbLogger):
-            _show_curvature(logger, prefix, curvature, step)
+            if curvature:
+                _show_curvature(logger, prefix, curvature, step)
             run = logger.experiment
             run.summary.update(
                 {f"{prefix}/update": update.source, f"{prefix}/digest": update.digest}
@@ -193,7 +194,7 @@ def define_merge_axes(loggers: Iterable[Logger]) -> None:
     """
     for logger in loggers:
         if isinstance(logger, WandbLogger):
-            start = f"{logger._prefix}/" if logger._prefix else ""
+            start = f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}" if logger._prefix else ""
             for name in ("residual", "objective"):
                 logger.experiment.define_metric(f"{start}{name}", step_metric=f"{start}iterations")
 

@@ -21,8 +21,10 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning_fedfisher.report import write_report
+from lightning_utilities.core.rank_zero import rank_zero_only
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
@@ -30,12 +32,13 @@ from simulation.data import load_images
 from simulation.federation import ClientResult
 from simulation.flags import Flags, parse_flags, settle
 from simulation.recording import record
-from simulation.round import Round, is_first_process, round_folder, say, seeded_network
+from simulation.round import Merged, Round, is_first_process, round_folder, say, seeded_network
 from simulation.start import read_start, without_prefix
 from torch import Tensor
 
 from lightning_fedfisher import ClientUpdate
 from lightning_fedfisher.record import FederationRecord, ModelScore
+from lightning_fedfisher.report import write_report
 from lightning_fedfisher.tracking import log_federation, log_merged_model
 from lightning_fedfisher.update_file import whole_file
 
@@ -173,7 +176,7 @@ def show(results: Report, console: Console, title: str) -> None:
         console: where to.
         title: of the table.
     """
-    table = Table(title=title)
+    table = Table(title=title, box=box.SIMPLE_HEAD)  # whose columns fit into 80 characters
     table.add_column("model", no_wrap=True)
     for column in ("accuracy", "NLL", "ECE", "upload", "client", "server", "labels"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -269,19 +272,35 @@ def play(current: Round) -> tuple[Report, dict[str, Tensor]]:
         The report, and the weights that go on.
     """
     clients, predictions = current.fit_clients()
-    main_method = headline(current.flags.methods)
-    with current.server_logger() as logger:
-        merged = current.merge_all(logger)
-        where = environment(current.device)
-        told = record(current, clients, predictions, merged, main_method, where)
-        results, state = results_of(current, clients, told), merged[main_method].result.state_dict
-        if is_first_process():
-            write(current, results, told, state)
-            if logger:
-                updates = [ClientUpdate.open(f.update(main_method)) for f in current.folders]
-                log_federation(logger, told)
-                log_merged_model(logger, current.model_file, updates)
+    main_method, methods = headline(current.flags.methods), current.flags.methods
+    merged: dict[str, Merged] = {}
+    # The one that matters comes last: its run shows the others beside it.
+    for method in sorted(methods, key=lambda method: method == main_method):
+        with current.server_logger(method) as logger:
+            merged[method] = current.merge(method, logger)
+            if method == main_method:
+                where = environment(current.device)
+                told = record(current, clients, predictions, merged, main_method, where)
+                results = results_of(current, clients, told)
+                state = merged[method].result.state_dict
+                _publish(current, results, told, state, logger)
     return results, without_prefix(state)
+
+
+@rank_zero_only
+def _publish(
+    current: Round,
+    results: Report,
+    record: FederationRecord,
+    state: Mapping[str, Tensor],
+    logger: WandbLogger | None,
+) -> None:
+    write(current, results, record, state)
+    if logger:
+        method = record.merges[0].method
+        updates = [ClientUpdate.open(folder.update(method)) for folder in current.folders]
+        log_federation(logger, record)
+        log_merged_model(logger, current.model_file, updates)
 
 
 def _refuse_finished_clients(flags: Flags) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,9 +44,18 @@ def _read(folder: Path) -> SimpleNamespace:
             metric.get("name", metric.get("glob_name")): metric.get("step_metric")
             for metric in of_type["metric"]
         },
-        tables=sorted(path.name for path in folder.glob("files/media/table/**/*.json")),
-        folder=folder,
+        charts={
+            key.removeprefix("_wandb.visualize.")
+            for key in config
+            if key.startswith("_wandb.visualize.")
+        },
+        table=partial(_table, folder, summary),
     )
+
+
+def _table(folder: Path, summary: dict, key: str) -> list[list]:
+    """The rows of the table that was logged last under a key."""
+    return json.loads((folder / "files" / summary[f"{key}.path"]).read_text())["data"]
 
 
 _TYPES = ("run", "config", "summary", "history", "metric")

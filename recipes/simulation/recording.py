@@ -28,7 +28,7 @@ def record(
         current: the round.
         clients: result of each client.
         predictions: log-probabilities of each client's model on the test set.
-        merged: from `Round.merge_all`.
+        merged: what each method made of it.
         headline: the method that matters.
         environment: date, versions and hardware.
 

@@ -19,6 +19,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lightning_fedfisher.methods import MethodName
 from lightning_fedfisher.record import ModelScore
 from lightning_fedfisher.tracking import federation_logger
 from simulation.data import ImageData
@@ -142,7 +143,7 @@ class Round:
             finished = folder.load(setting, flags.methods) if flags.resume else None
             if finished is None:
                 say(f"{title}: training {flags.epochs} epochs")
-                logger = self._logger(f"client-{index}")
+                logger = self._logger(f"client-{index}", f"client-{index}")
                 _show_classes(logger, self.histogram[index])
                 classifier, seconds, losses = fit_client(
                     self.network(),
@@ -160,7 +161,9 @@ class Round:
                 predicted = predict(classifier, self.images.test, self.device)
                 own = assess(predicted, self.images.test.labels)
                 finished = ClientResult(len(part), own.accuracy, seconds, losses), predicted
-                _close(logger, _test_metrics(own))
+                if logger:
+                    logger.log_metrics(_test_metrics(own))
+                _close(logger)
                 if is_first_process():
                     folder.save(setting, *finished)
             else:
@@ -170,65 +173,62 @@ class Round:
             predictions.append(finished[1])
         return results, predictions
 
-    def merge_all(self, logger: WandbLogger | None) -> dict[str, Merged]:
-        """Merges the update files with every method.
+    def merge(self, method: MethodName, logger: WandbLogger | None) -> Merged:
+        """Merges the update files with one method.
 
         Args:
-            logger: of the server's run, if any.
+            method: its name.
+            logger: of the merge, if any.
 
         Returns:
-            By method.
+            The merged model and its score.
         """
+        say(f"merging with {method}")
+        classifier = Classifier(self.network(), self.flags.learning_rate)
+        updates = [folder.update(method) for folder in self.folders]
         labelled = labelled_samples(self.images.train, self.flags.seed)
-        merged = {}
-        for method in self.flags.methods:
-            say(f"merging with {method}")
-            classifier = Classifier(self.network(), self.flags.learning_rate)
-            updates = [folder.update(method) for folder in self.folders]
-            own = logger and self._prefixed(logger, method)
-            result = merge(method, updates, classifier, labelled, self._trainer_options(own))
-            classifier.load_state_dict(result.state_dict)
-            predicted = predict(classifier, self.images.test, self.device)
-            merged[method] = Merged(result, assess(predicted, self.images.test.labels))
-            if own:
-                own.log_metrics(_test_metrics(merged[method].score))
-        return merged
+        result = merge(method, updates, classifier, labelled, self._trainer_options(logger))
+        classifier.load_state_dict(result.state_dict)
+        score = assess(predict(classifier, self.images.test, self.device), self.images.test.labels)
+        if logger:
+            costs = {"server_seconds": result.seconds, "server_labels": result.labels}
+            logger.log_metrics(_test_metrics(score) | costs)
+        return Merged(result, score)
 
     @contextmanager
-    def server_logger(self) -> Iterator[WandbLogger | None]:
-        """Opens the server's run.
+    def server_logger(self, method: str) -> Iterator[WandbLogger | None]:
+        """Opens a run of the server.
+
+        Args:
+            method: that it merges with.
 
         Yields:
-            Its logger; None if the run is not to be logged.
+            Its logger; None if nothing is to be logged.
         """
-        logger = self._logger(None)
+        logger = self._logger(f"server-{method}", method=method)
         try:
             yield logger
         finally:
-            _close(logger, {})
+            _close(logger)
 
-    def _logger(self, client: str | None) -> WandbLogger | None:
+    def _logger(self, name: str, client: str | None = None, **config: str) -> WandbLogger | None:
         if self.flags.wandb == "disabled":
             return None
-        flags, name = self.flags.plain(), client or "server"
+        tags = [str(self.flags.dataset), str(self.flags.model)]
         if self.flags.rounds > 1:
-            flags["round"] = self.number
+            config["round"] = str(self.number)
+            tags.append(f"round-{self.number}")
         if self.number > 1:
             name += f"-round-{self.number}"
         return federation_logger(
             self.group,
             client,
             name=name,
-            tags=[str(self.flags.dataset), str(self.flags.model), f"round-{self.number}"],
-            config=flags,
+            tags=tags,
+            config=self.flags.plain() | config,
             mode=self.flags.wandb,
             save_dir=round_folder(self.flags, 1),  # the runs of all rounds side by side
         )
-
-    @staticmethod
-    def _prefixed(logger: WandbLogger, prefix: str) -> WandbLogger:
-        """A logger into the same run, with names of its own."""
-        return WandbLogger(experiment=logger.experiment, prefix=prefix)
 
     def _trainer_options(self, logger: WandbLogger | None) -> dict[str, Any]:
         return {
@@ -301,8 +301,7 @@ def _show_classes(logger: WandbLogger | None, counts: np.ndarray) -> None:
     logger.experiment.define_metric("train_loss", step_metric="epoch")
 
 
-def _close(logger: WandbLogger | None, metrics: Mapping[str, float]) -> None:
+def _close(logger: WandbLogger | None) -> None:
     if logger is not None:
-        logger.log_metrics(dict(metrics))
         # Otherwise the next run would go on in this one.
         logger.experiment.finish()

@@ -17,8 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from simulation import federation as federation_steps
 from simulation.models import build_model
+from wandb_runs import read_runs
 
 from lightning_fedfisher import METHODS, ClientUpdate
+from lightning_fedfisher.record import FederationRecord
+from lightning_fedfisher.report import write_report
 
 RECIPE = Path(cifar_resnet.__file__)
 SMALL = ["--dataset", "digits", "--model", "lenet", "--clients", "3", "--alpha", "1"]
@@ -40,12 +43,11 @@ def test_report_has_the_documented_form(federation):
     assert sum(client["num_samples"] for client in written["clients"]) == 240
     accuracies = [client["accuracy"] for client in written["clients"]]
     assert written["best_client"]["accuracy"] == max(accuracies)
-    assert set(written["ensemble"]) == {"accuracy", "nll"}
+    scores = {"accuracy", "nll", "calibration_error"}
+    assert set(written["ensemble"]) == set(written["best_client"]) == scores
     assert set(written["methods"]) == set(METHODS)
     for row in written["methods"].values():
-        assert set(row) == {
-            "accuracy",
-            "nll",
+        assert set(row) == scores | {
             "upload_bytes",
             "fedavg_bytes",
             "client_seconds",
@@ -80,11 +82,121 @@ def test_merged_model_loads_into_the_network(federation):
     assert all(torch.isfinite(p).all() for p in network.parameters())
 
 
-def test_pictures_and_wandb_runs_are_written(federation):
+def test_the_record_tells_what_the_results_tell_and_more(federation):
+    output, results = federation
+    record = FederationRecord.load(output)
+    assert record.title == "digits, lenet, 3 clients, alpha 1"
+    assert record.merges[0].method == "fedfisher"
+    for merge in record.merges:
+        row = results["methods"][merge.method]
+        assert merge.score.accuracy == row["accuracy"]
+        assert merge.upload_bytes == row["upload_bytes"]
+        assert sum(map(sum, merge.score.confusion)) == 360
+        right = sum(merge.score.confusion[k][k] for k in range(10))
+        assert right / 3.6 == pytest.approx(row["accuracy"], abs=1e-4)
+        assert len(merge.distances) == len(merge.layers) == 5
+    for client, row in zip(record.clients, results["clients"], strict=True):
+        assert sum(client.class_counts) == client.num_samples == row["num_samples"]
+        assert client.score.accuracy == row["accuracy"]
+        assert len(client.train_loss) == 1
+        assert all(layer.trace > 0 and layer.spectrum for layer in client.curvature)
+    assert record.best_client.accuracy == results["best_client"]["accuracy"]
+
+
+def test_the_report_is_of_the_record(federation, tmp_path):
     output, _ = federation
-    for name in ("partition", "accuracy", "merge"):
-        assert (output / f"{name}.png").stat().st_size > 5000
-    assert len(list((output / "wandb").glob("offline-run-*"))) == 4
+    write_report(FederationRecord.load(output), tmp_path / "report.html")
+    page = (output / "report.html").read_text()
+    assert (tmp_path / "report.html").read_text() == page
+    assert "digits, lenet, 3 clients, alpha 1" in page
+
+
+CLIENTS, SERVERS = ["client-0", "client-1", "client-2"], [f"server-{method}" for method in METHODS]
+
+
+def test_wandb_runs_belong_together(federation):
+    output, results = federation
+    runs = read_runs(output)
+    assert sorted(runs) == sorted([*CLIENTS, *SERVERS])
+    assert {run.group for run in runs.values()} == {"digits-lenet-a1-p3-s0-out"}
+    assert [runs[name].job_type for name in CLIENTS] == ["client"] * 3
+    assert [runs[name].job_type for name in SERVERS] == ["server"] * len(METHODS)
+    assert len({run.id for run in runs.values()}) == len(runs)
+    for name, run in runs.items():
+        assert set(run.tags) == {"digits", "lenet"}
+        for flag, value in results["config"].items():
+            if flag != "data_dir":
+                assert run.config[flag] == value, (name, flag)
+        assert run.config["versions"]["torch"] == torch.__version__.split("+")[0]
+        assert set(run.config) >= {"git", "versions"}
+        assert run.axes["*"] == "trainer/global_step"
+    assert runs["server-fedfisher"].config["method"] == "fedfisher"
+
+
+def test_a_clients_run_tells_of_its_data_training_and_curvature(federation):
+    runs = read_runs(federation[0])
+    for index, client in enumerate(FederationRecord.load(federation[0]).clients):
+        run = runs[f"client-{index}"]
+        assert run.axes["train_loss"] == "epoch"
+        losses = [item["train_loss"] for item in run.history if "train_loss" in item]
+        assert losses == pytest.approx(client.train_loss)
+        for name in ("accuracy", "nll", "calibration_error"):
+            assert run.summary[f"test/{name}"] == pytest.approx(getattr(client.score, name))
+        kind = "fedfisher/kfac-normalised"
+        assert run.summary[f"{kind}/upload_bytes"] == client.upload_bytes
+        seconds = client.extraction_seconds
+        assert run.summary[f"{kind}/extraction_seconds"] == pytest.approx(seconds)
+        for layer in client.curvature:
+            # The update is rounded, what is logged is not.
+            logged = run.summary[f"{kind}/trace/{layer.layer}"]
+            assert logged == pytest.approx(layer.trace, rel=0.05)
+            assert f"{kind}/effective_rank/{layer.layer}" in run.summary
+        assert {"data/classes", f"{kind}/spectrum"} <= run.charts
+        assert run.table("data/classes_table") == [
+            [f"class {k}", count] for k, count in enumerate(client.class_counts)
+        ]
+        assert len(run.table(f"{kind}/curvature")) == 5
+
+
+def test_a_servers_run_tells_how_its_merge_went(federation):
+    runs = read_runs(federation[0])
+    for merge in FederationRecord.load(federation[0]).merges:
+        run = runs[f"server-{merge.method}"]
+        assert run.axes["residual"] == run.axes["objective"] == "iterations"
+        curve = [item for item in run.history if "residual" in item]
+        for item, entry in zip(curve, merge.history, strict=True):
+            for name in ("residual", "objective", "iterations"):
+                assert item[name] == pytest.approx(entry[name], rel=1e-5)
+        rows = run.table("clients")
+        expected = [own for row in merge.distances for own in row]
+        assert [row[2] for row in rows] == pytest.approx(expected)
+        assert [row[:2] for row in rows[:3]] == [[merge.layers[0], c] for c in CLIENTS]
+        for index, client in enumerate(CLIENTS):
+            whole = sum(row[index] ** 2 for row in merge.distances) ** 0.5
+            assert run.summary[f"distance/{client}"] == pytest.approx(whole)
+            most = max(row[index] for row in merge.influence)
+            assert run.summary[f"influence/{client}"] == pytest.approx(most)
+        assert run.summary["test/accuracy"] == pytest.approx(merge.score.accuracy)
+        assert run.summary["server_labels"] == merge.server_labels
+
+
+def test_the_main_servers_run_compares_all(federation):
+    output, results = federation
+    runs = read_runs(output)
+    run, record = runs["server-fedfisher"], FederationRecord.load(output)
+    comparison = run.table("comparison")
+    names = ["best single client", "ensemble of clients", *(m.method for m in record.merges)]
+    assert [row[0] for row in comparison] == names
+    assert comparison[2][1] == results["methods"]["fedfisher"]["accuracy"]
+    assert comparison[2][4] == results["methods"]["fedfisher"]["upload_bytes"]
+    assert {"accuracy", "confusion/before", "confusion/after"} <= run.charts
+    counts = [row[2] for row in run.table("confusion/after_table")]
+    assert counts == [n for row in record.merges[0].score.confusion for n in row]
+    assert [row[1:] for row in run.table("partition")] == [
+        [client.num_samples, *client.class_counts] for client in record.clients
+    ]
+    assert run.summary["merged_model"] == str(output / "merged.safetensors")
+    assert "accuracy" not in runs["server-fedavg"].charts
 
 
 def test_resuming_keeps_finished_clients(federation, capsys):
@@ -183,7 +295,8 @@ def test_each_round_is_reported_and_written(two_rounds):
     assert first["methods"] != second["methods"]
     names = {path.name for path in output.iterdir()} - {"wandb", "round-2"}
     assert {path.name for path in (output / "round-2").iterdir()} == names
-    assert len(list((output / "wandb").glob("offline-run-*"))) == 8
+    names = [*CLIENTS, *(f"server-{method}" for method in results["methods"])]
+    assert sorted(read_runs(output)) == sorted([*names, *(f"{n}-round-2" for n in names)])
 
 
 def test_the_first_of_two_rounds_is_a_run_of_one(two_rounds, federation):
@@ -191,23 +304,6 @@ def test_the_first_of_two_rounds_is_a_run_of_one(two_rounds, federation):
     alone = load_file(federation[0] / "merged.safetensors")
     assert all(torch.equal(merged[name], alone[name]) for name in alone)
     assert two_rounds[1]["clients"] == federation[1]["clients"]
-
-
-def test_wandb_names_tell_rounds_apart(tmp_path, monkeypatch):
-    started = []
-
-    def init(name, config, **options):
-        started.append((name, config["round"]))
-
-    monkeypatch.setattr("simulation.round.wandb.init", init)
-    monkeypatch.setattr("simulation.round.WandbLogger", lambda **_: None)
-    arguments = [*ROUNDS, "--rounds", "2", "--output-dir", str(tmp_path / "out")]
-    cifar_resnet.run(cifar_resnet.parse_flags(arguments))
-    names = ["client-0", "client-1", "client-2", "server"]
-    assert started == [
-        *((name, 1) for name in names),
-        *((f"{name}-round-2", 2) for name in names),
-    ]
 
 
 def test_later_rounds_start_from_the_merged_model_and_shuffle_anew(tmp_path, monkeypatch):
