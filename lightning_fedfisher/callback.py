@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from lightning_fedfisher.sampling import (
     most_samples,
 )
 from lightning_fedfisher.strategies import require_whole_model
-from lightning_fedfisher.tracking import log_update
+from lightning_fedfisher.tracking import log_update, progress_log, warn_of_used_runs
 from lightning_fedfisher.treatment import CurvatureType
 from lightning_fedfisher.update import ClientUpdate
 
@@ -173,6 +173,7 @@ class FedFisherCallback(Callback):
                 "num_samples= (what the client holds), and leave max_samples= a number or 'auto'"
             )
         find_layers(pl_module)
+        warn_of_used_runs(trainer.loggers)
         if counted:  # a rehearsal; an iterable might not start anew
             rehearsed = self._extract(trainer, pl_module, max_samples=_REHEARSED)
             self._update_of(pl_module, rehearsed)
@@ -186,7 +187,8 @@ class FedFisherCallback(Callback):
         if self._num_samples and most == "auto":
             # What an iterable cannot tell.
             most = most_samples(most, self._num_samples)
-        extracted = self._extract(trainer, pl_module, one_batch if dry else most)
+        tell = None if dry else progress_log(trainer.loggers, self._prefix(trainer))
+        extracted = self._extract(trainer, pl_module, one_batch if dry else most, tell)
         self.update = self._update_of(pl_module, extracted)
         self.seconds = extracted.seconds
         if not dry:
@@ -214,7 +216,11 @@ class FedFisherCallback(Callback):
         return loader
 
     def _extract(
-        self, trainer: Trainer, pl_module: LightningModule, max_samples: MaxSamples
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        max_samples: MaxSamples,
+        on_progress: Callable[[int, int | None], None] | None = None,
     ) -> ExtractedCurvature:
         return extract_curvature(
             pl_module,
@@ -230,6 +236,7 @@ class FedFisherCallback(Callback):
             prepare=trainer.strategy.batch_to_device,
             shard=_shard(trainer),
             progress=trainer.progress_bar_callback is not None,
+            on_progress=on_progress,
         )
 
     def _update_of(self, pl_module: LightningModule, extracted: ExtractedCurvature) -> ClientUpdate:
@@ -258,11 +265,14 @@ class FedFisherCallback(Callback):
         informed = self._curvature != "identity"
         blocks = extracted.blocks if informed else {}
         curvature = [describe_curvature(name, block) for name, block in blocks.items()]
-        prefix = "fedfisher"
-        if any(isinstance(c, FedFisherCallback) and c is not self for c in _callbacks(trainer)):
-            prefix += f"/{self._curvature}-{self._fisher}"
+        prefix = self._prefix(trainer)
         # LightningModule.log is closed at this point of a fit; the loggers are not.
         log_update(trainer.loggers, prefix, written, curvature, metrics, trainer.global_step)
+
+    def _prefix(self, trainer: Trainer) -> str:
+        """Of what is logged: callbacks side by side have names of their own."""
+        twins = any(isinstance(c, FedFisherCallback) and c is not self for c in _callbacks(trainer))
+        return f"fedfisher/{self._curvature}-{self._fisher}" if twins else "fedfisher"
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:

@@ -9,6 +9,7 @@ from typing import Any, TypedDict, Unpack
 
 from torch import nn
 from tqdm import tqdm
+from typing_extensions import override
 
 from lightning_fedfisher.curvature import Curvature, Identity
 from lightning_fedfisher.layers import Layer, Source, find_layers
@@ -46,6 +47,7 @@ class ExtractionOptions(TypedDict, total=False):
         prepare: applied to each batch first, where the loader's are not what the model is given.
         shard: this process's place among several; sums are reduced once at the end.
         progress: show a progress bar, after two seconds, on rank 0 and on a terminal (default).
+        on_progress: told on every rank how many of its samples are done, and of how many.
     """
 
     fisher: FisherType
@@ -59,6 +61,7 @@ class ExtractionOptions(TypedDict, total=False):
     prepare: Callable[[Any], Any] | None
     shard: Shard | None
     progress: bool
+    on_progress: Callable[[int, int | None], None] | None
 
 
 @dataclass(frozen=True)
@@ -248,7 +251,8 @@ def extract_curvatures(
     )
     with (
         isolated(model),
-        tqdm(
+        _Bar(
+            options.get("on_progress"),
             desc=f"{likelihood.fisher} {' and '.join(passing)} curvature",
             unit=" samples",
             unit_scale=shard.world_size,
@@ -275,3 +279,23 @@ def extract_curvatures(
             sweep.survey.head,
         )
     return found
+
+
+class _Bar(tqdm):  # type: ignore[type-arg]
+    """A progress bar that tells of its progress, shown or not."""
+
+    def __init__(self, tell: Callable[[int, int | None], None] | None, **options: Any) -> None:
+        self._tell, self._done = tell, 0
+        super().__init__(**options)
+
+    @override
+    def reset(self, total: float | None = None) -> None:
+        self._done = 0
+        super().reset(total)
+
+    @override
+    def update(self, n: float | None = 1) -> bool | None:
+        self._done += int(n or 0)
+        if self._tell is not None:
+            self._tell(self._done, None if self.total is None else int(self.total))
+        return super().update(n)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +27,8 @@ from lightning_fedfisher.update import ClientUpdate
 
 WandbMode = Literal["online", "offline", "disabled"]
 
+_DIGEST = "/digest"
+_EVERY_SECONDS = 5.0
 _PACKAGES = ("lightning-fedfisher", "lightning", "torch")
 
 
@@ -78,7 +81,7 @@ def federation_logger(
             f"the W&B run {wandb.run.name} is still open, and {name} would go on in it: call "
             "wandb.finish() before"
         )
-    run = wandb.init(
+    run = wandb.run or wandb.init(
         project=project,
         group=federation,
         job_type=job,
@@ -119,6 +122,52 @@ def _git(*command: str) -> str | None:
     return done.stdout.strip()
 
 
+def warn_of_used_runs(loggers: Iterable[Logger]) -> None:
+    """Warns if a W&B run already holds an update, as where a second client goes on in its run.
+
+    Args:
+        loggers: of a client's Trainer, before its fit.
+    """
+    for logger in loggers if is_first() else ():
+        if isinstance(logger, WandbLogger):
+            run = logger.experiment
+            known = run.summary.keys()
+            if any(key.endswith(_DIGEST) for key in known):
+                rank_zero_warn(
+                    f"the W&B run {run.name} already holds a client's update: if that is another "
+                    "client, call wandb.finish() between clients"
+                )
+
+
+def progress_log(loggers: Sequence[Logger], prefix: str) -> Callable[[int, int | None], None]:
+    """Logs how far a long extraction is, at most every five seconds.
+
+    Args:
+        loggers: of the client's Trainer.
+        prefix: of all names.
+
+    Returns:
+        What to tell of samples done, and of how many.
+    """
+    started = logged = time.monotonic()
+    samples, seconds = f"{prefix}/extracted_samples", f"{prefix}/extraction_seconds"
+
+    def tell(done: int, total: int | None) -> None:
+        nonlocal logged
+        now = time.monotonic()
+        if now - logged < _EVERY_SECONDS:
+            return
+        if logged == started:
+            for logger in loggers if is_first() else ():
+                if isinstance(logger, WandbLogger):
+                    logger.experiment.define_metric(samples, step_metric=seconds)
+        logged = now
+        for logger in loggers:
+            logger.log_metrics({samples: float(done), seconds: now - started})
+
+    return tell
+
+
 def log_update(
     loggers: Iterable[Logger],
     prefix: str,
@@ -148,7 +197,7 @@ def log_update(
                 _show_curvature(logger, prefix, curvature, step)
             run = logger.experiment
             run.summary.update(
-                {f"{prefix}/update": update.source, f"{prefix}/digest": update.digest}
+                {f"{prefix}/update": update.source, f"{prefix}{_DIGEST}": update.digest}
             )
             if _uploads(logger):
                 import wandb
@@ -250,7 +299,7 @@ def log_federation(logger: WandbLogger, record: FederationRecord) -> None:
         chart = wandb.plot.bar(bars, "model", "accuracy, %", title="Accuracy on the test set")
         logger.log_metrics(cast(Any, {"accuracy": chart}))
     counts = [len(client.class_counts) for client in record.clients]
-    if all(counts):
+    if counts and all(counts):
         titles = ["client", "samples", *(f"class {k}" for k in range(max(counts)))]
         rows = [[c.name, c.num_samples, *c.class_counts] for c in record.clients]
         logger.log_table("partition", titles, rows)
