@@ -21,11 +21,12 @@ except ImportError as error:
         "a report needs plotly and jinja2: pip install 'lightning-fedfisher[report]'"
     ) from error
 
-from lightning_fedfisher.chart_words import is_drawn, label, marked, number
+from lightning_fedfisher.chart_words import is_drawn, label, labels, marked, number
 
 # Those of Okabe and Ito's palette that stand out, by three to one, from white and from near black.
 BLUE, ORANGE, GREEN, PINK = COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 SCALE = "Cividis"
+_TURN = 0.467  # beyond it black is read more easily than white, and both well
 
 MOST_SERIES = 8
 """Clients or methods that are told apart in one picture."""
@@ -36,8 +37,9 @@ MOST_ROWS = 20
 _DASHES = ("solid", "dash")
 _SYMBOLS = ("circle", "square", "diamond", "cross", "triangle-up", "x", "star", "triangle-down")
 _MOST_POINTS = 400
+_MOST_TICK_TEXT = 22  # characters along a narrow axis
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', sans-serif"
-_LEGEND = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}
+_LEGEND = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "traceorder": "normal"}
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,8 @@ def figure(traces: Sequence[Any], height: int, x: dict[str, Any], y: dict[str, A
     Returns:
         A figure.
     """
-    axis = {"automargin": True, "fixedrange": True, "zeroline": False, "ticklen": 4}
+    axis = {"automargin": True, "fixedrange": True, "zeroline": False, "ticklen": 0, "tickangle": 0}
+    axis |= {"ticklabelstandoff": 6}
     return go.Figure(
         data=list(traces),
         layout={
@@ -126,12 +129,16 @@ def figure(traces: Sequence[Any], height: int, x: dict[str, Any], y: dict[str, A
 
 def titled(axis: dict[str, Any]) -> dict[str, Any]:
     """An axis whose ``title`` is a string."""
-    title = {"text": marked(axis["title"]), "standoff": 8} if "title" in axis else None
+    title = (
+        {"text": marked(axis["title"]), "standoff": 8, "font": {"size": 12}}
+        if "title" in axis
+        else None
+    )
     return {**axis, "title": title}
 
 
 def log_axis(values: Sequence[float], title: str) -> dict[str, Any]:
-    """A logarithmic axis with at most six labels that say what they are.
+    """A logarithmic axis with labels that say what they are, and have room on a phone.
 
     Args:
         values: positive, that it is to hold.
@@ -144,14 +151,14 @@ def log_axis(values: Sequence[float], title: str) -> dict[str, Any]:
     room = max(0.06 * (high - low), 0.08)
     ends = (low - room, high + room)
     decades = range(math.floor(ends[0]), math.ceil(ends[1]) + 1)
-    ticks: list[float] = []
     for steps in ((1, 2, 5), (1, 3), (1,)):
-        if not ticks or len(ticks) > 6:
-            exact = [float(f"{step}e{power}") for power in decades for step in steps]
-            ticks = [t for t in exact if is_drawn(t) and ends[0] <= math.log10(t) <= ends[1]]
-    if not ticks:
-        ticks = [10 ** ((low + high) / 2)]
-    ticks = ticks[:: math.ceil(len(ticks) / 6)]
+        every = [float(f"{step}e{power}") for power in decades for step in steps]
+        ticks = [t for t in every if is_drawn(t) and ends[0] <= math.log10(t) <= ends[1]]
+        if sum(len(number(tick)) for tick in ticks) <= _MOST_TICK_TEXT:
+            break
+    while sum(len(number(tick)) for tick in ticks) > _MOST_TICK_TEXT:
+        ticks = ticks[::2]
+    ticks = ticks or [10 ** ((low + high) / 2)]
     return {
         "type": "log",
         "title": title,
@@ -161,11 +168,10 @@ def log_axis(values: Sequence[float], title: str) -> dict[str, Any]:
     }
 
 
-def bar(title: str) -> dict[str, object]:
+def bar() -> dict[str, Any]:
     """A colour bar under the picture, where it takes no width from a phone."""
     return {
         "orientation": "h",
-        "title": {"text": title, "side": "top"},
         "thickness": 10,
         "len": 1.0,
         "x": 0,
@@ -182,6 +188,52 @@ def round_step(length: int) -> int:
     """A step between labels that leaves twelve at most."""
     steps = (base * ten for ten in (1, 10, 100, 1000, 10**4, 10**5) for base in (1, 2, 5))
     return next(step for step in steps if length <= 12 * step)
+
+
+def heat(
+    z: Sequence[Sequence[float]],
+    most: float,
+    printed: Sequence[Sequence[str]],
+    blank: bool,
+    **drawn: Any,
+) -> list[go.Heatmap]:
+    """Cells by their values.
+
+    Args:
+        z: values.
+        most: that the end of the scale stands for.
+        printed: what is written into the cells; nothing if empty.
+        blank: whether cells of zero stay empty; they do where the others are printed.
+        drawn: what else is told of the traces.
+
+    Returns:
+        Traces: one for each colour of text, dark cells having white.
+    """
+    shared = {"zmin": 0, "zmax": most, "colorscale": SCALE, "hoverongaps": False, **drawn}
+    if not printed:
+        return [go.Heatmap(z=[[v or None for v in row] for row in z] if blank else z, **shared)]
+    shared |= {"xgap": 1, "ygap": 1, "showscale": False, "texttemplate": "%{text}"}
+    traces = []
+    for light, colour in ((False, "#ffffff"), (True, "#000000")):
+        own = [[bool(v) and (v > _TURN * most) == light for v in row] for row in z]
+        traces.append(
+            go.Heatmap(
+                z=_where(own, z, None),
+                text=_where(own, printed, ""),
+                textfont={"color": colour},
+                **shared,
+            )
+        )
+    return traces
+
+
+def _where(
+    own: Sequence[Sequence[bool]], table: Sequence[Sequence[Any]], other: Any
+) -> list[list[Any]]:
+    return [
+        [value if taken else other for taken, value in zip(chosen, row, strict=True)]
+        for chosen, row in zip(own, table, strict=True)
+    ]
 
 
 def lines(
@@ -202,21 +254,28 @@ def lines(
     if len(series) > MOST_SERIES:
         return figure(_fan(series, hover), height, x, y)
     traces = []
-    for index, own in enumerate(series):
+    shorts = labels([own.name for own in series], 30)
+    for index, (own, short) in enumerate(zip(series, shorts, strict=True)):
         step = math.ceil(len(own.x) / _MOST_POINTS)
         # From the end: the last point is the one that counts.
         across, up = list(own.x)[::-step][::-1], list(own.y)[::-step][::-1]
-        traces.append(_line(own.name, across, up, style(index), hover, len(up) <= 30))
+        traces.append(_line(own.name, short, across, up, style(index), hover, len(up) <= 30))
     return figure(traces, height, x, y)
 
 
 def _line(
-    name: str, x: list[float], y: list[float], drawn: dict[str, Any], hover: str, marks: bool
+    name: str,
+    short: str,
+    x: list[float],
+    y: list[float],
+    drawn: dict[str, Any],
+    hover: str,
+    marks: bool,
 ) -> go.Scatter:
     return go.Scatter(
         x=x,
         y=y,
-        name=marked(label(name, 30)),
+        name=marked(short),
         meta=marked(name),
         mode="lines+markers" if marks else "lines",
         hovertemplate=f"%{{meta}}<br>{hover}<extra></extra>",
@@ -244,15 +303,14 @@ def _fan(series: Sequence[Series], hover: str) -> list[go.Scatter]:
         traces.append(go.Scatter(y=bottom, showlegend=False, **edge))
         traces.append(go.Scatter(y=top, name=name, fill="tonexty", fillcolor=fill, **edge))
     solid = {"line": {"color": BLUE, "width": 2.5}}
-    traces.append(_line("median client", xs, middle, solid, hover, False))
+    traces.append(_line("median client", "median client", xs, middle, solid, hover, False))
     for own, colour, dash, what in (
         (max(series, key=lambda own: own.y[-1]), ORANGE, "dash", "ends highest"),
         (min(series, key=lambda own: own.y[-1]), GREEN, "dot", "ends lowest"),
     ):
         drawn = {"line": {"color": colour, "width": 2, "dash": dash}}
-        trace = _line(own.name, list(own.x), list(own.y), drawn, hover, False)
-        trace.name = marked(f"{what}: {label(own.name)}")
-        traces.append(trace)
+        short = f"{what}: {label(own.name, 20)}"
+        traces.append(_line(own.name, short, list(own.x), list(own.y), drawn, hover, False))
     return traces
 
 
@@ -280,6 +338,7 @@ def strip(
     shown = [v for row in values for v in row if is_drawn(v)]
     few = len(names) <= MOST_SERIES
     traces = [] if few else _spans(values)
+    shorts = labels(names, 30)
     for index in range(len(names)) if few else [notable]:
         offset = 0.09 * (index - (len(names) - 1) / 2) if few else 0
         points = [(row[index], y) for y, row in enumerate(values) if is_drawn(row[index])]
@@ -288,7 +347,7 @@ def strip(
             go.Scatter(
                 x=[x for x, _ in points],
                 y=[y + offset for _, y in points],
-                name=marked(label(names[index], 30)),
+                name=marked(shorts[index]),
                 meta=marked(names[index]),
                 mode="markers",
                 text=[marked(rows[y]) for _, y in points],
@@ -300,10 +359,10 @@ def strip(
     across = {
         "range": [len(rows) - 0.5, -0.5],
         "tickvals": list(range(len(rows))),
-        "ticktext": [marked(label(row)) for row in rows],
+        "ticktext": [marked(name) for name in labels(rows, 18)],
     }
     held = [*shown, at] if at else shown
-    made = figure(traces, max(height, 200), log_axis(held, title), across)
+    made = figure(traces, max(height, 300), log_axis(held, title), across)
     if at:
         made.add_vline(at, line={"width": 1.5, "dash": "dot"})
     return made
@@ -332,7 +391,7 @@ def _spans(values: Sequence[Sequence[float]]) -> list[go.Scatter]:
             y=[y for _, y in middle],
             name="median client",
             mode="markers",
-            marker={"color": BLUE, "symbol": "line-ns", "size": 12, "line": {"width": 2.5}},
+            marker={"color": "#ffffff", "size": 8, "line": {"color": BLUE, "width": 2}},
             hovertemplate="median client: %{x:.3~g}<extra></extra>",
         )
     )
