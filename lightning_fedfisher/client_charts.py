@@ -13,13 +13,15 @@ from lightning_fedfisher.chart_form import (
     MOST_SERIES,
     Chart,
     Panel,
-    Series,
-    bar,
     figure,
-    heat,
-    lines,
     log_axis,
     round_step,
+)
+from lightning_fedfisher.chart_pictures import (
+    Series,
+    bar,
+    heat,
+    lines,
     strip,
 )
 from lightning_fedfisher.chart_words import (
@@ -232,7 +234,7 @@ def curvature_chart(record: FederationRecord) -> Chart | None:
     holders = [client for client, table in pairs if steepest in table]
     if spectra := _spectra(holders, layers):
         beside = _spectrum(spectra, panels[0].figure.layout.height)
-        panels.append(Panel(beside, f"Spectrum of {label(steepest)}"))
+        panels.append(Panel(beside, f"Spectrum of {label(steepest, 40)}"))
     ranks = [layer.effective_rank for layer in layers if is_drawn(layer.effective_rank)]
     share = percent(weights[steepest], math.fsum(weights.values()))
     spread = f", spread over about {count(round(statistics.median(ranks)), 'direction')}"

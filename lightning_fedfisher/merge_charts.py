@@ -11,9 +11,11 @@ from lightning_fedfisher.chart_form import (
     MOST_SERIES,
     Chart,
     Panel,
+    log_axis,
+)
+from lightning_fedfisher.chart_pictures import (
     Series,
     lines,
-    log_axis,
     strip,
 )
 from lightning_fedfisher.chart_words import (
@@ -183,8 +185,8 @@ def _influence_finding(
     if most <= 2:
         return f"No client weighs more than {number(most)} times the median client"
     times = "infinitely more than" if most == math.inf else f"{number(most)} times as much as"
-    where = label(merge.layers[row], 30)
-    return f"{label(clients[at], 30)} weighs up to {times} the median client, in {where}"
+    where = label(merge.layers[row], 40)
+    return f"{label(clients[at], 40)} weighs up to {times} the median client, in {where}"
 
 
 def _distance_finding(
@@ -193,10 +195,10 @@ def _distance_finding(
     for own, name in zip(distances, merge.layers, strict=True):
         if math.inf in own:
             who = label(clients[own.index(math.inf)], 30)
-            return f"{who} is infinitely far from the merge in {label(name, 30)}"
+            return f"{who} is infinitely far from the merge in {label(name, 40)}"
     if not any(map(is_drawn, chain(*distances))):
         return ""
     sums = _sums(distances)
     far = sums.index(max(sums))
     share = percent(sums[far], math.fsum(sums))
-    return f"{share} of the squared distance from the merge is {label(clients[far], 30)}'s"
+    return f"{share} of the squared distance from the merge is {label(clients[far], 40)}'s"

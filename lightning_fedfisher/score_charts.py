@@ -13,10 +13,12 @@ from lightning_fedfisher.chart_form import (
     ORANGE,
     Chart,
     Panel,
-    bar,
     figure,
-    heat,
     round_step,
+)
+from lightning_fedfisher.chart_pictures import (
+    bar,
+    heat,
 )
 from lightning_fedfisher.chart_words import (
     count,
