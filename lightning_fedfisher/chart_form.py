@@ -1,8 +1,7 @@
-"""The form all charts share: colours, labels, numbers in words, and two kinds of picture.
+"""The form all charts share: what they are, their colours and their axes.
 
-Lines run over epochs or iterations, strips have a row for each layer. Both show every client while
-there are few, and what they have in common when there are many. Text, grid and background have no
-colour of their own: they are the page's, which knows whether it is dark.
+Text, grid and background have no colour of their own: they are the page's, which knows whether it
+is dark.
 """
 
 from __future__ import annotations
@@ -10,9 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
-
-import numpy as np
+from itertools import pairwise
+from typing import Any
 
 try:
     import plotly.graph_objects as go
@@ -21,11 +19,10 @@ except ImportError as error:
         "a report needs plotly and jinja2: pip install 'lightning-fedfisher[report]'"
     ) from error
 
-from lightning_fedfisher.chart_words import is_drawn, label, marked, number
+from lightning_fedfisher.chart_words import is_drawn, marked, number
 
 # Those of Okabe and Ito's palette that stand out, by three to one, from white and from near black.
 BLUE, ORANGE, GREEN, PINK = COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
-SCALE = "Cividis"
 
 MOST_SERIES = 8
 """Clients or methods that are told apart in one picture."""
@@ -33,11 +30,9 @@ MOST_SERIES = 8
 MOST_ROWS = 20
 """Rows of a picture: no taller than a screen, no labels over one another."""
 
-_DASHES = ("solid", "dash")
-_SYMBOLS = ("circle", "square", "diamond", "cross", "triangle-up", "x", "star", "triangle-down")
-_MOST_POINTS = 400
+_NARROW = 170  # pixels of an axis on a phone, beside long names
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', sans-serif"
-_LEGEND = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}
+_LEGEND = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "traceorder": "normal"}
 
 
 @dataclass(frozen=True)
@@ -70,24 +65,6 @@ class Chart:
     panels: list[Panel] = field(default_factory=list)
 
 
-class Series(NamedTuple):
-    """A line: its name, and its points."""
-
-    name: str
-    x: Sequence[float]
-    y: Sequence[float]
-
-
-def style(index: int) -> dict[str, Any]:
-    """How the n-th client or method is drawn: no two of `MOST_SERIES` alike without colour."""
-    colour = COLOURS[index % len(COLOURS)]
-    symbol = _SYMBOLS[index % len(_SYMBOLS)]
-    return {
-        "line": {"color": colour, "width": 2, "dash": _DASHES[index // 4 % len(_DASHES)]},
-        "marker": {"color": colour, "symbol": symbol, "size": 8},
-    }
-
-
 def figure(traces: Sequence[Any], height: int, x: dict[str, Any], y: dict[str, Any]) -> go.Figure:
     """A figure in the form all share.
 
@@ -100,7 +77,8 @@ def figure(traces: Sequence[Any], height: int, x: dict[str, Any], y: dict[str, A
     Returns:
         A figure.
     """
-    axis = {"automargin": True, "fixedrange": True, "zeroline": False, "ticklen": 4}
+    axis = {"automargin": True, "fixedrange": True, "zeroline": False, "ticklen": 0, "tickangle": 0}
+    axis |= {"ticklabelstandoff": 6}
     return go.Figure(
         data=list(traces),
         layout={
@@ -126,12 +104,16 @@ def figure(traces: Sequence[Any], height: int, x: dict[str, Any], y: dict[str, A
 
 def titled(axis: dict[str, Any]) -> dict[str, Any]:
     """An axis whose ``title`` is a string."""
-    title = {"text": marked(axis["title"]), "standoff": 8} if "title" in axis else None
+    title = (
+        {"text": marked(axis["title"]), "standoff": 8, "font": {"size": 12}}
+        if "title" in axis
+        else None
+    )
     return {**axis, "title": title}
 
 
 def log_axis(values: Sequence[float], title: str) -> dict[str, Any]:
-    """A logarithmic axis with at most six labels that say what they are.
+    """A logarithmic axis with labels that say what they are, and have room on a phone.
 
     Args:
         values: positive, that it is to hold.
@@ -144,14 +126,14 @@ def log_axis(values: Sequence[float], title: str) -> dict[str, Any]:
     room = max(0.06 * (high - low), 0.08)
     ends = (low - room, high + room)
     decades = range(math.floor(ends[0]), math.ceil(ends[1]) + 1)
-    ticks: list[float] = []
     for steps in ((1, 2, 5), (1, 3), (1,)):
-        if not ticks or len(ticks) > 6:
-            exact = [float(f"{step}e{power}") for power in decades for step in steps]
-            ticks = [t for t in exact if is_drawn(t) and ends[0] <= math.log10(t) <= ends[1]]
-    if not ticks:
-        ticks = [10 ** ((low + high) / 2)]
-    ticks = ticks[:: math.ceil(len(ticks) / 6)]
+        every = [float(f"{step}e{power}") for power in decades for step in steps]
+        ticks = [t for t in every if is_drawn(t) and ends[0] <= math.log10(t) <= ends[1]]
+        if _have_room(ticks, ends[1] - ends[0]):
+            break
+    while not _have_room(ticks, ends[1] - ends[0]):
+        ticks = ticks[::2]
+    ticks = ticks or [10 ** ((low + high) / 2)]
     return {
         "type": "log",
         "title": title,
@@ -161,179 +143,15 @@ def log_axis(values: Sequence[float], title: str) -> dict[str, Any]:
     }
 
 
-def bar(title: str) -> dict[str, object]:
-    """A colour bar under the picture, where it takes no width from a phone."""
-    return {
-        "orientation": "h",
-        "title": {"text": title, "side": "top"},
-        "thickness": 10,
-        "len": 1.0,
-        "x": 0,
-        "xanchor": "left",
-        "y": 0,
-        "yref": "container",
-        "yanchor": "bottom",
-        "outlinewidth": 0,
-        "nticks": 6,
-    }
-
-
 def round_step(length: int) -> int:
     """A step between labels that leaves twelve at most."""
     steps = (base * ten for ten in (1, 10, 100, 1000, 10**4, 10**5) for base in (1, 2, 5))
     return next(step for step in steps if length <= 12 * step)
 
 
-def lines(
-    series: Sequence[Series], x: dict[str, Any], y: dict[str, Any], hover: str, height: int = 340
-) -> go.Figure:
-    """Draws every line, or if there are too many what they have in common.
-
-    Args:
-        series: at least one, with points that the axes can hold.
-        x: the horizontal axis.
-        y: the vertical axis.
-        hover: what plotly is to say of a point, after its name.
-        height: in pixels.
-
-    Returns:
-        A figure.
-    """
-    if len(series) > MOST_SERIES:
-        return figure(_fan(series, hover), height, x, y)
-    traces = []
-    for index, own in enumerate(series):
-        step = math.ceil(len(own.x) / _MOST_POINTS)
-        # From the end: the last point is the one that counts.
-        across, up = list(own.x)[::-step][::-1], list(own.y)[::-step][::-1]
-        traces.append(_line(own.name, across, up, style(index), hover, len(up) <= 30))
-    return figure(traces, height, x, y)
-
-
-def _line(
-    name: str, x: list[float], y: list[float], drawn: dict[str, Any], hover: str, marks: bool
-) -> go.Scatter:
-    return go.Scatter(
-        x=x,
-        y=y,
-        name=marked(label(name, 30)),
-        meta=marked(name),
-        mode="lines+markers" if marks else "lines",
-        hovertemplate=f"%{{meta}}<br>{hover}<extra></extra>",
-        **drawn,
+def _have_room(ticks: Sequence[float], span: float) -> bool:
+    """Whether labels on a logarithmic axis of a phone stay apart."""
+    return all(
+        math.log10(right / left) / span * _NARROW > 3.4 * len(number(left) + number(right)) + 8
+        for left, right in pairwise(ticks)
     )
-
-
-def _fan(series: Sequence[Series], hover: str) -> list[go.Scatter]:
-    points: dict[float, list[float]] = {}
-    for own in series:
-        for across, up in zip(own.x, own.y, strict=True):
-            points.setdefault(across, []).append(up)
-    xs = sorted(points)
-    xs = xs[:: -math.ceil(len(xs) / _MOST_POINTS)][::-1]
-    least, low, middle, high, most = (
-        [float(np.quantile(points[x], at)) for x in xs] for at in (0, 0.25, 0.5, 0.75, 1)
-    )
-    traces = []
-    for name, bottom, top, depth in (
-        ("all clients", least, most, 0.16),
-        ("middle half", low, high, 0.32),
-    ):
-        edge = {"x": xs, "mode": "lines", "line": {"width": 0}, "hoverinfo": "skip"}
-        fill = f"rgba(0,114,178,{depth})"
-        traces.append(go.Scatter(y=bottom, showlegend=False, **edge))
-        traces.append(go.Scatter(y=top, name=name, fill="tonexty", fillcolor=fill, **edge))
-    solid = {"line": {"color": BLUE, "width": 2.5}}
-    traces.append(_line("median client", xs, middle, solid, hover, False))
-    for own, colour, dash, what in (
-        (max(series, key=lambda own: own.y[-1]), ORANGE, "dash", "ends highest"),
-        (min(series, key=lambda own: own.y[-1]), GREEN, "dot", "ends lowest"),
-    ):
-        drawn = {"line": {"color": colour, "width": 2, "dash": dash}}
-        trace = _line(own.name, list(own.x), list(own.y), drawn, hover, False)
-        trace.name = marked(f"{what}: {label(own.name)}")
-        traces.append(trace)
-    return traces
-
-
-def strip(
-    rows: Sequence[str],
-    names: Sequence[str],
-    values: Sequence[Sequence[float]],
-    title: str,
-    notable: int,
-    at: float | None = None,
-) -> go.Figure:
-    """Draws a row of points on a logarithmic axis for each layer.
-
-    Args:
-        rows: names of layers, at most `MOST_ROWS`.
-        names: of clients.
-        values: of each layer and client; what is not positive and finite is not drawn.
-        title: of the axis.
-        notable: the client that is drawn where not all are.
-        at: where to draw a line across, if anywhere.
-
-    Returns:
-        A figure.
-    """
-    shown = [v for row in values for v in row if is_drawn(v)]
-    few = len(names) <= MOST_SERIES
-    traces = [] if few else _spans(values)
-    for index in range(len(names)) if few else [notable]:
-        offset = 0.09 * (index - (len(names) - 1) / 2) if few else 0
-        points = [(row[index], y) for y, row in enumerate(values) if is_drawn(row[index])]
-        drawn = style(index if few else 1)
-        traces.append(
-            go.Scatter(
-                x=[x for x, _ in points],
-                y=[y + offset for _, y in points],
-                name=marked(label(names[index], 30)),
-                meta=marked(names[index]),
-                mode="markers",
-                text=[marked(rows[y]) for _, y in points],
-                marker=drawn["marker"],
-                hovertemplate="%{meta}<br>%{text}: %{x:.3~g}<extra></extra>",
-            )
-        )
-    height = 90 + 24 * len(rows) + (20 if few and len(names) > 4 else 0)
-    across = {
-        "range": [len(rows) - 0.5, -0.5],
-        "tickvals": list(range(len(rows))),
-        "ticktext": [marked(label(row)) for row in rows],
-    }
-    held = [*shown, at] if at else shown
-    made = figure(traces, max(height, 200), log_axis(held, title), across)
-    if at:
-        made.add_vline(at, line={"width": 1.5, "dash": "dot"})
-    return made
-
-
-def _spans(values: Sequence[Sequence[float]]) -> list[go.Scatter]:
-    """Of each row the range, its middle half and its median."""
-    traces = []
-    kept = [[v for v in row if is_drawn(v)] for row in values]
-    for name, ends, width in (("all clients", (0, 1), 3), ("middle half", (0.25, 0.75), 9)):
-        x: list[float | None] = []
-        y: list[float | None] = []
-        for index, row in enumerate(kept):
-            if row:
-                x += [*(float(np.quantile(row, at)) for at in ends), None]
-                y += [index, index, None]
-        # Thin under thick, so that opacity does not tell them apart.
-        line = {"color": BLUE, "width": width}
-        traces.append(
-            go.Scatter(x=x, y=y, name=name, mode="lines", line=line, opacity=0.55, hoverinfo="skip")
-        )
-    middle = [(float(np.median(row)), index) for index, row in enumerate(kept) if row]
-    traces.append(
-        go.Scatter(
-            x=[x for x, _ in middle],
-            y=[y for _, y in middle],
-            name="median client",
-            mode="markers",
-            marker={"color": BLUE, "symbol": "line-ns", "size": 12, "line": {"width": 2.5}},
-            hovertemplate="median client: %{x:.3~g}<extra></extra>",
-        )
-    )
-    return traces

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import html
 import math
+import re
+from collections.abc import Sequence
+from itertools import takewhile
 from typing import TypeGuard
 from unicodedata import east_asian_width
 
@@ -30,6 +33,34 @@ def label(name: str, width: int = 22) -> str:
         kept -= 1
         short = f"{text[: (kept + 1) // 2]}…{text[len(text) - kept // 2 :]}"
     return short
+
+
+def labels(names: Sequence[str], width: int = 22) -> list[str]:
+    """Names short enough for one axis, where they must be told apart.
+
+    Args:
+        names: of clients, layers or methods.
+        width: characters each may take.
+
+    Returns:
+        The names; if one is longer, all without what they begin or end with in common.
+    """
+    texts = [plain(name).strip() for name in names]
+    if len(set(texts)) > 1 and max(map(_width, texts)) > width:
+        # Whole words: what a name is cut to should be in it.
+        head = re.sub(r"[^\W_]*$", "", _shared(texts))
+        tail = re.sub(r"^[^\W_]*", "", _shared([text[::-1] for text in texts])[::-1])
+        if len(head) >= len(tail):
+            texts = [f"…{text[len(head) :]}" if head else text for text in texts]
+        else:
+            texts = [f"{text[: -len(tail)]}…" for text in texts]
+    return [label(text, width) for text in texts]
+
+
+def _shared(texts: Sequence[str]) -> str:
+    """What all begin with."""
+    alike = takewhile(lambda column: len(set(column)) == 1, zip(*texts, strict=False))
+    return "".join(column[0] for column in alike)
 
 
 def _width(text: str) -> int:

@@ -1,4 +1,4 @@
-"""The ``fedfisher`` command line: look at updates, check them, merge them.
+"""The ``fedfisher`` command line: look at updates, check them, merge them, report on it.
 
 The server needs no model code: names and shapes are in the updates, and the result is a state dict.
 """
@@ -35,6 +35,7 @@ from lightning_fedfisher.merge_module import FisherMergeModule
 from lightning_fedfisher.methods import METHODS, MethodName
 from lightning_fedfisher.model_card import model_card
 from lightning_fedfisher.progress import is_first, shown
+from lightning_fedfisher.record import FederationRecord
 from lightning_fedfisher.update import ClientUpdate
 from lightning_fedfisher.update_file import whole_file
 
@@ -116,6 +117,16 @@ def _parser() -> ArgumentParser:
         "--dry-run", action="store_true", help="check all, tell what would be done, write nothing"
     )
     commands.add_subcommand("merge", merge, help="merge update files into one model")
+
+    report = ArgumentParser(
+        description="Draws the record of a federation: one HTML page with the methods compared and "
+        "charts of clients and merges, to be read without a network, or printed."
+    )
+    report.add_argument("run", type=str, metavar="RUN_DIR", help="folder with a record.json")
+    report.add_argument(
+        "--output", type=str | None, metavar="FILE", help="page to write; RUN_DIR/report.html"
+    )
+    commands.add_subcommand("report", report, help="draw a federation on one HTML page")
     return parser
 
 
@@ -290,6 +301,22 @@ def _tell_plan(merge: FisherMergeModule, flags: Namespace, output: Path, card: P
     print(f"would write {output} and {card}")
 
 
+def _report(flags: Namespace) -> int:
+    try:
+        from lightning_fedfisher.report import FILE_NAME, write_report
+    except ImportError as error:  # of an extra
+        raise ValueError(str(error)) from error
+    run = Path(flags.run)
+    record = FederationRecord.load(run)
+    output = Path(flags.output or (run if run.is_dir() else run.parent) / FILE_NAME)
+    write_report(record, output)
+    clients, merges = len(record.clients), len(record.merges)
+    print(
+        _printable(f"{output}: {clients} clients, {merges} merges, {output.stat().st_size:,} bytes")
+    )
+    return 0
+
+
 def _expanded(patterns: Sequence[str]) -> list[str]:
     """The files that patterns stand for, in order of their names; plain names as they are."""
     files: list[str] = []
@@ -348,7 +375,7 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     _complain(f"warning: {message}")
 
 
-_COMMANDS = {"inspect": _inspect, "verify": _verify, "merge": _merge}
+_COMMANDS = {"inspect": _inspect, "verify": _verify, "merge": _merge, "report": _report}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,15 +11,17 @@ import plotly.graph_objects as go
 from lightning_fedfisher.chart_form import (
     MOST_ROWS,
     MOST_SERIES,
-    SCALE,
     Chart,
     Panel,
-    Series,
-    bar,
     figure,
-    lines,
     log_axis,
     round_step,
+)
+from lightning_fedfisher.chart_pictures import (
+    Series,
+    bar,
+    heat,
+    lines,
     strip,
 )
 from lightning_fedfisher.chart_words import (
@@ -27,6 +29,7 @@ from lightning_fedfisher.chart_words import (
     is_drawn,
     is_known,
     label,
+    labels,
     marked,
     number,
     percent,
@@ -65,10 +68,11 @@ def data_chart(record: FederationRecord) -> Chart | None:
     printed = len(held[0]) <= _MOST_PRINTED
     names = [f"class {c}" if group == 1 else f"classes {c} to {min(c + group, classes) - 1}"
              for c in range(0, classes, group)]  # fmt: skip
-    heat = go.Heatmap(
-        z=[[amount or None for amount in row] for row in held],
-        colorscale=SCALE,
-        xgap=1 if printed else 0,
+    traces = heat(
+        held,
+        max(map(max, held)),
+        [[_compact(amount) for amount in row] for row in held] if printed else [],
+        True,
         ygap=1,
         hoverinfo="text",
         hovertext=[
@@ -78,26 +82,20 @@ def data_chart(record: FederationRecord) -> Chart | None:
             ]
             for client, row in zip(shown, held, strict=True)
         ],
-        text=[[_compact(amount) for amount in row] for row in held] if printed else None,
-        texttemplate="%{text}" if printed else None,
-        showscale=not printed,
-        colorbar=bar("samples"),
-        zmin=0,
+        colorbar=bar(),
     )
     step = max(group, round_step(classes))
     x = {
         "title": "class",
         "tickvals": [tick / group for tick in range(0, classes, step)],
         "ticktext": [str(tick) for tick in range(0, classes, step)],
-        "ticklen": 0,
     }
     y = {
         "autorange": "reversed",
         "tickvals": list(range(len(shown))),
-        "ticktext": [marked(label(client.name, 16)) for client in shown],
-        "ticklen": 0,
+        "ticktext": [marked(name) for name in labels([own.name for own in shown], 16)],
     }
-    height = 70 + max(26 * len(shown), 80) + (0 if printed else 70)
+    height = 70 + max(26 * len(shown), 80) + (0 if printed else 50)
     silent = len(record.clients) - len(telling)
     drawn = "Samples of each class that each client holds; empty where it holds none"
     if len(shown) < len(telling):
@@ -110,7 +108,7 @@ def data_chart(record: FederationRecord) -> Chart | None:
             f"Classes are added up in groups of {group}" if group > 1 else "",
             f"{count(silent, 'client')} that tell no classes left out" if silent else "",
         ),
-        [Panel(figure([heat], height, x, y))],
+        [Panel(figure(traces, height, x, y))],
     )
 
 
@@ -165,7 +163,9 @@ def loss_chart(record: FederationRecord) -> Chart | None:
         "loss",
         _loss_title(trained),
         sentences(
-            f"{drawn}, of {len(series):,} clients and two of them" if many else drawn,
+            f"{drawn}: all {len(series):,} clients, and where it ends highest and lowest"
+            if many
+            else drawn,
             f"{count(lost, 'client')} without a finite loss left out" if lost else "",
         ),
         [Panel(lines(series, x, y, "epoch %{x}: %{y:.3~g}"))],
@@ -230,11 +230,11 @@ def curvature_chart(record: FederationRecord) -> Chart | None:
     steepest = ranked[0]
     panels = [Panel(strip(rows, clients, values, "trace", notable), "Trace of each layer")]
     layers = [table[steepest] for table in tables if steepest in table]
-    holders = [
-        own for own in record.clients if any(layer.layer == steepest for layer in own.curvature)
-    ]
+    pairs = zip(record.clients, tables, strict=True)
+    holders = [client for client, table in pairs if steepest in table]
     if spectra := _spectra(holders, layers):
-        panels.append(Panel(_spectrum(spectra), f"Spectrum of {label(steepest)}"))
+        beside = _spectrum(spectra, panels[0].figure.layout.height)
+        panels.append(Panel(beside, f"Spectrum of {label(steepest, 40)}"))
     ranks = [layer.effective_rank for layer in layers if is_drawn(layer.effective_rank)]
     share = percent(weights[steepest], math.fsum(weights.values()))
     spread = f", spread over about {count(round(statistics.median(ranks)), 'direction')}"
@@ -266,10 +266,10 @@ def _spectra(clients: Sequence[ClientRecord], layers: Sequence[LayerCurvature]) 
     return found
 
 
-def _spectrum(spectra: Sequence[Series]) -> go.Figure:
+def _spectrum(spectra: Sequence[Series], height: int) -> go.Figure:
     y = log_axis([v for own in spectra for v in own.y], "eigenvalue, of the largest")
     x = {"title": "rank, % of all eigenvalues", "range": [-3, 103]}
-    return lines(spectra, x, y, "rank %{x:.0f}%: %{y:.2~g} of the largest", 320)
+    return lines(spectra, x, y, "rank %{x:.0f}%: %{y:.2~g} of the largest", height)
 
 
 def _compact(amount: int) -> str:

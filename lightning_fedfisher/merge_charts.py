@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 
 from lightning_fedfisher.chart_form import (
@@ -11,9 +11,11 @@ from lightning_fedfisher.chart_form import (
     MOST_SERIES,
     Chart,
     Panel,
+    log_axis,
+)
+from lightning_fedfisher.chart_pictures import (
     Series,
     lines,
-    log_axis,
     strip,
 )
 from lightning_fedfisher.chart_words import (
@@ -104,19 +106,23 @@ def weight_chart(record: FederationRecord) -> Chart | None:
     influence = _whole(merge.influence, merge, clients)
     distances = _whole(merge.distances, merge, clients)
     for values, name, title in (
-        (distances, "Distance from the merge", "distance in its own Fisher norm"),
-        (influence, "Influence", "multiple of the median client's"),
+        (distances, "Distance from the merge", "distance, Fisher norm"),
+        (influence, "Influence", "times the median client's"),
     ):
         if not any(map(is_drawn, chain(*values))):
             continue
         rows = _heaviest(influence or distances)
-        sums = _sums(values)
+        if values is influence:
+            notable = max(range(len(clients)), key=lambda at: _largest(row[at] for row in values))
+        else:
+            sums = _sums(values)
+            notable = sums.index(max(sums))
         picked = strip(
             [merge.layers[row] for row in rows],
             clients,
             [values[row] for row in rows],
             title,
-            sums.index(max(sums)),
+            notable,
             1.0 if values is influence else None,
         )
         panels.append(Panel(picked, name))
@@ -130,7 +136,7 @@ def weight_chart(record: FederationRecord) -> Chart | None:
     if len(merge.layers) > MOST_ROWS:
         notes.append(f"{MOST_ROWS} of {len(merge.layers)} layers, where a client weighs most")
     if len(clients) > MOST_SERIES:
-        notes.append("The client with the largest sum is drawn by itself")
+        notes.append("The client that stands out is drawn by itself")
     if hidden:
         notes.append(f"{count(hidden, 'value')} zero or infinite left out")
     return Chart(
@@ -149,16 +155,20 @@ def _whole(
     return values if fits else []
 
 
-def _sums(values: Sequence[Sequence[float]], power: int = 1) -> list[float]:
-    """Each client's sum over the layers, as a multiple of the largest value."""
+def _sums(values: Sequence[Sequence[float]]) -> list[float]:
+    """Each client's sum of squares over the layers, in squares of the largest value."""
     top = max(filter(is_drawn, chain(*values)))
     columns = zip(*values, strict=True)
-    return [sum((v / top) ** power for v in own if is_drawn(v)) for own in columns]
+    return [sum((v / top) ** 2 for v in own if is_drawn(v)) for own in columns]
+
+
+def _largest(values: Iterable[float]) -> float:
+    return max((v for v in values if not math.isnan(v)), default=0.0)
 
 
 def _heaviest(values: Sequence[Sequence[float]]) -> list[int]:
     """The rows with the largest values, in their order."""
-    most = [max((v for v in row if not math.isnan(v)), default=0.0) for row in values]
+    most = [_largest(row) for row in values]
     return sorted(sorted(range(len(values)), key=lambda row: -most[row])[:MOST_ROWS])
 
 
@@ -175,8 +185,8 @@ def _influence_finding(
     if most <= 2:
         return f"No client weighs more than {number(most)} times the median client"
     times = "infinitely more than" if most == math.inf else f"{number(most)} times as much as"
-    where = label(merge.layers[row], 30)
-    return f"{label(clients[at], 30)} weighs up to {times} the median client, in {where}"
+    where = label(merge.layers[row], 40)
+    return f"{label(clients[at], 40)} weighs up to {times} the median client, in {where}"
 
 
 def _distance_finding(
@@ -185,10 +195,10 @@ def _distance_finding(
     for own, name in zip(distances, merge.layers, strict=True):
         if math.inf in own:
             who = label(clients[own.index(math.inf)], 30)
-            return f"{who} is infinitely far from the merge in {label(name, 30)}"
+            return f"{who} is infinitely far from the merge in {label(name, 40)}"
     if not any(map(is_drawn, chain(*distances))):
         return ""
-    sums = _sums(distances, power=2)
+    sums = _sums(distances)
     far = sums.index(max(sums))
     share = percent(sums[far], math.fsum(sums))
-    return f"{share} of the squared distance from the merge is {label(clients[far], 30)}'s"
+    return f"{share} of the squared distance from the merge is {label(clients[far], 40)}'s"

@@ -109,7 +109,7 @@ def _facts(record: FederationRecord) -> list[_Fact]:
         else:
             facts.append(_Fact("Upload", _size(merge.upload_bytes), "a client, once"))
     seconds = [(merge.server_seconds, "server"), (merge.client_seconds, "each client")]
-    known = [f"{number(value)} s {where}" for value, where in seconds if is_known(value)]
+    known = [f"{_seconds(value)} s {where}" for value, where in seconds if is_known(value)]
     if known:
         amount, _, where = known[0].partition(" s ")
         rest = f", {known[1]}" if len(known) > 1 else ""
@@ -166,6 +166,10 @@ def _uploads(merge: MergeRecord) -> float | None:
     return merge.upload_bytes / merge.fedavg_bytes
 
 
+def _seconds(value: float) -> str:
+    return f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}"
+
+
 _COLUMNS = (
     _Column("Accuracy, %", lambda own: _of(own.score, "accuracy"), "{:.1f}".format, 1),
     _Column("NLL, nats", lambda own: _of(own.score, "nll"), "{:.3f}".format),
@@ -173,8 +177,8 @@ _COLUMNS = (
         "Calibration error, %", lambda own: _of(own.score, "calibration_error"), "{:.1f}".format
     ),
     _Column("Upload, × FedAvg", _uploads, "{:.2f}".format),  # noqa: RUF001
-    _Column("Client, s", lambda own: own.client_seconds, number),
-    _Column("Server, s", lambda own: own.server_seconds, number),
+    _Column("Client, s", lambda own: own.client_seconds, _seconds),
+    _Column("Server, s", lambda own: own.server_seconds, _seconds),
     _Column("Labels", lambda own: own.server_labels, "{:,.0f}".format),
 )
 

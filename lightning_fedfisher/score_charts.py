@@ -11,12 +11,14 @@ from lightning_fedfisher.chart_form import (
     BLUE,
     MOST_ROWS,
     ORANGE,
-    SCALE,
     Chart,
     Panel,
-    bar,
     figure,
     round_step,
+)
+from lightning_fedfisher.chart_pictures import (
+    bar,
+    heat,
 )
 from lightning_fedfisher.chart_words import (
     count,
@@ -80,7 +82,6 @@ def accuracy_chart(record: FederationRecord) -> Chart | None:
         "range": [len(shown) - 0.5, -0.5],
         "tickvals": list(range(len(shown))),
         "ticktext": [f"{marked(label(m.method, 18))}  <b>{a:.1f}</b>" for m, a in shown],
-        "ticklen": 0,
     }
     x = {"title": "test accuracy, %", "range": [0, 100], "nticks": 6}
     made = figure(traces, 130 + 28 * len(shown), x, y)
@@ -173,8 +174,7 @@ def confusion_chart(record: FederationRecord) -> Chart | None:
         "confusion",
         title,
         sentences(
-            "How often, in %, test samples of each true class get each predicted class; "
-            "empty where never",
+            "What test samples of each true class are taken for, in % of the class",
             f"Classes are added up in groups of {group}" if group > 1 else "",
         ),
         panels,
@@ -193,29 +193,24 @@ def _confusion(counts: list[list[int]], group: int) -> go.Figure:
         [sum(sum(row[x : x + group]) for row in counts[y : y + group]) for x in starts]
         for y in starts
     ]
-    shares = [[round(100 * n / sum(row), 2) if n else None for n in row] for row in sums]
-    printed = len(sums) <= _MOST_PRINTED
-    heat = go.Heatmap(
-        z=shares,
-        zmin=0,
-        zmax=100,
-        colorscale=SCALE,
-        xgap=1 if printed else 0,
-        ygap=1 if printed else 0,
-        showscale=not printed,
-        colorbar=bar("% of the true class"),
-        texttemplate="%{z:.0f}" if printed else None,
+    shares = [[100 * n / (sum(row) or 1) for n in row] for row in sums]
+    few = len(sums) <= _MOST_PRINTED
+    traces = heat(
+        [[round(share, 2) for share in row] for row in shares],
+        100,
+        [[f"{share:.0f}" for share in row] for row in shares] if few else [],
+        False,
+        colorbar=bar(),
         hovertemplate="true %{y}, predicted %{x}: %{z:.1f}%<extra></extra>",
     )
     step = max(group, round_step(len(counts)))
     ticks = {
         "tickvals": [tick / group for tick in range(0, len(counts), step)],
         "ticktext": [str(tick) for tick in range(0, len(counts), step)],
-        "ticklen": 0,
     }
     x = {"title": "predicted class", **ticks}
     y = {"title": "true class", "autorange": "reversed", **ticks}
-    return figure([heat], 360 if printed else 430, x, y)
+    return figure(traces, 360 if few else 430, x, y)
 
 
 def _recalls(counts: Sequence[Sequence[int]]) -> list[float | None]:
