@@ -11,6 +11,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -107,19 +108,22 @@ def provenance() -> dict[str, Any]:
         ``versions`` by package, and ``git`` with ``commit`` and ``dirty``, or None.
     """
     versions = {package: version(package) for package in _PACKAGES}
-    commit, status = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
-    git = None if commit is None else {"commit": commit, "dirty": bool(status)}
-    return {"versions": {"python": platform.python_version(), **versions}, "git": git}
+    versions = {"python": platform.python_version(), **versions}
+    return {"versions": versions, "git": _git_state(Path.cwd())}
 
 
-def _git(*command: str) -> str | None:
-    try:
+@cache  # what runs is what was imported, whatever happens to the files later
+def _git_state(folder: Path) -> dict[str, Any] | None:
+    def git(*command: str) -> str:
         done = subprocess.run(
-            ["git", *command], capture_output=True, text=True, timeout=10, check=True
+            ["git", *command], cwd=folder, capture_output=True, text=True, timeout=10, check=True
         )
+        return done.stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
 
 
 def warn_of_used_runs(loggers: Iterable[Logger]) -> None:

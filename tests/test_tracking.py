@@ -1,5 +1,6 @@
 import csv
 import math
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -98,8 +99,26 @@ def test_a_folder_without_git_has_no_commit(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert provenance()["git"] is None
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "sub")
     monkeypatch.setenv("PATH", "")
     assert provenance()["git"] is None
+
+
+def test_a_repository_has_a_commit_and_says_if_it_was_changed(tmp_path, monkeypatch):
+    def git(*command):
+        identity = ["-c", "user.name=n", "-c", "user.email=e"]
+        done = subprocess.run(["git", *identity, *command], cwd=tmp_path, capture_output=True)
+        return done.stdout.decode().strip()
+
+    git("init")
+    git("commit", "--allow-empty", "-m", "m")
+    monkeypatch.chdir(tmp_path)
+    assert provenance()["git"] == {"commit": git("rev-parse", "HEAD"), "dirty": False}
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/file").touch()
+    monkeypatch.chdir(tmp_path / "sub")
+    assert provenance()["git"]["dirty"]
 
 
 @pytest.mark.parametrize("loggers", [False, [], True])
