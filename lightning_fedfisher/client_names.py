@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,11 +14,12 @@ def client_names(sources: Sequence[str]) -> list[str]:
         sources: paths, one for each client.
 
     Returns:
-        The paths without the folders, file name or suffix that all have in common; numbers where
-        that does not tell all of them apart, as with updates in memory.
+        The paths without the folders, file name or suffix that all have in common; numbers for
+        sources that are not told apart, as updates in memory are not.
     """
-    if len(set(sources)) < len(sources):
-        return [f"client-{index}" for index in range(len(sources))]
+    counts = Counter(sources)
+    if len(counts) < len(sources):
+        return [s if counts[s] == 1 else f"client-{index}" for index, s in enumerate(sources)]
     paths = [Path(source) for source in sources]
     if len({path.suffix for path in paths}) == 1:
         paths = [path.with_suffix("") for path in paths]

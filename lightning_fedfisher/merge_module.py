@@ -303,9 +303,9 @@ class FisherMergeModule(LightningModule):
     @override
     def on_train_end(self) -> None:
         self._ended = True
-        clients, layers = [u.source for u in self.updates], [layer.name for layer in self.layers]
-        names, step = client_names(clients), self.trainer.global_step
-        log_merge(self.trainer.loggers, layers, names, self.distances, self.influence, step)
+        clients = client_names([update.source for update in self.updates])
+        layers, step = [layer.name for layer in self.layers], self.trainer.global_step
+        log_merge(self.trainer.loggers, layers, clients, self.distances, self.influence, step)
         for complaint in (
             layer_status.unsolved(self.layers, self._status, self._method.converges),
             unusual(self.influence, clients, layers, self.max_influence),

@@ -317,6 +317,7 @@ def _refuse_finished_clients(flags: Flags) -> None:
 def main() -> None:
     """Runs the recipe from the command line."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", ".*treespec.*", module="lightning")

@@ -14,7 +14,7 @@ from lightning_fedfisher.client_names import client_names
         (["1.x", "a/1.x"], ["1", "a/1"]),
         (["1.x", "1.y"], ["1.x", "1.y"]),
         (["v1.2.x", "v1.3.x"], ["v1.2", "v1.3"]),
-        (["this update", "this update"], ["client-0", "client-1"]),
+        (["this update", "a/b", "this update"], ["client-0", "a/b", "client-2"]),
     ],
 )
 def test_clients_are_named_by_what_tells_them_apart(sources, names):
