@@ -167,7 +167,7 @@ def strip(
         "ticktext": [marked(name) for name in labels(rows, 18)],
     }
     held = [*shown, at] if at else shown
-    made = figure(traces, max(height, 300), log_axis(held, title), across)
+    made = figure(traces, max(height, 300 if len(rows) > 2 else 220), log_axis(held, title), across)
     if at:
         made.add_vline(at, line={"width": 1.5, "dash": "dot"})
     return made

@@ -71,8 +71,8 @@ def _width(text: str) -> float:
 
 
 def marked(text: str) -> str:
-    """Text for plotly, which would take some of it for tags."""
-    return html.escape(plain(text), quote=False)
+    """Text for plotly, which would take some of it for tags, and some for templates."""
+    return html.escape(plain(text), quote=False).replace("%{", "&#37;{")
 
 
 def number(value: float) -> str:

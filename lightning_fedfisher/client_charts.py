@@ -241,13 +241,13 @@ def curvature_chart(record: FederationRecord) -> Chart | None:
     if ranks:
         middle = round(statistics.median(ranks))
         spread = f", spread over about {count(middle, 'direction')}"
-    what = "the largest layers" if len(rows) < len(names) else "each layer"
+    few = f", of the {len(rows)} of {len(names)} layers where that is most"
     return Chart(
         "curvature",
         f"{label(steepest, 40)} has {share} of the curvature{spread}",
         sentences(
             "How much a client's loss minds a change of a layer"
-            + (f", {len(rows)} of {len(names)} layers: {what}" if len(rows) < len(names) else ""),
+            + (few if len(rows) < len(names) else ""),
             "Directions are the median client's effective rank" if ranks else "",
             "The heaviest client is drawn by itself" if len(sending) > MOST_SERIES else "",
             f"{count(missing, 'trace')} not positive and finite left out" if missing else "",

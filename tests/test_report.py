@@ -268,8 +268,18 @@ def test_names_are_text_in_a_browser(browser, pages):
     shown = browser.execute_script(
         "return [...document.querySelectorAll('.legendtext')].map(text => text.textContent)"
     )
-    assert HOSTILE[0] in shown
-    assert "(no name)" in shown
+    assert {HOSTILE[0], HOSTILE[2], HOSTILE[4], "(no name)"} <= set(shown)
+
+
+def test_full_names_are_told_on_hover(browser, pages):
+    _open(browser, pages, "long")
+    told = browser.execute_script(
+        "const plot = document.querySelector('#loss .plot');"
+        "Plotly.Fx.hover(plot, [{curveNumber: 1, pointNumber: 0}]);"
+        "return plot.querySelector('.hoverlayer').textContent"
+    )
+    assert long_names().clients[1].name in told
+    assert "epoch 1" in told
 
 
 def test_charts_have_alternative_text(browser, pages):
