@@ -32,7 +32,13 @@ MOST_ROWS = 20
 
 _NARROW = 170  # pixels of an axis on a phone, beside long names
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', sans-serif"
-_LEGEND = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "traceorder": "normal"}
+_LEGEND = {
+    "orientation": "h",
+    "x": 0,
+    "y": 1.02,
+    "yanchor": "bottom",
+    "traceorder": "normal",
+}
 
 
 @dataclass(frozen=True)

@@ -107,14 +107,15 @@ def _fan(series: Sequence[Series], hover: str) -> list[go.Scatter]:
         traces.append(go.Scatter(y=bottom, showlegend=False, **edge))
         traces.append(go.Scatter(y=top, name=name, fill="tonexty", fillcolor=fill, **edge))
     solid = {"line": {"color": BLUE, "width": 2.5}}
-    traces.append(_line("median client", "median client", xs, middle, solid, hover, False))
+    alone = len(xs) == 1  # of which no line can be drawn
+    traces.append(_line("median client", "median client", xs, middle, solid, hover, alone))
     for own, colour, dash, what in (
         (max(series, key=lambda own: own.y[-1]), ORANGE, "dash", "ends highest"),
         (min(series, key=lambda own: own.y[-1]), GREEN, "dot", "ends lowest"),
     ):
         drawn = {"line": {"color": colour, "width": 2, "dash": dash}}
         short = f"{what}: {shorts[series.index(own)]}"
-        traces.append(_line(own.name, short, list(own.x), list(own.y), drawn, hover, False))
+        traces.append(_line(own.name, short, list(own.x), list(own.y), drawn, hover, alone))
     return traces
 
 
@@ -166,7 +167,7 @@ def strip(
         "ticktext": [marked(name) for name in labels(rows, 18)],
     }
     held = [*shown, at] if at else shown
-    made = figure(traces, max(height, 300), log_axis(held, title), across)
+    made = figure(traces, max(height, 300 if len(rows) > 2 else 220), log_axis(held, title), across)
     if at:
         made.add_vline(at, line={"width": 1.5, "dash": "dot"})
     return made

@@ -10,6 +10,8 @@ from itertools import takewhile
 from typing import TypeGuard
 from unicodedata import east_asian_width
 
+_WIDE = frozenset("MWmw@%")
+
 
 def plain(text: str) -> str:
     """Text without what would hide, turn round or break a line: names are a stranger's."""
@@ -63,13 +65,14 @@ def _shared(texts: Sequence[str]) -> str:
     return "".join(column[0] for column in alike)
 
 
-def _width(text: str) -> int:
-    return sum(2 if east_asian_width(c) in "WF" else 1 for c in text)
+def _width(text: str) -> float:
+    """How wide it is drawn, in usual letters."""
+    return sum(2 if east_asian_width(c) in "WF" else 1.6 if c in _WIDE else 1 for c in text)
 
 
 def marked(text: str) -> str:
-    """Text for plotly, which would take some of it for tags."""
-    return html.escape(plain(text), quote=False)
+    """Text for plotly, which would take some of it for tags, and some for templates."""
+    return html.escape(plain(text), quote=False).replace("%{", "&#37;{")
 
 
 def number(value: float) -> str:
@@ -110,9 +113,9 @@ def percent(part: float, whole: float) -> str:
     return "more than 99.9%" if share > 99.9 else f"{share:.1f}%"
 
 
-def count(amount: int, what: str) -> str:
+def count(amount: int, what: str, many: str = "") -> str:
     """An amount with its noun, in the plural where it is due."""
-    return f"{amount:,} {what}" if amount == 1 else f"{amount:,} {what}s"
+    return f"{amount:,} {what if amount == 1 else many or f'{what}s'}"
 
 
 def sentences(*parts: str) -> str:
@@ -126,5 +129,5 @@ def is_known(value: float | None) -> TypeGuard[float]:
 
 
 def is_drawn(value: float) -> bool:
-    """Whether a logarithmic axis can hold it."""
-    return 0 < value < math.inf
+    """Whether a logarithmic axis can hold it, with its ends beyond it."""
+    return 1e-300 < value < 1e300

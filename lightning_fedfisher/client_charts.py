@@ -115,7 +115,7 @@ def data_chart(record: FederationRecord) -> Chart | None:
 def _data_title(record: FederationRecord, telling: Sequence[ClientRecord], classes: int) -> str:
     kinds = [sum(amount > 0 for amount in client.class_counts) for client in telling]
     sizes = {sum(client.class_counts) for client in telling}
-    of_classes = f"of {count(classes, 'class').replace('classs', 'classes')}"
+    of_classes = f"of {count(classes, 'class', 'classes')}"
     if len(record.clients) == 1:
         only = telling[0]
         return f"{label(only.name, 40)} holds all samples, and {kinds[0]} {of_classes}"
@@ -237,14 +237,17 @@ def curvature_chart(record: FederationRecord) -> Chart | None:
         panels.append(Panel(beside, f"Spectrum of {label(steepest, 40)}"))
     ranks = [layer.effective_rank for layer in layers if is_drawn(layer.effective_rank)]
     share = percent(weights[steepest], math.fsum(weights.values()))
-    spread = f", spread over about {count(round(statistics.median(ranks)), 'direction')}"
-    what = "the largest layers" if len(rows) < len(names) else "each layer"
+    spread = ""
+    if ranks:
+        middle = round(statistics.median(ranks))
+        spread = f", spread over about {count(middle, 'direction')}"
+    few = f", of the {len(rows)} of {len(names)} layers where that is most"
     return Chart(
         "curvature",
-        f"{label(steepest, 40)} has {share} of the curvature{spread if ranks else ''}",
+        f"{label(steepest, 40)} has {share} of the curvature{spread}",
         sentences(
             "How much a client's loss minds a change of a layer"
-            + (f", {len(rows)} of {len(names)} layers: {what}" if len(rows) < len(names) else ""),
+            + (few if len(rows) < len(names) else ""),
             "Directions are the median client's effective rank" if ranks else "",
             "The heaviest client is drawn by itself" if len(sending) > MOST_SERIES else "",
             f"{count(missing, 'trace')} not positive and finite left out" if missing else "",

@@ -65,7 +65,7 @@ def convergence_chart(record: FederationRecord) -> Chart | None:
         "convergence",
         _convergence_title([(name, end) for name, end, _ in curves]),
         sentences(
-            "The largest residual of any layer, by the most iterations of any layer, of "
+            "Largest relative residual of a layer after so many solver iterations, of "
             + (most if len(shown) < len(curves) else "each iterative method"),
             "A sweep is left out while a layer waits to begin",
             f"Less than {number(_LEAST_RESIDUAL)} is drawn there" if floored else "",
@@ -97,9 +97,9 @@ def weight_chart(record: FederationRecord) -> Chart | None:
         record: of the federation.
 
     Returns:
-        The chart; None if there is neither for every client.
+        The chart; None if there is neither for every client, or only one client.
     """
-    if not record.merges:
+    if not record.merges or len(record.clients) < 2:
         return None
     merge, clients = record.merges[0], [client.name for client in record.clients]
     panels, findings, notes = [], [], []
@@ -142,7 +142,11 @@ def weight_chart(record: FederationRecord) -> Chart | None:
     return Chart(
         "clients",
         "; ".join(filter(None, findings)),
-        sentences(f"Each client and layer in the merge by {label(merge.method, 40)}", *notes),
+        sentences(
+            f"How far the merge by {label(merge.method, 40)} is from each client, in the client's own "
+            "Fisher norm, and how much the client decides, by layer",
+            *notes,
+        ),
         panels,
     )
 
@@ -175,8 +179,6 @@ def _heaviest(values: Sequence[Sequence[float]]) -> list[int]:
 def _influence_finding(
     merge: MergeRecord, clients: Sequence[str], influence: Sequence[Sequence[float]]
 ) -> str:
-    if len(clients) == 1:
-        return f"{label(clients[0], 40)} is the only client"
     found = [(v, at, row) for row, own in enumerate(influence) for at, v in enumerate(own)]
     known = [own for own in found if not math.isnan(own[0])]
     if not known:

@@ -84,7 +84,7 @@ def accuracy_chart(record: FederationRecord) -> Chart | None:
         "ticktext": [f"{marked(label(m.method, 18))}  <b>{a:.1f}</b>" for m, a in shown],
     }
     x = {"title": "test accuracy, %", "range": [0, 100], "nticks": 6}
-    made = figure(traces, 130 + 28 * len(shown), x, y)
+    made = figure(traces, 130 + 25 * len(shown), x, y)
     made.update_layout(bargap=0.3, margin_t=46)
     made.update_layout(legend={"y": 0, "yref": "container", "yanchor": "bottom"})
     # Each label has a row to itself: the two may be near each other.
