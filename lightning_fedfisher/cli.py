@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -32,6 +33,7 @@ from lightning_fedfisher.influence import USUAL, unusual
 from lightning_fedfisher.kinds import KINDS
 from lightning_fedfisher.layer_problems import LayerProblems
 from lightning_fedfisher.merge_module import FisherMergeModule
+from lightning_fedfisher.merge_record import describe_federation
 from lightning_fedfisher.methods import METHODS, MethodName
 from lightning_fedfisher.model_card import model_card
 from lightning_fedfisher.progress import is_first, shown
@@ -91,7 +93,7 @@ def _parser() -> ArgumentParser:
 
     merge = ArgumentParser(
         description="Merges update files into one model, a safetensors file of its state dict, "
-        "with a model card beside it."
+        "with a model card beside it, and a record for `fedfisher report`."
     )
     merge.add_argument("--config", action="config", help="YAML file of flags")
     merge.add_argument("files", type=str, nargs="+", help="update files, or quoted patterns")
@@ -122,7 +124,9 @@ def _parser() -> ArgumentParser:
         description="Draws the record of a federation: one HTML page with the methods compared and "
         "charts of clients and merges, to be read without a network, or printed."
     )
-    report.add_argument("run", type=str, metavar="RUN_DIR", help="folder with a record.json")
+    report.add_argument(
+        "run", type=str, metavar="RUN_DIR", help="folder with a record.json, or a record"
+    )
     report.add_argument(
         "--output", type=str | None, metavar="FILE", help="page to write; RUN_DIR/report.html"
     )
@@ -266,13 +270,15 @@ def _merge(flags: Namespace) -> int:
         skip_invalid=flags.skip_invalid,
         memory_budget=flags.memory_budget,
     )
-    card = output.with_suffix(".md")
+    card, record = output.with_suffix(".md"), output.with_suffix(".json")
     if flags.dry_run:
         if is_first():
-            _tell_plan(merge, flags, output, card)
+            _tell_plan(merge, flags, [output, card, record])
         return 0
     output.parent.mkdir(parents=True, exist_ok=True)  # or it fails before the work
+    started = time.perf_counter()
     trainer.fit(merge)
+    seconds = time.perf_counter() - started
     if trainer.interrupted:
         raise ValueError("the merge was interrupted: nothing is written")
     if is_first():
@@ -284,11 +290,13 @@ def _merge(flags: Namespace) -> int:
             save_file({n: t.cpu().clone().contiguous() for n, t in state.items()}, partial)
         with whole_file(card) as partial:
             partial.write_text(model_card(merge, output.name, ["fedfisher", *sys.argv[1:]]))
+        config = {name: value for name, value in flags.items() if name != "config"}
+        describe_federation(merge, output.name, seconds, config).save(record)
         print(f"{output}: {len(merge.updates)} updates merged by {merge.method}; {card} tells more")
     return 0
 
 
-def _tell_plan(merge: FisherMergeModule, flags: Namespace, output: Path, card: Path) -> None:
+def _tell_plan(merge: FisherMergeModule, flags: Namespace, outputs: Sequence[Path]) -> None:
     weights = sum(layer.shape[0] * layer.shape[1] for layer in merge.layers)
     print(
         f"would merge {len(merge.updates)} updates, {len(merge.layers)} layers of {weights:,} "
@@ -298,7 +306,7 @@ def _tell_plan(merge: FisherMergeModule, flags: Namespace, output: Path, card: P
         told = f"  {update.source}: {update.num_samples} samples, a share of {100 * share:.1f}%"
         print(_printable(told))
     print(f"memory: about {merge.problems.peak_bytes / 1e6:,.1f} MB a process, beside Python's own")
-    print(f"would write {output} and {card}")
+    print(f"would write {', '.join(map(str, outputs))}")
 
 
 def _report(flags: Namespace) -> int:
@@ -308,7 +316,7 @@ def _report(flags: Namespace) -> int:
         raise ValueError(str(error)) from error
     run = Path(flags.run)
     record = FederationRecord.load(run)
-    output = Path(flags.output or (run if run.is_dir() else run.parent) / FILE_NAME)
+    output = Path(flags.output or (run / FILE_NAME if run.is_dir() else run.with_suffix(".html")))
     write_report(record, output)
     clients, merges = len(record.clients), len(record.merges)
     print(

@@ -19,6 +19,7 @@ from lightning_fedfisher import (
     find_layers,
 )
 from lightning_fedfisher.cli import main
+from lightning_fedfisher.record import FederationRecord
 
 CLIENTS = 10
 
@@ -147,6 +148,26 @@ def test_merge_writes_what_the_module_merges(folder, capsys, method):
     for part in (f"`{method}`", "`client-9`", "| 110 |", f"torch {torch.__version__}"):
         assert part.split("+")[0] in card
     assert not list(folder.glob("*.partial"))
+
+
+def test_merge_leaves_a_record_to_report_on(folder, capsys):
+    command = ["merge", "updates/*.safetensors", "--output", "m.safetensors"]
+    assert main([*command, "--max-influence", "3"]) == 0
+    record = FederationRecord.load("m.json")
+    updates = [ClientUpdate.open(path) for path in sorted((folder / "updates").glob("*"))]
+    assert [(c.name, c.num_samples, c.upload_bytes) for c in record.clients] == [
+        (f"client-{k}", update.num_samples, update.upload_bytes) for k, update in enumerate(updates)
+    ]
+    (merge,) = record.merges
+    assert merge.method == "fedfisher"
+    assert merge.server_seconds > 0
+    assert merge.history[-1]["residual"] < 1e-3
+    assert len(merge.layers) == len(merge.distances) == len(merge.influence) == 4
+    assert merge.upload_bytes == round(sum(u.upload_bytes for u in updates) / len(updates))
+    assert record.config["max_influence"] == 3
+    capsys.readouterr()
+    assert main(["report", "m.json"]) == 0
+    assert capsys.readouterr().out.startswith("m.html: 10 clients, 1 merges")
 
 
 def test_merge_goes_on_without_the_bad_one_if_told_to(folder, capsys):

@@ -27,8 +27,9 @@ from tqdm import tqdm
 
 from lightning_fedfisher import METHODS, FedFisherCallback, FisherMergeModule
 from lightning_fedfisher.admission import UpdateSource
+from lightning_fedfisher.merge_record import describe_merge
 from lightning_fedfisher.methods import Method, MethodName
-from lightning_fedfisher.record import ModelScore
+from lightning_fedfisher.record import MergeRecord, ModelScore
 from simulation.data import TensorImages, collate_images
 
 EXTRACTIONS: dict[str, tuple[str, str]] = {
@@ -242,18 +243,14 @@ class MergeResult:
         seconds: wall-clock time from the updates to the model.
         labels: labelled samples the server used.
         history: the merge, sweep by sweep (see `FisherMergeModule.history`).
-        layers: names.
-        distances: of each layer and client (see `FisherMergeModule.distances`).
-        influence: of each layer and client, the largest of `FisherMergeModule.influence`.
+        record: of the merge.
     """
 
     state_dict: dict[str, Tensor]
     seconds: float
     labels: int
     history: list[dict[str, float]]
-    layers: list[str]
-    distances: list[list[float]]
-    influence: list[list[float]]
+    record: MergeRecord
 
 
 def labelled_samples(train: TensorImages, seed: int) -> TensorImages:
@@ -310,9 +307,7 @@ def merge(
         seconds,
         module.server_labels,
         module.history,
-        [layer.name for layer in module.layers],
-        module.distances.tolist(),
-        module.influence.amax(2).tolist(),
+        describe_merge(module, seconds),
     )
 
 

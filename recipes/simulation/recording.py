@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -43,7 +43,7 @@ def record(
         update = ClientUpdate.open(path)
         own.append(
             ClientRecord(
-                f"client {index + 1}",
+                f"client-{index}",
                 client.num_samples,
                 current.histogram[index].tolist(),
                 client.train_loss,
@@ -60,7 +60,7 @@ def record(
     return FederationRecord(
         title,
         own,
-        [MergeRecord(method, **_merge(current, clients, method, merged)) for method in order],
+        [_merge(current, clients, method, merged) for method in order],
         max(scores, key=lambda score: score.accuracy),
         assess(ensemble(predictions), labels),
         current.flags.plain(),
@@ -70,19 +70,11 @@ def record(
 
 def _merge(
     current: Round, clients: Sequence[ClientResult], method: str, merged: Mapping[str, Merged]
-) -> dict[str, Any]:
-    result = merged[method].result
-    files = [folder.update(method) for folder in current.folders]
-    seconds = [client.extraction_seconds[files[0].name] for client in clients]
-    return {
-        "history": result.history,
-        "layers": result.layers,
-        "distances": result.distances,
-        "influence": result.influence,
-        "upload_bytes": round(sum(file.stat().st_size for file in files) / len(files)),
-        "fedavg_bytes": ClientUpdate.open(files[0]).fedavg_bytes,
-        "client_seconds": sum(seconds) / len(seconds),
-        "server_seconds": result.seconds,
-        "server_labels": result.labels,
-        "score": merged[method].score,
-    }
+) -> MergeRecord:
+    file = current.folders[0].update(method).name
+    seconds = [client.extraction_seconds[file] for client in clients]
+    return replace(
+        merged[method].result.record,
+        client_seconds=sum(seconds) / len(seconds),
+        score=merged[method].score,
+    )
