@@ -23,6 +23,16 @@ from lightning_fedfisher.methods import METHODS
 from lightning_fedfisher.additive import pooled, summand
 from lightning_fedfisher.fixed_point import from_fixed, to_fixed
 
+# What is told of it
+from lightning_fedfisher.record import (
+    ClientRecord,
+    FederationRecord,
+    LayerCurvature,
+    MergeRecord,
+    ModelScore,
+)
+from lightning_fedfisher.tracking import federation_logger, log_federation, log_merged_model
+
 # What crosses between them, and what it is made of
 from lightning_fedfisher.compression import BudgetError
 from lightning_fedfisher.curvature import Curvature, Dense, Diagonal, Identity
@@ -37,6 +47,7 @@ __all__ = [
     "KINDS",
     "METHODS",
     "BudgetError",
+    "ClientRecord",
     "ClientUpdate",
     "Curvature",
     "Dense",
@@ -45,20 +56,27 @@ __all__ = [
     "ExtractedCurvature",
     "ExtractionOptions",
     "FedFisherCallback",
+    "FederationRecord",
     "FisherMergeModule",
     "Identity",
     "Kronecker",
     "Layer",
+    "LayerCurvature",
     "LookupEigenKronecker",
     "LookupKronecker",
     "MergeError",
+    "MergeRecord",
+    "ModelScore",
     "UnsupportedModelError",
     "UpdateError",
     "UpdateHeader",
     "extract_curvature",
     "extract_curvatures",
+    "federation_logger",
     "find_layers",
     "from_fixed",
+    "log_federation",
+    "log_merged_model",
     "pooled",
     "summand",
     "to_fixed",
