@@ -58,6 +58,8 @@ def lines(
         return figure(_fan(series, hover), height, x, y)
     traces = []
     shorts = labels([own.name for own in series], 30)
+    if max(map(len, shorts)) > 15:  # of which a phone has a row for each, above the picture
+        height = max(height, 340 + 12 * len(shorts))
     for index, (own, short) in enumerate(zip(series, shorts, strict=True)):
         step = math.ceil(len(own.x) / _MOST_POINTS)
         # From the end: the last point is the one that counts.
