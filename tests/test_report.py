@@ -35,7 +35,11 @@ RECORDS = {
     "hostile": hostile,
     "long": long_names,
     "alone": lambda: federation(clients=1, layers=["only"]),
-    "eight": lambda: federation(clients=8, classes=12, layers=[f"layer{k}" for k in range(20)]),
+    "eight": lambda: federation(
+        classes=12,
+        layers=[f"layer{k}" for k in range(20)],
+        names=[f"{k}-{'client' * 5}-{k}" for k in range(8)],
+    ),
 }
 
 
