@@ -38,7 +38,7 @@ def convergence_chart(record: FederationRecord) -> Chart | None:
         record: of the federation.
 
     Returns:
-        The chart; None if every method has a closed form.
+        The chart; None if no method has two residuals to show.
     """
     curves = []
     for merge in record.merges:
@@ -50,7 +50,7 @@ def convergence_chart(record: FederationRecord) -> Chart | None:
         held = [(step, r) for step, r in held if r < 1] or held
         if held:
             curves.append((merge.method, points[-1], held))
-    if not curves:
+    if not any(len(held) > 1 for _, _, held in curves):
         return None
     shown = curves[:MOST_SERIES]
     series = [

@@ -88,6 +88,14 @@ def test_the_table_compares_methods(tmp_path):
     assert rows["best single client"] == ["66.0", "1.340", "13.4", *["\u2013"] * 4]
 
 
+def test_the_table_has_no_column_that_nobody_knows(tmp_path):
+    bare = replace(federation().merges[0], score=None, client_seconds=None)
+    page = _page(FederationRecord("t", [], [bare]), tmp_path)
+    titles = ["Method", "Upload, × FedAvg", "Server, s", "Labels"]  # noqa: RUF001
+    assert _Text(page).cells[:8] == [*titles, "fedfisher", "2.40", "2.50", "0"]
+    assert "Methods compared" not in page
+
+
 def test_what_reads_alike_is_equally_good(tmp_path):
     record = federation()
     first, second, third = record.merges
