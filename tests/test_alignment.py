@@ -461,7 +461,7 @@ def test_two_merges_by_one_module_are_alike(tmp_path):
     """Also where the first stopped short, and the second goes on where another was interrupted."""
     clients = _clients("chain")
     first, path = _interrupted(clients, tmp_path, 2)
-    assert first._status[:, 3].tolist() == [1, 1, 0]
+    assert first._status[:, -1].tolist() == [1, 1, 0]
     module = FisherMergeModule(clients, max_iterations=1)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*has not converged")
