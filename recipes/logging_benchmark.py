@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import statistics
 import sys
 import time
 import warnings
@@ -26,7 +25,7 @@ from unittest import mock
 import cifar_resnet
 from extraction_benchmark import write_report
 from lightning.pytorch.loggers import WandbLogger
-from rich.console import Console
+from results_table import logging_table
 from simulation import round as one_round
 from simulation.flags import Flags, parse_flags
 
@@ -131,17 +130,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 runs[mode].append(timed_run(flags, mode))
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    pairs = zip(runs["offline"], runs["disabled"], strict=True)
-    rows = {
-        "logging": statistics.median(r["logging_seconds"] / r["seconds"] for r in runs["offline"]),
-        "page": statistics.median(r["page_seconds"] / r["seconds"] for r in runs["offline"]),
-        "whole runs": statistics.median(a["seconds"] / b["seconds"] - 1 for a, b in pairs),
-    }
     settled = {"repeats": own.repeats, **flags.plain(), "wandb": "offline and disabled"}
     settled = {name: value for name, value in settled.items() if name != "data_dir"}
-    report = write_report({"shares": rows, "runs": runs}, settled, own.output)
-    for name, share in report["shares"].items():
-        Console().print(f"{name}: {100 * share:.1f}% of a run")
+    print(logging_table(write_report({"runs": runs}, settled, own.output)))
 
 
 if __name__ == "__main__":

@@ -442,6 +442,31 @@ def fuzz_rows(report: dict[str, Any]) -> list[list[str]]:
     return [["mutation", *columns], *numbers]
 
 
+def logging_table(report: dict[str, Any]) -> str:
+    """The report of the logging benchmark as a Markdown table.
+
+    Args:
+        report: of ``logging_benchmark.py``.
+
+    Returns:
+        A row for each way to measure, in the mean over runs.
+    """
+    whole, page = (
+        report["runs"]["offline"],
+        [run for runs in report["runs"].values() for run in runs],
+    )
+    pairs = zip(whole, report["runs"]["disabled"], strict=True)
+    every = {
+        "in logging calls, of a run with W&B": [r["logging_seconds"] / r["seconds"] for r in whole],
+        "on record and page, of a run": [r["page_seconds"] / r["seconds"] for r in page],
+        "whole runs with W&B, against those without": [
+            one["seconds"] / other["seconds"] - 1 for one, other in pairs
+        ],
+    }
+    rows = [[name, _range([100 * share for share in own])] for name, own in every.items()]
+    return _markdown([["time", "percent"], ["---", "---:"], *rows])
+
+
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
