@@ -118,12 +118,13 @@ def titled(axis: dict[str, Any]) -> dict[str, Any]:
     return {**axis, "title": title}
 
 
-def log_axis(values: Sequence[float], title: str) -> dict[str, Any]:
+def log_axis(values: Sequence[float], title: str, upright: bool = False) -> dict[str, Any]:
     """A logarithmic axis with labels that say what they are, and have room on a phone.
 
     Args:
         values: positive, that it is to hold.
         title: of the axis.
+        upright: whether it is the vertical one, where labels need less room.
 
     Returns:
         The axis for `figure`.
@@ -135,9 +136,9 @@ def log_axis(values: Sequence[float], title: str) -> dict[str, Any]:
     for steps in ((1, 2, 5), (1, 3), (1,)):
         every = [float(f"{step}e{power}") for power in decades for step in steps]
         ticks = [t for t in every if is_drawn(t) and ends[0] <= math.log10(t) <= ends[1]]
-        if _have_room(ticks, ends[1] - ends[0]):
+        if _have_room(ticks, ends[1] - ends[0], upright):
             break
-    while not _have_room(ticks, ends[1] - ends[0]):
+    while not _have_room(ticks, ends[1] - ends[0], upright):
         ticks = ticks[::2]
     ticks = ticks or [10 ** ((low + high) / 2)]
     return {
@@ -155,9 +156,10 @@ def round_step(length: int) -> int:
     return next(step for step in steps if length <= 12 * step)
 
 
-def _have_room(ticks: Sequence[float], span: float) -> bool:
+def _have_room(ticks: Sequence[float], span: float, upright: bool) -> bool:
     """Whether labels on a logarithmic axis of a phone stay apart."""
     return all(
-        math.log10(right / left) / span * _NARROW > 3.4 * len(number(left) + number(right)) + 8
+        math.log10(right / left) / span * _NARROW
+        > (20 if upright else 3.4 * len(number(left) + number(right)) + 8)
         for left, right in pairwise(ticks)
     )

@@ -58,6 +58,8 @@ def lines(
         return figure(_fan(series, hover), height, x, y)
     traces = []
     shorts = labels([own.name for own in series], 30)
+    if max(map(len, shorts)) > 15:  # of which a phone has a row for each, above the picture
+        height = max(height, 340 + 12 * len(shorts))
     for index, (own, short) in enumerate(zip(series, shorts, strict=True)):
         step = math.ceil(len(own.x) / _MOST_POINTS)
         # From the end: the last point is the one that counts.
@@ -99,10 +101,11 @@ def _fan(series: Sequence[Series], hover: str) -> list[go.Scatter]:
     )
     traces = []
     for name, bottom, top, depth in (
-        ("all clients", least, most, 0.16),
-        ("middle half", low, high, 0.32),
+        ("all clients", least, most, 0.2),
+        ("middle half", low, high, 0.36),
     ):
-        edge = {"x": xs, "mode": "lines", "line": {"width": 0}, "hoverinfo": "skip"}
+        edge: dict[str, Any] = {"x": xs, "mode": "lines", "hoverinfo": "skip"}
+        edge["line"] = {"width": 1, "color": "rgba(0,114,178,.5)"}
         fill = f"rgba(0,114,178,{depth})"
         traces.append(go.Scatter(y=bottom, showlegend=False, **edge))
         traces.append(go.Scatter(y=top, name=name, fill="tonexty", fillcolor=fill, **edge))
@@ -177,18 +180,15 @@ def _spans(values: Sequence[Sequence[float]]) -> list[go.Scatter]:
     """Of each row the range, its middle half and its median."""
     traces = []
     kept = [[v for v in row if is_drawn(v)] for row in values]
-    for name, ends, width in (("all clients", (0, 1), 3), ("middle half", (0.25, 0.75), 9)):
+    for name, ends, width in (("all clients", (0, 1), 2), ("middle half", (0.25, 0.75), 8)):
         x: list[float | None] = []
         y: list[float | None] = []
         for index, row in enumerate(kept):
             if row:
                 x += [*(float(np.quantile(row, at)) for at in ends), None]
                 y += [index, index, None]
-        # Thin under thick, so that opacity does not tell them apart.
         line = {"color": BLUE, "width": width}
-        traces.append(
-            go.Scatter(x=x, y=y, name=name, mode="lines", line=line, opacity=0.55, hoverinfo="skip")
-        )
+        traces.append(go.Scatter(x=x, y=y, name=name, mode="lines", line=line, hoverinfo="skip"))
     middle = [(float(np.median(row)), index) for index, row in enumerate(kept) if row]
     traces.append(
         go.Scatter(
@@ -233,7 +233,7 @@ def heat(
             go.Heatmap(
                 z=_where(own, z, None),
                 text=_where(own, printed, ""),
-                textfont={"color": colour},
+                textfont={"color": colour, "size": 11},
                 **shared,
             )
         )

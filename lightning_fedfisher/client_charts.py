@@ -93,7 +93,7 @@ def data_chart(record: FederationRecord) -> Chart | None:
     y = {
         "autorange": "reversed",
         "tickvals": list(range(len(shown))),
-        "ticktext": [marked(name) for name in labels([own.name for own in shown], 16)],
+        "ticktext": [marked(name) for name in labels([own.name for own in shown], 12)],
     }
     height = 70 + max(26 * len(shown), 80) + (0 if printed else 50)
     silent = len(record.clients) - len(telling)
@@ -270,7 +270,7 @@ def _spectra(clients: Sequence[ClientRecord], layers: Sequence[LayerCurvature]) 
 
 
 def _spectrum(spectra: Sequence[Series], height: int) -> go.Figure:
-    y = log_axis([v for own in spectra for v in own.y], "eigenvalue, of the largest")
+    y = log_axis([v for own in spectra for v in own.y], "eigenvalue, of the largest", upright=True)
     x = {"title": "rank, % of all eigenvalues", "range": [-3, 103]}
     return lines(spectra, x, y, "rank %{x:.0f}%: %{y:.2~g} of the largest", height)
 

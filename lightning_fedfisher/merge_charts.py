@@ -38,7 +38,7 @@ def convergence_chart(record: FederationRecord) -> Chart | None:
         record: of the federation.
 
     Returns:
-        The chart; None if every method has a closed form.
+        The chart; None if no method has two residuals to show.
     """
     curves = []
     for merge in record.merges:
@@ -50,7 +50,7 @@ def convergence_chart(record: FederationRecord) -> Chart | None:
         held = [(step, r) for step, r in held if r < 1] or held
         if held:
             curves.append((merge.method, points[-1], held))
-    if not curves:
+    if not any(len(held) > 1 for _, _, held in curves):
         return None
     shown = curves[:MOST_SERIES]
     series = [
@@ -59,7 +59,7 @@ def convergence_chart(record: FederationRecord) -> Chart | None:
     ]
     floored = any(r < _LEAST_RESIDUAL for _, _, held in shown for _, r in held)
     x = log_axis([step for own in series for step in own.x], "solver iterations")
-    y = log_axis([r for own in series for r in own.y], "relative residual")
+    y = log_axis([r for own in series for r in own.y], "relative residual", upright=True)
     most = f"the first {len(shown)} of {len(curves)} iterative methods"
     return Chart(
         "convergence",
@@ -143,8 +143,8 @@ def weight_chart(record: FederationRecord) -> Chart | None:
         "clients",
         "; ".join(filter(None, findings)),
         sentences(
-            f"How far the merge by {label(merge.method, 40)} is from each client, in the client's own "
-            "Fisher norm, and how much the client decides, by layer",
+            f"How far the merge by {label(merge.method, 40)} is from each client, in its Fisher "
+            "norm, and how much the client decides, by layer",
             *notes,
         ),
         panels,

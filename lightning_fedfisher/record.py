@@ -20,6 +20,7 @@ FILE_NAME = "record.json"
 """What a record is called in the folder of a federation."""
 
 _SCHEMA: Literal[1] = 1
+_TOLD = 5  # things that are wrong with a file
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ class FederationRecord:
             The record.
 
         Raises:
-            ValueError: if the file is not a record, with everything that is wrong.
+            ValueError: if the file is not a record, with what is wrong.
             OSError: if it cannot be read.
         """
         file = Path(path)
@@ -165,7 +166,12 @@ class FederationRecord:
         try:
             saved = _adapter().validate_json(file.read_bytes())
         except ValidationError as error:
-            raise ValueError(f"{file} is not the record of a federation: {error}") from error
+            wrong = [
+                f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()
+            ]
+            more = [f"and {len(wrong) - _TOLD} more"] if len(wrong) > _TOLD else []
+            told = "; ".join(wrong[:_TOLD] + more)
+            raise ValueError(f"{file} is not the record of a federation: {told}") from error
         return saved.federation
 
 

@@ -36,15 +36,16 @@ def write_report(record: FederationRecord, path: str | os.PathLike[str]) -> None
         record: of the federation.
         path: of the HTML file; a reader sees the old one or the whole new one.
     """
-    drawn = charts(record)
+    drawn, (columns, rows) = charts(record), _table(record)
     page = _environment().get_template("report.html.j2")
     text = page.render(
         title=plain(record.title),
         about=_about(record),
         finding=accuracy_finding(record),
         facts=_facts(record),
-        columns=[column.title for column in _COLUMNS],
-        rows=_rows(record),
+        columns=columns,
+        about_table=_ABOUT_TABLE if len(rows) > 1 else "What it cost, and what it is good for.",
+        rows=rows,
         charts=drawn,
         figures=[[panel.figure.to_plotly_json() for panel in chart.panels] for chart in drawn],
         settings=[
@@ -139,6 +140,9 @@ class _Column:
     sign: int = -1
 
 
+_ABOUT_TABLE = "Test scores and costs. ★ marks the best method of a column, where they differ."
+
+
 class _Cell(NamedTuple):
     """A cell of the table."""
 
@@ -170,12 +174,15 @@ def _seconds(value: float) -> str:
     return f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}"
 
 
-_COLUMNS = (
+_SCORES = (
     _Column("Accuracy, %", lambda own: _of(own.score, "accuracy"), "{:.1f}".format, 1),
     _Column("NLL, nats", lambda own: _of(own.score, "nll"), "{:.3f}".format),
     _Column(
         "Calibration error, %", lambda own: _of(own.score, "calibration_error"), "{:.1f}".format
     ),
+)
+_COLUMNS = (
+    *_SCORES,
     _Column("Upload, × FedAvg", _uploads, "{:.2f}".format),  # noqa: RUF001
     _Column("Client, s", lambda own: own.client_seconds, _seconds),
     _Column("Server, s", lambda own: own.server_seconds, _seconds),
@@ -183,18 +190,31 @@ _COLUMNS = (
 )
 
 
-def _rows(record: FederationRecord) -> list[_Row]:
-    columns = [_cells(column, record.merges) for column in _COLUMNS]
+def _table(record: FederationRecord) -> tuple[list[str], list[_Row]]:
+    """Titles and rows, without the columns that nobody knows anything of."""
+    references = [
+        (name, MergeRecord("", [], score=score))
+        for name, score in (
+            ("best single client", record.best_client),
+            ("ensemble", record.ensemble),
+        )
+        if score
+    ]
+    every = [*record.merges, *(alone for _, alone in references)]
+    known = [c for c in _COLUMNS if any(is_known(c.value(merge)) for merge in every)]
+    columns = [_cells(column, record.merges) for column in known]
     rows = [
         _Row(label(merge.method, 30), plain(merge.method), list(cells), False)
         for merge, *cells in zip(record.merges, *columns, strict=True)
     ]
-    for name, score in (("best single client", record.best_client), ("ensemble", record.ensemble)):
-        if score:
-            alone = MergeRecord("", [], score=score)
-            cells = [_cells(column, [alone])[0] for column in _COLUMNS[:3]]
-            rows.append(_Row(name, name, cells + [_Cell(_NONE, False)] * 4, True))
-    return rows
+    for name, alone in references:
+        # No model was sent or merged for it, and no label looked at.
+        cells = [
+            _cells(column, [alone])[0] if column in _SCORES else _Cell(_NONE, False)
+            for column in known
+        ]
+        rows.append(_Row(name, name, cells, True))
+    return [column.title for column in known], rows
 
 
 def _cells(column: _Column, merges: Sequence[MergeRecord]) -> list[_Cell]:

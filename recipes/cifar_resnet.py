@@ -176,7 +176,8 @@ def show(results: Report, console: Console, title: str) -> None:
         console: where to.
         title: of the table.
     """
-    table = Table(title=title, box=box.SIMPLE_HEAD)  # whose columns fit into 80 characters
+    # The columns fit into 80 characters.
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("model", no_wrap=True)
     for column in ("accuracy", "NLL", "ECE", "upload", "client", "server", "labels"):
         table.add_column(column, justify="right", no_wrap=True)

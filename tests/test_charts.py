@@ -228,6 +228,12 @@ def test_convergence_leaves_out_closed_forms_and_waiting_layers():
     assert list(lines[0].y) == pytest.approx([0.3, 0.09, 0.027, 0.0081, 0.00243])
 
 
+def test_convergence_is_left_out_where_nothing_has_two_residuals():
+    aligned = replace(merge("one"), history=history(steps=1, waiting=3))
+    record = _of(merges=[aligned, replace(merge("two"), history=history(steps=1, waiting=0))])
+    assert not any(chart.name == "convergence" for chart in charts(record))
+
+
 def test_convergence_draws_a_method_whose_layers_never_began():
     record = _of(merges=[replace(merge("one"), history=history(steps=0, waiting=3))])
     (line,) = _chart(record, "convergence").panels[0].figure.data

@@ -35,7 +35,11 @@ RECORDS = {
     "hostile": hostile,
     "long": long_names,
     "alone": lambda: federation(clients=1, layers=["only"]),
-    "eight": lambda: federation(clients=8, classes=12, layers=[f"layer{k}" for k in range(20)]),
+    "eight": lambda: federation(
+        classes=12,
+        layers=[f"layer{k}" for k in range(20)],
+        names=[f"{k}-{'client' * 5}-{k}" for k in range(8)],
+    ),
 }
 
 
@@ -82,6 +86,14 @@ def test_the_table_compares_methods(tmp_path):
     assert rows["fedavg"][0] == "40.0"
     assert rows["fedfisher_kfac"][-1] == "500"
     assert rows["best single client"] == ["66.0", "1.340", "13.4", *["\u2013"] * 4]
+
+
+def test_the_table_has_no_column_that_nobody_knows(tmp_path):
+    bare = replace(federation().merges[0], score=None, client_seconds=None)
+    page = _page(FederationRecord("t", [], [bare]), tmp_path)
+    titles = ["Method", "Upload, × FedAvg", "Server, s", "Labels"]  # noqa: RUF001
+    assert _Text(page).cells[:8] == [*titles, "fedfisher", "2.40", "2.50", "0"]
+    assert "Methods compared" not in page
 
 
 def test_what_reads_alike_is_equally_good(tmp_path):
