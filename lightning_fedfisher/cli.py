@@ -260,6 +260,20 @@ def _report(flags: Namespace) -> int:
     return 0
 
 
+def _dashboard(flags: Namespace) -> int:
+    try:
+        from lightning_fedfisher.dashboard import planned, report, save, workspace
+    except ImportError as error:  # of an extra
+        raise ValueError(str(error)) from error
+    names = flags.entity, flags.project, flags.group, flags.prefix
+    if flags.dry_run:
+        print(json.dumps(planned(*names), indent=2))
+        return 0
+    for made in (workspace(*names), report(*names)):
+        print(_printable(save(made)))
+    return 0
+
+
 def _expanded(patterns: Sequence[str]) -> list[str]:
     """The files that patterns stand for, in order of their names; plain names as they are."""
     files: list[str] = []
@@ -318,7 +332,13 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     _complain(f"warning: {message}")
 
 
-_COMMANDS = {"inspect": _inspect, "verify": _verify, "merge": _merge, "report": _report}
+_COMMANDS = {
+    "inspect": _inspect,
+    "verify": _verify,
+    "merge": _merge,
+    "report": _report,
+    "dashboard": _dashboard,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

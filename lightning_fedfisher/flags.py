@@ -77,4 +77,22 @@ def parser(description: str | None) -> ArgumentParser:
         "--output", type=str | None, metavar="FILE", help="page to write; RUN_DIR/report.html"
     )
     commands.add_subcommand("report", report, help="draw a federation on one HTML page")
+
+    dashboard = ArgumentParser(
+        description="Saves a W&B workspace and a W&B report of one federation, whose runs share a "
+        "group, and prints their addresses. Exits with 1 if W&B does not take them."
+    )
+    dashboard.add_argument("--entity", type=str, required=True, help="user or team of W&B")
+    dashboard.add_argument("--project", type=str, required=True, help="project of the runs")
+    dashboard.add_argument("--group", type=str, required=True, help="group of the runs")
+    dashboard.add_argument(
+        "--prefix",
+        type=str,
+        default="fedfisher",
+        help="of what clients log; fedfisher/CURVATURE-FISHER where they log several curvatures",
+    )
+    dashboard.add_argument(
+        "--dry-run", action="store_true", help="print what would be saved as JSON, need no network"
+    )
+    commands.add_subcommand("dashboard", dashboard, help="save a W&B workspace and report")
     return whole
