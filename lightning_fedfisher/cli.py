@@ -20,21 +20,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Trainer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_fedfisher import __version__
 from lightning_fedfisher.admission import check_fit, examine
+from lightning_fedfisher.flags import parser
 from lightning_fedfisher.influence import USUAL, unusual
 from lightning_fedfisher.kinds import KINDS
 from lightning_fedfisher.layer_problems import LayerProblems
 from lightning_fedfisher.merge_module import FisherMergeModule
 from lightning_fedfisher.merge_record import describe_federation
-from lightning_fedfisher.methods import METHODS, MethodName
+from lightning_fedfisher.methods import METHODS
 from lightning_fedfisher.model_card import model_card
 from lightning_fedfisher.progress import is_first, shown
 from lightning_fedfisher.record import FederationRecord
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0; 1 if an update or a model is refused.
     """
-    flags = _parser().parse_args(arguments)
+    flags = parser(__doc__).parse_args(arguments)
     run: Callable[[Namespace], int] = _COMMANDS[flags.command]
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
@@ -70,71 +70,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _BAD
         finally:
             logger.setLevel(level)
-
-
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="fedfisher", description=__doc__, version=__version__)
-    commands = parser.add_subcommands(dest="command", title="commands")
-
-    inspect = ArgumentParser(description="Tells what an update file holds, without reading it all.")
-    inspect.add_argument("file", type=str, help="update file")
-    inspect.add_argument("--json", action="store_true", help="print JSON")
-    commands.add_subcommand("inspect", inspect, help="tell what an update file holds")
-
-    verify = ArgumentParser(
-        description="Reads update files whole and checks everything: digests, finiteness, shapes, "
-        "curvature that is none, and whether they belong together. Clients that weigh far more "
-        "than the median client are reported. Exits with 1 if a file is refused."
-    )
-    verify.add_argument("--config", action="config", help="YAML file of flags")
-    verify.add_argument("files", type=str, nargs="+", help="update files, or quoted patterns")
-    verify.add_argument("--model", type=str | None, help=_MODEL)
-    commands.add_subcommand("verify", verify, help="check update files")
-
-    merge = ArgumentParser(
-        description="Merges update files into one model, a safetensors file of its state dict, "
-        "with a model card beside it, and a record for `fedfisher report`."
-    )
-    merge.add_argument("--config", action="config", help="YAML file of flags")
-    merge.add_argument("files", type=str, nargs="+", help="update files, or quoted patterns")
-    merge.add_argument("--output", type=str, required=True, help="file to write: NAME.safetensors")
-    merge.add_argument("--method", type=MethodName, default="fedfisher", help="merge method")
-    merge.add_argument("--model", type=str | None, help=_MODEL)
-    merge.add_argument("--accelerator", type=str, default="auto", help="Lightning accelerator")
-    merge.add_argument("--devices", type=int, default=1, help="devices, or processes on a CPU")
-    merge.add_argument(
-        "--max-influence",
-        type=float | None,
-        help="what a client may weigh, as a multiple of the median client; by default as the "
-        "method has it",
-    )
-    merge.add_argument("--max-iterations", type=int | None, help="solver steps a layer at most")
-    merge.add_argument(
-        "--memory-budget", type=int, default=2**30, help="bytes of curvature to hold at a time"
-    )
-    merge.add_argument(
-        "--skip-invalid", action="store_true", help="go on without updates that are refused"
-    )
-    merge.add_argument(
-        "--dry-run", action="store_true", help="check all, tell what would be done, write nothing"
-    )
-    commands.add_subcommand("merge", merge, help="merge update files into one model")
-
-    report = ArgumentParser(
-        description="Draws the record of a federation: one HTML page with the methods compared and "
-        "charts of clients and merges, to be read without a network, or printed."
-    )
-    report.add_argument(
-        "run", type=str, metavar="RUN_DIR", help="folder with a record.json, or a record"
-    )
-    report.add_argument(
-        "--output", type=str | None, metavar="FILE", help="page to write; RUN_DIR/report.html"
-    )
-    commands.add_subcommand("report", report, help="draw a federation on one HTML page")
-    return parser
-
-
-_MODEL = "module.path:factory, a function without arguments that makes the model to check against"
 
 
 def _inspect(flags: Namespace) -> int:
@@ -325,6 +260,20 @@ def _report(flags: Namespace) -> int:
     return 0
 
 
+def _dashboard(flags: Namespace) -> int:
+    try:
+        from lightning_fedfisher.dashboard import planned, report, save, workspace
+    except ImportError as error:  # of an extra
+        raise ValueError(str(error)) from error
+    names = flags.entity, flags.project, flags.group, flags.prefix
+    if flags.dry_run:
+        print(json.dumps(planned(*names), indent=2))
+        return 0
+    for made in (workspace(*names), report(*names)):
+        print(_printable(save(made)))
+    return 0
+
+
 def _expanded(patterns: Sequence[str]) -> list[str]:
     """The files that patterns stand for, in order of their names; plain names as they are."""
     files: list[str] = []
@@ -383,7 +332,13 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     _complain(f"warning: {message}")
 
 
-_COMMANDS = {"inspect": _inspect, "verify": _verify, "merge": _merge, "report": _report}
+_COMMANDS = {
+    "inspect": _inspect,
+    "verify": _verify,
+    "merge": _merge,
+    "report": _report,
+    "dashboard": _dashboard,
+}
 
 if __name__ == "__main__":
     sys.exit(main())
