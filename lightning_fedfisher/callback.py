@@ -270,9 +270,9 @@ class FedFisherCallback(Callback):
         log_update(trainer.loggers, prefix, written, curvature, metrics, trainer.global_step)
 
     def _prefix(self, trainer: Trainer) -> str:
-        """Of what is logged: callbacks side by side have names of their own."""
-        twins = any(isinstance(c, FedFisherCallback) and c is not self for c in _callbacks(trainer))
-        return f"fedfisher/{self._curvature}-{self._fisher}" if twins else "fedfisher"
+        """Of what is logged: further callbacks beside the first have names of their own."""
+        first = next(c for c in _callbacks(trainer) if isinstance(c, FedFisherCallback))
+        return "fedfisher" if first is self else f"fedfisher/{self._curvature}-{self._fisher}"
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:

@@ -265,7 +265,7 @@ def _dashboard(flags: Namespace) -> int:
         from lightning_fedfisher.dashboard import planned, report, save, workspace
     except ImportError as error:  # of an extra
         raise ValueError(str(error)) from error
-    names = flags.entity, flags.project, flags.group, flags.prefix
+    names = flags.entity, flags.project, flags.group
     if flags.dry_run:
         print(json.dumps(planned(*names), indent=2))
         return 0

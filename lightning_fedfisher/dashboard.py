@@ -1,7 +1,7 @@
 """W&B dashboards as code: a workspace and a report of one federation's runs.
 
 They show what `federation_logger`, the callback and the server's module log, by the names of the
-keys: as they are where a run holds one merge, and below ``<method>/`` where it holds several.
+keys.
 Nothing here reads a run, so both can be made before the first client has trained.
 """
 
@@ -26,15 +26,13 @@ _NOT_IN_NAMES = frozenset("/\\#?%:")  # of W&B's entities and projects
 _IDS = frozenset(("id", "__id__"))
 
 
-def workspace(entity: str, project: str, group: str, prefix: str = "fedfisher") -> ws.Workspace:
+def workspace(entity: str, project: str, group: str) -> ws.Workspace:
     """The workspace of a federation: its runs only, by their job type.
 
     Args:
         entity: of W&B, a user or a team.
         project: of W&B.
         group: the federation's name.
-        prefix: of what clients log; where a client's Trainer has several callbacks it is
-            ``"fedfisher/<curvature>-<fisher>"``.
 
     Returns:
         It, not yet saved.
@@ -44,7 +42,7 @@ def workspace(entity: str, project: str, group: str, prefix: str = "fedfisher") 
     """
     _check(entity, project, group)
     shown = []
-    for section in sections(prefix):
+    for section in sections():
         panels = section.panels((3, [wr.MarkdownPanel(markdown=section.text)]))
         page = ws.SectionLayoutSettings(columns=2, rows=-(-len(panels) // 2))
         shown.append(
@@ -64,14 +62,13 @@ def workspace(entity: str, project: str, group: str, prefix: str = "fedfisher") 
     )
 
 
-def report(entity: str, project: str, group: str, prefix: str = "fedfisher") -> wr.Report:
+def report(entity: str, project: str, group: str) -> wr.Report:
     """The report of a federation: the same panels as a story, from the data to the costs.
 
     Args:
         entity: of W&B, a user or a team.
         project: of W&B.
         group: the federation's name.
-        prefix: of what clients log, as in `workspace`.
 
     Returns:
         It, not yet saved.
@@ -90,7 +87,7 @@ def report(entity: str, project: str, group: str, prefix: str = "fedfisher") -> 
             ]
         ),
     ]
-    for section in sections(prefix):
+    for section in sections():
         runs = wr.Runset(
             entity=entity,
             project=project,
@@ -110,24 +107,23 @@ def report(entity: str, project: str, group: str, prefix: str = "fedfisher") -> 
     )
 
 
-def planned(entity: str, project: str, group: str, prefix: str = "fedfisher") -> dict[str, Any]:
+def planned(entity: str, project: str, group: str) -> dict[str, Any]:
     """What would be saved, without a network.
 
     Args:
         entity: as in `workspace`.
         project: as in `workspace`.
         group: as in `workspace`.
-        prefix: as in `workspace`.
 
     Returns:
         The ``workspace`` and the ``report`` in W&B's own form, to be written as JSON; the same at
         every call, without the ids that are drawn at random.
     """
-    made = report(entity, project, group, prefix)
+    made = report(entity, project, group)
     for block in made.blocks:
         for runs in getattr(block, "runsets", ()):
             runs.entity = ""  # or W&B is asked for the project's number
-    models = {"workspace": workspace(entity, project, group, prefix), "report": made}
+    models = {"workspace": workspace(entity, project, group), "report": made}
     plain = {
         name: _without_ids(
             model._to_model().model_dump(mode="json", by_alias=True, exclude_none=True)

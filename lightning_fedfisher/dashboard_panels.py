@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import wandb_workspaces.reports.v2 as wr
 
 from lightning_fedfisher.influence import USUAL
-from lightning_fedfisher.methods import METHODS
 
 MOST_RUNS = 100
 """Runs that a panel shows at most: W&B's own 10 would hide clients."""
@@ -49,11 +47,8 @@ class Section(NamedTuple):
         return laid
 
 
-def sections(prefix: str) -> list[Section]:
+def sections() -> list[Section]:
     """Makes every panel anew.
-
-    Args:
-        prefix: of what clients log.
 
     Returns:
         The questions, from the data to the costs.
@@ -93,23 +88,23 @@ def sections(prefix: str) -> list[Section]:
             "client much; where the effective rank is low it cares about few directions only, and "
             "leaves the others to the rest. The table has both by layer.",
             [
-                (9, [_spectrum(prefix)]),
+                (9, [_spectrum()]),
                 (
                     8,
                     [
                         _lines(
-                            _client(prefix, "trace/.+"),
+                            _client("trace/.+"),
                             "Trace by layer: no client should tower over the others",
                             log=True,
                         ),
                         _lines(
-                            _client(prefix, "effective_rank/.+"),
+                            _client("effective_rank/.+"),
                             "Effective rank by layer: low where few directions matter",
                             log=True,
                         ),
                     ],
                 ),
-                (8, [wr.WeavePanelSummaryTable(table_name=f"{prefix}/curvature")]),
+                (8, [wr.WeavePanelSummaryTable(table_name="fedfisher/curvature")]),
             ],
         ),
         Section(
@@ -121,31 +116,38 @@ def sections(prefix: str) -> list[Section]:
                 (
                     8,
                     [
-                        _lines(_merge("objective"), "Objective: falls, then stays", log=True),
-                        _lines(_merge("residual"), "Residual: ends low if it converged", log=True),
-                        _lines(_merge("iterations"), "Iterations: levels off when all are done"),
+                        _lines(
+                            "^objective$", "Objective: falls, then stays", x="iterations", log=True
+                        ),
+                        _lines(
+                            "^residual$",
+                            "Residual: ends low if it converged",
+                            x="iterations",
+                            log=True,
+                        ),
+                        _lines("^iterations$", "Iterations: levels off when all are done"),
                     ],
                 ),
                 (
                     8,
                     [
                         _lines(
-                            _merge("residual/.+"),
+                            "^residual/.+$",
                             "Residual by layer: is one not solved?",
                             log=True,
                         ),
                         _lines(
-                            _merge("distance/.+"),
+                            "^distance/.+$",
                             "Distance by client: the farthest was outvoted",
                         ),
                         _lines(
-                            _merge("influence/.+"),
+                            "^influence/.+$",
                             f"Influence by client: look at those above {USUAL:g}",
                             log=True,
                         ),
                     ],
                 ),
-                (8, [wr.WeavePanelSummaryTable(table_name=name) for name in _CLIENTS]),
+                (8, [wr.WeavePanelSummaryTable(table_name="clients")]),
             ],
         ),
         Section(
@@ -178,10 +180,10 @@ def sections(prefix: str) -> list[Section]:
                 (
                     8,
                     [
-                        _values(_both("test/accuracy"), "Accuracy, %: higher is better"),
-                        _values(_both("test/nll"), "Negative log-likelihood: lower is better"),
+                        _values(["test/accuracy"], "Accuracy, %: higher is better"),
+                        _values(["test/nll"], "Negative log-likelihood: lower is better"),
                         _values(
-                            _both("test/calibration_error"), "Calibration error, %: lower is better"
+                            ["test/calibration_error"], "Calibration error, %: lower is better"
                         ),
                     ],
                 ),
@@ -196,11 +198,11 @@ def sections(prefix: str) -> list[Section]:
                     8,
                     [
                         _values(
-                            list(dict.fromkeys([f"{prefix}/upload_bytes", *_both("upload_bytes")])),
+                            ["fedfisher/upload_bytes"],
                             "Bytes sent, once: near those of the weights?",
                         ),
                         _values(
-                            _both("server_seconds"),
+                            ["server_seconds"],
                             "Seconds of the merge: how it grows with clients",
                         ),
                     ],
@@ -209,11 +211,11 @@ def sections(prefix: str) -> list[Section]:
                     8,
                     [
                         _values(
-                            [f"{prefix}/extraction_seconds"],
+                            ["fedfisher/extraction_seconds"],
                             "Seconds of extraction: short beside the training?",
                         ),
                         _values(
-                            [f"{prefix}/curvature_samples"],
+                            ["fedfisher/curvature_samples"],
                             "Samples behind the curvature: few make it noisy",
                         ),
                     ],
@@ -224,23 +226,11 @@ def sections(prefix: str) -> list[Section]:
 
 
 _LOSS = "^(?:(?:train|training|val|valid|validation)[_/])?loss(?:_epoch)?$"
-_CLIENTS = ("clients", "fedfisher/clients")  # of the default method, where several share a run
 
 
-def _client(prefix: str, key: str) -> str:
+def _client(key: str) -> str:
     """Matches what clients log, of one callback or of several side by side."""
-    return f"^{re.escape(prefix)}/(?:[^/]+/)?{key}$"
-
-
-def _merge(key: str) -> str:
-    """Matches what a merge logs, in a run of its own or below its method's name."""
-    # No lookaround: W&B matches on its server, whose regular expressions have none.
-    return f"^(?:(?:{'|'.join(map(re.escape, METHODS))})/)?{key}$"
-
-
-def _both(key: str) -> list[str]:
-    """The same by name, for panels that take no regular expression."""
-    return [key, *(f"{method}/{key}" for method in METHODS)]
+    return f"^fedfisher/(?:[^/]+/)?{key}$"
 
 
 def _lines(pattern: str, title: str, x: str = "trainer/global_step", log: bool = False) -> Any:
@@ -269,11 +259,11 @@ def _bars(key: str, label: str, value: str, title: str) -> Any:
     return _chart(key, "wandb/bar/v0", {"label": label, "value": value}, {"title": title})
 
 
-def _spectrum(prefix: str) -> Any:
+def _spectrum() -> Any:
     fields = {name: name for name in ("step", "lineKey", "lineVal")}
     title = "Eigenvalues of the curvature: steep where few directions matter"
     words = {"title": title, "xname": "rank, as a share of all"}
-    return _chart(f"{prefix}/spectrum", "wandb/lineseries/v0", fields, words)
+    return _chart("fedfisher/spectrum", "wandb/lineseries/v0", fields, words)
 
 
 def _confusion(key: str, title: str) -> Any:

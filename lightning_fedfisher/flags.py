@@ -86,12 +86,6 @@ def parser(description: str | None) -> ArgumentParser:
     dashboard.add_argument("--project", type=str, required=True, help="project of the runs")
     dashboard.add_argument("--group", type=str, required=True, help="group of the runs")
     dashboard.add_argument(
-        "--prefix",
-        type=str,
-        default="fedfisher",
-        help="of what clients log; fedfisher/CURVATURE-FISHER where they log several curvatures",
-    )
-    dashboard.add_argument(
         "--dry-run", action="store_true", help="print what would be saved as JSON, need no network"
     )
     commands.add_subcommand("dashboard", dashboard, help="save a W&B workspace and report")

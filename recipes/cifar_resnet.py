@@ -13,7 +13,7 @@ import os
 import platform
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -32,7 +32,15 @@ from simulation.data import load_images
 from simulation.federation import ClientResult
 from simulation.flags import Flags, parse_flags, settle
 from simulation.recording import record
-from simulation.round import Merged, Round, is_first_process, round_folder, say, seeded_network
+from simulation.round import (
+    Merged,
+    Round,
+    headline,
+    is_first_process,
+    round_folder,
+    say,
+    seeded_network,
+)
 from simulation.start import read_start, without_prefix
 from torch import Tensor
 
@@ -121,12 +129,6 @@ def write(
     record.save(current.output / "record.json")
     write_report(record, current.output / "report.html")
     write_results(current.report_file, results)
-
-
-def headline(methods: Iterable[str]) -> str:
-    """The method whose model is written, and goes on in the next round."""
-    names = list(methods)
-    return "fedfisher" if "fedfisher" in names else names[-1]
 
 
 def write_results(path: Path, results: Report) -> None:
@@ -273,7 +275,8 @@ def play(current: Round) -> tuple[Report, dict[str, Tensor]]:
         The report, and the weights that go on.
     """
     clients, predictions = current.fit_clients()
-    main_method, methods = headline(current.flags.methods), current.flags.methods
+    methods = current.flags.methods
+    main_method = headline(methods)
     merged: dict[str, Merged] = {}
     # The one that matters comes last: its run shows the others beside it.
     for method in sorted(methods, key=lambda method: method == main_method):

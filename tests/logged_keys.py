@@ -1,22 +1,16 @@
 """Keys that the runs of a federation log, and keys that look like them."""
 
-from lightning_fedfisher import METHODS
-
 CLIENTS = ["client-0", "ward 3/scanner.b", "a.b/c d", "residual"]
 LAYERS = ["network.0", "blocks.1/conv 2", "head (last)", "iterations"]
-MERGES = ["", *(f"{method}/" for method in METHODS)]
 FAMILIES = [  # what one panel shows together
     {"train_loss", "loss", "train/loss", "val_loss", "validation/loss", "train_loss_epoch"},
     *(
         {f"fedfisher/{kind}{name}/{layer}" for kind in ("", "kfac-mc/") for layer in LAYERS}
         for name in ("trace", "effective_rank")
     ),
-    *({f"{merge}{name}" for merge in MERGES} for name in ("objective", "residual", "iterations")),
-    {f"{merge}residual/{layer}" for merge in MERGES for layer in LAYERS},
-    *(
-        {f"{merge}{name}/{client}" for merge in MERGES for client in CLIENTS}
-        for name in ("distance", "influence")
-    ),
+    *({name} for name in ("objective", "residual", "iterations")),
+    {f"residual/{layer}" for layer in LAYERS},
+    *({f"{name}/{client}" for client in CLIENTS} for name in ("distance", "influence")),
 ]
 OTHERS = {  # what no line plot shows
     *("epoch", "trainer/global_step", "_step", "train_loss_step", "losses", "test/loss", "no_loss"),
@@ -27,8 +21,8 @@ OTHERS = {  # what no line plot shows
         "other/trace/network.0",
         "xfedfisher/trace/a",
     ),
-    *(f"{merge}iterations/{layer}" for merge in MERGES for layer in LAYERS),
-    *(f"{merge}{key}" for merge in MERGES for key in ("test/accuracy", "clients", "upload_bytes")),
+    *(f"iterations/{layer}" for layer in LAYERS),
+    *("test/accuracy", "clients", "server_seconds", "fedfisher/upload_bytes"),
     *(
         "val_residual",
         "residuals",

@@ -178,9 +178,9 @@ def test_lines_are_of_single_runs_by_a_pattern(plan):
         assert config["metrics"] == []
         assert config["aggregate"] is False
         assert config["limit"] == 100
-        assert config["xAxis"] == (
-            "epoch" if "loss" in config["metricRegex"] else "trainer/global_step"
-        )
+        axes = {"loss": "epoch", "^residual$": "iterations", "^objective$": "iterations"}
+        axis = [x for part, x in axes.items() if part in config["metricRegex"]]
+        assert [config["xAxis"]] == (axis or ["trainer/global_step"])
         assert isinstance(config["yLogScale"], bool)
 
 
@@ -193,16 +193,6 @@ def test_every_pattern_matches_one_family_of_keys_and_nothing_else(plan):
 def test_patterns_are_such_as_go_and_javascript_know(plan):
     for pattern in _patterns(plan):
         assert not re.search(r"\(\?[^:]|\\[^-./]", pattern)
-
-
-def test_a_prefix_tells_curvatures_apart():
-    plan = planned(*NAMES, "fedfisher/kfac-normalised")
-    (trace,) = (pattern for pattern in _patterns(plan) if "trace" in pattern)
-    assert re.search(trace, "fedfisher/kfac-normalised/trace/network.0")
-    assert not re.search(trace, "fedfisher/diagonal-exact/trace/network.0")
-    assert not re.search(trace, "fedfisher/trace/network.0")
-    for key in ("spectrum_table", "curvature", "upload_bytes", "extraction_seconds"):
-        assert f'"fedfisher/kfac-normalised/{key}"' in json.dumps(plan)
 
 
 class Keys(DummyLogger):
@@ -256,7 +246,7 @@ def test_charts_are_drawn_as_they_were_logged(plan):
 
 def test_tables_are_those_that_are_logged(plan):
     text = json.dumps(plan)
-    for table in ("partition", "fedfisher/curvature", "clients", "fedfisher/clients", "comparison"):
+    for table in ("partition", "fedfisher/curvature", "clients", "comparison"):
         assert text.count(f'"val": "{table}"') == 2
 
 

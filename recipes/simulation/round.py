@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -136,7 +136,7 @@ class Round:
             Each client's result, and its log-probabilities on the test set.
         """
         flags = self.flags
-        setting = self.setting()
+        setting, main = self.setting(), headline(flags.methods)
         results, predictions = [], []
         for index, (folder, part) in enumerate(zip(self.folders, self.parts, strict=True)):
             title = f"client {index + 1} of {flags.clients}, {len(part)} samples"
@@ -149,7 +149,8 @@ class Round:
                     self.network(),
                     self.images.train.subset(part),
                     folder,
-                    flags.methods,
+                    # The first callback logs under the plain names.
+                    sorted(flags.methods, key=lambda method: method != main),
                     epochs=int(flags.epochs or 0),
                     learning_rate=flags.learning_rate,
                     batch_size=flags.batch_size,
@@ -239,6 +240,11 @@ class Round:
             "enable_model_summary": False,
             "enable_progress_bar": sys.stdout.isatty(),
         }
+
+
+def headline(methods: Sequence[MethodName]) -> MethodName:
+    """The method whose model is written, and goes on in the next round."""
+    return "fedfisher" if "fedfisher" in methods else methods[-1]
 
 
 def round_folder(flags: Flags, number: int) -> Path:

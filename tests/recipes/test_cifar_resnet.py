@@ -142,7 +142,7 @@ def test_a_clients_run_tells_of_its_data_training_and_curvature(federation):
         assert losses == pytest.approx(client.train_loss)
         for name in ("accuracy", "nll", "calibration_error"):
             assert run.summary[f"test/{name}"] == pytest.approx(getattr(client.score, name))
-        kind = "fedfisher/kfac-normalised"
+        kind = "fedfisher"
         assert run.summary[f"{kind}/upload_bytes"] == client.upload_bytes
         seconds = client.extraction_seconds
         assert run.summary[f"{kind}/extraction_seconds"] == pytest.approx(seconds)
