@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from lightning_fedfisher.tracking import log_update, progress_log, warn_of_used_
 from lightning_fedfisher.treatment import CurvatureType
 from lightning_fedfisher.update import ClientUpdate
 
+_PREFIX = "fedfisher"
 # Two at least, so that a sample whose logits depend on another is noticed.
 _REHEARSED = 2
 
@@ -262,17 +264,19 @@ class FedFisherCallback(Callback):
             "curvature_samples": float(extracted.num_samples),
             "upload_bytes": float(written.upload_bytes),
         }
-        informed = self._curvature != "identity"
-        blocks = extracted.blocks if informed else {}
-        curvature = [describe_curvature(name, block) for name, block in blocks.items()]
         prefix = self._prefix(trainer)
+        curvature = []
+        if self._curvature != "identity":  # which says nothing
+            # Of several callbacks' curvature, one has its eigenvalues shown.
+            describe = partial(describe_curvature, spectrum=prefix == _PREFIX)
+            curvature = [describe(name, block) for name, block in extracted.blocks.items()]
         # LightningModule.log is closed at this point of a fit; the loggers are not.
         log_update(trainer.loggers, prefix, written, curvature, metrics, trainer.global_step)
 
     def _prefix(self, trainer: Trainer) -> str:
         """Of what is logged: further callbacks beside the first have names of their own."""
         first = next(c for c in _callbacks(trainer) if isinstance(c, FedFisherCallback))
-        return "fedfisher" if first is self else f"fedfisher/{self._curvature}-{self._fisher}"
+        return _PREFIX if first is self else f"{_PREFIX}/{self._curvature}-{self._fisher}"
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:

@@ -14,12 +14,13 @@ _RANKS = 33
 _LARGEST_SIDE = 1024
 
 
-def describe_curvature(layer: str, curvature: Curvature) -> LayerCurvature:
+def describe_curvature(layer: str, curvature: Curvature, spectrum: bool = True) -> LayerCurvature:
     """Sums a layer's curvature up.
 
     Args:
         layer: its name.
         curvature: of one client.
+        spectrum: whether to find eigenvalues, which takes most of the time.
 
     Returns:
         Trace, effective rank and the eigenvalues at 33 evenly spaced ranks (at all, if there are
@@ -29,7 +30,7 @@ def describe_curvature(layer: str, curvature: Curvature) -> LayerCurvature:
     trace, norm = float(curvature.trace()), float(curvature.norm())
     # In float64, and divided before squared: eigenvalues may be as small as numbers get.
     rank = (trace / norm) ** 2 if norm > 0 else 0.0
-    return LayerCurvature(layer, trace, rank, _spectrum(curvature))
+    return LayerCurvature(layer, trace, rank, _spectrum(curvature) if spectrum else [])
 
 
 def _spectrum(curvature: Curvature) -> list[float]:

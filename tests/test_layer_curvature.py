@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,6 +22,12 @@ def test_it_says_what_the_dense_eigenvalues_say():
     assert told.effective_rank == pytest.approx(float(values.sum() ** 2 / values.square().sum()))
     ranks = [round(k * 44 / 32) for k in range(33)]
     assert told.spectrum == pytest.approx(values[ranks].tolist(), rel=1e-9)
+
+
+def test_eigenvalues_may_be_left_out():
+    curvature = Kronecker(_factor(5, 0), _factor(9, 1))
+    whole = describe_curvature("fc", curvature)
+    assert describe_curvature("fc", curvature, spectrum=False) == replace(whole, spectrum=[])
 
 
 def test_equal_eigenvalues_count_all_and_one_counts_one():

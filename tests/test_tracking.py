@@ -174,6 +174,7 @@ def test_callbacks_side_by_side_do_not_overwrite_each_other(tmp_path):
     trainer.fit(tiny_model(), tiny_loader())
     wandb.finish()
     run = read_runs(tmp_path)["a"]
+    assert run.charts == {"fedfisher/spectrum"}
     for kind, callback in zip(kinds, callbacks, strict=True):
         first = kind == kinds[0]
         # Without a Fisher type in its header, as the identity is, it has the callback's.

@@ -221,9 +221,12 @@ class Round:
             tags.append(f"round-{self.number}")
         if self.number > 1:
             name += f"-round-{self.number}"
+        # One run tells of all packages installed; it takes as long as all the rest of opening one.
+        whole = config.get("method") == headline(self.flags.methods)
         return federation_logger(
             self.group,
             client,
+            settings=wandb.Settings(x_save_requirements=whole),
             name=name,
             tags=tags,
             config=self.flags.plain() | config,
