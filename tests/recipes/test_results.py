@@ -12,6 +12,7 @@ from results_table import (
     fuzz_table,
     hostile_table,
     large_table,
+    logging_table,
     merge_benchmark_table,
     merge_summary,
     merge_table,
@@ -89,6 +90,11 @@ def test_recipes_readme_shows_what_became_of_mutated_files():
     assert report["crashes"] == []
     assert fuzz_table(report) in (ROOT / "recipes" / "README.md").read_text()
     assert f"{report['config']['files']:,} mutated files" in (ROOT / "README.md").read_text()
+
+
+def test_recipes_readme_shows_what_logging_costs():
+    (report,) = load("logging_cost")
+    assert logging_table(report) in (ROOT / "recipes" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
