@@ -158,10 +158,6 @@ class FisherMergeModule(LightningModule):
         known = METHODS.get(cast(MethodName, self.method)) == self._method
         return fingerprint(self.method if known else self._method, self.updates)
 
-    @property
-    def _finished(self) -> bool:
-        return bool(self._status[:, DONE].all())
-
     def merged_state_dict(self) -> dict[str, Tensor]:
         """The merged model: parameters and buffers by name, as the clients named them.
 
@@ -222,10 +218,9 @@ class FisherMergeModule(LightningModule):
         self.influence = saved["influence"].cpu()
         if saved["max_iterations"] != self._max_iterations:
             # What ended for want of iterations begins anew, with all that waits for it.
-            ran_out = self._status[:, DONE] == layer_status.ENDED
-            for index in range(len(self.layers)):
-                if ran_out[self.problems.needs(index)].any():
-                    self._status[index] = 0
+            ended = self._status[:, DONE] == layer_status.ENDED
+            needs = map(self.problems.needs, range(len(self.layers)))
+            self._status[[bool(ended[needed].any()) for needed in needs]] = 0
         self._best, self._validation_samples = saved["best"], saved["validation_samples"]
 
     @override
@@ -292,7 +287,7 @@ class FisherMergeModule(LightningModule):
 
     @override
     def on_train_epoch_end(self) -> None:
-        self.trainer.should_stop = self.trainer.should_stop or self._finished
+        self.trainer.should_stop = self.trainer.should_stop or bool(self._status[:, DONE].all())
 
     @override
     def on_fit_end(self) -> None:
