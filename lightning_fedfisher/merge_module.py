@@ -39,7 +39,7 @@ from lightning_fedfisher.strategies import require_whole_model
 from lightning_fedfisher.tracking import define_merge_axes, log_merge
 from lightning_fedfisher.validation import Validation
 
-_CHECKPOINT_KEY = "lightning_fedfisher_merge"
+_CHECKPOINT_KEY = "lightning_fedfisher_merge_2"  # counts what is saved
 
 
 class FisherMergeModule(LightningModule):
@@ -211,8 +211,8 @@ class FisherMergeModule(LightningModule):
         saved = checkpoint.get(_CHECKPOINT_KEY, {})
         if saved.get("fingerprint") != self._fingerprint:
             raise ValueError(
-                "the checkpoint is of another merge: resume it with the same updates, in the same "
-                "order, and the same method"
+                "the checkpoint is of another merge, or an earlier version's: resume it with the "
+                "same updates, in the same order, and the same method"
             )
         self._status, self.history = saved["status"].cpu(), list(saved["history"])
         self.influence = saved["influence"].cpu()
