@@ -246,6 +246,7 @@ def _tell_plan(merge: FisherMergeModule, flags: Namespace, outputs: Sequence[Pat
 
 def _report(flags: Namespace) -> int:
     try:
+        from lightning_fedfisher.chart_words import count
         from lightning_fedfisher.report import FILE_NAME, write_report
     except ImportError as error:  # of an extra
         raise ValueError(str(error)) from error
@@ -253,10 +254,8 @@ def _report(flags: Namespace) -> int:
     record = FederationRecord.load(run)
     output = Path(flags.output or (run / FILE_NAME if run.is_dir() else run.with_suffix(".html")))
     write_report(record, output)
-    clients, merges = len(record.clients), len(record.merges)
-    print(
-        _printable(f"{output}: {clients} clients, {merges} merges, {output.stat().st_size:,} bytes")
-    )
+    held = f"{count(len(record.clients), 'client')}, {count(len(record.merges), 'merge')}"
+    print(_printable(f"{output}: {held}, {output.stat().st_size:,} bytes"))
     return 0
 
 

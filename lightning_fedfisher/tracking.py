@@ -72,11 +72,12 @@ def federation_logger(
     """
     import wandb
 
-    if not is_first():
-        return WandbLogger()  # which logs nothing outside the first process
     job = "server" if client is None else "client"
     name = name or client or "server"
     run_id = sha256("\0".join((project, federation, job, name)).encode()).hexdigest()[:16]
+    same: dict[str, Any] = {"project": project, "name": name, "save_dir": save_dir}
+    if not is_first():
+        return WandbLogger(id=run_id, **same)  # which opens no run outside the first process
     if wandb.run is not None and wandb.run.id != run_id:
         raise ValueError(
             f"the W&B run {wandb.run.name} is still open, and {name} would go on in it: call "
@@ -98,7 +99,7 @@ def federation_logger(
     # As a WandbLogger does with a run that it opens itself.
     run.define_metric("trainer/global_step")
     run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
-    return WandbLogger(experiment=run, save_dir=save_dir, log_model=log_model)
+    return WandbLogger(experiment=run, log_model=log_model, **same)
 
 
 def provenance() -> dict[str, Any]:

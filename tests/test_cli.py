@@ -167,7 +167,7 @@ def test_merge_leaves_a_record_to_report_on(folder, capsys):
     assert record.config["max_influence"] == 3
     capsys.readouterr()
     assert main(["report", "m.json"]) == 0
-    assert capsys.readouterr().out.startswith("m.html: 10 clients, 1 merges")
+    assert capsys.readouterr().out.startswith("m.html: 10 clients, 1 merge, ")
 
 
 def test_merge_goes_on_without_the_bad_one_if_told_to(folder, capsys):

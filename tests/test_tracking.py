@@ -59,6 +59,14 @@ def test_runs_of_a_federation_share_a_group_and_differ_in_their_job(tmp_path):
         assert run.axes == {"trainer/global_step": None, "*": "trainer/global_step"}
 
 
+def test_checkpoints_go_where_a_logger_of_its_own_would_put_them(tmp_path):
+    logger = _open(tmp_path, "a", project="p")
+    other = WandbLogger(project="p", name="a", id=logger.version, save_dir=tmp_path)
+    assert (logger.name, logger.version, logger.save_dir) == ("p", other.version, other.save_dir)
+    assert logger.name == other.name
+    wandb.finish()
+
+
 def test_a_client_goes_on_in_its_own_run_and_no_other(tmp_path):
     def opened(*arguments, **options):
         run = _open(tmp_path, *arguments, **options).experiment
