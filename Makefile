@@ -7,6 +7,8 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/python recipes/cifar_resnet.py
 
+# On matrices as small as those of the tests, threads that wait for a busy core cost more than they do.
+test: export OMP_NUM_THREADS ?= 1
 test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
