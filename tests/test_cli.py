@@ -150,6 +150,12 @@ def test_merge_writes_what_the_module_merges(folder, capsys, method):
     assert not list(folder.glob("*.partial"))
 
 
+def test_a_file_that_two_patterns_name_is_merged_once(folder, capsys):
+    patterns = ["updates/*.safetensors", "updates/client-0.*"]
+    assert main(["merge", *patterns, "--output", "m.safetensors", "--dry-run"]) == 0
+    assert capsys.readouterr().out.count("client-0.safetensors") == 1
+
+
 def test_merge_leaves_a_record_to_report_on(folder, capsys):
     command = ["merge", "updates/*.safetensors", "--output", "m.safetensors"]
     assert main([*command, "--max-influence", "3"]) == 0

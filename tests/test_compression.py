@@ -26,6 +26,7 @@ from lightning_fedfisher import (
     LookupKronecker,
     UpdateError,
     extract_curvature,
+    packing,
 )
 from lightning_fedfisher.compression import Compression, _narrow_root, check, restore
 from lightning_fedfisher.packing import LARGEST, pack, packed_size, unpack
@@ -92,6 +93,28 @@ def test_no_number_takes_less_than_a_bit():
 def test_another_count_is_refused(count):
     with pytest.raises(ValueError, match="packed bytes"):
         unpack(pack(_numbers(5.0, 1000)), count)
+
+
+def _raw(low, high, after=b""):
+    """Bytes as `pack` writes them, of one number and of no large ones."""
+    coder = zlib.compressobj(9, zlib.DEFLATED, -15)
+    coded = coder.compress(bytes([high])) + coder.flush()
+    raw = packing._PREFIX.pack(low, 0) + bytes(low) + coded + after
+    return torch.from_numpy(np.frombuffer(raw, np.uint8).copy())
+
+
+def test_bytes_after_the_last_number_are_refused():
+    assert unpack(_raw(0, 4), 1).tolist() == [2]
+    with pytest.raises(ValueError, match="do not hold 1 numbers"):
+        unpack(_raw(0, 4, after=b"x"), 1)
+
+
+def test_numbers_beyond_the_largest_are_refused():
+    most = (2 * LARGEST).bit_length()
+    with pytest.raises(ValueError, match="a number that is too large"):
+        unpack(_raw(most - 4, 254), 1)
+    with pytest.raises(ValueError, match="too few"):
+        unpack(_raw(most + 1, 0), 1)
 
 
 def test_a_bomb_is_refused_before_it_goes_off():
@@ -498,6 +521,8 @@ def test_a_header_must_tell_exactly_what_is_packed(change, reason, update, grant
         Packed(1.0, "int32"),
         Packed(1.0, "float32", -1),
         Packed(1.0, "float32", 1.5),
+        Packed(1.0, "float32", 1, math.inf),
+        Packed(1.0, "float32", 1, math.nan),
         Packed(1.0, "float32", 1, -1.0),
         Packed(1.0, "float32", 1, math.nan),
     ],
