@@ -7,7 +7,7 @@ of the clients' quadratics.
 
 # Client
 from lightning_fedfisher.callback import FedFisherCallback
-from lightning_fedfisher.extraction import (
+from lightning_fedfisher.extraction.extract import (
     ExtractedCurvature,
     ExtractionOptions,
     extract_curvature,
@@ -15,33 +15,37 @@ from lightning_fedfisher.extraction import (
 )
 
 # Server
-from lightning_fedfisher.admission import MergeError
+from lightning_fedfisher.merge.compatibility import MergeError
 from lightning_fedfisher.merge_module import FisherMergeModule
-from lightning_fedfisher.methods import METHODS
+from lightning_fedfisher.merge.methods import METHODS
 
 # Secure aggregation
-from lightning_fedfisher.additive import pooled, summand
-from lightning_fedfisher.fixed_point import from_fixed, to_fixed
+from lightning_fedfisher.secure_aggregation.sums import pooled, summand
+from lightning_fedfisher.secure_aggregation.fixed_point import from_fixed, to_fixed
 
 # What is told of it
-from lightning_fedfisher.record import (
+from lightning_fedfisher.results.record import (
     ClientRecord,
     FederationRecord,
     LayerCurvature,
     MergeRecord,
     ModelScore,
 )
-from lightning_fedfisher.tracking import federation_logger, log_federation, log_merged_model
+from lightning_fedfisher.tracking.wandb_run import (
+    federation_logger,
+    log_federation,
+    log_merged_model,
+)
 
 # What crosses between them, and what it is made of
-from lightning_fedfisher.compression import BudgetError
-from lightning_fedfisher.curvature import Curvature, Dense, Diagonal, Identity
-from lightning_fedfisher.kinds import KINDS
-from lightning_fedfisher.kronecker import EigenKronecker, Kronecker
-from lightning_fedfisher.lookup import LookupEigenKronecker, LookupKronecker
+from lightning_fedfisher.update.compression import BudgetError
+from lightning_fedfisher.curvature.base import Curvature, Dense, Diagonal, Identity
+from lightning_fedfisher.curvature.registry import KINDS
+from lightning_fedfisher.curvature.kronecker import EigenKronecker, Kronecker
+from lightning_fedfisher.curvature.embedding import LookupEigenKronecker, LookupKronecker
 from lightning_fedfisher.layers import Layer, UnsupportedModelError, find_layers
-from lightning_fedfisher.update import ClientUpdate
-from lightning_fedfisher.update_header import UpdateError, UpdateHeader
+from lightning_fedfisher.update.client_update import ClientUpdate
+from lightning_fedfisher.update.header import UpdateError, UpdateHeader
 
 __all__ = [
     "KINDS",

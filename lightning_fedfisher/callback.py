@@ -15,26 +15,26 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_fedfisher.extraction import (
+from lightning_fedfisher.curvature.summary import describe_curvature
+from lightning_fedfisher.distributed.strategies import require_whole_model
+from lightning_fedfisher.extraction.batches import Forward
+from lightning_fedfisher.extraction.extract import (
     ExtractedCurvature,
     check_options,
     extract_curvature,
 )
-from lightning_fedfisher.layer_curvature import describe_curvature
-from lightning_fedfisher.layers import find_layers
-from lightning_fedfisher.likelihood import FisherType, LikelihoodType
-from lightning_fedfisher.replica import Forward
-from lightning_fedfisher.sampling import (
+from lightning_fedfisher.extraction.fisher_types import FisherType, LikelihoodType
+from lightning_fedfisher.extraction.layer_report import CurvatureType
+from lightning_fedfisher.extraction.sampling import (
     MaxSamples,
     Shard,
     check_max_samples,
     deal_samples,
     most_samples,
 )
-from lightning_fedfisher.strategies import require_whole_model
-from lightning_fedfisher.tracking import log_update, progress_log, warn_of_used_runs
-from lightning_fedfisher.treatment import CurvatureType
-from lightning_fedfisher.update import ClientUpdate
+from lightning_fedfisher.layers import find_layers
+from lightning_fedfisher.tracking.wandb_run import log_update, progress_log, warn_of_used_runs
+from lightning_fedfisher.update.client_update import ClientUpdate
 
 _PREFIX = "fedfisher"
 # Two at least, so that a sample whose logits depend on another is noticed.

@@ -24,20 +24,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_fedfisher import layer_status
-from lightning_fedfisher.admission import UpdateSource, check_fit, open_updates
-from lightning_fedfisher.buffers import merge_buffers
-from lightning_fedfisher.client_names import client_names
-from lightning_fedfisher.fingerprint import fingerprint
-from lightning_fedfisher.influence import unusual
-from lightning_fedfisher.layer_problems import LayerProblems
-from lightning_fedfisher.layer_status import DONE
-from lightning_fedfisher.methods import METHODS, Method, MethodName
-from lightning_fedfisher.schedule import IDLE, Sweep, SweepCounter, deal
-from lightning_fedfisher.solvers import Solver
-from lightning_fedfisher.strategies import require_whole_model
-from lightning_fedfisher.tracking import define_merge_axes, log_merge
-from lightning_fedfisher.validation import Validation
+from lightning_fedfisher._utils.text import client_names
+from lightning_fedfisher.distributed.assignment import IDLE, Sweep, SweepCounter, deal
+from lightning_fedfisher.distributed.strategies import require_whole_model
+from lightning_fedfisher.merge import layer_state as layer_status
+from lightning_fedfisher.merge.buffers import merge_buffers
+from lightning_fedfisher.merge.checkpoint import fingerprint
+from lightning_fedfisher.merge.compatibility import UpdateSource, check_fit, open_updates
+from lightning_fedfisher.merge.influence_cap import unusual
+from lightning_fedfisher.merge.layer_loader import LayerProblems
+from lightning_fedfisher.merge.layer_state import DONE
+from lightning_fedfisher.merge.methods import METHODS, Method, MethodName
+from lightning_fedfisher.merge.solvers import Solver
+from lightning_fedfisher.merge.validation import Validation
+from lightning_fedfisher.tracking.wandb_run import define_merge_axes, log_merge
 
 _CHECKPOINT_KEY = "lightning_fedfisher_merge_2"  # counts what is saved
 

@@ -28,10 +28,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
+from simulation.clients import ClientResult
 from simulation.data import load_images
-from simulation.federation import ClientResult
 from simulation.flags import Flags, parse_flags, settle
-from simulation.recording import record
+from simulation.initial_weights import read_start, without_prefix
+from simulation.record import record
 from simulation.round import (
     Merged,
     Round,
@@ -41,14 +42,13 @@ from simulation.round import (
     say,
     seeded_network,
 )
-from simulation.start import read_start, without_prefix
 from torch import Tensor
 
 from lightning_fedfisher import ClientUpdate
-from lightning_fedfisher.record import FederationRecord, ModelScore
-from lightning_fedfisher.report import write_report
-from lightning_fedfisher.tracking import log_federation, log_merged_model
-from lightning_fedfisher.update_file import whole_file
+from lightning_fedfisher.report.page import write_report
+from lightning_fedfisher.results.record import FederationRecord, ModelScore
+from lightning_fedfisher.tracking.wandb_run import log_federation, log_merged_model
+from lightning_fedfisher.update.file_format import whole_file
 
 Report = dict[str, Any]
 

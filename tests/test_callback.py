@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from federation import (
+from helpers.federation import (
     NormedClassifier,
     TinyClassifier,
     quiet_trainer,
@@ -354,7 +354,8 @@ DDP_SCRIPT = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from federation import NormedClassifier, TinyClassifier, quiet_trainer, tiny_loader, tiny_model
+from helpers.federation import NormedClassifier, TinyClassifier
+from helpers.federation import quiet_trainer, tiny_loader, tiny_model
 from lightning_fedfisher import FedFisherCallback
 
 root = Path(sys.argv[1])
@@ -381,7 +382,7 @@ BUFFERS_SCRIPT = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from federation import NormedClassifier, quiet_trainer, tiny_loader
+from helpers.federation import NormedClassifier, quiet_trainer, tiny_loader
 from lightning_fedfisher import FedFisherCallback
 
 root = Path(sys.argv[1])

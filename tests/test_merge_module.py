@@ -14,10 +14,9 @@ import warnings
 from functools import partial
 from pathlib import Path
 
-import oracle
 import pytest
 import torch
-from federation import (
+from helpers.federation import (
     TinyClassifier,
     quiet_trainer,
     tiny_data,
@@ -27,6 +26,7 @@ from federation import (
 )
 from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from oracles import merge as oracle
 from test_callback import run_ddp
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -41,15 +41,15 @@ from lightning_fedfisher import (
     UpdateHeader,
     extract_curvature,
 )
-from lightning_fedfisher.curvature import Diagonal, Identity
-from lightning_fedfisher.fingerprint import fingerprint
-from lightning_fedfisher.layer_problems import LayerProblems
+from lightning_fedfisher.curvature.base import Diagonal, Identity
+from lightning_fedfisher.distributed.assignment import deal, dearest
+from lightning_fedfisher.distributed.exchange import prepared_together
 from lightning_fedfisher.layers import Source
-from lightning_fedfisher.methods import Method
-from lightning_fedfisher.schedule import deal, dearest
-from lightning_fedfisher.sharing import prepared_together
-from lightning_fedfisher.solvers import ClosedForm, ConjugateGradient, PublishedServer
-from lightning_fedfisher.spill import SpilledTensors
+from lightning_fedfisher.merge.checkpoint import fingerprint
+from lightning_fedfisher.merge.disk_cache import SpilledTensors
+from lightning_fedfisher.merge.layer_loader import LayerProblems
+from lightning_fedfisher.merge.methods import Method
+from lightning_fedfisher.merge.solvers import ClosedForm, ConjugateGradient, PublishedServer
 
 NEEDS = {
     "fedavg": ("identity", "exact"),
@@ -1401,7 +1401,7 @@ import json, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import torch
-from federation import quiet_trainer, tiny_loader, tiny_model
+from helpers.federation import quiet_trainer, tiny_loader, tiny_model
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_fedfisher import FisherMergeModule
 

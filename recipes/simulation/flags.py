@@ -13,7 +13,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 from lightning_fedfisher import METHODS
-from lightning_fedfisher.methods import MethodName
+from lightning_fedfisher.merge.methods import MethodName
 from simulation.data import ImageData
 
 DatasetName = Literal[

@@ -19,11 +19,10 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lightning_fedfisher.methods import MethodName
-from lightning_fedfisher.record import ModelScore
-from lightning_fedfisher.tracking import federation_logger
-from simulation.data import ImageData
-from simulation.federation import (
+from lightning_fedfisher.merge.methods import MethodName
+from lightning_fedfisher.results.record import ModelScore
+from lightning_fedfisher.tracking.wandb_run import federation_logger
+from simulation.clients import (
     Classifier,
     ClientFolder,
     ClientResult,
@@ -34,10 +33,11 @@ from simulation.federation import (
     merge,
     predict,
 )
+from simulation.data import ImageData
 from simulation.flags import Flags
+from simulation.initial_weights import start_digest, without_prefix
 from simulation.models import build_model
 from simulation.partition import class_histogram, reference_partition
-from simulation.start import start_digest, without_prefix
 
 
 @dataclass(frozen=True)

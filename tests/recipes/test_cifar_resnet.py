@@ -14,14 +14,14 @@ from pathlib import Path
 import cifar_resnet
 import pytest
 import torch
+from helpers.wandb_runs import read_runs
 from safetensors.torch import load_file, save_file
-from simulation import federation as federation_steps
+from simulation import clients as federation_steps
 from simulation.models import build_model
-from wandb_runs import read_runs
 
 from lightning_fedfisher import METHODS, ClientUpdate
-from lightning_fedfisher.record import FederationRecord
-from lightning_fedfisher.report import write_report
+from lightning_fedfisher.report.page import write_report
+from lightning_fedfisher.results.record import FederationRecord
 
 RECIPE = Path(cifar_resnet.__file__)
 SMALL = ["--dataset", "digits", "--model", "lenet", "--clients", "3", "--alpha", "1"]

@@ -1,12 +1,12 @@
 """The compression study end to end on embedded data, its truncation and its table."""
 
-import compression_study
 import pytest
 import torch
-from compression_study import BUDGETS, PLAIN, PUBLISHED, truncated
-from results_table import compression_table, read_rows
-from simulation import cells
-from simulation.cells import Cell
+from simulation import study as cells
+from simulation.study import Cell
+from studies import compression_study
+from studies.compression_study import BUDGETS, PLAIN, PUBLISHED, truncated
+from studies.tables import compression_table, read_rows
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 

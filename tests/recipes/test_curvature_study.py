@@ -3,13 +3,13 @@
 import argparse
 import math
 
-import curvature_study
-import extraction_benchmark
 import pytest
-from curvature_study import Setting
-from results_table import benchmark_table, read_rows, study_table
-from simulation import cells
-from simulation.cells import Cell
+from benchmarks import extraction_benchmark
+from simulation import study as cells
+from simulation.study import Cell
+from studies import curvature_study
+from studies.curvature_study import Setting
+from studies.tables import benchmark_table, read_rows, study_table
 
 CELL = Cell("digits", "lenet", 1.0, 3, 0)
 SETTINGS = [Setting("kfac", "normalised", "auto"), Setting("ekfac", "exact", "50")]

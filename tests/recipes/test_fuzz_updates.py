@@ -3,18 +3,20 @@
 import json
 import random
 
-import fuzz_updates
 import pytest
-from fuzz_updates import examine, main, sound_files
-from results_table import fuzz_table
-from simulation.mutation import MUTATIONS, UpdateParts
+from fuzzing import fuzz_updates
+from fuzzing.fuzz_updates import examine, main, sound_files
+from fuzzing.mutations import MUTATIONS, UpdateParts
+from studies.tables import fuzz_table
 
 from lightning_fedfisher import ClientUpdate
 
 
 @pytest.fixture(autouse=True)
 def granted(monkeypatch):
-    monkeypatch.setattr("lightning_fedfisher.update._GRANTED", 2**14)  # the recipe takes it away
+    monkeypatch.setattr(
+        "lightning_fedfisher.update.client_update._GRANTED", 2**14
+    )  # the recipe takes it away
 
 
 def test_a_report_counts_every_file(tmp_path):

@@ -2,13 +2,13 @@
 
 import math
 
-import hostile_study
 import pytest
 import torch
-from hostile_study import ATTACKS, BOUNDS, NOBODY, SHREWD, forge
-from results_table import hostile_table, read_rows
-from simulation import cells
-from simulation.cells import Cell
+from simulation import study as cells
+from simulation.study import Cell
+from studies import hostile_study
+from studies.hostile_study import ATTACKS, BOUNDS, NOBODY, SHREWD, forge
+from studies.tables import hostile_table, read_rows
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 

@@ -3,7 +3,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from logging_benchmark import Stopwatch, main
+from benchmarks.logging_benchmark import Stopwatch, main
 
 QUICK = ["--dataset", "digits", "--model", "lenet", "--clients", "2", "--alpha", "1"]
 QUICK += ["--epochs", "1", "--max-train-samples", "60", "--methods", "fedavg", "--resume"]

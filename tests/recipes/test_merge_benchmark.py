@@ -2,13 +2,13 @@
 
 import json
 
-import merge_benchmark
 import pytest
 import torch
-from results_table import merge_benchmark_table
-from simulation import cells
-from simulation.cells import Cell
+from benchmarks import merge_benchmark
+from simulation import study as cells
+from simulation.study import Cell
 from simulation.synthetic import made_up, perturbed, write_perturbed
+from studies.tables import merge_benchmark_table
 
 CELL = Cell("digits", "lenet", 1.0, 3, 0)
 
@@ -17,7 +17,7 @@ CELL = Cell("digits", "lenet", 1.0, 3, 0)
 def run(monkeypatch, tmp_path):
     monkeypatch.setattr(merge_benchmark, "CELLS", {"development": [CELL]})
     monkeypatch.setattr(cells, "_EPOCHS", {"lenet": 1})
-    monkeypatch.setattr("simulation.federation._LABELLED_SAMPLES", 20)
+    monkeypatch.setattr("simulation.clients._LABELLED_SAMPLES", 20)
     # More threads than free cores make small eigenproblems many times slower.
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 

@@ -2,16 +2,16 @@
 
 import dataclasses
 
-import merge_study
 import numpy as np
 import pytest
 import torch
-from merge_study import CELLS, VARIANTS
-from results_table import merge_summary, merge_table, read_rows
-from simulation import cells
-from simulation.cells import Cell
+from simulation import study as cells
+from simulation.clients import EXTRACTIONS, labelled_samples
 from simulation.data import load_images
-from simulation.federation import EXTRACTIONS, labelled_samples
+from simulation.study import Cell
+from studies import merge_study
+from studies.merge_study import CELLS, VARIANTS
+from studies.tables import merge_summary, merge_table, read_rows
 
 from lightning_fedfisher import METHODS
 

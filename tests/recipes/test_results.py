@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from results_table import (
+from studies.tables import (
     benchmark_table,
     compression_table,
     costs_table,

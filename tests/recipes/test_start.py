@@ -3,8 +3,8 @@
 import pytest
 import torch
 from safetensors.torch import save_file
+from simulation.initial_weights import read_start, start_digest, without_prefix
 from simulation.models import build_model
-from simulation.start import read_start, start_digest, without_prefix
 
 
 @pytest.fixture

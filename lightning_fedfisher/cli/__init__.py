@@ -1,0 +1,4 @@
+"""The `fedfisher` command.
+
+May import: anything.
+"""

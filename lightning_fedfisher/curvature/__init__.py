@@ -1,0 +1,4 @@
+"""The algebra of one layer's curvature: each kind of Fisher information as an operator.
+
+May import: nothing of this package.
+"""

@@ -1,0 +1,170 @@
+"""Per-sample gradients of any parameters, by running the model on each sample alone.
+
+The way for parameters whose use is not known (see `uses`): class tokens, positions, layer scales,
+recurrent weights, tied weights. All samples run at once through `torch.func.vmap`, or one after the
+other where the model does something that has no batched form.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.overrides import TorchFunctionMode
+
+from lightning_fedfisher.extraction.batches import (
+    MixedSamplesError,
+    map_samples,
+    require_same_logits,
+)
+from lightning_fedfisher.layers import Layer, UnsupportedModelError
+
+# Numbers of gradients held at a time.
+_CHUNK = 2**25
+
+
+class FunctionalGradients:
+    """Per-sample gradients of some layers of a model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        logits_of: Callable[[nn.Module, Any], Tensor],
+    ) -> None:
+        """Keeps the model; changes nothing.
+
+        Args:
+            model: in eval mode.
+            layers: whose gradients are wanted.
+            logits_of: maps the model and a batch to logits, samples first.
+        """
+        self._whole = _Whole(model, logits_of)
+        self._layers = layers
+        parameters = dict(model.named_parameters())
+        self._parameters = {
+            f"model.{name}": parameters[name].detach()
+            for layer in layers
+            for name in layer.parameter_names
+        }
+        self._batched = True
+
+    def __call__(
+        self, batch: Any, logits: Tensor, directions: Tensor
+    ) -> Iterator[dict[str, Tensor]]:
+        """Gradients of ``<logits, direction>``, sample by sample.
+
+        Args:
+            batch: whose tensors run over samples first.
+            logits: of the whole batch, to compare with.
+            directions: of the logits' shape.
+
+        Yields:
+            ``(samples, out, in)`` by layer name, for some samples after the others.
+
+        Raises:
+            MixedSamplesError: if a sample's logits depend on the others of its batch.
+        """
+        samples = len(logits)
+        tensors: list[Tensor] = []
+
+        def collect(tensor: Tensor) -> Tensor:
+            tensors.append(tensor)
+            return tensor
+
+        map_samples(batch, samples, collect)
+
+        def scalar(
+            parameters: Mapping[str, Tensor], own: Sequence[Tensor], direction: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            remaining = iter(own)
+            one = map_samples(batch, samples, lambda _: next(remaining).unsqueeze(0))
+            result = functional_call(self._whole, dict(parameters), (one,))
+            if len(result) != 1:
+                raise MixedSamplesError
+            return (result[0] * direction).sum(), result[0].detach()
+
+        step = max(1, _CHUNK // sum(p.numel() for p in self._parameters.values()))
+        for start in range(0, samples, step):
+            here = slice(start, start + step)
+            found, alone = self._run(scalar, [t[here] for t in tensors], directions[here])
+            require_same_logits(alone, logits, here)
+            yield {
+                layer.name: torch.cat(
+                    [
+                        found[f"model.{name}"].reshape(len(alone), layer.shape[0], -1)
+                        for name in layer.parameter_names
+                    ],
+                    dim=2,
+                )
+                for layer in self._layers
+            }
+
+    def _run(
+        self,
+        scalar: Callable[..., tuple[Tensor, Tensor]],
+        tensors: Sequence[Tensor],
+        directions: Tensor,
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Gradients and logits of some samples: all at once, or one by one if that cannot be."""
+        if self._batched:
+            every = vmap(grad(scalar, has_aux=True), in_dims=(None, 0, 0), randomness="different")
+            try:
+                with warnings.catch_warnings():
+                    # Where attention has no batched form, vmap loops, and says so.
+                    warnings.filterwarnings("ignore", "There is a performance drop")
+                    found, alone = every(self._parameters, list(tensors), directions)
+            except (UnsupportedModelError, torch.OutOfMemoryError):
+                raise
+            except (RuntimeError, ValueError, TypeError, NotImplementedError):
+                self._batched = False
+            else:
+                return found, alone
+        gradients: dict[str, list[Tensor]] = {name: [] for name in self._parameters}
+        logits = []
+        for n, direction in enumerate(directions):
+            # Plain autograd, which knows more operations than torch.func does.
+            own = {name: p.detach().requires_grad_() for name, p in self._parameters.items()}
+            try:
+                value, alone = scalar(own, [t[n] for t in tensors], direction)
+            except ValueError as error:
+                raise MixedSamplesError(error) from error
+            found_here = torch.autograd.grad(value, list(own.values()), allow_unused=True)
+            for (name, p), g in zip(own.items(), found_here, strict=True):
+                gradients[name].append(torch.zeros_like(p) if g is None else g)
+            logits.append(alone)
+        stacked = {name: torch.stack(found_there) for name, found_there in gradients.items()}
+        return stacked, torch.stack(logits)
+
+
+class _SlowPath(TorchFunctionMode):
+    """Changes nothing, but keeps attention from its fast path over nested tensors.
+
+    These have no per-sample gradients, and modules leave that path where a mode is active.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class _Whole(nn.Module):
+    """A model and how to get logits from it, as one module."""
+
+    def __init__(self, model: nn.Module, logits_of: Callable[[nn.Module, Any], Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self._logits_of = logits_of
+
+    def forward(self, batch: Any) -> Tensor:
+        with _SlowPath():
+            return self._logits_of(self.model, batch)

@@ -1,0 +1,210 @@
+"""Admission to a merge: which updates are usable, and which belong together."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_fedfisher._utils.progress import is_first, shown
+from lightning_fedfisher.layers import aliases
+from lightning_fedfisher.merge.methods import Method
+from lightning_fedfisher.update.client_update import ClientUpdate, frozen_at
+from lightning_fedfisher.update.file_format import digest
+from lightning_fedfisher.update.header import UpdateError
+
+UpdateSource = str | os.PathLike[str] | ClientUpdate
+
+
+class MergeError(ValueError):
+    """The updates cannot be merged: some are unusable, or they do not belong together."""
+
+    def __init__(self, offenders: Sequence[str]) -> None:
+        """Lists every offender in one message.
+
+        Args:
+            offenders: one line for each update refused, with the reason.
+        """
+        self.offenders = tuple(offenders)
+        super().__init__("These updates cannot be merged:\n" + "\n".join(offenders))
+
+
+@dataclass
+class Examined:
+    """What was found out about one source.
+
+    Attributes:
+        source: the file, or a word for an update in memory.
+        update: None if it cannot be opened.
+        offenders: reasons to refuse it; none if it is usable.
+    """
+
+    source: str
+    update: ClientUpdate | None = None
+    offenders: list[str] = field(default_factory=list)
+
+
+def open_updates(
+    sources: Sequence[UpdateSource], method: Method, name: str, skip_invalid: bool = False
+) -> list[ClientUpdate]:
+    """Opens every update, reads it once, and refuses all bad ones together.
+
+    Of several processes only the first reads all: it starts before the others, or takes them with
+    it. What they read later is checked against the same digests.
+
+    Args:
+        sources: update files or `ClientUpdate` objects, one for each client.
+        method: the merge method they are for.
+        name: of the method, for messages.
+        skip_invalid: leave bad ones out, with a warning, as long as there is a good one. All
+            processes read all of them then, to leave out the same.
+
+    Returns:
+        The updates, in the order given.
+
+    Raises:
+        MergeError: naming every update that is missing, corrupt, of another model, or without the
+            curvature the method needs.
+    """
+    if isinstance(sources, str | os.PathLike):
+        raise MergeError([f"{sources!s} is one path: pass a list of update files"])
+    if isinstance(sources, ClientUpdate):
+        raise MergeError([f"{sources.source} is one update: pass a list of them"])
+    if not sources:
+        raise MergeError(["there are none: pass the update files of at least one client"])
+    examined = examine(sources, method, name, verify=is_first() or skip_invalid)
+    usable = [found.update for found in examined if found.update and not found.offenders]
+    refused = [reason for found in examined for reason in found.offenders]
+    if refused and not (skip_invalid and usable):
+        raise MergeError(refused)
+    if refused:
+        left_out = f"{len(examined) - len(usable)} of {len(examined)} updates left out:"
+        rank_zero_warn("\n".join([left_out, *refused]))
+    return usable
+
+
+def examine(
+    sources: Sequence[UpdateSource],
+    method: Method | None = None,
+    name: str = "",
+    verify: bool = True,
+) -> list[Examined]:
+    """Finds out which updates are usable, and which belong together: with those most are like.
+
+    Args:
+        sources: update files or `ClientUpdate` objects, one for each client.
+        method: the merge method they are for; any if None.
+        name: of the method, for messages.
+        verify: read every tensor.
+
+    Returns:
+        What was found, in the order given.
+    """
+    examined = [_opened(source, verify) for source in shown(sources, "verify")]
+    opened = [(found, found.update) for found in examined if found.update]
+    any_curvature = method is not None and not method.curvatures
+    traits = [_traits(update, any_curvature) for _, update in opened]
+    if method is not None:
+        for found, update in opened:
+            if refusal := method.refusal(update.header.curvature, update.header.fisher):
+                found.offenders.append(f"{update.source} {refusal}, as method {name!r} needs")
+    # In memory and in a file the same tables may be in another order.
+    described = [json.dumps(own, sort_keys=True) for own in traits]
+    alike = Counter(
+        text for (found, _), text in zip(opened, described, strict=True) if not found.offenders
+    )
+    # The first of those that most are like; not the first of all, who may be the odd one.
+    typical = max(range(len(opened)), key=lambda index: alike[described[index]], default=0)
+    for (found, update), own in zip(opened, traits, strict=True):
+        _, first = opened[typical]
+        for says, mine, theirs in zip(_UNLIKE, traits[typical], own, strict=True):
+            odd = [f"{what} is {this}, not {that}" for what, that, this in _unlike(mine, theirs)]
+            if odd:
+                found.offenders.append(f"{update.source} {says} {first.source}: {', '.join(odd)}")
+                break  # what follows would say it again
+    return examined
+
+
+def _opened(source: UpdateSource, verify: bool) -> Examined:
+    """Opens a source, and reads it if wanted."""
+    if isinstance(source, ClientUpdate):
+        found = Examined(source.source, source)
+    else:
+        found = Examined(str(source))
+    try:
+        found.update = found.update or ClientUpdate.open(found.source)
+        if verify:
+            found.update.verify()
+    except (UpdateError, FileNotFoundError) as error:
+        return Examined(found.source, None, [str(error)])
+    return found
+
+
+_UNLIKE = (
+    "is of another model than",
+    "was not extracted alike with",
+    "was treated unlike",
+    "ran its layers otherwise than",
+)
+"""What is said of differences in `_traits`."""
+
+
+def _traits(update: ClientUpdate, any_curvature: bool) -> tuple[dict[str, object], ...]:
+    """All in which updates must be alike to be merged, in tables."""
+    header, model = update.header, update.architecture
+    if any_curvature:
+        return model, {}, {}, {}
+    extracted = {name: getattr(header, name) for name in ("curvature", "fisher", "likelihood")}
+    wiring: dict[str, object] = {
+        f"the source of {name}": f"{source.layer} ({source.activation})"
+        for name, source in header.sources.items()
+    }
+    kinds: dict[str, object] = {f"layer {name}": kind for name, kind in header.kinds.items()}
+    return model, extracted, kinds, wiring | {"the head": header.head or "absent"}
+
+
+def check_fit(model: nn.Module, state: Mapping[str, Tensor], frozen: Mapping[str, str]) -> None:
+    """Refuses a model that cannot take the merged weights.
+
+    Args:
+        model: to be loaded with them.
+        state: the merged parameters and buffers by name.
+        frozen: digests of the parameters that the model must bring along.
+
+    Raises:
+        ValueError: naming every parameter and buffer that differs.
+    """
+    # Other names of a frozen parameter are neither merged nor brought along twice.
+    twice = {name for name, first in aliases(model).items() if first in frozen}
+    own: dict[str, object] = {}
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):  # a module's extra state
+            continue
+        if name in frozen:
+            own[name] = frozen_at(digest(tensor.detach().cpu()))
+        elif name not in twice:
+            own[name] = tuple(tensor.shape)
+    new: dict[str, object] = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    new |= {name: frozen_at(found) for name, found in frozen.items()}
+    unlike = _unlike(own, new)
+    if unlike:
+        wrong = (
+            f"{name} is {mine} in it, {theirs} in the updates" for name, mine, theirs in unlike
+        )
+        raise ValueError("the model does not fit the updates: " + "; ".join(wrong))
+
+
+def _unlike(
+    one: Mapping[str, object], other: Mapping[str, object]
+) -> list[tuple[str, object, object]]:
+    """Names under which two tables differ, with what each holds there."""
+    return [
+        (name, one.get(name, "absent"), other.get(name, "absent"))
+        for name in sorted(one.keys() | other.keys())
+        if one.get(name) != other.get(name)
+    ]

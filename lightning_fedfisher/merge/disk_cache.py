@@ -1,0 +1,78 @@
+"""What does not fit into memory, on disk: many clients' tensors, read anew at every use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_fedfisher.curvature.base import Curvature
+from lightning_fedfisher.merge.objective import Unread
+
+
+class SpilledTensors(Sequence[Mapping[str, Tensor]]):
+    """Tensors by name for each client, in a temporary folder that goes with the object."""
+
+    def __init__(self, clients: Iterable[Mapping[str, Tensor]], device: torch.device) -> None:
+        """Writes them, one client's at a time.
+
+        Args:
+            clients: the tensors of each.
+            device: where they are wanted.
+        """
+        self._folder = TemporaryDirectory(prefix="fedfisher-")
+        self._device, self._clients = device, 0
+        for tensors in clients:
+            kept = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(kept, self._file(self._clients))
+            self._clients += 1
+
+    @override
+    def __len__(self) -> int:
+        return self._clients
+
+    @override
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < self._clients:
+            raise IndexError(index)
+        tensors = load_file(self._file(index))
+        return {name: tensor.to(self._device) for name, tensor in tensors.items()}
+
+    def _file(self, index: int) -> Path:
+        return Path(self._folder.name) / f"{index}.safetensors"
+
+
+class Spilled(Unread):
+    """Curvature of many clients on disk, for a layer that does not fit into memory."""
+
+    def __init__(self, curvatures: Iterable[Curvature], device: torch.device) -> None:
+        """Writes them, one at a time.
+
+        Args:
+            curvatures: of one layer, one for each client.
+            device: where they are wanted.
+        """
+        self._device = device
+        self.kinds: list[type[Curvature]] = []
+        self._forms: list[tuple[tuple[int, int], torch.dtype]] = []
+        self._tensors = SpilledTensors(self._taken(curvatures), device)
+
+    def _taken(self, curvatures: Iterable[Curvature]) -> Iterator[Mapping[str, Tensor]]:
+        for curvature in curvatures:
+            tensors = curvature.tensors()
+            dtype = next((tensor.dtype for tensor in tensors.values()), torch.float32)
+            self.kinds.append(type(curvature))
+            self._forms.append((curvature.shape, dtype))
+            yield tensors
+
+    @override
+    def __getitem__(self, index: Any) -> Any:
+        tensors = self._tensors[index]
+        kind, (shape, dtype) = self.kinds[index], self._forms[index]
+        return kind.from_tensors(tensors, shape).to(self._device, dtype)

@@ -1,0 +1,247 @@
+"""Solvers of the merge objective: iterations toward its minimum, one layer at a time.
+
+They start at the average ``sum_k p_k W_k``, and a direction (of either factor, for Kronecker
+products) that no client has information on stays there.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_fedfisher.curvature.linalg import PseudoInverse
+from lightning_fedfisher.merge.objective import Quadratic, dot, norm
+
+
+class Solver(ABC):
+    """An iteration toward the minimum of one layer's quadratic.
+
+    Attributes:
+        problem: the quadratic.
+        weights: the iterate; the average at first.
+        iterations: steps made so far.
+        finished: whether further steps would change nothing that matters.
+    """
+
+    def __init__(self, problem: Quadratic) -> None:
+        """Starts at the average.
+
+        Args:
+            problem: the quadratic.
+        """
+        self.problem = problem
+        self.weights = problem.average
+        self.iterations = 0
+        self.finished = False
+        self._pull = problem.pull
+
+    @property
+    def converged(self) -> bool:
+        """Whether it has reached what it was to reach."""
+        return self.finished
+
+    def advance(self, iterations: int) -> None:
+        """Makes some steps, or fewer if it finishes earlier.
+
+        Args:
+            iterations: steps at most.
+        """
+        for _ in range(iterations):
+            if self.finished:
+                return
+            self._step()
+            self.iterations += 1
+
+    def look(self) -> tuple[float, float]:
+        """The objective and `residual` at the iterate, in one pass over the curvatures."""
+        objective, gradient = self.problem.look(self.weights)
+        return objective, norm(self._seen(gradient)) / self._pull if self._pull else 0.0
+
+    @property
+    def residual(self) -> float:
+        """Norm of the gradient at the iterate, relative to the clients' pulls at the average."""
+        return self.look()[1]
+
+    def _seen(self, gradient: Tensor) -> Tensor:
+        """The part of a gradient that steps can take away."""
+        return gradient
+
+    @abstractmethod
+    def _step(self) -> None:
+        """Moves `weights`, and sets `finished` if that was the last step."""
+
+
+class ClosedForm(Solver):
+    """``sum p F W / sum p F``, entry by entry: the minimum in one step, for elementwise curvature.
+
+    Fisher merging (Matena & Raffel, 2022), and FedAvg with the identity.
+    """
+
+    def __init__(self, problem: Quadratic) -> None:
+        """Refuses curvature that couples weights.
+
+        Args:
+            problem: the quadratic.
+
+        Raises:
+            ValueError: if a curvature is not elementwise.
+        """
+        if not problem.kind.elementwise:
+            kind = problem.kind.kind
+            raise ValueError(f"there is no closed form with {kind} curvature: it couples weights")
+        super().__init__(problem)
+
+    def _step(self) -> None:
+        # In float64: what certain clients leave may be fainter than float32 can divide by.
+        average = self.problem.average.double()
+        total, force = torch.zeros_like(average), torch.zeros_like(average)
+        for share, weights, curvature in zip(
+            self.problem.shares, self.problem.weights, self.problem.curvatures, strict=True
+        ):
+            exact = curvature.to(average.device, average.dtype)
+            total += share * exact.apply(torch.ones_like(average))
+            force += share * exact.apply(average - weights)
+        self.weights = self.weights - torch.where(total > 0, force / total, 0.0).to(self.weights)
+        self.finished = True
+
+
+class ConjugateGradient(Solver):
+    """Preconditioned conjugate gradients (Hestenes & Stiefel, 1952) to a relative residual.
+
+    The preconditioner is the pseudo-inverse of the clients' mean curvature. For Kronecker factors
+    that takes tens of steps where plain conjugate gradients take a thousand, and directions of
+    either factor in which no client has curvature stay where they are: at the average. The residual
+    is kept in the preconditioner's coordinates, which takes half the turning. If float32 cannot
+    reach the tolerance, it goes on in float64.
+    """
+
+    # Steps without progress after which it cannot be hoped for.
+    _PATIENCE = 100
+    # A true residual that agrees with the one carried along.
+    _AGREES = 1.1
+
+    def __init__(self, problem: Quadratic, tolerance: float = 1e-4, cut: float = 1e-6) -> None:
+        """Starts at the average.
+
+        Args:
+            problem: the quadratic.
+            tolerance: `residual` at which it is finished.
+            cut: share of the mean curvature's largest eigenvalue (for a Kronecker product, of
+                either factor) up to which a direction counts as one without curvature.
+        """
+        super().__init__(problem)
+        self._tolerance, self._cut = tolerance, cut
+        self._inverse: PseudoInverse | None = None
+        self._stalled = False
+        self.finished = norm(problem.gradient(self.weights)) <= tolerance * self._pull
+        if not self.finished:
+            self._begin()
+
+    @property
+    @override
+    def converged(self) -> bool:
+        return self.finished and not self._stalled
+
+    @override
+    def _seen(self, gradient: Tensor) -> Tensor:
+        # In directions without curvature there is none, but for rounding.
+        if self._inverse is None:
+            return gradient
+        return self._inverse.support * self._inverse.turn(gradient)
+
+    def _begin(self) -> None:
+        """Starts, or starts anew, at the iterate."""
+        if self._inverse is None:
+            self._inverse = self.problem.mean.pseudo_inverse(self._cut)
+        self._residual = -self._seen(self.problem.gradient(self.weights))
+        self._started_at = self._least = norm(self._residual)
+        self._waited = 0
+        self.finished = self._least <= self._AGREES * self._tolerance * self._pull
+        self._conjugate = self._residual
+        self._squared = dot(self._residual, self._inverse.inverse * self._residual)
+
+    @override
+    def _step(self) -> None:
+        assert self._inverse is not None
+        coordinates = self._inverse.inverse * self._conjugate
+        direction = self._inverse.back(coordinates)
+        curved = self.problem.curve(direction)
+        bend = dot(direction, curved)
+        if bend <= _rounding(direction) * dot(coordinates, self._conjugate):
+            self._check()  # the mean curvature sees this direction, and no client's does
+            return
+        step = self._squared / bend
+        self.weights = self.weights + step * direction
+        turned = self._inverse.support * self._inverse.turn(curved)
+        self._residual = self._residual - step * turned
+        length = norm(self._residual)
+        self._waited = 0 if length < self._least else self._waited + 1
+        self._least = min(length, self._least)
+        if length <= self._tolerance * self._pull or self._waited > self._PATIENCE:
+            self._check()
+            return
+        squared = dot(self._residual, self._inverse.inverse * self._residual)
+        self._conjugate = self._residual + squared / self._squared * self._conjugate
+        self._squared = squared
+
+    def _check(self) -> None:
+        """Compares with the true residual: done, once more, in float64, or as far as it goes."""
+        before = self._started_at
+        self._begin()
+        if self.finished or self._started_at < before / 2:
+            return
+        if self.weights.dtype == torch.float64:
+            self.finished = self._stalled = True
+            return
+        self.problem, self.weights = self.problem.in_double(), self.weights.double()
+        self._inverse = None
+        self._begin()
+
+
+def _rounding(tensor: Tensor) -> float:
+    """The share of a sum of products that may be rounding."""
+    return 100 * torch.finfo(tensor.dtype).eps
+
+
+def exact_solver(problem: Quadratic, cut: float = 1e-6) -> Solver:
+    """The solver that reaches the minimum: the closed form where there is one.
+
+    Args:
+        problem: the quadratic.
+        cut: of `ConjugateGradient`.
+
+    Returns:
+        A solver at the average.
+    """
+    return ClosedForm(problem) if problem.kind.elementwise else ConjugateGradient(problem, cut=cut)
+
+
+class PublishedServer(Solver):
+    """The server of FedFisher as its authors run it: Adam-like steps without bias correction.
+
+    ``m = 0.9 m + g``, ``v = 0.99 v + g * g``, ``W -= 0.01 m / d``, with the damping 0.01 either
+    inside the root (K-FAC) or added to it (diagonal). It never finishes by itself.
+    """
+
+    def __init__(self, problem: Quadratic, *, damping_inside: bool) -> None:
+        """Starts at the average.
+
+        Args:
+            problem: the quadratic.
+            damping_inside: whether ``d`` is ``sqrt(v + 0.01)`` rather than ``sqrt(v) + 0.01``.
+        """
+        super().__init__(problem)
+        self._damping_inside = damping_inside
+        self._mean = torch.zeros_like(self.weights)
+        self._square = torch.zeros_like(self.weights)
+
+    def _step(self) -> None:
+        gradient = self.problem.gradient(self.weights)
+        self._mean = 0.9 * self._mean + gradient
+        self._square = 0.99 * self._square + gradient.square()
+        inside, outside = (0.01, 0.0) if self._damping_inside else (0.0, 0.01)
+        scale = (self._square + inside).sqrt() + outside
+        self.weights = self.weights - 0.01 * self._mean / scale

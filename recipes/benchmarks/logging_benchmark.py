@@ -1,0 +1,139 @@
+"""What logging costs: a run of the main recipe with W&B, and the same without, in turns.
+
+Seconds spent in logging calls are added up in the runs with W&B, and in writing the page in all of
+them; the pairs of whole runs show what that leaves out. All other flags are those of
+`cifar_resnet.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+import warnings
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import wraps
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from unittest import mock
+
+import cifar_resnet
+from benchmarks.extraction_benchmark import write_report
+from lightning.pytorch.loggers import WandbLogger
+from simulation import round as one_round
+from simulation.flags import Flags, parse_flags
+from studies.tables import logging_table
+
+from lightning_fedfisher import FedFisherCallback, merge_module
+
+LOGGING = [
+    (one_round, "federation_logger"),
+    (one_round, "_show_classes"),
+    (one_round, "_close"),
+    (FedFisherCallback, "_log"),
+    (merge_module, "define_merge_axes"),
+    (merge_module, "log_merge"),
+    (WandbLogger, "log_metrics"),
+    (WandbLogger, "log_hyperparams"),
+    (WandbLogger, "finalize"),
+    (cifar_resnet, "log_federation"),
+    (cifar_resnet, "log_merged_model"),
+]
+"""Where a run with W&B spends time that one without does not."""
+
+PAGE = [(cifar_resnet, "record"), (cifar_resnet, "write_report")]
+"""Where a run spends time on its record and page."""
+
+
+class Stopwatch:
+    """Adds up the time inside functions, each moment once however they nest.
+
+    Attributes:
+        seconds: in all.
+    """
+
+    def __init__(self) -> None:
+        """Starts at zero."""
+        self.seconds, self._inside = 0.0, False
+
+    @contextmanager
+    def watching(self, places: Sequence[tuple[Any, str]]) -> Iterator[None]:
+        """Watches functions for a while.
+
+        Args:
+            places: modules or classes, and names in them.
+        """
+        with ExitStack() as stack:
+            for owner, name in places:
+                stack.enter_context(mock.patch.object(owner, name, self._timed(owner, name)))
+            yield
+
+    def _timed(self, owner: Any, name: str) -> Callable[..., Any]:
+        function = getattr(owner, name)
+
+        @wraps(function)
+        def timed(*arguments: Any, **options: Any) -> Any:
+            if self._inside:
+                return function(*arguments, **options)
+            self._inside, started = True, time.perf_counter()
+            try:
+                return function(*arguments, **options)
+            finally:
+                self._inside = False
+                self.seconds += time.perf_counter() - started
+
+        return timed
+
+
+def timed_run(flags: Flags, wandb: str) -> dict[str, float]:
+    """Runs the recipe once.
+
+    Args:
+        flags: of the recipe.
+        wandb: mode of W&B.
+
+    Returns:
+        Seconds: of the run, in logging calls, and on its record and page.
+    """
+    logged, page = Stopwatch(), Stopwatch()
+    with TemporaryDirectory() as folder, logged.watching(LOGGING), page.watching(PAGE):
+        started = time.perf_counter()
+        cifar_resnet.run(replace(flags, wandb=wandb, output_dir=Path(folder) / "out"))
+        seconds = time.perf_counter() - started
+    return {"seconds": seconds, "logging_seconds": logged.seconds, "page_seconds": page.seconds}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the benchmark from the command line.
+
+    Args:
+        arguments: of the command line; `sys.argv` if None.
+    """
+    parser = ArgumentParser(prog="logging_benchmark.py", description=__doc__)
+    parser.add_argument("--repeats", type=int, default=3, help="pairs of runs")
+    parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
+    own, rest = parser.parse_known_args(arguments)
+    flags = parse_flags(rest)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("WANDB_SILENT", "true")
+    runs: dict[str, list[dict[str, float]]] = {"offline": [], "disabled": []}
+    try:
+        for repeat in range(own.repeats):
+            modes = ["offline", "disabled"]
+            for mode in modes if repeat % 2 == 0 else reversed(modes):
+                runs[mode].append(timed_run(flags, mode))
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    settled = {"repeats": own.repeats, **flags.plain(), "wandb": "offline and disabled"}
+    settled = {name: value for name, value in settled.items() if name != "data_dir"}
+    print(logging_table(write_report({"runs": runs}, settled, own.output)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,455 @@
+"""The table of methods: what each row accepts, makes of curvature, and ends in."""
+
+import re
+from dataclasses import replace
+from itertools import product
+from typing import get_args
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_fedfisher import ClientUpdate, extract_curvature
+from lightning_fedfisher.curvature.base import Dense, Diagonal, Identity
+from lightning_fedfisher.curvature.embedding import LookupEigenKronecker, LookupKronecker
+from lightning_fedfisher.curvature.kronecker import EigenKronecker, Kronecker
+from lightning_fedfisher.extraction.extract import CURVATURE_TYPES
+from lightning_fedfisher.extraction.fisher_types import FISHER_TYPES
+from lightning_fedfisher.merge.layer_loader import LayerProblems
+from lightning_fedfisher.merge.methods import METHODS, MethodName
+from lightning_fedfisher.merge.objective import Quadratic
+
+PUBLISHED = ("fedfisher_diag", "fedfisher_kfac")
+ACCEPTED = {
+    "fedavg": {("identity", ""), *product(("diagonal", "kfac", "ekfac", "dense"), FISHER_TYPES)},
+    "fisher_merge": set(product(("diagonal",), FISHER_TYPES)),
+    "regmean": set(product(("kfac",), FISHER_TYPES)),
+    "fedfisher_diag": {("diagonal", "exact")},
+    "fedfisher_kfac": {("kfac", "exact")},
+    "fedfisher": set(product(("kfac", "ekfac", "diagonal", "dense"), FISHER_TYPES)),
+}
+CPU = torch.device("cpu")
+UPDATES = [("identity", ""), *product(("diagonal", "kfac", "ekfac", "dense"), FISHER_TYPES)]
+
+
+def _factor(size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    root = torch.randn(size, 3 * size, generator=generator, dtype=torch.float64)
+    return root @ root.mT / (3 * size)
+
+
+def _curvatures(seed=0):
+    values = _factor(6, seed + 1).diagonal().reshape(2, 3)
+    return {
+        "diagonal": Diagonal(values),
+        "kronecker": Kronecker(_factor(2, seed + 2), _factor(3, seed + 3)),
+        "ekfac": EigenKronecker(
+            torch.linalg.eigh(_factor(2, seed + 2))[1],
+            torch.linalg.eigh(_factor(3, seed + 3))[1],
+            values.flip(0),
+        ),
+        "lookup_kronecker": LookupKronecker(values[:, 0], _factor(3, seed + 3)),
+        "lookup_ekfac": LookupEigenKronecker(
+            torch.linalg.eigh(_factor(3, seed + 3))[1], values.flip(1)
+        ),
+        "dense": Dense(_factor(6, seed + 4), (2, 3)),
+    }
+
+
+def _merge(method, kind, shares=(3, 1)):
+    """Clients, and what a method makes of them when it runs as the server runs it."""
+    generator = torch.Generator().manual_seed(9)
+    weights = [torch.randn(2, 3, generator=generator, dtype=torch.float64) for _ in shares]
+    curvatures = [_curvatures(seed)[kind] for seed in (10, 20)]
+    row = METHODS[method]
+    problem = Quadratic(
+        shares, weights, [row.transform(curvature, False) for curvature in curvatures]
+    )
+    solver = row.solver(problem)
+    solver.advance(row.iterations)
+    return weights, curvatures, solver
+
+
+def test_every_name_has_a_row():
+    assert list(METHODS) == list(get_args(MethodName))
+    assert METHODS.keys() == ACCEPTED.keys()
+
+
+def test_the_table_below_covers_every_update():
+    assert {curvature for curvature, _ in UPDATES} == set(CURVATURE_TYPES)
+
+
+@pytest.mark.parametrize(("curvature", "fisher"), UPDATES)
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_refuse_what_they_are_not_defined_for(method, curvature, fisher):
+    refusal = METHODS[method].refusal(curvature, fisher)
+    assert (refusal is None) == ((curvature, fisher) in ACCEPTED[method])
+
+
+@pytest.mark.parametrize(
+    ("method", "curvature", "fisher", "refusal"),
+    [
+        (
+            "fisher_merge",
+            "identity",
+            "",
+            "holds identity curvature: extract it with "
+            "FedFisherCallback(curvature='diagonal', ...)",
+        ),
+        (
+            "fedfisher",
+            "identity",
+            "",
+            "holds identity curvature: extract it with FedFisherCallback(curvature='kfac', ...)",
+        ),
+        (
+            "fedfisher_kfac",
+            "diagonal",
+            "normalised",
+            "holds diagonal curvature: extract it with FedFisherCallback(curvature='kfac', ...)",
+        ),
+        (
+            "fedfisher_kfac",
+            "kfac",
+            "normalised",
+            "holds the normalised Fisher: extract it with FedFisherCallback(fisher='exact', ...)",
+        ),
+        (
+            "fedfisher_diag",
+            "diagonal",
+            "mc",
+            "holds the mc Fisher: extract it with FedFisherCallback(fisher='exact', ...)",
+        ),
+    ],
+)
+def test_a_refusal_says_what_to_extract(method, curvature, fisher, refusal):
+    assert METHODS[method].refusal(curvature, fisher) == refusal
+
+
+@pytest.mark.parametrize(("curvature", "fisher"), UPDATES)
+@pytest.mark.parametrize("method", METHODS)
+def test_following_the_remedies_leads_to_an_accepted_update(method, curvature, fisher):
+    row, options = METHODS[method], {"curvature": curvature, "fisher": fisher or "exact"}
+    for _ in range(2):
+        if refusal := row.refusal(**options):
+            name, value = re.search(r"\((\w+)='(\w+)', \.\.\.\)", refusal).groups()
+            assert options[name] != value
+            options[name] = value
+    assert row.refusal(**options) is None
+
+
+@pytest.mark.parametrize("kind", _curvatures())
+def test_fedavg_forgets_the_curvature(kind):
+    curvature = _curvatures()[kind]
+    forgotten = METHODS["fedavg"].transform(curvature, False)
+    assert isinstance(forgotten, Identity)
+    assert forgotten.shape == curvature.shape
+    weights, _, solver = _merge("fedavg", kind)
+    assert solver.finished
+    torch.testing.assert_close(solver.weights, (3 * weights[0] + weights[1]) / 4)
+
+
+@pytest.mark.parametrize("kind", _curvatures())
+def test_fedfisher_takes_the_square_root(kind):
+    curvature = _curvatures()[kind]
+    root = METHODS["fedfisher"].transform(curvature, False)
+    assert type(root) is type(curvature)
+    torch.testing.assert_close(root.dense() @ root.dense(), curvature.dense())
+    assert float((root.dense() - curvature.dense()).norm()) > 0.1
+    assert torch.linalg.eigvalsh(root.dense()).min() > 0
+
+
+@pytest.mark.parametrize("kind", _curvatures())
+@pytest.mark.parametrize("method", ["fisher_merge", *PUBLISHED])
+def test_published_methods_leave_the_curvature_as_it_is(method, kind):
+    curvature = _curvatures()[kind]
+    assert METHODS[method].transform(curvature, False) is curvature
+
+
+@pytest.mark.parametrize("kind", _curvatures())
+def test_fedfisher_ends_in_the_minimum_of_the_square_roots(kind):
+    weights, curvatures, solver = _merge("fedfisher", kind)
+    assert solver.finished
+    roots = []
+    for curvature in curvatures:
+        values, basis = torch.linalg.eigh(curvature.dense())
+        roots.append((basis * values.sqrt()) @ basis.mT)
+    right = 3 * roots[0] @ weights[0].flatten() + roots[1] @ weights[1].flatten()
+    expected = torch.linalg.solve(3 * roots[0] + roots[1], right).view(2, 3)
+    torch.testing.assert_close(solver.weights, expected, rtol=0, atol=1e-3)
+    assert float((solver.weights - solver.problem.average).norm()) > 0.05
+
+
+def test_fisher_merge_is_weighted_by_the_diagonal():
+    weights, curvatures, solver = _merge("fisher_merge", "diagonal")
+    first, second = 3 * curvatures[0].values, curvatures[1].values
+    expected = (first * weights[0] + second * weights[1]) / (first + second)
+    torch.testing.assert_close(solver.weights, expected)
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "damped"),
+    [
+        ("fedfisher_diag", "diagonal", lambda g: g.abs() + 0.01),
+        ("fedfisher_kfac", "kronecker", lambda g: (g * g + 0.01).sqrt()),
+    ],
+)
+def test_published_methods_take_the_authors_first_step(method, kind, damped):
+    _, _, done = _merge(method, kind)
+    assert done.iterations == METHODS[method].iterations == 2000
+    assert METHODS[method].sweep == 100
+    solver = METHODS[method].solver(done.problem)
+    gradient = done.problem.gradient(done.problem.average)
+    solver.advance(1)
+    step = done.problem.average - 0.01 * gradient / damped(gradient)
+    torch.testing.assert_close(solver.weights, step, rtol=1e-12, atol=1e-12)
+
+
+def test_only_ours_aligns():
+    assert {name for name, row in METHODS.items() if row.aligns} == {"fedfisher"}
+
+
+def test_only_the_published_methods_keep_their_best_iterate():
+    assert {name for name, row in METHODS.items() if row.keeps_best} == set(PUBLISHED)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_sweep_is_a_part_of_the_steps(method):
+    row = METHODS[method]
+    assert 1 <= row.sweep <= row.iterations
+    assert row.iterations % row.sweep == 0
+
+
+# The head
+
+
+def _classifier(bias=True, seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3, bias=bias))
+
+
+def _chain(seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+
+
+def _classified(seed=0, samples=30):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, 5, generator=generator) + 1
+    return TensorDataset(x, torch.randint(0, 3, (samples,), generator=generator))
+
+
+def _blocks(model, data, kind, fisher="normalised", **options):
+    """Hidden layer and head, by the extraction."""
+    loader = DataLoader(data, batch_size=10)
+    options = {"fisher": fisher, "max_samples": None, "progress": False} | options
+    return extract_curvature(model, loader, kind, **options).blocks
+
+
+def _written_out(curvature):
+    """The operator by what its tensors mean, in float64."""
+    tensors = {name: tensor.double() for name, tensor in curvature.tensors().items()}
+    if isinstance(curvature, Kronecker):
+        return torch.kron(tensors["output_factor"], tensors["input_factor"])
+    if isinstance(curvature, EigenKronecker):
+        basis = torch.kron(
+            tensors["output_basis"].contiguous(), tensors["input_basis"].contiguous()
+        )
+        return (basis * tensors["spectrum"].flatten()) @ basis.mT
+    if isinstance(curvature, Diagonal):
+        return torch.diag(tensors["values"].flatten())
+    return tensors["matrix"]
+
+
+@pytest.mark.parametrize("kind", ["kfac", "ekfac", "dense"])
+def test_fedfisher_weighs_the_head_by_its_outputs_alone(kind):
+    head = _blocks(_classifier(), _classified(), kind)["2"]
+    found = METHODS["fedfisher"].transform(head, True)
+    assert type(found) is type(head)
+    dense = _written_out(head)
+    outputs = torch.einsum("iaja->ij", dense.view(3, 5, 3, 5)) / 5
+    values, basis = torch.linalg.eigh(outputs)
+    assert float(values[0] / values[-1]) < 1e-5
+    root = (basis * values.clamp_min(0).sqrt()) @ basis.mT
+    expected = torch.kron(root, torch.eye(5).double())
+    # The root of what rounding leaves of a zero.
+    assert float((_written_out(found) - expected).abs().max()) < 2e-3 * float(expected.max())
+    plain = _written_out(METHODS["fedfisher"].transform(head, False))
+    assert float((plain - expected).norm() / expected.norm()) > 0.05
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "fedfisher"])
+def test_other_methods_know_no_head(method):
+    for curvature in _curvatures().values():
+        here, there = (METHODS[method].transform(curvature, head) for head in (True, False))
+        assert type(here) is type(there)
+        torch.testing.assert_close(here.dense(), there.dense(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("make", [_chain, _classifier])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_is_told_which_layer_is_an_aligned_head(method, make):
+    kind = METHODS[method].curvatures[0] if METHODS[method].curvatures else "kfac"
+    updates = [_update(make(seed=s), _classified(s), kind) for s in range(2)]
+    told, transform = [], METHODS[method].transform
+    row = replace(
+        METHODS[method], transform=lambda f, head: (told.append(head), transform(f, head))[1]
+    )
+    aligned = METHODS[method].aligns and make is _chain
+    for head, expected in (("2", [False, aligned]), ("0", [False, False]), ("", [False, False])):
+        renamed = [
+            ClientUpdate.from_model(make(), replace(u.header, head=head), u.blocks) for u in updates
+        ]
+        problems = LayerProblems(renamed, row, 2**30)
+        merged = [problems.average(layer) for layer in renamed[0].layers]
+        for index in range(2):
+            told.clear()
+            problems.read(index, CPU, merged)
+            assert told == [expected[index]] * 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_what_is_aligned_is_read_more_than_once(method, monkeypatch):
+    kind = METHODS[method].curvatures[0] if METHODS[method].curvatures else "kfac"
+    updates = [_update(_chain(s), _classified(s), kind) for s in range(2)]
+    reads, original = [], ClientUpdate.block
+    monkeypatch.setattr(
+        ClientUpdate, "block", lambda u, layer: (reads.append(layer.name), original(u, layer))[1]
+    )
+    problems = LayerProblems(updates, METHODS[method], 2**30)
+    merged = [problems.average(layer) for layer in updates[0].layers]
+    for index in range(2):
+        problems.read(index, CPU, merged)
+    aligned = METHODS[method].aligns and kind == "kfac"
+    assert reads == ["0"] * (4 if aligned else 2) + ["2"] * 2
+
+
+# The server's problems
+
+
+@pytest.mark.parametrize("kind", ["kfac", "ekfac", "diagonal"])
+def test_a_layer_prepared_beforehand_is_read_as_any(kind):
+    updates = [_update(_chain(s), _classified(s), kind) for s in range(2)]
+    told, transform = [], METHODS["fedfisher"].transform
+    row = replace(
+        METHODS["fedfisher"],
+        transform=lambda f, head: (told.append(head), transform(f, head))[1],
+    )
+    at_once, beforehand = (LayerProblems(updates, row, 2**30) for _ in range(2))
+    merged = [at_once.average(layer) for layer in updates[0].layers]
+    expected = at_once.read(1, CPU, merged)
+    beforehand.prepare(1, CPU)
+    told.clear()
+    problem = beforehand.read(1, CPU, merged)
+    assert not told
+    for ours, theirs in zip(problem.curvatures, expected.curvatures, strict=True):
+        for one, other in zip(ours.tensors().values(), theirs.tensors().values(), strict=True):
+            assert torch.equal(one, other)
+    for ours, theirs in zip(problem.weights, expected.weights, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def _update(model, data, kind, num_samples=None):
+    loader = DataLoader(data, batch_size=10)
+    extracted = extract_curvature(model, loader, kind, max_samples=None, progress=False)
+    return ClientUpdate.from_model(model, extracted.header(num_samples), extracted.blocks)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_shares_are_powers_of_the_sample_counts(method):
+    updates = [
+        _update(_classifier(seed=client), _classified(client), "kfac", samples)
+        for client, samples in enumerate((400, 100, 25))
+    ]
+    power = 0.5 if method == "fedfisher" else 1.0
+    assert METHODS[method].share_power == power
+    expected = [20 / 35, 10 / 35, 5 / 35] if power == 0.5 else [400 / 525, 100 / 525, 25 / 525]
+    problems = LayerProblems(updates, METHODS[method], 2**30)
+    for index, layer in enumerate(updates[0].layers):
+        problem = problems.read(index, CPU, [])
+        assert problem.shares == pytest.approx(expected)
+        average = sum(p * u.weights(layer).double() for p, u in zip(expected, updates, strict=True))
+        torch.testing.assert_close(problem.average.double(), average, rtol=1e-5, atol=1e-6)
+        assert torch.equal(problems.average(layer), problem.average)
+
+
+class _Mixed(nn.Module):
+    """A convolution, weights without inputs, and a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv2d(2, 3, 3, stride=2, padding=1)
+        self.norm = nn.GroupNorm(1, 3)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x):
+        hidden = self.norm(self.convolution(x)).tanh()
+        return self.head(hidden.flatten(1))
+
+
+def test_regmean_is_its_closed_form_over_unfolded_inputs():
+    row, updates, grams = METHODS["regmean"], [], []
+    samples = (60, 20)
+    for client, size in enumerate(samples):
+        generator = torch.Generator().manual_seed(client)
+        data = TensorDataset(
+            torch.randn(size, 2, 4, 4, generator=generator) + client,
+            torch.randint(0, 3, (size,), generator=generator),
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(client)
+            model = _Mixed()
+        updates.append(_update(model, data, "kfac"))
+        assert updates[-1].num_samples == size
+        x = data.tensors[0].double()
+        model = model.double()
+        patches = functional.unfold(x, 3, padding=1, stride=2).mT.flatten(0, 1)
+        hidden = model.norm(model.convolution(x)).tanh().flatten(1).detach()
+        inputs = {"convolution": patches, "head": hidden}
+        with_ones = {n: torch.cat([i, torch.ones(len(i), 1)], dim=1) for n, i in inputs.items()}
+        grams.append({name: i.mT @ i for name, i in with_ones.items()})
+    problems = LayerProblems(updates, row, 2**30)
+    for index, layer in enumerate(updates[0].layers):
+        solver = row.solver(problems.read(index, CPU, []))
+        solver.advance(row.iterations)
+        assert solver.finished
+        weights = [update.weights(layer).double() for update in updates]
+        average = (60 * weights[0] + 20 * weights[1]) / 80
+        if layer.name == "norm":
+            expected = average
+        else:
+            # (sum_k X_k' X_k)^-1 sum_k X_k' X_k W_k', theorem 1 of Jin et al., 2023.
+            gram = [client[layer.name] for client in grams]
+            right = sum(g @ w.mT for g, w in zip(gram, weights, strict=True))
+            expected = torch.linalg.solve(sum(gram), right).mT
+            assert float((expected - average).norm()) > 0.1
+        error = float((solver.weights.double() - expected).norm())
+        assert error < (1e-6 if layer.name == "norm" else 1e-2) * float(expected.norm())
+
+
+def test_regmean_weighs_the_rows_of_an_embedding_by_how_often_they_are_read():
+    row, updates, counts = METHODS["regmean"], [], []
+    for client, size in enumerate((40, 20)):
+        generator = torch.Generator().manual_seed(client)
+        tokens = torch.randint(0, 5 - client, (size, 3), generator=generator)
+        with torch.random.fork_rng():
+            torch.manual_seed(client)
+            model = nn.Sequential(nn.Embedding(6, 4), nn.Flatten(), nn.Linear(12, 3))
+        data = TensorDataset(tokens, torch.randint(0, 3, (size,), generator=generator))
+        updates.append(_update(model, data, "kfac"))
+        counts.append(torch.bincount(tokens.flatten(), minlength=6).double().unsqueeze(1))
+    problem = LayerProblems(updates, row, 2**30).read(0, CPU, [])
+    solver = row.solver(problem)
+    solver.advance(row.iterations)
+    weights = [update.weights(update.layers[0]).double() for update in updates]
+    above = counts[0] * weights[0] + counts[1] * weights[1]
+    read = (counts[0] + counts[1] > 0).expand_as(above)
+    assert not read[5].any()  # a token that nobody reads stays at the average
+    expected = torch.where(
+        read, above / (counts[0] + counts[1]), (40 * weights[0] + 20 * weights[1]) / 60
+    )
+    torch.testing.assert_close(solver.weights.double(), expected, rtol=0, atol=2e-3)

@@ -1,0 +1,531 @@
+"""Packed updates: bytes, rounding, what an error costs, and files of strangers."""
+
+import dataclasses
+import itertools
+import math
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from helpers.federation import quiet_trainer
+from oracles import merge as oracle
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_fedfisher import (
+    KINDS,
+    BudgetError,
+    ClientUpdate,
+    Dense,
+    Diagonal,
+    EigenKronecker,
+    FisherMergeModule,
+    Kronecker,
+    LookupEigenKronecker,
+    LookupKronecker,
+    UpdateError,
+    extract_curvature,
+)
+from lightning_fedfisher.update import integer_coding as packing
+from lightning_fedfisher.update.compression import Compression, _narrow_root, check, restore
+from lightning_fedfisher.update.header import Packed
+from lightning_fedfisher.update.integer_coding import LARGEST, pack, packed_size, unpack
+
+SHAPE = (3, 4)
+
+
+def _normal(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def _factor(size, seed=0, samples=None):
+    rows = _normal(samples or 2 * size, size, seed=seed)
+    return rows.mT @ rows / len(rows)
+
+
+# Numbers as bytes
+
+
+def _numbers(scale, count=20001):
+    return (_normal(count) * scale).round().clamp(-LARGEST, LARGEST).to(torch.int32)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.2, 1.0, 30.0, 5e3, 2e6, 1e9])
+def test_numbers_come_back(scale):
+    numbers = _numbers(scale)
+    payload = pack(numbers)
+    assert payload.dtype == torch.uint8
+    assert torch.equal(unpack(payload, len(numbers)), numbers)
+    assert torch.equal(pack(numbers), payload)
+
+
+@pytest.mark.parametrize("numbers", [[], [0], [LARGEST], [-LARGEST, LARGEST, 0, -1, 1]])
+def test_few_numbers_come_back(numbers):
+    assert unpack(pack(torch.tensor(numbers, dtype=torch.int32)), len(numbers)).tolist() == numbers
+
+
+def test_rare_large_numbers_cost_the_others_nothing():
+    numbers = _numbers(3.0)
+    alone = len(pack(numbers))
+    numbers[::1000] = LARGEST
+    assert torch.equal(unpack(pack(numbers), len(numbers)), numbers)
+    assert len(pack(numbers)) < alone + 21 * 4 + 100
+
+
+@pytest.mark.parametrize("scale", [0.2, 0.5, 1.0, 2.0, 30.0, 5e3])
+def test_packing_is_near_the_entropy_and_its_size_is_foretold(scale):
+    numbers = _numbers(scale, 200_000)
+    size = len(pack(numbers))
+    if scale > 1:
+        entropy = math.log2(scale * math.sqrt(2 * math.pi * math.e)) * len(numbers) / 8
+        assert entropy < size < 1.03 * entropy
+    assert packed_size(numbers) == pytest.approx(size, rel=0.02)
+
+
+def test_no_number_takes_less_than_a_bit():
+    # What bounds the memory that a short payload can claim.
+    assert len(pack(torch.zeros(80_000, dtype=torch.int32))) >= 10_000
+
+
+@pytest.mark.parametrize("count", [0, 999, 1001, 8_000, 10**12])
+def test_another_count_is_refused(count):
+    with pytest.raises(ValueError, match="packed bytes"):
+        unpack(pack(_numbers(5.0, 1000)), count)
+
+
+def _raw(low, high, after=b""):
+    """Bytes as `pack` writes them, of one number and of no large ones."""
+    coder = zlib.compressobj(9, zlib.DEFLATED, -15)
+    coded = coder.compress(bytes([high])) + coder.flush()
+    raw = packing._PREFIX.pack(low, 0) + bytes(low) + coded + after
+    return torch.from_numpy(np.frombuffer(raw, np.uint8).copy())
+
+
+def test_bytes_after_the_last_number_are_refused():
+    assert unpack(_raw(0, 4), 1).tolist() == [2]
+    with pytest.raises(ValueError, match="do not hold 1 numbers"):
+        unpack(_raw(0, 4, after=b"x"), 1)
+
+
+def test_numbers_beyond_the_largest_are_refused():
+    most = (2 * LARGEST).bit_length()
+    with pytest.raises(ValueError, match="a number that is too large"):
+        unpack(_raw(most - 4, 254), 1)
+    with pytest.raises(ValueError, match="too few"):
+        unpack(_raw(most + 1, 0), 1)
+
+
+def test_a_bomb_is_refused_before_it_goes_off():
+    coder = zlib.compressobj(9, zlib.DEFLATED, -15)
+    bomb = coder.compress(bytes(10**8)) + coder.flush()
+    payload = torch.from_numpy(np.frombuffer(bytes(5) + bomb, np.uint8).copy())
+    assert len(payload) < 200_000
+    with pytest.raises(ValueError, match="too few"):
+        unpack(payload, 10**8)
+
+
+def test_mutated_bytes_are_refused_or_are_numbers():
+    numbers = _numbers(40.0, 300)
+    payload = pack(numbers)
+    generator = torch.Generator().manual_seed(0)
+    refused = 0
+    for _ in range(3000):
+        changed = payload.clone()
+        where = torch.randint(0, len(payload), (2,), generator=generator)
+        changed[where] = torch.randint(0, 256, (2,), generator=generator, dtype=torch.uint8)
+        cut = int(torch.randint(0, 3, (), generator=generator))
+        changed = changed[: len(changed) - cut]
+        try:
+            found = unpack(changed, len(numbers))
+        except ValueError:
+            refused += 1
+            continue
+        assert found.shape == numbers.shape
+        assert found.dtype == torch.int32
+        assert int(found.abs().max()) <= LARGEST
+    assert refused > 1000
+
+
+# What an error costs
+
+
+def _make(kind):
+    rows, columns = SHAPE
+    values = _normal(rows, columns, seed=3).abs()
+    made = {
+        "diagonal": lambda: Diagonal(values),
+        "kronecker": lambda: Kronecker(_factor(rows, 1), _factor(columns, 2)),
+        "lookup_kronecker": lambda: LookupKronecker(values[:, 0], _factor(columns, 2)),
+        "ekfac": lambda: EigenKronecker(
+            torch.linalg.qr(_normal(rows, rows))[0],
+            torch.linalg.qr(_normal(columns, columns))[0],
+            values,
+        ),
+        "lookup_ekfac": lambda: LookupEigenKronecker(
+            torch.linalg.qr(_normal(columns, columns))[0].contiguous(), values
+        ),
+        "dense": lambda: Dense(_factor(rows * columns, 4), SHAPE),
+    }
+    return made[kind]()
+
+
+def _dense_root(kind, roots):
+    """``F^(1/2)`` from the roots of the tensors, written out."""
+    eye = torch.eye(SHAPE[0], dtype=torch.float64)
+    if kind == "diagonal":
+        return torch.diag(roots["values"].flatten())
+    if kind == "dense":
+        return roots["matrix"]
+    if kind == "kronecker":
+        return torch.kron(roots["output_factor"], roots["input_factor"])
+    if kind == "lookup_kronecker":
+        return torch.kron(torch.diag(roots["output_values"]), roots["input_factor"])
+    basis = torch.kron(roots.get("output_basis", eye), roots["input_basis"])
+    return basis @ torch.diag(roots["spectrum"].flatten()) @ basis.mT
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "identity"])
+def test_sensitivities_are_those_of_the_root(kind):
+    curvature = _make(kind)
+    roots = {
+        name: oracle.root(tensor)
+        if curvature.forms[name] == "factor"
+        else tensor.sqrt()
+        if curvature.forms[name] == "values"
+        else tensor
+        for name, tensor in curvature.tensors().items()
+    }
+    dense = torch.linalg.norm(_dense_root(kind, roots).mT @ _dense_root(kind, roots))
+    torch.testing.assert_close(dense, torch.linalg.norm(curvature.dense()))
+    found = curvature.sensitivities()
+    assert found.keys() == curvature.forms.keys() == roots.keys()
+    for name, root in roots.items():
+        moved = torch.func.jacrev(lambda part, n=name: _dense_root(kind, {**roots, n: part}))(root)
+        expected = float(moved.square().sum()) / root.numel()
+        assert found[name] == pytest.approx(expected, rel=1e-9)
+
+
+# Rounding and fitting
+
+
+class _Net(nn.Module):
+    def __init__(self, wide=96):
+        super().__init__()
+        self.embed = nn.Embedding(40, 24)
+        self.conv = nn.Conv1d(24, 32, 3)
+        self.norm = nn.BatchNorm1d(32)
+        self.hidden = nn.Linear(64, wide)
+        self.scale = nn.Parameter(torch.ones(wide))
+        self.head = nn.Linear(wide, 5)
+
+    def forward(self, x):
+        features = self.norm(self.conv(self.embed(x).mT)).relu().flatten(1)
+        return self.head(self.hidden(features).relu() * self.scale)
+
+
+def _update(kind="kfac", seed=0, model=None):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(0, 30, (120, 4), generator=generator)  # some tokens are never seen
+    data = TensorDataset(x, torch.randint(0, 5, (120,), generator=generator))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = model or _Net()
+    extracted = extract_curvature(
+        model.eval(), DataLoader(data, batch_size=30), kind, max_samples=None, progress=False
+    )
+    return ClientUpdate.from_model(model, extracted.header(), extracted.blocks)
+
+
+@pytest.fixture(scope="module")
+def update():
+    return _update()
+
+
+@pytest.fixture
+def granted(monkeypatch):
+    """Without the bytes that every update may have: the tests' networks are small."""
+    monkeypatch.setattr("lightning_fedfisher.update.client_update._GRANTED", 0)
+
+
+@pytest.mark.parametrize("budget", [0.6, 0.8, 1.0, 1.5, 2.0])
+def test_the_file_fits(update, budget, granted, tmp_path):
+    path = update.packed(budget).save(tmp_path / "client.safetensors")
+    assert 0.97 * budget < path.stat().st_size / update.fedavg_bytes <= budget
+    opened = ClientUpdate.open(path)
+    opened.verify()
+    assert opened.forms == update.forms
+    assert opened.fedavg_bytes == update.fedavg_bytes
+    for name, buffer in update.buffers.items():
+        assert torch.equal(opened.buffers[name], buffer)
+
+
+def _distance(update, other):
+    """Squared error in the merge's terms: of the weights, and of the curvature's roots."""
+    total = 0.0
+    for layer in update.layers:
+        if math.prod(layer.shape) > 1000:  # to be quick
+            continue
+        weights = update.weights(layer).double()
+        root = oracle.root(oracle.written_out(update.block(layer)))
+        moved = oracle.root(oracle.written_out(other.block(layer))) - root
+        error = (other.weights(layer).double() - weights).flatten()
+        total += float((root @ error).square().sum())
+        total += float(moved.square().sum() * weights.square().mean())
+    return total
+
+
+@pytest.mark.parametrize("kind", ["kfac", "ekfac", "diagonal"])
+def test_a_larger_budget_comes_closer(kind, granted):
+    small = _update(kind, model=_Net(24))
+    plain = {"kfac": 2.8, "ekfac": 6.0, "diagonal": 2.0}[kind]
+    budgets = [plain * part for part in (0.25, 0.35, 0.5, 0.7)]
+    found = [_distance(small, small.packed(budget)) for budget in budgets]
+    assert all(later < 0.7 * earlier for earlier, later in itertools.pairwise(found))
+
+
+def test_bits_go_where_errors_cost(granted, monkeypatch):
+    """At one size, the allotment beats equal steps relative to each tensor's own spread."""
+    small = _update(model=_Net(24))
+    chosen = _distance(small, small.packed(1.5))
+    original = Compression.__init__
+
+    def equal(self, *arguments):
+        original(self, *arguments)
+        self._parts = [
+            dataclasses.replace(part, cost=1 / max(float(part.entries.square().mean()), 1e-30))
+            for part in self._parts
+        ]
+        self._useless = 1.0
+
+    monkeypatch.setattr(Compression, "__init__", equal)
+    assert chosen < 0.5 * _distance(small, small.packed(1.5))
+
+
+def test_bytes_are_deterministic_and_packed_files_are_kept(update, granted, tmp_path):
+    paths = [update.packed(0.8).save(tmp_path / f"{n}.safetensors") for n in range(2)]
+    again = ClientUpdate.open(paths[0]).save(tmp_path / "again.safetensors")
+    assert paths[0].read_bytes() == paths[1].read_bytes() == again.read_bytes()
+
+
+def test_what_fits_is_left_alone(update):
+    assert update.packed(100.0) is update
+    tiny = ClientUpdate(*_alone(_factor(6).float()))
+    assert tiny.packed(0.01) is tiny  # within the bytes granted
+
+
+@pytest.mark.parametrize("budget", [0.0, -1.0, math.nan, math.inf])
+def test_senseless_budgets_are_refused(update, budget):
+    with pytest.raises(ValueError, match="upload_budget must be greater than 0"):
+        update.packed(budget)
+
+
+def test_too_small_a_budget_is_refused_with_what_it_takes(update, granted):
+    with pytest.raises(BudgetError, match=r"upload_budget=0\.2.*at least \d+ bytes.*Raise it"):
+        update.packed(0.2)
+
+
+def test_an_indefinite_factor_is_refused_by_name(update):
+    blocks = update.blocks
+    block = blocks["head"]
+    blocks["head"] = dataclasses.replace(block, output_factor=-block.output_factor)
+    bad = ClientUpdate(
+        update.header,
+        {
+            **{f"parameters/{n}": t for n, t in update.parameters.items()},
+            **{f"buffers/{n}": t for n, t in update.buffers.items()},
+            **{f"curvature/{n}/{p}": t for n, b in blocks.items() for p, t in b.tensors().items()},
+        },
+    )
+    with pytest.raises(UpdateError, match="curvature/head/output_factor is not positive"):
+        bad.packed(1.0)
+
+
+def test_factors_stay_symmetric_positive_semidefinite_and_zero_where_they_were(update, granted):
+    packed = update.packed(0.6)
+    for name, block in packed.blocks.items():
+        for part, tensor in block.tensors().items():
+            if block.forms[part] != "factor":
+                continue
+            assert torch.equal(tensor, tensor.mT)
+            values = torch.linalg.eigvalsh(tensor.double())
+            assert values[0] >= -1e-6 * values[-1]
+            before = update.blocks[name].tensors()[part]
+            dead = before.diagonal() == 0
+            assert not tensor[dead].any()
+            assert float(tensor.trace()) == pytest.approx(float(before.trace()), rel=0.2)
+    tokens = update.blocks["embed"].output_values == 0
+    assert tokens.any()
+    assert not packed.blocks["embed"].output_values[tokens].any()
+
+
+def test_a_singular_factor_keeps_its_zeros():
+    factor = torch.zeros(6, 6)
+    factor[1:4, 1:4] = _factor(3).float()
+    root = Compression(*_alone(factor), 10**6)
+    packed, payloads = root.fit(10**6)
+    name = "curvature/layer/input_factor"
+    found = restore(payloads[name], packed[name], (6, 6), "factor")
+    torch.testing.assert_close(found, factor, rtol=1e-4, atol=1e-6)
+    assert not found[0].any()
+    assert not found[4:].any()
+
+
+def _alone(factor):
+    """Header and tensors of one layer with the given input factor."""
+    size = len(factor)
+    model = nn.Sequential()
+    model.layer = nn.Linear(size, 2, bias=False)
+    data = TensorDataset(torch.rand(8, size), torch.randint(0, 2, (8,)))
+    extracted = extract_curvature(model, DataLoader(data), max_samples=None, progress=False)
+    tensors = {
+        "parameters/layer.weight": _normal(2, size).float(),
+        "curvature/layer/output_factor": _factor(2).float(),
+        "curvature/layer/input_factor": factor,
+    }
+    return extracted.header(), tensors
+
+
+# Fewer entries where bits are few
+
+
+def _wide_update(size=400):
+    header, tensors = _alone(_factor(size, samples=size // 2).float())
+    return ClientUpdate(header, tensors)
+
+
+def test_a_wide_layer_of_few_outputs_sends_a_narrow_root_of_the_same_trace(granted):
+    wide = _wide_update()
+    packed = wide.packed(4.0)
+    how = packed.header.packed["curvature/layer/input_factor"]
+    assert 0 < how.rank < 100
+    assert how.tail > 0
+    before, after = (u.block(u.layers[0]).input_factor for u in (wide, packed))
+    assert float(after.trace()) == pytest.approx(float(before.trace()), rel=0.05)
+    values = torch.linalg.eigvalsh(before.double())
+    found = torch.linalg.eigvalsh(after.double())
+    torch.testing.assert_close(found[-5:], values[-5:], rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("size", [300, 500])
+def test_a_narrow_root_is_the_best_of_its_rank(size, monkeypatch):
+    monkeypatch.setattr("lightning_fedfisher.update.compression._SMALL", 400)
+    factor = _factor(size, samples=size)
+    state = torch.get_rng_state()
+    root, tail = _narrow_root(factor, 20)
+    assert torch.equal(torch.get_rng_state(), state)
+    values = torch.linalg.eigvalsh(factor)
+    assert root.shape == (size, 20)
+    assert tail == pytest.approx(float(values[:-20].mean()), rel=0.02)
+    kept = root @ root.mT + tail * torch.eye(size, dtype=root.dtype)
+    assert float(kept.trace()) == pytest.approx(float(factor.trace()), rel=1e-5)
+    best = (values[:-20] - values[:-20].mean()).square().sum()
+    assert float((kept - factor).square().sum()) < 1.3 * float(best)
+
+
+# In a merge
+
+
+def _merged(updates, root, method="fedfisher"):
+    module = FisherMergeModule(updates, method=method)
+    quiet_trainer(root, max_epochs=-1).fit(module)
+    return module.merged_state_dict()
+
+
+METHODS_OF_KINDS = [
+    ("identity", "fedavg", 1.5),
+    ("diagonal", "fedfisher", 1.8),
+    ("kfac", "fedfisher", 3.0),
+    ("kfac", "regmean", 3.0),
+    ("ekfac", "fedfisher", 4.0),
+]
+
+
+@pytest.mark.parametrize(("kind", "method", "budget"), METHODS_OF_KINDS)
+def test_packed_updates_merge_as_plain_ones(kind, method, budget, granted, tmp_path):
+    plain = [_update(kind, seed, _Net(24)) for seed in range(2)]
+    expected = _merged(plain, tmp_path, method)
+    packed = [update.packed(budget) for update in plain]
+    if kind != "identity":
+        assert all(update.header.packed for update in packed)
+    files = [update.save(tmp_path / f"{n}.safetensors") for n, update in enumerate(packed)]
+    in_memory, from_files = _merged(packed, tmp_path, method), _merged(files, tmp_path, method)
+    mixed = _merged([plain[0], files[1]], tmp_path, method)
+    for name, tensor in expected.items():
+        assert torch.equal(in_memory[name], from_files[name])
+        if tensor.is_floating_point():
+            for found in (in_memory, mixed):
+                torch.testing.assert_close(found[name], tensor, rtol=0.02, atol=2e-3)
+
+
+# Files of strangers
+
+
+def _payload(form="factor", size=5):
+    entries = size * (size + 1) // 2 if form == "factor" else size * size
+    return pack(torch.arange(entries, dtype=torch.int32))
+
+
+LIES = [
+    (Packed(1e30, "float32"), "factor", "values up to"),
+    (Packed(1e300, "float64"), "values", "values up to"),
+    (Packed(1e4, "float16"), "basis", "values up to"),
+    (Packed(1.0, "float32", 2), "factor", "packed bytes"),
+    (Packed(1.0, "float32", 10**9), "factor", "packed bytes"),
+]
+
+
+@pytest.mark.parametrize(("packed", "form", "reason"), LIES)
+def test_what_cannot_be_is_refused(packed, form, reason):
+    for how in (check, restore):
+        with pytest.raises(ValueError, match=reason):
+            how(_payload(form), packed, (5, 5), form)
+
+
+def test_a_forged_payload_is_refused_with_file_and_tensor(update, granted, tmp_path):
+    packed = update.packed(0.8)
+    tensors = dict(packed._tensors)
+    name = "curvature/head/input_factor"
+    tensors[name] = tensors[name][:-3].clone()
+    path = ClientUpdate(packed.header, tensors).save(tmp_path / "client.safetensors")
+    opened = ClientUpdate.open(path)
+    head = next(layer for layer in opened.layers if layer.name == "head")
+    for look in (opened.verify, lambda: opened.block(head)):
+        with pytest.raises(UpdateError, match=f"{path}(.|\n)*{name} cannot be unpacked"):
+            look()
+
+
+HEADERS = [
+    (lambda p: {**p, "parameters/nothing": p["parameters/head.bias"]}, "packed and unknown"),
+    (lambda p: {n: how for n, how in p.items() if n != "parameters/head.bias"}, "should be"),
+]
+
+
+@pytest.mark.parametrize(("change", "reason"), HEADERS)
+def test_a_header_must_tell_exactly_what_is_packed(change, reason, update, granted):
+    packed = update.packed(0.8)
+    header = dataclasses.replace(packed.header, packed=change(packed.header.packed))
+    with pytest.raises(UpdateError, match=reason):
+        ClientUpdate(header, packed._tensors)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        Packed(0.0, "float32"),
+        Packed(-1.0, "float32"),
+        Packed(math.nan, "float32"),
+        Packed(math.inf, "float32"),
+        Packed(1, "float32"),
+        Packed(1.0, "int32"),
+        Packed(1.0, "float32", -1),
+        Packed(1.0, "float32", 1.5),
+        Packed(1.0, "float32", 1, math.inf),
+        Packed(1.0, "float32", 1, -1.0),
+        Packed(1.0, "float32", 1, math.nan),
+    ],
+)
+def test_impossible_packings_are_refused(how, update):
+    with pytest.raises((TypeError, ValueError)):
+        dataclasses.replace(update.header, packed={"parameters/head.bias": how})

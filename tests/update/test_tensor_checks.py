@@ -1,0 +1,585 @@
+"""What cannot be a curvature is refused; sizes are bounded before anything is read."""
+
+import dataclasses
+import json
+import math
+import struct
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_fedfisher import (
+    KINDS,
+    ClientUpdate,
+    Dense,
+    Diagonal,
+    EigenKronecker,
+    Identity,
+    Kronecker,
+    LookupEigenKronecker,
+    LookupKronecker,
+    UpdateError,
+    UpdateHeader,
+    find_layers,
+)
+from lightning_fedfisher.update.file_format import UpdateFile
+from lightning_fedfisher.update.header import Packed, inconsistencies
+from lightning_fedfisher.update.integer_coding import pack
+from lightning_fedfisher.update.tensor_checks import flaw, is_semidefinite
+
+
+def _moment(size, rows, dtype=torch.float32, seed=0):
+    data = torch.randn(rows, size, generator=torch.Generator().manual_seed(seed))
+    return (data.mT @ data / rows).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [1, 3, 200])
+@pytest.mark.parametrize("size", [1, 5, 64])
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 1e3])
+def test_second_moments_are_sound_in_every_type(size, rows, dtype, scale):
+    moment = _moment(size, rows, torch.float64) * scale
+    if scale == 1e-6 and dtype == torch.float16:
+        moment *= 100  # float16 holds nothing smaller
+    assert flaw(moment.to(dtype), "factor") == ""
+    assert flaw(moment.to(dtype), "basis") == ""
+
+
+@pytest.mark.parametrize("form", ["factor", "values", "basis", None])
+def test_zeros_are_sound(form):
+    assert flaw(torch.zeros(3, 3), form) == ""
+    assert flaw(torch.zeros(0, 0), form) == ""
+    assert flaw(torch.tensor([[2**40, -(2**40)], [0, 1]]), form) == ""
+
+
+@pytest.mark.parametrize(("below", "sound"), [(0.5e-4, True), (2e-4, False)])
+def test_a_negative_eigenvalue_is_found_beyond_rounding(below, sound):
+    basis, _ = torch.linalg.qr(
+        torch.randn(6, 6, generator=torch.Generator().manual_seed(1)).double()
+    )
+    values = torch.tensor([-below, 0.1, 0.2, 0.2, 0.2, 0.3 + below]).double()
+    matrix = (basis * values) @ basis.mT
+    matrix = (matrix + matrix.mT) / 2
+    assert float(torch.linalg.eigvalsh(matrix)[0]) == pytest.approx(-below)
+    assert is_semidefinite(matrix, 1e-4) == sound
+    assert (flaw(matrix, "factor") == "") == sound
+    assert flaw(matrix, "basis") == ""
+
+
+@pytest.mark.parametrize(("below", "sound"), [(0.5e-4, True), (2e-4, False)])
+def test_negative_values_are_found_beyond_rounding(below, sound):
+    assert (flaw(torch.tensor([[1.0, -below]]), "values") == "") == sound
+
+
+@pytest.mark.parametrize(("off", "sound"), [(0.5e-4, True), (2e-4, False)])
+def test_asymmetry_is_found_beyond_rounding(off, sound):
+    matrix = torch.eye(3)
+    matrix[0, 2] = off
+    assert flaw(matrix, "factor") == ("" if sound else "is not symmetric")
+
+
+def test_an_all_negative_factor_is_found():
+    assert flaw(-torch.eye(3), "factor") == "is not positive semi-definite"
+    assert flaw(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), "factor") == "is not positive semi-definite"
+
+
+@pytest.mark.parametrize("form", ["factor", "values", "basis", None])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_found(form, value):
+    matrix = torch.eye(3)
+    matrix[1, 1] = value
+    assert flaw(matrix, form) == "holds 1 values that are not finite"
+
+
+def test_what_float32_cannot_multiply_is_found_but_for_buffers():
+    for form in ("factor", "values", "basis"):
+        assert flaw(torch.eye(2) * 1.1e18, form).startswith("holds values up to 1.1e+18")
+        assert flaw(torch.eye(2) * 0.9e18, form) == ""
+    assert flaw(torch.full((2, 2), torch.finfo(torch.float32).min), None) == ""
+
+
+FINE = {torch.float16: 9.8e-4, torch.bfloat16: 7.8e-3, torch.float32: 1e-4, torch.float64: 1e-4}
+
+
+@pytest.mark.parametrize(("times", "sound"), [(0.5, True), (2.0, False)])
+@pytest.mark.parametrize(("dtype", "rounding"), FINE.items(), ids=str)
+def test_the_tolerance_is_that_of_the_type(dtype, rounding, times, sound):
+    off = times * rounding
+    lopsided, negative = torch.eye(3), torch.diag(torch.tensor([0.5, 0.5, -off]))
+    lopsided[0, 2] = off
+    assert (flaw(lopsided.to(dtype), "factor") == "") == sound
+    assert (flaw(negative.to(dtype), "factor") == "") == sound
+    assert (flaw(torch.tensor([1.0, -off]).to(dtype), "values") == "") == sound
+    for matrix in (lopsided, negative):
+        assert flaw(matrix.to(dtype), "basis") == flaw(matrix.to(dtype), None) == ""
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1.0, 1e12])
+def test_soundness_does_not_depend_on_units(scale):
+    indefinite = torch.tensor([[1.0, 2.0], [2.0, 1.0]]).double()
+    lopsided = torch.tensor([[1.0, 0.5], [0.4, 1.0]]).double()
+    singular = torch.ones(4, 4).double()
+    assert flaw(scale * indefinite, "factor") == "is not positive semi-definite"
+    assert flaw(scale * lopsided, "factor") == "is not symmetric"
+    assert flaw(scale * singular, "factor") == ""
+    assert flaw(torch.block_diag(singular, torch.zeros(3, 3)) * scale, "factor") == ""
+    assert "negative" in flaw(scale * torch.tensor([1.0, -1.0]).double(), "values")
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int8, torch.int64], ids=str)
+def test_whole_numbers_are_sound(dtype):
+    limits = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+    for form in ("values", None):
+        assert flaw(torch.tensor(limits, dtype=dtype), form) == ""
+
+
+def test_buffers_are_what_float32_can_hold():
+    most = torch.finfo(torch.float32).max
+    assert flaw(torch.tensor([most, -most], dtype=torch.float64), None) == ""
+    assert flaw(torch.tensor([2 * most], dtype=torch.float64), None).startswith(
+        "holds values up to 6.8e+38"
+    )
+    for dtype in (torch.float16, torch.bfloat16):
+        assert flaw(torch.tensor([torch.finfo(dtype).min], dtype=dtype), None) == ""
+
+
+# In files
+
+
+def _header(model, kind="identity", **changes):
+    layers = find_layers(model)
+    kinds = {layer.name: kind for layer in layers}
+    curvature = "kfac" if kind == "kronecker" else kind
+    plain = UpdateHeader(7, curvature, "", "categorical", 0, layers, kinds)
+    return dataclasses.replace(plain, **changes)
+
+
+def _update(model, **changes):
+    blocks = {layer.name: Identity(layer.shape) for layer in find_layers(model)}
+    return ClientUpdate.from_model(model, _header(model, **changes), blocks)
+
+
+def _linear(**changes):
+    torch.manual_seed(0)
+    return nn.Linear(3, 2, **changes)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "curvature", "reason"),
+    [
+        (Kronecker(torch.eye(2), -torch.eye(4)), "kfac", "input_factor is not positive"),
+        (Kronecker(torch.ones(2, 2).tril(), torch.eye(4)), "kfac", "output_factor is not symm"),
+        (Diagonal(-torch.ones(2, 4)), "diagonal", "values holds negative values"),
+    ],
+)
+def test_an_update_with_a_false_curvature_is_refused(blocks, curvature, reason, tmp_path):
+    model = _linear()
+    header = _header(model, blocks.kind)
+    assert header.curvature == curvature
+    name = header.layers[0].name
+    with pytest.raises(UpdateError, match=reason):
+        ClientUpdate.from_model(model, header, {name: blocks}).verify()
+    tensors = {f"parameters/{n}": p.detach() for n, p in model.named_parameters()}
+    tensors |= {f"curvature/{name}/{part}": tensor for part, tensor in blocks.tensors().items()}
+    path = ClientUpdate(header, tensors).save(tmp_path / "false.safetensors")
+    with pytest.raises(UpdateError, match=rf"curvature/{name}/{reason}") as error:
+        ClientUpdate.open(path).verify()
+    assert len(error.value.offenders) == 1
+
+
+def test_a_kind_that_its_extraction_cannot_give_is_refused():
+    header = _header(_linear(), "kronecker", curvature="diagonal")
+    tensors = {"parameters/weight": torch.ones(2, 3), "parameters/bias": torch.ones(2)}
+    tensors |= {"curvature/weight/output_factor": torch.eye(2)}
+    tensors |= {"curvature/weight/input_factor": torch.eye(4)}
+    with pytest.raises(UpdateError, match="kronecker is not diagonal curvature"):
+        ClientUpdate(header, tensors)
+    ClientUpdate(dataclasses.replace(header, curvature="kfac"), tensors)
+
+
+def test_a_small_file_does_not_become_a_large_tensor(tmp_path):
+    """A root of one column: a few bytes for the square of its length."""
+    layer = nn.Linear(2**20, 1, bias=False)
+    header = _header(layer, "kronecker")
+    (name,) = header.kinds
+    packed = {"parameters/weight": Packed(1.0, "float32")}
+    packed[f"curvature/{name}/input_factor"] = Packed(1.0, "float32", 1, 0.0)
+    zeros = pack(torch.zeros(2**20, dtype=torch.int32))
+    tensors = {"parameters/weight": zeros, f"curvature/{name}/input_factor": zeros.clone()}
+    tensors[f"curvature/{name}/output_factor"] = torch.eye(1)
+    bomb = ClientUpdate(dataclasses.replace(header, packed=packed), tensors)
+    path = bomb.save(tmp_path / "bomb.safetensors")
+    assert path.stat().st_size < 2**20
+    with pytest.raises(UpdateError) as error:
+        ClientUpdate.open(path)
+    (offender,) = error.value.offenders
+    assert offender == (
+        f"curvature/{name}/input_factor takes {2**42} bytes, more than max_tensor_bytes={2**32}"
+    )
+    assert ClientUpdate.open(path, max_tensor_bytes=2**42).num_samples == 7
+
+
+def test_a_limit_of_ones_own_is_kept(tmp_path):
+    path = _update(_linear()).save(tmp_path / "small.safetensors")
+    assert ClientUpdate.open(path, max_tensor_bytes=24).num_samples == 7
+    with pytest.raises(UpdateError, match="parameters/weight takes 24 bytes, more than"):
+        ClientUpdate.open(path, max_tensor_bytes=23)
+
+
+@pytest.mark.parametrize("name", ["num_samples", "curvature_samples"])
+def test_counts_nobody_has_are_refused(name):
+    _update(_linear(), **{name: 2**40})
+    with pytest.raises(UpdateError, match=f"{name} is more than"):
+        _update(_linear(), **{name: 2**40 + 1})
+
+
+def test_a_long_header_is_not_read(tmp_path):
+    path = tmp_path / "long.safetensors"
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", 2**24 + 1))
+        file.truncate(2**30)  # sparse
+    with pytest.raises(UpdateError, match="truncated or damaged: a header of 16777217 bytes"):
+        ClientUpdate.open(path)
+
+
+@pytest.mark.parametrize(
+    ("statistic", "value", "reason"),
+    [
+        ("running_var", -1.0, r"buffers/2\.running_var holds negative values"),
+        ("running_var", 1e19, r"buffers/2\.running_var holds values up to"),
+        ("running_mean", -1e19, r"buffers/2\.running_mean holds values up to"),
+    ],
+)
+def test_running_statistics_that_cannot_be_merged_are_refused(statistic, value, reason):
+    model = nn.Sequential(_linear(), nn.Linear(3, 2), nn.BatchNorm1d(2, affine=False))
+    _update(model)
+    getattr(model[2], statistic).fill_(value)
+    with pytest.raises(UpdateError, match=reason):
+        _update(model)
+
+
+def _moments(*sizes):
+    return [_moment(size, 2 * size, seed=size) for size in sizes]
+
+
+def _of_kind(kind):
+    values = torch.rand(2, 4, generator=torch.Generator().manual_seed(0))
+    match kind:
+        case "diagonal":
+            return Diagonal(values)
+        case "dense":
+            return Dense(_moment(8, 16), (2, 4))
+        case "kronecker":
+            return Kronecker(*_moments(2, 4))
+        case "lookup_kronecker":
+            return LookupKronecker(values[:, 0].contiguous(), _moment(4, 8))
+        case "ekfac":
+            return EigenKronecker(torch.eye(2), torch.eye(4), values)
+    return LookupEigenKronecker(torch.eye(4), values)
+
+
+ASKED = {
+    "diagonal": "diagonal",
+    "dense": "dense",
+    "kronecker": "kfac",
+    "lookup_kronecker": "kfac",
+    "ekfac": "ekfac",
+    "lookup_ekfac": "ekfac",
+}
+FORMS = {
+    ("diagonal", "values"): "values",
+    ("dense", "matrix"): "factor",
+    ("kronecker", "output_factor"): "factor",
+    ("kronecker", "input_factor"): "factor",
+    ("lookup_kronecker", "output_values"): "values",
+    ("lookup_kronecker", "input_factor"): "factor",
+    ("ekfac", "output_basis"): "basis",
+    ("ekfac", "input_basis"): "basis",
+    ("ekfac", "spectrum"): "values",
+    ("lookup_ekfac", "input_basis"): "basis",
+    ("lookup_ekfac", "spectrum"): "values",
+}
+FLAWS = {
+    "asymmetric": (lambda t: t + t.triu(1), "is not symmetric", ("factor",)),
+    "indefinite": (
+        lambda t: t - 0.5 * t.trace() * torch.eye(len(t)),
+        "is not positive semi-definite",
+        ("factor",),
+    ),
+    "negative": (lambda t: t.clone().flatten()[0].neg() - t, "holds negative values", ("values",)),
+    "not a number": (lambda t: t * torch.nan, "not finite", ("factor", "values", "basis")),
+    "infinite": (lambda t: t / 0, "not finite", ("factor", "values", "basis")),
+    "too large": (lambda t: t * 1e20, "more than 1e+18", ("factor", "values", "basis")),
+}
+
+
+def _file_of(kind, tmp_path, change=None, dtype=torch.float32):
+    """A file of one linear layer, with one tensor of its curvature changed; every digest holds."""
+    model, block = _linear().to(dtype), _of_kind(kind)
+    header = _header(model, kind, curvature=ASKED[kind])
+    (name,) = header.kinds
+    tensors = {f"parameters/{n}": p.detach() for n, p in model.named_parameters()}
+    for part, tensor in block.tensors().items():
+        tensors[f"curvature/{name}/{part}"] = tensor.to(dtype)
+    if change:
+        part, spoil = change
+        key = f"curvature/{name}/{part}"
+        tensors[key] = spoil(tensors[key])
+    return ClientUpdate(header, tensors).save(tmp_path / "update.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ASKED)
+def test_every_kind_is_accepted_as_it_is_in_every_type(kind, dtype, tmp_path):
+    update = ClientUpdate.open(_file_of(kind, tmp_path, dtype=dtype))
+    update.verify()
+    assert update.block(update.layers[0]).kind == kind
+
+
+@pytest.mark.parametrize("flawed", FLAWS)
+@pytest.mark.parametrize(("kind", "part"), FORMS)
+def test_a_flaw_in_any_part_of_a_curvature_is_refused_by_name(kind, part, flawed, tmp_path):
+    spoil, reason, forms = FLAWS[flawed]
+    if FORMS[kind, part] not in forms:
+        spoil, reason = (lambda t: t.clone()), ""
+    update = ClientUpdate.open(_file_of(kind, tmp_path, (part, spoil)))
+    if not reason:
+        update.verify()
+        return
+    with pytest.raises(UpdateError) as error:
+        update.verify()
+    (offender,) = error.value.offenders
+    assert offender.startswith(f"curvature/{update.layers[0].name}/{part} holds") or (
+        offender == f"curvature/{update.layers[0].name}/{part} {reason}"
+    )
+    assert reason in offender
+    assert str(tmp_path) in str(error.value)
+
+
+def test_the_form_of_every_part_is_checked():
+    assert {(kind, part) for kind in ASKED for part in KINDS[kind].forms} == set(FORMS)
+
+
+@pytest.mark.parametrize(("kind", "part"), FORMS)
+def test_no_curvature_at_all_is_sound(kind, part, tmp_path):
+    ClientUpdate.open(_file_of(kind, tmp_path, (part, torch.zeros_like))).verify()
+
+
+@pytest.mark.parametrize("kind", [*ASKED, "identity"])
+@pytest.mark.parametrize("asked", [*dict.fromkeys(ASKED.values()), "identity", "", "kronecker"])
+def test_kinds_are_those_that_an_extraction_gives(asked, kind):
+    given = {(asked, kind) for kind, asked in ASKED.items()} | {("identity", "identity")}
+    given |= {("kfac", "diagonal"), ("ekfac", "diagonal")}  # of layers without a matrix product
+    header = _header(_linear(), kind, curvature=asked)
+    shapes = {"parameters/weight": (2, 3), "parameters/bias": (2,)}
+    (name,) = header.kinds
+    parts = KINDS[kind].tensor_shapes((2, 4))
+    shapes |= {f"curvature/{name}/{part}": shape for part, shape in parts.items()}
+    found = inconsistencies(header, shapes)
+    expected = [] if (asked, kind) in given else [f"layer {name}: {kind} is not {asked} curvature"]
+    assert found == expected
+
+
+def _packed_file(tmp_path, how, numbers, outputs=1):
+    """A file whose output factor is packed, of a layer of so many outputs."""
+    model = nn.Linear(2, outputs, bias=False)
+    key = "curvature/weight/output_factor"
+    header = _header(model, "kronecker", packed={key: how})
+    tensors = {"parameters/weight": torch.ones(outputs, 2), key: pack(numbers)}
+    tensors["curvature/weight/input_factor"] = torch.eye(2)
+    return ClientUpdate(header, tensors).save(tmp_path / "packed.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "step", "rank", "sound"),
+    [
+        ("float32", 0.9e9, 1, True),
+        ("float32", 1.1e9, 1, False),
+        ("float32", 0.9e8, 100, True),
+        ("float32", 1.1e8, 100, False),
+        ("float64", 1.1e8, 100, False),
+        ("bfloat16", 1.1e8, 100, False),
+        ("float16", 25.0, 100, True),
+        ("float16", 26.0, 100, False),
+    ],
+)
+def test_packed_curvature_is_bounded_however_many_columns_it_has(
+    dtype, step, rank, sound, tmp_path
+):
+    ones = torch.ones(rank, dtype=torch.int32)
+    path = _packed_file(tmp_path, Packed(step, dtype, rank, 0.0), ones)
+    update = ClientUpdate.open(path)
+    if sound:
+        update.verify()
+        factor = update.block(update.layers[0]).output_factor
+        assert factor.dtype == getattr(torch, dtype)
+        assert float(factor) == pytest.approx(rank * step**2, rel=1e-2)
+        return
+    for read in (update.verify, lambda: update.block(update.layers[0])):
+        with pytest.raises(UpdateError, match="weight/output_factor cannot be unpacked") as error:
+            read()
+        assert "it holds values up to" in str(error.value)
+
+
+def test_a_tail_counts_as_well(tmp_path):
+    ones = torch.ones(3, dtype=torch.int32)
+    for tail, sound in ((0.9e18, True), (1.1e18, False)):
+        path = _packed_file(tmp_path, Packed(1.0, "float32", 1, tail), ones, outputs=3)
+        if sound:
+            ClientUpdate.open(path).verify()
+        else:
+            with pytest.raises(UpdateError, match=r"values up to 1\.1e\+18, more than 1\.0e\+18"):
+                ClientUpdate.open(path).verify()
+
+
+def test_nothing_is_allocated_for_what_is_refused(tmp_path, monkeypatch):
+    update = _update(_linear())
+    path = update.save(tmp_path / "small.safetensors")
+
+    def read(*_):
+        raise AssertionError("a tensor was read")
+
+    monkeypatch.setattr(UpdateFile, "__getitem__", read)
+    with pytest.raises(UpdateError) as error:
+        ClientUpdate.open(path, max_tensor_bytes=7)
+    assert [offender.split()[0] for offender in error.value.offenders] == [
+        "parameters/bias",
+        "parameters/weight",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("count", "reason"), [(2**14, ""), (2**14 + 1, "holds 16385 tensors, more than 16384")]
+)
+def test_more_tensors_than_any_model_has_are_refused(count, reason, tmp_path):
+    """By the safetensors header alone: no tensor has a byte."""
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    head = {str(index): entry for index in range(count)}
+    head["__metadata__"] = {"lightning_fedfisher": json.dumps({})}
+    text = json.dumps(head).encode()
+    path = tmp_path / "many.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+    with pytest.raises(UpdateError, match=reason or "header is missing or malformed"):
+        ClientUpdate.open(path)
+
+
+@pytest.mark.parametrize("size", [2**24, 2**24 + 1, 2**63])
+def test_the_length_of_the_header_is_judged_before_it_is_read(size, tmp_path):
+    path = tmp_path / "long.safetensors"
+    path.write_bytes(struct.pack("<Q", size) + b"{}")
+    with pytest.raises(UpdateError, match="truncated or damaged") as error:
+        ClientUpdate.open(path)
+    assert (f"a header of {size} bytes" in str(error.value)) == (size > 2**24)
+
+
+@pytest.mark.parametrize(
+    ("header", "tensor", "reason"),
+    [
+        ({}, "buffers/weight", "weight is a buffer, and a parameter too"),
+        ({"frozen": {"scale": "0"}}, "buffers/scale", "scale is a buffer, and a parameter too"),
+        (
+            {"frozen": {"scale": "0"}, "aliases": {"scale": "weight"}},
+            None,
+            "scale cannot be another name of weight",
+        ),
+    ],
+    ids=str,
+)
+def test_a_name_stands_for_one_tensor(header, tensor, reason):
+    update = _update(_linear())
+    tensors = dict(update._tensors) | ({tensor: torch.ones(2, 3)} if tensor else {})
+    with pytest.raises(UpdateError) as error:
+        ClientUpdate(dataclasses.replace(update.header, **header), tensors)
+    assert error.value.offenders == (reason,)
+
+
+def test_other_buffers_may_be_negative_and_large():
+    model = nn.Sequential(_linear(), nn.Linear(3, 2))
+    model.register_buffer("offset", torch.tensor([-3e38, 3e38]))
+    model.register_buffer("running", torch.tensor([-(2**62), 2**62]))
+    _update(model).verify()
+
+
+# The model's fingerprint
+
+
+def _tied():
+    model = nn.Sequential(_linear(), nn.Linear(3, 2))
+    model[1].weight = model[0].weight
+    return model
+
+
+def _untied():
+    return nn.Sequential(_linear(), nn.Linear(3, 2))
+
+
+def _frozen(value):
+    model = _untied()
+    model[1].requires_grad_(False)
+    nn.init.constant_(model[1].weight, value)
+    return model
+
+
+MODELS = {
+    "plain": _untied(),
+    "shared": _tied(),
+    "double": _untied().double(),
+    "wider": nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)),
+    "named": nn.ModuleDict({"a": _linear(), "b": nn.Linear(3, 2)}),
+    "frozen": _frozen(1.0),
+    "frozen otherwise": _frozen(2.0),
+    "with buffers": nn.Sequential(_linear(), nn.Linear(3, 2), nn.BatchNorm1d(2, affine=False)),
+}
+
+
+def test_models_are_told_apart_by_their_fingerprint():
+    found = {name: _update(model).model_fingerprint for name, model in MODELS.items()}
+    assert len(set(found.values())) == len(MODELS)
+    other = _update(_untied(), num_samples=8)
+    assert other.model_fingerprint == found["plain"]
+    assert other.digest != _update(_untied()).digest
+
+
+def test_digest_and_size_are_those_of_the_file(tmp_path):
+    update = _update(MODELS["with buffers"])
+    path = update.save(tmp_path / "update.safetensors")
+    opened = ClientUpdate.open(path)
+    assert opened.digest == update.digest
+    assert opened.upload_bytes == update.upload_bytes == path.stat().st_size
+    assert opened.sent_bytes("buffers/") == 2 * 2 * 4 + 8
+    assert opened.sent_bytes("parameters/0.weight") == 24
+
+
+def test_clients_of_one_model_have_one_fingerprint(tmp_path):
+    first = _update(MODELS["with buffers"])
+    opened = ClientUpdate.open(first.save(tmp_path / "first.safetensors"))
+    other = nn.Sequential(_linear(), nn.Linear(3, 2), nn.BatchNorm1d(2, affine=False))
+    nn.init.constant_(other[1].weight, 7.0)
+    other[2].running_mean.fill_(3)
+    second = _update(other, num_samples=9, metadata={"client": "second"}, head="1")
+    assert opened.architecture == first.architecture == second.architecture
+    assert opened.model_fingerprint == first.model_fingerprint == second.model_fingerprint
+    assert len(first.architecture) == 4 + 3
+    assert first.architecture["2.running_mean"] == "(2,) float32"
+
+
+@pytest.mark.parametrize("name", ["2.running_mean", "2.num_batches_tracked"])
+def test_the_type_of_a_buffer_is_part_of_the_model(name):
+    first = _update(MODELS["with buffers"])
+    other = nn.Sequential(_linear(), nn.Linear(3, 2), nn.BatchNorm1d(2, affine=False))
+    setattr(other[2], name[2:], getattr(other[2], name[2:]).to(torch.float64))
+    second = _update(other)
+    assert second.model_fingerprint != first.model_fingerprint
+    changed = {n for n, what in second.architecture.items() if first.architecture[n] != what}
+    assert changed == {name}
+
+
+def test_whose_other_name_it_is_is_part_of_the_model():
+    models = [nn.Sequential(*(nn.Linear(3, 3, bias=False) for _ in range(3))) for _ in range(2)]
+    models[0][2].weight = models[0][0].weight
+    models[1][2].weight = models[1][1].weight
+    first, second = map(_update, models)
+    assert first.architecture["2.weight"] == "another name of 0.weight"
+    assert second.architecture["2.weight"] == "another name of 1.weight"
+    assert first.model_fingerprint != second.model_fingerprint
