@@ -4,8 +4,8 @@ May import: results, merge, curvature, _utils. Needs the extra `report`.
 """
 
 try:
-    import jinja2 as jinja2
-    import plotly.graph_objects as graph_objects
+    import jinja2  # noqa: F401
+    import plotly.graph_objects  # noqa: F401
 except ImportError as error:
     raise ImportError(
         "a report needs plotly and jinja2: pip install 'lightning-fedfisher[report]'"

@@ -239,7 +239,7 @@ def test_shared_and_frozen_parameters_come_with_a_model(folder):
     header = UpdateHeader(5, "identity", "", "categorical", 0, layers, kinds)
     ClientUpdate.from_model(model, header, blocks).save("tied.safetensors")
     (folder / "tied.py").write_text(
-        "import torch\nfrom test_cli import Shared\n"
+        "import torch\nfrom cli.test_main import Shared\n"
         "def make():\n    torch.manual_seed(0)\n    return Shared()\n"
     )
     command = ["merge", "tied.safetensors", "--method", "fedavg", "--output"]

@@ -46,7 +46,7 @@ def sound(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sound")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lightning_fedfisher.update.client_update._GRANTED", 0)
-        patch.setattr("federation.TinyClassifier", NormedClassifier)
+        patch.setattr("helpers.federation.TinyClassifier", NormedClassifier)
         found = []
         for kind in KINDS:
             (update,) = tiny_updates(folder / kind, 1, 1, curvature=kind, upload_budget=None)
