@@ -15,12 +15,12 @@ from lightning_fedfisher.extraction.extract import (
 )
 
 # Server
-from lightning_fedfisher.merge.compatibility import MergeError
+from lightning_fedfisher.errors import MergeError
 from lightning_fedfisher.merge_module import FisherMergeModule
 from lightning_fedfisher.merge.methods import METHODS
 
 # Secure aggregation
-from lightning_fedfisher.secure_aggregation.sums import pooled, summand
+from lightning_fedfisher.secure_aggregation.sums import update_from_sums, client_sums
 from lightning_fedfisher.secure_aggregation.fixed_point import from_fixed, to_fixed
 
 # What is told of it
@@ -38,14 +38,18 @@ from lightning_fedfisher.tracking.wandb_run import (
 )
 
 # What crosses between them, and what it is made of
-from lightning_fedfisher.update.compression import BudgetError
-from lightning_fedfisher.curvature.base import Curvature, Dense, Diagonal, Identity
+from lightning_fedfisher.errors import BudgetError
+from lightning_fedfisher.curvature.base import Curvature, Identity
+from lightning_fedfisher.curvature.dense import Dense
+from lightning_fedfisher.curvature.diagonal import Diagonal
 from lightning_fedfisher.curvature.registry import KINDS
 from lightning_fedfisher.curvature.kronecker import EigenKronecker, Kronecker
-from lightning_fedfisher.curvature.embedding import LookupEigenKronecker, LookupKronecker
-from lightning_fedfisher.layers import Layer, UnsupportedModelError, find_layers
+from lightning_fedfisher.curvature.embedding import EmbeddingEigenKronecker, EmbeddingKronecker
+from lightning_fedfisher.layers import Layer, find_layers
+from lightning_fedfisher.errors import UnsupportedModelError
 from lightning_fedfisher.update.client_update import ClientUpdate
-from lightning_fedfisher.update.header import UpdateError, UpdateHeader
+from lightning_fedfisher.update.header import UpdateHeader
+from lightning_fedfisher.errors import UpdateError
 
 __all__ = [
     "KINDS",
@@ -57,6 +61,8 @@ __all__ = [
     "Dense",
     "Diagonal",
     "EigenKronecker",
+    "EmbeddingEigenKronecker",
+    "EmbeddingKronecker",
     "ExtractedCurvature",
     "ExtractionOptions",
     "FedFisherCallback",
@@ -66,14 +72,13 @@ __all__ = [
     "Kronecker",
     "Layer",
     "LayerCurvature",
-    "LookupEigenKronecker",
-    "LookupKronecker",
     "MergeError",
     "MergeRecord",
     "ModelScore",
     "UnsupportedModelError",
     "UpdateError",
     "UpdateHeader",
+    "client_sums",
     "extract_curvature",
     "extract_curvatures",
     "federation_logger",
@@ -81,8 +86,7 @@ __all__ = [
     "from_fixed",
     "log_federation",
     "log_merged_model",
-    "pooled",
-    "summand",
     "to_fixed",
+    "update_from_sums",
 ]
 __version__ = "0.1.0"

@@ -15,7 +15,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_fedfisher.curvature.summary import describe_curvature
+from lightning_fedfisher.curvature.summary import summarize_curvature
 from lightning_fedfisher.distributed.strategies import require_whole_model
 from lightning_fedfisher.extraction.batches import Forward
 from lightning_fedfisher.extraction.extract import (
@@ -29,8 +29,8 @@ from lightning_fedfisher.extraction.sampling import (
     MaxSamples,
     Shard,
     check_max_samples,
-    deal_samples,
     most_samples,
+    partition_samples,
 )
 from lightning_fedfisher.layers import find_layers
 from lightning_fedfisher.tracking.wandb_run import log_update, progress_log, warn_of_used_runs
@@ -98,8 +98,8 @@ class FedFisherCallback(Callback):
             draws: directions a sample for the Fisher types that draw.
             seed: of the subset and of the Monte-Carlo draws.
             upload_budget: most bytes of the file, in multiples of what FedAvg sends; weights and
-                curvature are rounded to fit (see `ClientUpdate.packed`). None sends all as it is,
-                as does any budget that this fits into, or 16 KiB.
+                curvature are rounded to fit (see `ClientUpdate.compressed`). None rounds nothing.
+                Updates of up to 16 KiB are never rounded.
             metadata: anything to send along, as strings.
 
         Raises:
@@ -167,7 +167,7 @@ class FedFisherCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Refused before the hours of training rather than after them.
         loader = self._loader(trainer)
-        counted = deal_samples(loader, shard=_shard(trainer)).population is not None
+        counted = partition_samples(loader, shard=_shard(trainer)).population is not None
         bounded = self._max_samples is not None or self._curvature == "identity"
         if not counted and not (bounded and self._num_samples):
             raise ValueError(
@@ -201,7 +201,7 @@ class FedFisherCallback(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.update is None:
             if trainer.train_dataloader is not None:
-                deal_samples(self._loader(trainer))  # an empty client is an error
+                partition_samples(self._loader(trainer))  # an empty client is an error
             rank_zero_warn(
                 "FedFisherCallback extracted nothing, because not one batch was trained (a "
                 "finished checkpoint was resumed, max_epochs=0 or limit_train_batches=0): call "
@@ -244,7 +244,7 @@ class FedFisherCallback(Callback):
     def _update_of(self, pl_module: LightningModule, extracted: ExtractedCurvature) -> ClientUpdate:
         header = extracted.header(self._num_samples, self._metadata)
         update = ClientUpdate.from_model(pl_module, header, extracted.blocks)
-        return update if self._upload_budget is None else update.packed(self._upload_budget)
+        return update if self._upload_budget is None else update.compressed(self._upload_budget)
 
     def _write(self, trainer: Trainer, update: ClientUpdate) -> None:
         # Asked on every rank: the log directory is broadcast.
@@ -268,7 +268,7 @@ class FedFisherCallback(Callback):
         curvature = []
         if self._curvature != "identity":  # which says nothing
             # Of several callbacks' curvature, one has its eigenvalues shown.
-            describe = partial(describe_curvature, spectrum=prefix == _PREFIX)
+            describe = partial(summarize_curvature, spectrum=prefix == _PREFIX)
             curvature = [describe(name, block) for name, block in extracted.blocks.items()]
         # LightningModule.log is closed at this point of a fit; the loggers are not.
         log_update(trainer.loggers, prefix, written, curvature, metrics, trainer.global_step)

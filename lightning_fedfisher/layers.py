@@ -10,28 +10,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from lightning_fedfisher.errors import UnsupportedModelError
+
 Activation = Literal["identity", "relu"]
-
-
-class UnsupportedModelError(ValueError):
-    """The model holds parameters whose curvature would be missing or wrong."""
-
-    def __init__(self, offenders: Sequence[str]) -> None:
-        """Lists every offender in one message.
-
-        Args:
-            offenders: one line for each parameter or module refused, with the reason and remedy.
-        """
-        self.offenders = tuple(offenders)
-        lines = "\n".join(f"  - {offender}" for offender in offenders)
-        super().__init__(f"The curvature of this model cannot be extracted as asked:\n{lines}")
 
 
 @dataclass(frozen=True)

@@ -30,11 +30,11 @@ from lightning_fedfisher.distributed.strategies import require_whole_model
 from lightning_fedfisher.merge import layer_state as layer_status
 from lightning_fedfisher.merge.buffers import merge_buffers
 from lightning_fedfisher.merge.checkpoint import fingerprint
-from lightning_fedfisher.merge.compatibility import UpdateSource, check_fit, open_updates
+from lightning_fedfisher.merge.compatibility import UpdateSource, check_model, open_updates
 from lightning_fedfisher.merge.influence_cap import unusual
 from lightning_fedfisher.merge.layer_loader import LayerProblems
 from lightning_fedfisher.merge.layer_state import DONE
-from lightning_fedfisher.merge.methods import METHODS, Method, MethodName
+from lightning_fedfisher.merge.methods import METHODS, MergeMethod, MethodName
 from lightning_fedfisher.merge.solvers import Solver
 from lightning_fedfisher.merge.validation import Validation
 from lightning_fedfisher.tracking.wandb_run import define_merge_axes, log_merge
@@ -78,7 +78,7 @@ class FisherMergeModule(LightningModule):
         updates: Sequence[UpdateSource],
         *,
         model: nn.Module | None = None,
-        method: MethodName | Method = "fedfisher",
+        method: MethodName | MergeMethod = "fedfisher",
         keep_best: bool | None = None,
         max_iterations: int | None = None,
         max_influence: float | None = None,
@@ -110,11 +110,11 @@ class FisherMergeModule(LightningModule):
             ValueError: if the method is unknown or the model does not fit the updates.
         """
         super().__init__()
-        if not isinstance(method, Method) and method not in METHODS:
+        if not isinstance(method, MergeMethod) and method not in METHODS:
             raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
         self.automatic_optimization = False
-        self._method = method if isinstance(method, Method) else METHODS[method]
-        self.method = "custom" if isinstance(method, Method) else method
+        self._method = method if isinstance(method, MergeMethod) else METHODS[method]
+        self.method = "custom" if isinstance(method, MergeMethod) else method
         self._keep_best = self._method.keeps_best if keep_best is None else keep_best
         if max_iterations is not None and max_iterations < 1:
             raise ValueError(f"max_iterations must be at least 1, got {max_iterations}")
@@ -133,10 +133,10 @@ class FisherMergeModule(LightningModule):
             nn.Parameter(self.problems.average(layer)) for layer in self.layers
         )
         self._merged_buffers = merge_buffers(self.updates, self.max_influence)
-        self._dtypes = {n: dtype for n, (_, dtype) in self.updates[0].forms.items()}
+        self._dtypes = {n: dtype for n, (_, dtype) in self.updates[0].specs.items()}
         self._target: list[nn.Module] = [] if model is None else [model]
         if model is not None:
-            check_fit(model, self.merged_state_dict(), self.updates[0].header.frozen)
+            check_model(model, self.merged_state_dict(), self.updates[0].header.frozen)
         self._validation: Validation | None = None
         self._turns = 0
         self._forget()

@@ -45,10 +45,10 @@ from simulation.round import (
 from torch import Tensor
 
 from lightning_fedfisher import ClientUpdate
+from lightning_fedfisher._utils.files import atomic_write
 from lightning_fedfisher.report.page import write_report
 from lightning_fedfisher.results.record import FederationRecord, ModelScore
 from lightning_fedfisher.tracking.wandb_run import log_federation, log_merged_model
-from lightning_fedfisher.update.file_format import whole_file
 
 Report = dict[str, Any]
 
@@ -138,7 +138,7 @@ def write_results(path: Path, results: Report) -> None:
         path: of the JSON file.
         results: from `results_of` or `whole_report`.
     """
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(json.dumps(results, indent=2) + "\n")
 
 

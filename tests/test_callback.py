@@ -153,8 +153,8 @@ def test_batches_are_prepared_as_in_training(tmp_path):
     model = fit(tmp_path, callback, model=Scaling())
     x, y = tiny_data().tensors
     expected = extract_curvature(model, DataLoader(TensorDataset(100 * x, y), batch_size=8))
-    found = callback.update.blocks["network.0"].input_factor
-    torch.testing.assert_close(found, expected.blocks["network.0"].input_factor)
+    found = callback.update.blocks["network.0"].column_factor
+    torch.testing.assert_close(found, expected.blocks["network.0"].column_factor)
 
 
 def test_gradient_checkpointing_is_refused_before_training(tmp_path):

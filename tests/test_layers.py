@@ -4,13 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_fedfisher.layers import (
-    Layer,
-    UnsupportedModelError,
-    aliases,
-    find_layers,
-    frozen_parameters,
-)
+from lightning_fedfisher.errors import UnsupportedModelError
+from lightning_fedfisher.layers import Layer, aliases, find_layers, frozen_parameters
 
 
 class _Bare(nn.Module):

@@ -41,14 +41,15 @@ from lightning_fedfisher import (
     UpdateHeader,
     extract_curvature,
 )
-from lightning_fedfisher.curvature.base import Diagonal, Identity
-from lightning_fedfisher.distributed.assignment import deal, dearest
+from lightning_fedfisher.curvature.base import Identity
+from lightning_fedfisher.curvature.diagonal import Diagonal
+from lightning_fedfisher.distributed.assignment import deal, oversized_layers
 from lightning_fedfisher.distributed.exchange import prepared_together
 from lightning_fedfisher.layers import Source
 from lightning_fedfisher.merge.checkpoint import fingerprint
-from lightning_fedfisher.merge.disk_cache import SpilledTensors
+from lightning_fedfisher.merge.disk_cache import OnDiskTensors
 from lightning_fedfisher.merge.layer_loader import LayerProblems
-from lightning_fedfisher.merge.methods import Method
+from lightning_fedfisher.merge.methods import MergeMethod
 from lightning_fedfisher.merge.solvers import ClosedForm, ConjugateGradient, PublishedServer
 
 NEEDS = {
@@ -151,11 +152,11 @@ def test_diagonal_curvature_gives_the_closed_form(updates, method, power, tmp_pa
 @pytest.mark.parametrize("curvature", ["kfac", "ekfac"])
 def test_fedfisher_is_the_minimiser_of_the_tempered_quadratic(kinds, curvature, tmp_path):
     clients = kinds[curvature]
-    assert clients[0].header.sources == {
+    assert clients[0].header.fed_by == {
         "network.2": Source("network.0", "relu"),
         "network.5": Source("network.2", "relu"),
     }
-    assert clients[0].header.head == "network.7"
+    assert clients[0].header.output_layer == "network.7"
     module = merge(clients, tmp_path)
     assert module.history[-1]["residual"] < 2e-4
     state = module.merged_state_dict()
@@ -633,7 +634,7 @@ def _bytes(clients):
 @pytest.fixture
 def spills(monkeypatch, tmp_path):
     """Folders of what is kept on disk; they are looked for among the temporary ones."""
-    folders, original = [], SpilledTensors.__init__
+    folders, original = [], OnDiskTensors.__init__
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
 
@@ -643,7 +644,7 @@ def spills(monkeypatch, tmp_path):
         assert folders[-1].parent == tmp_path / "temporary"
         assert len(list(folders[-1].iterdir())) == len(self) == 3
 
-    monkeypatch.setattr(SpilledTensors, "__init__", recording)
+    monkeypatch.setattr(OnDiskTensors, "__init__", recording)
     return folders
 
 
@@ -680,7 +681,7 @@ def test_memory_does_not_change_a_bit(kinds, kind, method, spills, tmp_path):
         assert module.history[-1] == freely.history[-1]
         spilled = 0 if method == "fedavg" else sum(size > budget for size in sizes)
         # No curvature is left of FedAvg's; what is known of merged layers takes room as well.
-        assert spilled <= len(spills) <= spilled + len(clients[0].header.sources)
+        assert spilled <= len(spills) <= spilled + len(clients[0].header.fed_by)
         assert not any(folder.exists() for folder in spills)
         assert all(len(now) <= 1 or sum(now) <= budget for now in held)
 
@@ -774,7 +775,7 @@ def test_negative_memory_is_refused(updates, budget):
 
 def test_a_method_of_ones_own_merges(updates, tmp_path):
     clients = updates["fedfisher"]
-    own = Method(
+    own = MergeMethod(
         ("kfac",), (), lambda f, head: Diagonal(f.diagonal()), ClosedForm, iterations=1, sweep=1
     )
     module = merge(clients, tmp_path, method=own)
@@ -909,10 +910,10 @@ def test_an_aligned_layer_that_feeds_a_softmax_is_treated_as_the_head(
     _, clients = _clients_of(make, tmp_path, _points, curvature=curvature)
     order = ["head", "body"] if make is _HeadFirst else ["body", "head"]
     assert [layer.name for layer in clients[0].layers] == order
-    assert clients[0].header.head == "head"
+    assert clients[0].header.output_layer == "head"
     merged = merge(clients, tmp_path, method=PRECISE).merged_state_dict()
     expected, starts = oracle.fedfisher(clients)
-    headless = [_with_header(client, head="") for client in clients]
+    headless = [_with_header(client, output_layer="") for client in clients]
     others, _ = oracle.fedfisher(headless)
     for layer in clients[0].layers:
         found = layer.join(merged).double()
@@ -1225,11 +1226,11 @@ WIRINGS = {
 }
 
 
-@pytest.mark.parametrize(("sources", "reason"), WIRINGS.values(), ids=WIRINGS)
+@pytest.mark.parametrize(("fed_by", "reason"), WIRINGS.values(), ids=WIRINGS)
 @pytest.mark.parametrize("method", METHODS)
 def test_clients_that_ran_their_layers_otherwise_are_refused(updates, method, sources, reason):
     clients = updates[method if method != "fedavg" else "fedfisher"]
-    odd = _with_header(clients[1], sources=sources)
+    odd = _with_header(clients[1], fed_by=sources)
     if method == "fedavg":
         FisherMergeModule([clients[0], odd, clients[2]], method=method)
         return
@@ -1242,15 +1243,18 @@ def test_clients_that_ran_their_layers_otherwise_are_refused(updates, method, so
 
 def test_clients_with_other_heads_are_refused(updates):
     first, second, third = updates["fedfisher"]
-    none, other = _with_header(second, head=""), _with_header(third, head="network.5")
+    none, other = (
+        _with_header(second, output_layer=""),
+        _with_header(third, output_layer="network.5"),
+    )
     with pytest.raises(MergeError) as error:
         FisherMergeModule([first, none, other])
-    assert "the head is absent, not network.7" in error.value.offenders[0]
-    assert "the head is network.5, not network.7" in error.value.offenders[1]
+    assert "the output layer is absent, not network.7" in error.value.offenders[0]
+    assert "the output layer is network.5, not network.7" in error.value.offenders[1]
     FisherMergeModule([first, none, other], method="fedavg")
 
 
-@pytest.mark.parametrize("changes", [{"head": ""}, {"sources": {}}], ids=str)
+@pytest.mark.parametrize("changes", [{"output_layer": ""}, {"fed_by": {}}], ids=str)
 def test_a_checkpoint_of_clients_that_ran_otherwise_is_refused(updates, changes, tmp_path):
     clients = updates["fedfisher"]
     _, path = _interrupted(clients, tmp_path, 1)
@@ -1360,9 +1364,9 @@ def test_layers_are_dealt_by_cost_each_once():
 
 def test_only_layers_above_a_rank_s_share_are_prepared_together():
     shapes = [(10, 10), (100, 100), (20, 20), (99, 99), (5, 5)]
-    assert [dearest(shapes, ranks) for ranks in (1, 2, 3)] == [{}, {1: 0}, {1: 0, 3: 1}]
-    assert dearest(shapes[:1], 1) == {}
-    assert dearest(shapes[:1], 3) == {0: 0}
+    assert [oversized_layers(shapes, ranks) for ranks in (1, 2, 3)] == [{}, {1: 0}, {1: 0, 3: 1}]
+    assert oversized_layers(shapes[:1], 1) == {}
+    assert oversized_layers(shapes[:1], 3) == {0: 0}
 
 
 @pytest.mark.parametrize(("ranks", "owner"), [(1, 0), (2, 0), (2, 1), (3, 1), (7, 6)])

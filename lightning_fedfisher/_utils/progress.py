@@ -11,12 +11,12 @@ from tqdm import tqdm
 _T = TypeVar("_T")
 
 
-def is_first() -> bool:
+def is_rank_zero() -> bool:
     """Whether this is the first process, or the only one."""
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
-def shown(items: Iterable[_T], title: str, total: int | None = None) -> Iterable[_T]:
+def progress_bar(items: Iterable[_T], title: str, total: int | None = None) -> Iterable[_T]:
     """Goes through items with a bar that appears after two seconds.
 
     Args:
@@ -28,5 +28,5 @@ def shown(items: Iterable[_T], title: str, total: int | None = None) -> Iterable
         The items.
     """
     # None: shown on a terminal only.
-    silent = None if is_first() else True
+    silent = None if is_rank_zero() else True
     return tqdm(items, desc=title, total=total, delay=2, leave=False, disable=silent)

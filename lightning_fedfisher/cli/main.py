@@ -27,10 +27,11 @@ from lightning.pytorch import Trainer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_fedfisher._utils.progress import is_first, shown
+from lightning_fedfisher._utils.files import atomic_write
+from lightning_fedfisher._utils.progress import is_rank_zero, progress_bar
 from lightning_fedfisher.cli.parser import parser
 from lightning_fedfisher.curvature.registry import KINDS
-from lightning_fedfisher.merge.compatibility import check_fit, examine
+from lightning_fedfisher.merge.compatibility import check_model, examine
 from lightning_fedfisher.merge.influence_cap import USUAL, unusual
 from lightning_fedfisher.merge.layer_loader import LayerProblems
 from lightning_fedfisher.merge.methods import METHODS
@@ -39,7 +40,6 @@ from lightning_fedfisher.results.from_merge import describe_federation
 from lightning_fedfisher.results.model_card import model_card
 from lightning_fedfisher.results.record import FederationRecord
 from lightning_fedfisher.update.client_update import ClientUpdate
-from lightning_fedfisher.update.file_format import whole_file
 
 _BAD = 1  # exit status; 2 is for a command line that makes no sense
 
@@ -132,7 +132,7 @@ def _facts(update: ClientUpdate) -> dict[str, Any]:
         "fisher": header.fisher,
         "likelihood": header.likelihood,
         "curvature_samples": header.curvature_samples,
-        "head": header.head,
+        "output_layer": header.output_layer,
         "frozen": sorted(header.frozen),
         "buffers": {"bytes": update.sent_bytes("buffers/")},
         "metadata": dict(header.metadata),
@@ -146,7 +146,7 @@ def _verify(flags: Namespace) -> int:
     for found in examined:
         if found.update and model and not found.offenders:
             try:
-                check_fit(model, _without_values(found.update), found.update.header.frozen)
+                check_model(model, _without_values(found.update), found.update.header.frozen)
             except ValueError as error:
                 found.offenders.append(f"{found.source}: {error}")
     for found in examined:
@@ -169,7 +169,7 @@ def _unusual(updates: Sequence[ClientUpdate]) -> str:
     """Which clients weigh far more than the median one, by their curvature as it was sent."""
     as_sent = replace(METHODS["fisher_merge"], curvatures=())
     problems = LayerProblems(updates, as_sent, memory_budget=2**30)
-    for index in shown(range(len(updates[0].layers)), "weigh"):
+    for index in progress_bar(range(len(updates[0].layers)), "weigh"):
         problems.read(index, torch.device("cpu"), [])
     names = [layer.name for layer in updates[0].layers]
     clients = [update.source for update in updates]
@@ -207,7 +207,7 @@ def _merge(flags: Namespace) -> int:
     )
     card, record = output.with_suffix(".md"), output.with_suffix(".json")
     if flags.dry_run:
-        if is_first():
+        if is_rank_zero():
             _tell_plan(merge, flags, [output, card, record])
         return 0
     output.parent.mkdir(parents=True, exist_ok=True)  # or it fails before the work
@@ -216,14 +216,14 @@ def _merge(flags: Namespace) -> int:
     seconds = time.perf_counter() - started
     if trainer.interrupted:
         raise ValueError("the merge was interrupted: nothing is written")
-    if is_first():
+    if is_rank_zero():
         state = merge.merged_state_dict()
         if model is not None:  # which brings along what was frozen
             state = {n: t for n, t in model.state_dict().items() if isinstance(t, Tensor)}
-        with whole_file(output) as partial:
+        with atomic_write(output) as partial:
             # Copied: in this format the names of a shared parameter may not share memory.
             save_file({n: t.cpu().clone().contiguous() for n, t in state.items()}, partial)
-        with whole_file(card) as partial:
+        with atomic_write(card) as partial:
             partial.write_text(model_card(merge, output.name, ["fedfisher", *sys.argv[1:]]))
         config = {name: value for name, value in flags.items() if name != "config"}
         describe_federation(merge, output.name, seconds, config).save(record)
@@ -303,7 +303,7 @@ def _made(factory: str | None) -> nn.Module | None:
 
 def _without_values(update: ClientUpdate) -> dict[str, Tensor]:
     """The state dict of an update's model, on no device."""
-    state = {n: torch.empty(s, dtype=d, device="meta") for n, (s, d) in update.forms.items()}
+    state = {n: torch.empty(s, dtype=d, device="meta") for n, (s, d) in update.specs.items()}
     return state | {name: state[first] for name, first in update.header.aliases.items()}
 
 
@@ -323,7 +323,7 @@ def _printable(text: str) -> str:
 
 
 def _complain(text: str) -> None:
-    if is_first():
+    if is_rank_zero():
         print("\n".join(map(_printable, text.splitlines())), file=sys.stderr)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal, NoReturn, Self
 
 import torch
 from torch import Tensor
@@ -24,16 +24,16 @@ from typing_extensions import override
 from lightning_fedfisher.curvature.input_map import InputMap
 from lightning_fedfisher.curvature.linalg import (
     PseudoInverse,
-    eigen,
-    eigenvalues,
     frobenius,
-    reciprocal,
     require_positive,
-    symmetric_power,
+    unchanged,
 )
 
-Form = Literal["factor", "values", "basis"]
+TensorRole = Literal["factor", "values", "basis"]
 """What a tensor of a curvature is: a positive semi-definite matrix, eigenvalues, or a basis."""
+
+InputSide = Literal["rows", "columns"]
+"""The side of a layer's matrix that its inputs meet."""
 
 
 class Curvature(ABC):
@@ -43,14 +43,15 @@ class Curvature(ABC):
     """
 
     kind: ClassVar[str]
-    forms: ClassVar[Mapping[str, Form]] = {}
+    tensor_roles: ClassVar[Mapping[str, TensorRole]] = {}
     """What each of its tensors is, by field name."""
     elementwise: ClassVar[bool] = False
     """Whether the operator is its own diagonal, so that sums of it invert entry by entry."""
-    holds_inputs: ClassVar[bool] = False
-    """Whether it holds the second moments of the layer's inputs, so that these may change.
+    inputs_on: ClassVar[InputSide | None] = None
+    """The side of the matrix on which it holds the second moments of the layer's inputs.
 
-    With EKFAC's own spectrum they are those of inputs weighted by their gradients.
+    None if it does not hold them. With EKFAC's own spectrum they are those of inputs weighted by
+    their gradients.
     """
 
     @property
@@ -81,11 +82,11 @@ class Curvature(ABC):
         """
 
     @abstractmethod
-    def pseudo_inverse(self, cut: float) -> PseudoInverse:
+    def pseudo_inverse(self, rcond: float) -> PseudoInverse:
         """Prepares to solve with the operator where it is not singular.
 
         Args:
-            cut: eigenvalues up to this share of the largest (for a Kronecker product, of either
+            rcond: eigenvalues up to this share of the largest (for a Kronecker product, of either
                 factor) count as zero.
 
         Returns:
@@ -93,7 +94,7 @@ class Curvature(ABC):
         """
 
     @abstractmethod
-    def over_outputs(self) -> Curvature:
+    def average_over_columns(self) -> Curvature:
         """Averages over the input side, so that all inputs of an output count the same.
 
         Returns:
@@ -105,7 +106,8 @@ class Curvature(ABC):
         """The second moment of the inputs alone, as RegMean weighs them.
 
         Returns:
-            ``I x A`` where the kind holds the inputs' second moment ``A``, else the identity.
+            ``W A``, or ``A W`` where inputs are on the rows, if the kind holds the inputs' second
+            moment ``A``; else the identity.
         """
         return Identity(self.shape)
 
@@ -119,9 +121,15 @@ class Curvature(ABC):
             ``V -> F(V S) S'``, of the same kind, to be applied and averaged.
 
         Raises:
-            TypeError: if the kind does not hold its inputs' second moments (`holds_inputs`).
+            TypeError: unless the kind holds its inputs' second moments on the columns
+                (`inputs_on`).
         """
-        raise TypeError(f"{self.kind} curvature does not hold the second moments of its inputs")
+        self._refuse_inputs()
+
+    def _refuse_inputs(self) -> NoReturn:
+        raise TypeError(
+            f"{self.kind} curvature does not hold the second moments of its inputs on its columns"
+        )
 
     @abstractmethod
     def diagonal(self) -> Tensor:
@@ -242,12 +250,12 @@ class Identity(Curvature):
         return self
 
     @override
-    def pseudo_inverse(self, cut: float) -> PseudoInverse:
+    def pseudo_inverse(self, rcond: float) -> PseudoInverse:
         ones = torch.ones(self.size)
-        return PseudoInverse(_same, _same, ones, ones)
+        return PseudoInverse(unchanged, unchanged, ones, ones)
 
     @override
-    def over_outputs(self) -> Identity:
+    def average_over_columns(self) -> Identity:
         return self
 
     @override
@@ -267,129 +275,3 @@ class Identity(Curvature):
     @override
     def _build(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Self:
         return cls(shape)
-
-
-@dataclass(frozen=True, eq=False)
-class Diagonal(Curvature):
-    """``F W = D * W``: a curvature of its own for every weight, none between them.
-
-    Attributes:
-        values: ``D``, of shape ``(out, in)``.
-    """
-
-    values: Tensor
-    kind: ClassVar[str] = "diagonal"
-    forms: ClassVar[Mapping[str, Form]] = {"values": "values"}
-    elementwise: ClassVar[bool] = True
-
-    @property
-    @override
-    def shape(self) -> tuple[int, int]:
-        rows, columns = self.values.shape
-        return rows, columns
-
-    @override
-    def apply(self, matrix: Tensor) -> Tensor:
-        return self.values * matrix
-
-    @override
-    def power(self, exponent: float) -> Diagonal:
-        require_positive(exponent)
-        return Diagonal(self.values.clamp_min(0).pow(exponent))
-
-    @override
-    def pseudo_inverse(self, cut: float) -> PseudoInverse:
-        return PseudoInverse(_same, _same, *reciprocal(self.values, cut))
-
-    @override
-    def over_outputs(self) -> Diagonal:
-        return Diagonal(self.values.mean(1, keepdim=True).expand_as(self.values).contiguous())
-
-    @override
-    def diagonal(self) -> Tensor:
-        return self.values
-
-    @override
-    def sensitivities(self) -> dict[str, float]:
-        return {"values": 1.0}
-
-    @classmethod
-    @override
-    def tensor_shapes(cls, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-        return {"values": shape}
-
-
-@dataclass(frozen=True, eq=False)
-class Dense(Curvature):
-    """``F`` in full: for two-layer theory, tiny layers and as the oracle of every other kind.
-
-    Attributes:
-        matrix: of shape ``(out * in, out * in)``, acting on ``W`` flattened row by row.
-        size: shape ``(out, in)`` of ``W``.
-    """
-
-    matrix: Tensor
-    size: tuple[int, int]
-    kind: ClassVar[str] = "dense"
-    forms: ClassVar[Mapping[str, Form]] = {"matrix": "factor"}
-
-    @property
-    @override
-    def shape(self) -> tuple[int, int]:
-        return self.size
-
-    @override
-    def apply(self, matrix: Tensor) -> Tensor:
-        return (self.matrix @ matrix.flatten()).view(self.size)
-
-    @override
-    def power(self, exponent: float) -> Dense:
-        require_positive(exponent)
-        return Dense(symmetric_power(self.matrix, exponent), self.size)
-
-    @override
-    def pseudo_inverse(self, cut: float) -> PseudoInverse:
-        values, basis = eigen(self.matrix)
-        return PseudoInverse(
-            lambda matrix: basis.mT @ matrix.flatten(),
-            lambda turned: (basis @ turned).view(self.size),
-            *reciprocal(values, cut),
-        )
-
-    @override
-    def over_outputs(self) -> Dense:
-        rows, columns = self.size
-        blocks = self.matrix.view(rows, columns, rows, columns)
-        partial = blocks.diagonal(dim1=1, dim2=3).mean(-1)
-        return Dense(torch.kron(partial, torch.eye(columns).to(partial)), self.size)
-
-    @override
-    def eigenvalues(self) -> Tensor:
-        return eigenvalues(self.matrix).view(self.size)
-
-    @override
-    def norm(self) -> Tensor:
-        return frobenius(self.matrix)
-
-    @override
-    def diagonal(self) -> Tensor:
-        return self.matrix.diagonal().reshape(self.size)
-
-    @override
-    def sensitivities(self) -> dict[str, float]:
-        return {"matrix": 1.0}
-
-    @classmethod
-    @override
-    def tensor_shapes(cls, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-        entries = shape[0] * shape[1]
-        return {"matrix": (entries, entries)}
-
-    @classmethod
-    @override
-    def _build(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Self:
-        return cls(tensors["matrix"], shape)
-
-
-def _same(matrix: Tensor) -> Tensor:
-    return matrix

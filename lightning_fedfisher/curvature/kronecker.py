@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_fedfisher.curvature.base import Curvature, Form
+from lightning_fedfisher.curvature.base import Curvature, InputSide, TensorRole
 from lightning_fedfisher.curvature.input_map import InputMap
 from lightning_fedfisher.curvature.linalg import (
     PseudoInverse,
@@ -28,11 +28,11 @@ class Factored(Curvature):
     """A Kronecker product, by a factor on either side."""
 
     @abstractmethod
-    def eigen(self, cut: float = 0.0) -> Eigenbased:
+    def eigen(self, rcond: float = 0.0) -> Eigenbased:
         """The same operator by its eigenbases and spectrum.
 
         Args:
-            cut: a factor's eigenvalues up to this share of its largest become zero.
+            rcond: a factor's eigenvalues up to this share of its largest become zero.
 
         Returns:
             The operator.
@@ -48,29 +48,29 @@ class Factored(Curvature):
         return self if exponent == 1 else self._powered(exponent)
 
     @override
-    def pseudo_inverse(self, cut: float) -> PseudoInverse:
+    def pseudo_inverse(self, rcond: float) -> PseudoInverse:
         # Either factor is cut by itself: what both sides see little of is still seen.
-        return self.eigen(cut).pseudo_inverse(0.0)
+        return self.eigen(rcond).pseudo_inverse(0.0)
 
 
 class Eigenbased(Curvature):
     """A spectrum in a Kronecker product of eigenbases.
 
     Attributes:
-        input_basis: orthogonal, ``(in, in)``.
+        column_basis: orthogonal, ``(in, in)``.
         spectrum: of shape ``(out, in)``.
     """
 
-    input_basis: Tensor
+    column_basis: Tensor
     spectrum: Tensor
     factored: ClassVar[type[Factored]]
 
     @abstractmethod
-    def _turn(self, matrix: Tensor) -> Tensor:
+    def to_eigenbasis(self, matrix: Tensor) -> Tensor:
         """From a weight matrix to its coordinates in the bases."""
 
     @abstractmethod
-    def _back(self, turned: Tensor) -> Tensor:
+    def from_eigenbasis(self, turned: Tensor) -> Tensor:
         """From coordinates to the weight matrix."""
 
     @abstractmethod
@@ -85,7 +85,7 @@ class Eigenbased(Curvature):
 
     @override
     def apply(self, matrix: Tensor) -> Tensor:
-        return self._back(self.spectrum * self._turn(matrix))
+        return self.from_eigenbasis(self.spectrum * self.to_eigenbasis(matrix))
 
     @override
     def power(self, exponent: float) -> Self:
@@ -93,11 +93,13 @@ class Eigenbased(Curvature):
         return self.with_spectrum(self.spectrum.clamp_min(0).pow(exponent))
 
     @override
-    def pseudo_inverse(self, cut: float) -> PseudoInverse:
-        return PseudoInverse(self._turn, self._back, *reciprocal(self.spectrum, cut))
+    def pseudo_inverse(self, rcond: float) -> PseudoInverse:
+        return PseudoInverse(
+            self.to_eigenbasis, self.from_eigenbasis, *reciprocal(self.spectrum, rcond)
+        )
 
     @override
-    def over_outputs(self) -> Self:
+    def average_over_columns(self) -> Self:
         rows = self.spectrum.mean(1, keepdim=True)
         return self.with_spectrum(rows.expand_as(self.spectrum).contiguous())
 
@@ -105,7 +107,9 @@ class Eigenbased(Curvature):
     def sensitivities(self) -> dict[str, float]:
         # A basis U meets the root on both sides: twice, and once more where they meet each other.
         trace = float(self.spectrum.sum())
-        sizes = {name: len(self.tensors()[name]) for name in self.forms if name != "spectrum"}
+        sizes = {
+            name: len(self.tensors()[name]) for name in self.tensor_roles if name != "spectrum"
+        }
         bases = {name: 2 * (size + 1) * trace / size**2 for name, size in sizes.items()}
         return bases | {"spectrum": 1.0}
 
@@ -126,85 +130,91 @@ class Eigenbased(Curvature):
 
 @dataclass(frozen=True, eq=False)
 class Kronecker(Factored):
-    """``F W = G W A``: K-FAC (Martens & Grosse, 2015).
+    """``F W = G W A``: K-FAC of a layer ``y = W x`` (Martens & Grosse, 2015).
 
     Attributes:
-        output_factor: ``G``, second moment of the gradients at the outputs, ``(out, out)``.
-        input_factor: ``A``, second moment of the inputs, ``(in, in)``.
+        row_factor: ``G``, second moment of the gradients at the outputs, ``(rows, rows)``.
+        column_factor: ``A``, second moment of the inputs, ``(columns, columns)``.
     """
 
-    output_factor: Tensor
-    input_factor: Tensor
+    row_factor: Tensor
+    column_factor: Tensor
     kind: ClassVar[str] = "kronecker"
-    forms: ClassVar[Mapping[str, Form]] = {"output_factor": "factor", "input_factor": "factor"}
-    holds_inputs: ClassVar[bool] = True
+    tensor_roles: ClassVar[Mapping[str, TensorRole]] = {
+        "row_factor": "factor",
+        "column_factor": "factor",
+    }
+    inputs_on: ClassVar[InputSide | None] = "columns"
 
     @property
     @override
     def shape(self) -> tuple[int, int]:
-        return self.output_factor.shape[0], self.input_factor.shape[0]
+        return self.row_factor.shape[0], self.column_factor.shape[0]
 
     @override
     def apply(self, matrix: Tensor) -> Tensor:
-        return self.output_factor @ matrix @ self.input_factor
+        return self.row_factor @ matrix @ self.column_factor
 
     @override
     def _powered(self, exponent: float) -> Self:
         return type(self)(
-            symmetric_power(self.output_factor, exponent),
-            symmetric_power(self.input_factor, exponent),
+            symmetric_power(self.row_factor, exponent),
+            symmetric_power(self.column_factor, exponent),
         )
 
     @override
-    def eigen(self, cut: float = 0.0) -> EigenKronecker:
-        output_values, output_basis = eigen(self.output_factor)
-        input_values, input_basis = eigen(self.input_factor)
-        spectrum = torch.outer(without_small(output_values, cut), without_small(input_values, cut))
-        return EigenKronecker(output_basis, input_basis, spectrum)
+    def eigen(self, rcond: float = 0.0) -> EigenKronecker:
+        return EigenKronecker(*self._bases_and_spectrum(rcond))
+
+    def _bases_and_spectrum(self, rcond: float) -> tuple[Tensor, Tensor, Tensor]:
+        row_values, row_basis = eigen(self.row_factor)
+        values, column_basis = eigen(self.column_factor)
+        spectrum = torch.outer(without_small(row_values, rcond), without_small(values, rcond))
+        return row_basis, column_basis, spectrum
 
     @override
     def eigenvalues(self) -> Tensor:
-        return torch.outer(eigenvalues(self.output_factor), eigenvalues(self.input_factor))
+        return torch.outer(eigenvalues(self.row_factor), eigenvalues(self.column_factor))
 
     @override
     def norm(self) -> Tensor:
-        return frobenius(self.output_factor) * frobenius(self.input_factor)
+        return frobenius(self.row_factor) * frobenius(self.column_factor)
 
     @override
     def trace(self) -> Tensor:
         # In float64, where the product neither overflows nor vanishes.
-        return self.output_factor.trace().double() * self.input_factor.trace().double()
+        return self.row_factor.trace().double() * self.column_factor.trace().double()
 
     @override
-    def over_outputs(self) -> Self:
-        mean = self.input_factor.diagonal().mean()
-        return type(self)(self.output_factor, mean * torch.eye(self.shape[1]).to(mean))
+    def average_over_columns(self) -> Self:
+        mean = self.column_factor.diagonal().mean()
+        return type(self)(self.row_factor, mean * torch.eye(self.shape[1]).to(mean))
 
     @override
     def of_inputs(self) -> Self:
-        return type(self)(torch.eye(self.shape[0]).to(self.output_factor), self.input_factor)
+        return type(self)(torch.eye(self.shape[0]).to(self.row_factor), self.column_factor)
 
     @override
     def with_inputs(self, change: InputMap) -> Self:
         back = change.transposed
-        half = back.on_columns(self.input_factor)
-        return type(self)(self.output_factor, back.on_columns(half.mT))
+        half = back.on_columns(self.column_factor)
+        return type(self)(self.row_factor, back.on_columns(half.mT))
 
     @override
     def diagonal(self) -> Tensor:
-        return torch.outer(self.output_factor.diagonal(), self.input_factor.diagonal())
+        return torch.outer(self.row_factor.diagonal(), self.column_factor.diagonal())
 
     @override
     def sensitivities(self) -> dict[str, float]:
         # The norm of a product is that of its factors, and a root's squared is a trace.
-        outputs, inputs = self.output_factor.trace(), self.input_factor.trace()
-        return {"output_factor": float(inputs), "input_factor": float(outputs)}
+        outputs, inputs = self.row_factor.trace(), self.column_factor.trace()
+        return {"row_factor": float(inputs), "column_factor": float(outputs)}
 
     @classmethod
     @override
     def tensor_shapes(cls, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
         rows, columns = shape
-        return {"output_factor": (rows, rows), "input_factor": (columns, columns)}
+        return {"row_factor": (rows, rows), "column_factor": (columns, columns)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,30 +224,30 @@ class EigenKronecker(Eigenbased):
     (George et al., 2018.)
 
     Attributes:
-        output_basis: ``U``, orthogonal, ``(out, out)``.
-        input_basis: ``V``, orthogonal, ``(in, in)``.
+        row_basis: ``U``, orthogonal, ``(out, out)``.
+        column_basis: ``V``, orthogonal, ``(in, in)``.
         spectrum: ``S``, second moment of the gradient's entries in that basis, ``(out, in)``.
     """
 
-    output_basis: Tensor
-    input_basis: Tensor
+    row_basis: Tensor
+    column_basis: Tensor
     spectrum: Tensor
     kind: ClassVar[str] = "ekfac"
-    forms: ClassVar[Mapping[str, Form]] = {
-        "output_basis": "basis",
-        "input_basis": "basis",
+    tensor_roles: ClassVar[Mapping[str, TensorRole]] = {
+        "row_basis": "basis",
+        "column_basis": "basis",
         "spectrum": "values",
     }
-    holds_inputs: ClassVar[bool] = True
-    factored: ClassVar[type[Factored]] = Kronecker
+    inputs_on: ClassVar[InputSide | None] = "columns"
+    factored: ClassVar[type[Kronecker]] = Kronecker
 
     @override
-    def _turn(self, matrix: Tensor) -> Tensor:
-        return self.output_basis.mT @ matrix @ self.input_basis
+    def to_eigenbasis(self, matrix: Tensor) -> Tensor:
+        return self.row_basis.mT @ matrix @ self.column_basis
 
     @override
-    def _back(self, turned: Tensor) -> Tensor:
-        return self.output_basis @ turned @ self.input_basis.mT
+    def from_eigenbasis(self, turned: Tensor) -> Tensor:
+        return self.row_basis @ turned @ self.column_basis.mT
 
     @override
     def of_inputs(self) -> Kronecker:
@@ -246,42 +256,80 @@ class EigenKronecker(Eigenbased):
     @override
     def with_inputs(self, change: InputMap) -> Self:
         # The basis is orthogonal no more: powers come before.
-        basis = change.transposed.on_columns(self.input_basis.mT).mT
+        basis = change.transposed.on_columns(self.column_basis.mT).mT
         # In the order in which it would come back from disk, lest rounding differ.
-        return type(self)(self.output_basis, basis.contiguous(), self.spectrum)
+        return type(self)(self.row_basis, basis.contiguous(), self.spectrum)
 
     @override
     def diagonal(self) -> Tensor:
-        return self.output_basis.square() @ self.spectrum @ self.input_basis.square().mT
+        return self.row_basis.square() @ self.spectrum @ self.column_basis.square().mT
 
     @classmethod
     @override
     def tensor_shapes(cls, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
         rows, columns = shape
         return {
-            "output_basis": (rows, rows),
-            "input_basis": (columns, columns),
+            "row_basis": (rows, rows),
+            "column_basis": (columns, columns),
             "spectrum": (rows, columns),
         }
 
     @override
     def kronecker(self) -> Kronecker:
-        outputs, inputs = self.spectrum.sum(1), self.spectrum.mean(0)
+        rows, columns = self.spectrum.sum(1), self.spectrum.mean(0)
         total = self.spectrum.mean().clamp_min(torch.finfo(self.spectrum.dtype).tiny)
-        return Kronecker(
-            (self.output_basis * outputs / self.shape[1]) @ self.output_basis.mT,
-            (self.input_basis * (inputs / total)) @ self.input_basis.mT,
+        return self.factored(
+            (self.row_basis * rows / self.shape[1]) @ self.row_basis.mT,
+            (self.column_basis * (columns / total)) @ self.column_basis.mT,
         )
 
 
-def without_small(values: Tensor, cut: float) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class TransposedKronecker(Kronecker):
+    """``F W = A W G``: K-FAC of a layer ``y = W' x``, as a transposed convolution is.
+
+    Attributes:
+        row_factor: ``A``, second moment of the inputs, ``(rows, rows)``.
+        column_factor: ``G``, second moment of the gradients at the outputs, ``(columns, columns)``.
+    """
+
+    kind: ClassVar[str] = "transposed_kronecker"
+    inputs_on: ClassVar[InputSide | None] = "rows"
+
+    @override
+    def eigen(self, rcond: float = 0.0) -> TransposedEigenKronecker:
+        return TransposedEigenKronecker(*self._bases_and_spectrum(rcond))
+
+    @override
+    def of_inputs(self) -> Self:
+        return type(self)(self.row_factor, torch.eye(self.shape[1]).to(self.column_factor))
+
+    @override
+    def with_inputs(self, change: InputMap) -> Self:
+        return self._refuse_inputs()
+
+
+@dataclass(frozen=True, eq=False)
+class TransposedEigenKronecker(EigenKronecker):
+    """``F W = U (S * (U' W V)) V'``: EKFAC of a layer ``y = W' x``, whose inputs meet the rows."""
+
+    kind: ClassVar[str] = "transposed_ekfac"
+    inputs_on: ClassVar[InputSide | None] = "rows"
+    factored: ClassVar[type[Kronecker]] = TransposedKronecker
+
+    @override
+    def with_inputs(self, change: InputMap) -> Self:
+        return self._refuse_inputs()
+
+
+def without_small(values: Tensor, rcond: float) -> Tensor:
     """Eigenvalues of which the small ones are zero.
 
     Args:
         values: not negative, of shape ``(n,)``.
-        cut: share of the largest up to which they are small.
+        rcond: share of the largest up to which they are small.
 
     Returns:
         Of the same shape.
     """
-    return torch.where(values > cut * values.max(), values, 0.0)
+    return torch.where(values > rcond * values.max(), values, 0.0)

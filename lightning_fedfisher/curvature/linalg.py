@@ -14,24 +14,24 @@ class PseudoInverse:
     """How to solve with an operator that may be singular, in coordinates that make it diagonal.
 
     Attributes:
-        turn: from a weight matrix to its orthogonal coordinates.
-        back: from coordinates to the weight matrix.
+        to_eigenbasis: from a weight matrix to its orthogonal coordinates.
+        from_eigenbasis: from coordinates to the weight matrix.
         inverse: of the eigenvalues, by coordinate; zero where they count as zero.
         support: one where they do not, and zero where they do.
     """
 
-    turn: Callable[[Tensor], Tensor]
-    back: Callable[[Tensor], Tensor]
+    to_eigenbasis: Callable[[Tensor], Tensor]
+    from_eigenbasis: Callable[[Tensor], Tensor]
     inverse: Tensor
     support: Tensor
 
     def solve(self, matrix: Tensor) -> Tensor:
         """The pseudo-inverse times a weight matrix."""
-        return self.back(self.inverse * self.turn(matrix))
+        return self.from_eigenbasis(self.inverse * self.to_eigenbasis(matrix))
 
     def project(self, matrix: Tensor) -> Tensor:
         """A weight matrix's part in directions that are not singular."""
-        return self.back(self.support * self.turn(matrix))
+        return self.from_eigenbasis(self.support * self.to_eigenbasis(matrix))
 
 
 def require_positive(exponent: float) -> None:
@@ -40,17 +40,17 @@ def require_positive(exponent: float) -> None:
         raise ValueError(f"the power of a curvature must be greater than 0, got {exponent}")
 
 
-def reciprocal(spectrum: Tensor, cut: float) -> tuple[Tensor, Tensor]:
+def reciprocal(spectrum: Tensor, rcond: float) -> tuple[Tensor, Tensor]:
     """Inverts the eigenvalues that do not count as zero.
 
     Args:
         spectrum: of any shape.
-        cut: share of the largest up to which they do.
+        rcond: share of the largest up to which they do.
 
     Returns:
         The inverse with zeros in the other places, and ones and zeros for which is which.
     """
-    support = spectrum > cut * spectrum.max().clamp_min(0)
+    support = spectrum > rcond * spectrum.max().clamp_min(0)
     return torch.where(support, 1 / spectrum, 0.0), support.to(spectrum.dtype)
 
 
@@ -98,3 +98,8 @@ def symmetric_power(matrix: Tensor, exponent: float) -> Tensor:
     """A power of a symmetric positive semi-definite matrix."""
     values, vectors = eigen(matrix.double())
     return ((vectors * values.pow(exponent)) @ vectors.mT).to(matrix.dtype)
+
+
+def unchanged(matrix: Tensor) -> Tensor:
+    """The change of basis of an operator that is diagonal already."""
+    return matrix

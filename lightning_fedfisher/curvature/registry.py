@@ -1,10 +1,22 @@
-"""Every kind of curvature, by the name under which an update file records it."""
+"""Every kind of curvature, by the name under which an update file records it.
+
+Add a kind here: a class, and a row of `KINDS`.
+"""
 
 from __future__ import annotations
 
-from lightning_fedfisher.curvature.base import Curvature, Dense, Diagonal, Identity
-from lightning_fedfisher.curvature.embedding import LookupEigenKronecker, LookupKronecker
-from lightning_fedfisher.curvature.kronecker import EigenKronecker, Kronecker
+from lightning_fedfisher.curvature.base import Curvature, Identity
+from lightning_fedfisher.curvature.dense import Dense
+from lightning_fedfisher.curvature.diagonal import Diagonal
+from lightning_fedfisher.curvature.embedding import EmbeddingEigenKronecker, EmbeddingKronecker
+from lightning_fedfisher.curvature.kronecker import (
+    Eigenbased,
+    EigenKronecker,
+    Factored,
+    Kronecker,
+    TransposedEigenKronecker,
+    TransposedKronecker,
+)
 
 KINDS: dict[str, type[Curvature]] = {
     cls.kind: cls
@@ -12,10 +24,28 @@ KINDS: dict[str, type[Curvature]] = {
         Identity,
         Diagonal,
         Kronecker,
-        LookupKronecker,
+        TransposedKronecker,
+        EmbeddingKronecker,
         EigenKronecker,
-        LookupEigenKronecker,
+        TransposedEigenKronecker,
+        EmbeddingEigenKronecker,
         Dense,
     )
 }
-"""Every kind by the name under which an update file records it."""
+"""Every kind, by the name under which an update file records it."""
+
+EIGENBASED: dict[str, str] = {
+    cls.factored.kind: name for name, cls in KINDS.items() if issubclass(cls, Eigenbased)
+}
+"""The eigenvalue-corrected kind (EKFAC) of each kind with Kronecker factors (K-FAC)."""
+
+_FACTORED = tuple(name for name, cls in KINDS.items() if issubclass(cls, Factored))
+
+KINDS_OF: dict[str, tuple[str, ...]] = {
+    "identity": (Identity.kind,),
+    "diagonal": (Diagonal.kind,),
+    "kfac": (*_FACTORED, Diagonal.kind),
+    "ekfac": (*EIGENBASED.values(), Diagonal.kind),
+    "dense": (Dense.kind,),
+}
+"""The kinds that layers may get, by the curvature that an extraction is asked for."""

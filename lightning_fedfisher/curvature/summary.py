@@ -14,7 +14,7 @@ _RANKS = 33
 _LARGEST_SIDE = 1024
 
 
-def describe_curvature(layer: str, curvature: Curvature, spectrum: bool = True) -> LayerCurvature:
+def summarize_curvature(layer: str, curvature: Curvature, spectrum: bool = True) -> LayerCurvature:
     """Sums a layer's curvature up.
 
     Args:
@@ -35,7 +35,7 @@ def describe_curvature(layer: str, curvature: Curvature, spectrum: bool = True) 
 
 def _spectrum(curvature: Curvature) -> list[float]:
     tensors = curvature.tensors()
-    factors = [tensors[name] for name, form in curvature.forms.items() if form == "factor"]
+    factors = [tensors[name] for name, form in curvature.tensor_roles.items() if form == "factor"]
     if any(len(factor) > _LARGEST_SIDE for factor in factors):
         return []
     values = curvature.eigenvalues().flatten().sort(descending=True).values

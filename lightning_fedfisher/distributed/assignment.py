@@ -76,7 +76,7 @@ def deal(shapes: Sequence[tuple[int, int]], ranks: int) -> list[list[int]]:
     return [hand[::-1] for hand in hands]
 
 
-def dearest(shapes: Sequence[tuple[int, int]], ranks: int) -> dict[int, int]:
+def oversized_layers(shapes: Sequence[tuple[int, int]], ranks: int) -> dict[int, int]:
     """The layers that cost more than a rank's share of all: no rank has more than one of them.
 
     Args:

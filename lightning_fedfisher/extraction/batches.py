@@ -17,7 +17,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from lightning_fedfisher.layers import UnsupportedModelError
+from lightning_fedfisher.errors import UnsupportedModelError
 
 Forward = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Tensor]]
 

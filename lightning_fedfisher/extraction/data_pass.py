@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 from tqdm import tqdm
 
-from lightning_fedfisher.curvature.base import Curvature, Diagonal
-from lightning_fedfisher.extraction.accumulators.model_sums import SecondMoments
+from lightning_fedfisher.curvature.base import Curvature
+from lightning_fedfisher.curvature.diagonal import Diagonal
+from lightning_fedfisher.errors import UnsupportedModelError
+from lightning_fedfisher.extraction.accumulators.model_sums import ModelAccumulator
 from lightning_fedfisher.extraction.backends.backpack import (
     BackpackDiagonal,
     BackpackError,
@@ -40,17 +42,17 @@ from lightning_fedfisher.extraction.fisher_types import (
     LikelihoodType,
     residual_directions,
 )
-from lightning_fedfisher.extraction.layer_report import CurvatureType, Treatment
-from lightning_fedfisher.extraction.sampling import PREVIEW, DealtSamples, Shard
-from lightning_fedfisher.extraction.tracing.model_trace import Survey, Surveyor
-from lightning_fedfisher.layers import Layer, UnsupportedModelError
+from lightning_fedfisher.extraction.layer_report import CurvatureType, LayerReport
+from lightning_fedfisher.extraction.sampling import PREVIEW, SamplePartition, Shard
+from lightning_fedfisher.extraction.tracing.model_trace import ModelTrace, ModelTracer
+from lightning_fedfisher.layers import Layer
 
-Found = dict[CurvatureType, tuple[dict[str, Curvature], tuple[Treatment, ...]]]
+Found = dict[CurvatureType, tuple[dict[str, Curvature], tuple[LayerReport, ...]]]
 """Blocks by layer name and treatments, by kind."""
 
 
 @dataclass(frozen=True)
-class Likelihood:
+class FisherOptions:
     """The likelihood and the Fisher type of an extraction.
 
     Attributes:
@@ -66,7 +68,7 @@ class Likelihood:
     tolerance: float
 
 
-class Sweep:
+class DataPass:
     """Runs a copy of the model over samples and adds up second moments.
 
     Attributes:
@@ -76,7 +78,7 @@ class Sweep:
         survey: of the model, once run.
     """
 
-    survey: Survey
+    survey: ModelTrace
 
     def __init__(
         self,
@@ -84,7 +86,7 @@ class Sweep:
         buffers: Mapping[str, Tensor],
         layers: Sequence[Layer],
         kinds: Sequence[CurvatureType],
-        likelihood: Likelihood,
+        likelihood: FisherOptions,
         runner: Runner,
         seed: int,
     ) -> None:
@@ -104,11 +106,11 @@ class Sweep:
         self._seed = seed
         self.count = 0
         self.trace = self.discarded = 0.0
-        self._sums: SecondMoments | BackpackDiagonal | None = None
+        self._sums: ModelAccumulator | BackpackDiagonal | None = None
         self._replica: nn.Module | None = None
         self._why_not_backpack = ""
 
-    def run(self, samples: DealtSamples, max_samples: int | None, bar: tqdm[Any]) -> None:
+    def run(self, samples: SamplePartition, max_samples: int | None, bar: tqdm[Any]) -> None:
         """Runs all samples from the start, in smaller batches if memory does not suffice.
 
         Args:
@@ -117,7 +119,7 @@ class Sweep:
             bar: of progress.
         """
 
-        def attempt(dealt: DealtSamples) -> None:
+        def attempt(dealt: SamplePartition) -> None:
             self._sums = None
             self.survey = self._survey(dealt)
             try:
@@ -157,7 +159,7 @@ class Sweep:
             blocks: dict[str, Curvature] = {
                 name: Diagonal(shard.total(s["values"]) / count) for name, s in sums.sums.items()
             }
-            treatments = tuple(Treatment(layer, "diagonal", "backpack") for layer in self._layers)
+            treatments = tuple(LayerReport(layer, "diagonal", "backpack") for layer in self._layers)
             found: Found = {"diagonal": (blocks, treatments)}
         else:
             if "ekfac" in self._kinds:
@@ -169,14 +171,14 @@ class Sweep:
         self.count, (self.trace, self.discarded) = count, totals[1:]
         return found
 
-    def _treatments(self, sums: SecondMoments, kind: CurvatureType) -> tuple[Treatment, ...]:
+    def _treatments(self, sums: ModelAccumulator, kind: CurvatureType) -> tuple[LayerReport, ...]:
         treatments = sums.treatments(kind)
         if not self._why_not_backpack:
             return treatments
         because = f"not by BackPACK, as {self._why_not_backpack}"
         return tuple(replace(t, reason=t.reason or because) for t in treatments)
 
-    def _correct(self, sums: SecondMoments, shard: Shard, count: int) -> None:
+    def _correct(self, sums: ModelAccumulator, shard: Shard, count: int) -> None:
         """Turns factors into eigenbases and finds their spectra, in a second pass if need be."""
         sums.turn(shard.total, shard.first, count)
         if not sums.needs_second_pass:
@@ -188,20 +190,20 @@ class Sweep:
                 'pass a DataLoader or a list of batches, or curvature="kfac"'
             )
 
-        def attempt(dealt: DealtSamples) -> None:
+        def attempt(dealt: SamplePartition) -> None:
             sums.begin_second_pass()
             self._pass(dealt, self._max_samples, self._bar)
 
         _until_it_fits(self._samples, attempt)
 
-    def _survey(self, samples: DealtSamples) -> Survey:
+    def _survey(self, samples: SamplePartition) -> ModelTrace:
         """What one forward pass of a few samples tells about the model."""
         # A copy of its own, lest what the model remembers of this pass is there in the next.
         replica = replicate(self._model, self._buffers)
         batch = self._runner.prepare(replica, samples.preview())
         if samples.count is None:  # the preview is a whole batch
             batch = self._few(replica, batch)
-        surveyor = Surveyor(replica, self._layers)
+        surveyor = ModelTracer(replica, self._layers)
         with surveyor:
             logits = self._runner.logits(replica, batch)
         if not logits.requires_grad:
@@ -237,16 +239,18 @@ class Sweep:
             fits = samples > PREVIEW and len(self._runner.logits(replica, few)) == PREVIEW
         return few if fits else batch
 
-    def _begin(self, survey: Survey) -> None:
+    def _begin(self, survey: ModelTrace) -> None:
         replica = self._replica = replicate(self._model, self._buffers)
         if tuple(self._kinds) == ("diagonal",) and not self._why_not_backpack:
             self._why_not_backpack = why_not(replica, self._layers, survey) or ""
             if not self._why_not_backpack:
                 self._sums = BackpackDiagonal(replica, self._layers)
                 return
-        self._sums = SecondMoments(replica, self._layers, survey, self._kinds, self._runner.logits)
+        self._sums = ModelAccumulator(
+            replica, self._layers, survey, self._kinds, self._runner.logits
+        )
 
-    def _pass(self, samples: DealtSamples, max_samples: int | None, bar: tqdm[Any]) -> None:
+    def _pass(self, samples: SamplePartition, max_samples: int | None, bar: tqdm[Any]) -> None:
         assert self._replica is not None
         bar.reset(samples.count)
         uniforms = samples.uniforms(self._seed)
@@ -312,7 +316,9 @@ class Sweep:
     def _forward(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         assert self._replica is not None
         watch = (
-            self._sums.collector.anew() if isinstance(self._sums, SecondMoments) else nullcontext()
+            self._sums.collector.anew()
+            if isinstance(self._sums, ModelAccumulator)
+            else nullcontext()
         )
         try:
             with watch:
@@ -335,7 +341,9 @@ def _alike(directions: Directions, samples: int) -> Iterator[Tensor]:
         yield from torch.split(indices, max(1, 3 * samples // (2 * (most + 1))))
 
 
-def _until_it_fits(samples: DealtSamples, attempt: Callable[[DealtSamples], None]) -> DealtSamples:
+def _until_it_fits(
+    samples: SamplePartition, attempt: Callable[[SamplePartition], None]
+) -> SamplePartition:
     """Tries with ever smaller batches for as long as memory does not suffice."""
     while True:
         try:

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_fedfisher.curvature.base import Curvature, Identity
 from lightning_fedfisher.extraction.batches import Forward, Runner, isolated
-from lightning_fedfisher.extraction.data_pass import Likelihood, Sweep
+from lightning_fedfisher.extraction.data_pass import DataPass, FisherOptions
 from lightning_fedfisher.extraction.fisher_types import (
     FISHER_TYPES,
     LIKELIHOODS,
@@ -23,10 +23,10 @@ from lightning_fedfisher.extraction.fisher_types import (
 from lightning_fedfisher.extraction.layer_report import (
     CURVATURE_TYPES,
     CurvatureType,
-    Treatment,
+    LayerReport,
     describe,
 )
-from lightning_fedfisher.extraction.sampling import MaxSamples, Shard, deal_samples
+from lightning_fedfisher.extraction.sampling import MaxSamples, Shard, partition_samples
 from lightning_fedfisher.layers import Layer, Source, find_layers
 from lightning_fedfisher.update.header import UpdateHeader
 
@@ -83,21 +83,21 @@ class ExtractedCurvature:
         population: samples the client holds; None where the loader cannot tell.
         seconds: wall-clock time of the extraction.
         discarded: share of the Fisher's trace, in the space of the logits, that was left out.
-        sources: whose outputs each layer reads, for those that read one other layer's.
-        head: name of the layer whose outputs are the logits; empty if none is.
+        fed_by: whose outputs each layer reads, for those that read one other layer's.
+        output_layer: name of the layer whose outputs are the logits; empty if none is.
     """
 
     kind: CurvatureType
-    likelihood: Likelihood
+    likelihood: FisherOptions
     layers: tuple[Layer, ...]
     blocks: Mapping[str, Curvature]
-    treatments: tuple[Treatment, ...]
+    treatments: tuple[LayerReport, ...]
     num_samples: int
     population: int | None
     seconds: float
     discarded: float = 0.0
-    sources: Mapping[str, Source] = field(default_factory=dict)
-    head: str = ""
+    fed_by: Mapping[str, Source] = field(default_factory=dict)
+    output_layer: str = ""
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
@@ -106,9 +106,13 @@ class ExtractedCurvature:
 
     @property
     def report(self) -> str:
-        """How the layers were treated, and which one is the head, in a few lines."""
-        head = f"head: {self.head}" if self.head else "no head: the logits are no layer's outputs"
-        return f"{describe(self.treatments)}\n{head}"
+        """How the layers were treated, and which one is the output layer, in a few lines."""
+        output_layer = (
+            f"output layer: {self.output_layer}"
+            if self.output_layer
+            else "no output layer: the logits are no layer's outputs"
+        )
+        return f"{describe(self.treatments)}\n{output_layer}"
 
     def header(
         self, num_samples: int | None = None, metadata: Mapping[str, str] | None = None
@@ -131,8 +135,8 @@ class ExtractedCurvature:
             layers=self.layers,
             kinds={name: block.kind for name, block in self.blocks.items()},
             metadata=dict(metadata or {}),
-            sources=self.sources,
-            head=self.head if self.likelihood.name == "categorical" else "",
+            fed_by=self.fed_by,
+            output_layer=self.output_layer if self.likelihood.name == "categorical" else "",
         )
 
 
@@ -209,7 +213,7 @@ def extract_curvatures(
         UnsupportedModelError: if a parameter would be left out or counted wrongly.
         ValueError: if an option, a batch or the model's output is unusable.
     """
-    likelihood = Likelihood(
+    likelihood = FisherOptions(
         options.get("likelihood", "categorical"),
         options.get("fisher", "normalised"),
         options.get("draws", 1),
@@ -225,7 +229,7 @@ def extract_curvatures(
     max_samples, seed = options.get("max_samples", "auto"), options.get("seed", 0)
     layers = find_layers(model)
     started = time.perf_counter()
-    samples = deal_samples(
+    samples = partition_samples(
         dataloader,
         max_samples=max_samples,
         batch_size=options.get("batch_size"),
@@ -235,14 +239,14 @@ def extract_curvatures(
     found: dict[CurvatureType, ExtractedCurvature] = {}
     if "identity" in kinds:
         same = {layer.name: Identity(layer.shape) for layer in layers}
-        none = tuple(Treatment(layer, "identity", "none") for layer in layers)
+        none = tuple(LayerReport(layer, "identity", "none") for layer in layers)
         found["identity"] = ExtractedCurvature(
             "identity", likelihood, layers, same, none, 0, samples.population, 0.0
         )
     passing: list[CurvatureType] = [kind for kind in kinds if kind != "identity"]
     if not passing:
         return found
-    sweep = Sweep(
+    sweep = DataPass(
         model,
         # Under DDP running statistics differ, and the first process's are sent.
         {name: shard.first(buffer) for name, buffer in model.named_buffers()}
@@ -280,8 +284,8 @@ def extract_curvatures(
             samples.population,
             seconds,
             sweep.discarded / sweep.trace if sweep.trace else 0.0,
-            sweep.survey.sources,
-            sweep.survey.head,
+            sweep.survey.fed_by,
+            sweep.survey.output_layer,
         )
     return found
 

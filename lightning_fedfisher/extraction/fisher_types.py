@@ -36,7 +36,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_fedfisher.likelihoods.base import Bernoulli, Categorical, Gaussian, Space
+from lightning_fedfisher.likelihoods.base import Bernoulli, Categorical, Gaussian, Likelihood
 
 FisherType = Literal["exact", "mc", "empirical", "normalised"]
 LikelihoodType = Literal["categorical", "bernoulli", "gaussian"]
@@ -129,7 +129,7 @@ def residual_directions(
     exact = torch.float32 if logits.device.type == "mps" else torch.float64
     values = logits.detach().to(exact)
     if likelihood == "categorical":
-        space: Space = Categorical(values, labels)
+        space: Likelihood = Categorical(values, labels)
     else:
         space = (Bernoulli if likelihood == "bernoulli" else Gaussian)(values, labels)
     if fisher == "exact":
@@ -188,7 +188,7 @@ def _jointly(directions: list[Tensor]) -> Directions:
     return Directions(directions[0], rows, further, trace)
 
 
-def _in_parts(space: Space, squares: Tensor, tolerance: float) -> Directions:
+def _in_parts(space: Likelihood, squares: Tensor, tolerance: float) -> Directions:
     """The longest direction of every sample, and all others but the shortest of the batch."""
     trace = float(squares.sum())
     # On the CPU: a CUDA device may have no deterministic sum.

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from lightning_fedfisher.extraction.layer_types.base import Lookup, Operation, Product
+from lightning_fedfisher.curvature.registry import EIGENBASED
+from lightning_fedfisher.extraction.layer_types.base import LayerType
 from lightning_fedfisher.layers import Layer
 
 CurvatureType = Literal["identity", "diagonal", "kfac", "ekfac", "dense"]
@@ -14,7 +15,7 @@ CURVATURE_TYPES: tuple[CurvatureType, ...] = get_args(CurvatureType)
 
 
 @dataclass(frozen=True)
-class Treatment:
+class LayerReport:
     """How the curvature of one layer came about.
 
     Attributes:
@@ -31,7 +32,7 @@ class Treatment:
     reason: str = ""
 
 
-def kind_of(curvature: CurvatureType, operations: Sequence[Operation] | None) -> str:
+def kind_of(curvature: CurvatureType, operations: Sequence[LayerType] | None) -> str:
     """The kind of block a layer gets.
 
     Args:
@@ -41,16 +42,15 @@ def kind_of(curvature: CurvatureType, operations: Sequence[Operation] | None) ->
     Returns:
         A key of `KINDS`.
     """
-    if curvature in ("kfac", "ekfac"):
-        if operations and all(isinstance(op, Product) for op in operations):
-            return "kronecker" if curvature == "kfac" else "ekfac"
-        if operations and all(isinstance(op, Lookup) for op in operations):
-            return f"lookup_{'kronecker' if curvature == 'kfac' else 'ekfac'}"
+    if curvature not in ("kfac", "ekfac"):
+        return curvature
+    (kind, *others) = {operation.kind for operation in operations or ()} or {"diagonal"}
+    if others:
         return "diagonal"
-    return curvature
+    return EIGENBASED.get(kind, kind) if curvature == "ekfac" else kind
 
 
-def describe(treatments: Iterable[Treatment]) -> str:
+def describe(treatments: Iterable[LayerReport]) -> str:
     """A table of treatments: how many layers and weights, of which kind, which way, and why.
 
     Args:

@@ -86,7 +86,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class DealtSamples:
+class SamplePartition:
     """This process's share of the samples.
 
     Attributes:
@@ -107,7 +107,7 @@ class DealtSamples:
     indices: range | None = None
     again: bool = True
     batch_size: int | None = None
-    rebatch: Callable[[int], DealtSamples] | None = None
+    rebatch: Callable[[int], SamplePartition] | None = None
 
     def uniforms(self, seed: int) -> Callable[[int, int], Tensor]:
         """Seeded uniform draws that belong to samples, not to batches or processes.
@@ -132,14 +132,14 @@ class DealtSamples:
         return draw
 
 
-def deal_samples(
+def partition_samples(
     dataloader: Iterable[Any],
     *,
     max_samples: MaxSamples = None,
     batch_size: int | None = None,
     seed: int = 0,
     shard: Shard | None = None,
-) -> DealtSamples:
+) -> SamplePartition:
     """Deals the samples behind a loader to processes, without shuffling, dropping or padding.
 
     A `DataLoader` over a map-style data set is read anew by index. Any other iterable of batches is
@@ -168,7 +168,7 @@ def deal_samples(
                 "`dataloader=` a DataLoader over a map-style data set"
             )
         stream = _Stream(dataloader)
-        return DealtSamples(stream, stream.first, again=stream.again)
+        return SamplePartition(stream, stream.first, again=stream.again)
     batch_sampler = _batch_sampler(dataloader)
     population = _trained_indices(dataloader, batch_sampler.sampler)
     chosen = population
@@ -178,7 +178,7 @@ def deal_samples(
         chosen = [population[pick] for pick in sorted(picks.tolist())]
     mine = range(shard.rank, len(chosen), shard.world_size)
 
-    def in_batches_of(size: int | None) -> DealtSamples:
+    def in_batches_of(size: int | None) -> SamplePartition:
         batches = DataLoader(
             dataloader.dataset,
             batch_size=size,
@@ -199,7 +199,7 @@ def deal_samples(
             collate_fn=dataloader.collate_fn,
             generator=torch.Generator().manual_seed(seed),
         )
-        return DealtSamples(
+        return SamplePartition(
             batches,
             lambda: next(iter(few)),
             len(chosen),

@@ -13,7 +13,7 @@ IGNORE_INDEX = -100
 """Label of a position that is not observed, as in `torch.nn.functional.cross_entropy`."""
 
 
-class Space(ABC):
+class Likelihood(ABC):
     """Logits of a batch as observations, and the label's distribution given them.
 
     Attributes:
@@ -60,7 +60,7 @@ class Space(ABC):
         """One direction of each given sample, of shape ``(rows, *logits.shape[1:])``."""
 
 
-class Categorical(Space):
+class Categorical(Likelihood):
     """Classes along the second dimension, one observation at each of the positions behind."""
 
     def __init__(self, logits: Tensor, labels: Tensor | None) -> None:
@@ -136,7 +136,7 @@ class Categorical(Space):
         return self._as_logits(whole)
 
 
-class _Outputs(Space):
+class _Outputs(Likelihood):
     """Every logit is an observation of its own, with one entry."""
 
     def __init__(self, logits: Tensor, labels: Tensor | None) -> None:

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from functools import partial
 from types import CodeType, FunctionType
 
-from lightning_fedfisher.merge.methods import Method
+from lightning_fedfisher.merge.methods import MergeMethod
 from lightning_fedfisher.update.client_update import ClientUpdate
 
 
-def fingerprint(method: str | Method, updates: Sequence[ClientUpdate]) -> str:
+def fingerprint(method: str | MergeMethod, updates: Sequence[ClientUpdate]) -> str:
     """Tells one merge from another, alike in every process.
 
     Args:
@@ -38,7 +38,7 @@ def _described(part: object) -> object:
         return part
     if isinstance(part, tuple):
         return [_described(item) for item in part]
-    if isinstance(part, Method):
+    if isinstance(part, MergeMethod):
         fields = dataclasses.fields(part)
         return {field.name: _described(getattr(part, field.name)) for field in fields}
     if isinstance(part, partial):

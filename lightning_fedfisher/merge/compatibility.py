@@ -11,31 +11,18 @@ from dataclasses import dataclass, field
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_fedfisher._utils.progress import is_first, shown
+from lightning_fedfisher._utils.progress import is_rank_zero, progress_bar
+from lightning_fedfisher.errors import MergeError, UpdateError
 from lightning_fedfisher.layers import aliases
-from lightning_fedfisher.merge.methods import Method
+from lightning_fedfisher.merge.methods import MergeMethod
 from lightning_fedfisher.update.client_update import ClientUpdate, frozen_at
 from lightning_fedfisher.update.file_format import digest
-from lightning_fedfisher.update.header import UpdateError
 
 UpdateSource = str | os.PathLike[str] | ClientUpdate
 
 
-class MergeError(ValueError):
-    """The updates cannot be merged: some are unusable, or they do not belong together."""
-
-    def __init__(self, offenders: Sequence[str]) -> None:
-        """Lists every offender in one message.
-
-        Args:
-            offenders: one line for each update refused, with the reason.
-        """
-        self.offenders = tuple(offenders)
-        super().__init__("These updates cannot be merged:\n" + "\n".join(offenders))
-
-
 @dataclass
-class Examined:
+class CheckedUpdate:
     """What was found out about one source.
 
     Attributes:
@@ -50,7 +37,7 @@ class Examined:
 
 
 def open_updates(
-    sources: Sequence[UpdateSource], method: Method, name: str, skip_invalid: bool = False
+    sources: Sequence[UpdateSource], method: MergeMethod, name: str, skip_invalid: bool = False
 ) -> list[ClientUpdate]:
     """Opens every update, reads it once, and refuses all bad ones together.
 
@@ -77,7 +64,7 @@ def open_updates(
         raise MergeError([f"{sources.source} is one update: pass a list of them"])
     if not sources:
         raise MergeError(["there are none: pass the update files of at least one client"])
-    examined = examine(sources, method, name, verify=is_first() or skip_invalid)
+    examined = examine(sources, method, name, verify=is_rank_zero() or skip_invalid)
     usable = [found.update for found in examined if found.update and not found.offenders]
     refused = [reason for found in examined for reason in found.offenders]
     if refused and not (skip_invalid and usable):
@@ -90,10 +77,10 @@ def open_updates(
 
 def examine(
     sources: Sequence[UpdateSource],
-    method: Method | None = None,
+    method: MergeMethod | None = None,
     name: str = "",
     verify: bool = True,
-) -> list[Examined]:
+) -> list[CheckedUpdate]:
     """Finds out which updates are usable, and which belong together: with those most are like.
 
     Args:
@@ -105,7 +92,7 @@ def examine(
     Returns:
         What was found, in the order given.
     """
-    examined = [_opened(source, verify) for source in shown(sources, "verify")]
+    examined = [_opened(source, verify) for source in progress_bar(sources, "verify")]
     opened = [(found, found.update) for found in examined if found.update]
     any_curvature = method is not None and not method.curvatures
     traits = [_traits(update, any_curvature) for _, update in opened]
@@ -130,18 +117,18 @@ def examine(
     return examined
 
 
-def _opened(source: UpdateSource, verify: bool) -> Examined:
+def _opened(source: UpdateSource, verify: bool) -> CheckedUpdate:
     """Opens a source, and reads it if wanted."""
     if isinstance(source, ClientUpdate):
-        found = Examined(source.source, source)
+        found = CheckedUpdate(source.source, source)
     else:
-        found = Examined(str(source))
+        found = CheckedUpdate(str(source))
     try:
         found.update = found.update or ClientUpdate.open(found.source)
         if verify:
             found.update.verify()
     except (UpdateError, FileNotFoundError) as error:
-        return Examined(found.source, None, [str(error)])
+        return CheckedUpdate(found.source, None, [str(error)])
     return found
 
 
@@ -162,13 +149,13 @@ def _traits(update: ClientUpdate, any_curvature: bool) -> tuple[dict[str, object
     extracted = {name: getattr(header, name) for name in ("curvature", "fisher", "likelihood")}
     wiring: dict[str, object] = {
         f"the source of {name}": f"{source.layer} ({source.activation})"
-        for name, source in header.sources.items()
+        for name, source in header.fed_by.items()
     }
     kinds: dict[str, object] = {f"layer {name}": kind for name, kind in header.kinds.items()}
-    return model, extracted, kinds, wiring | {"the head": header.head or "absent"}
+    return model, extracted, kinds, wiring | {"the output layer": header.output_layer or "absent"}
 
 
-def check_fit(model: nn.Module, state: Mapping[str, Tensor], frozen: Mapping[str, str]) -> None:
+def check_model(model: nn.Module, state: Mapping[str, Tensor], frozen: Mapping[str, str]) -> None:
     """Refuses a model that cannot take the merged weights.
 
     Args:

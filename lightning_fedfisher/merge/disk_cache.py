@@ -13,10 +13,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_fedfisher.curvature.base import Curvature
-from lightning_fedfisher.merge.objective import Unread
+from lightning_fedfisher.merge.objective import LazyCurvatures
 
 
-class SpilledTensors(Sequence[Mapping[str, Tensor]]):
+class OnDiskTensors(Sequence[Mapping[str, Tensor]]):
     """Tensors by name for each client, in a temporary folder that goes with the object."""
 
     def __init__(self, clients: Iterable[Mapping[str, Tensor]], device: torch.device) -> None:
@@ -48,7 +48,7 @@ class SpilledTensors(Sequence[Mapping[str, Tensor]]):
         return Path(self._folder.name) / f"{index}.safetensors"
 
 
-class Spilled(Unread):
+class OnDiskCurvatures(LazyCurvatures):
     """Curvature of many clients on disk, for a layer that does not fit into memory."""
 
     def __init__(self, curvatures: Iterable[Curvature], device: torch.device) -> None:
@@ -61,7 +61,7 @@ class Spilled(Unread):
         self._device = device
         self.kinds: list[type[Curvature]] = []
         self._forms: list[tuple[tuple[int, int], torch.dtype]] = []
-        self._tensors = SpilledTensors(self._taken(curvatures), device)
+        self._tensors = OnDiskTensors(self._taken(curvatures), device)
 
     def _taken(self, curvatures: Iterable[Curvature]) -> Iterator[Mapping[str, Tensor]]:
         for curvature in curvatures:

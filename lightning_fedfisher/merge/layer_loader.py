@@ -10,18 +10,18 @@ from functools import partial, reduce
 import torch
 from torch import Tensor, distributed
 
-from lightning_fedfisher._utils.progress import shown
+from lightning_fedfisher._utils.progress import progress_bar
 from lightning_fedfisher.curvature.base import Curvature
 from lightning_fedfisher.curvature.input_map import InputMap
 from lightning_fedfisher.curvature.registry import KINDS
-from lightning_fedfisher.distributed.assignment import deal, dearest
+from lightning_fedfisher.distributed.assignment import deal, oversized_layers
 from lightning_fedfisher.distributed.exchange import prepared_together
+from lightning_fedfisher.errors import MergeError
 from lightning_fedfisher.layers import Activation, Layer
 from lightning_fedfisher.merge.alignment import Alignment, align
-from lightning_fedfisher.merge.compatibility import MergeError
-from lightning_fedfisher.merge.disk_cache import Spilled, SpilledTensors
+from lightning_fedfisher.merge.disk_cache import OnDiskCurvatures, OnDiskTensors
 from lightning_fedfisher.merge.influence_cap import MEASURES, hold, measure
-from lightning_fedfisher.merge.methods import Method
+from lightning_fedfisher.merge.methods import MergeMethod
 from lightning_fedfisher.merge.objective import Quadratic, average
 from lightning_fedfisher.update.client_update import ClientUpdate
 
@@ -33,7 +33,9 @@ class LayerProblems:
         weighed: what the clients weigh in the layers read so far (`influence.measure`).
     """
 
-    def __init__(self, updates: Sequence[ClientUpdate], method: Method, memory_budget: int) -> None:
+    def __init__(
+        self, updates: Sequence[ClientUpdate], method: MergeMethod, memory_budget: int
+    ) -> None:
         """Reads the precision of the weights, and nothing else yet.
 
         Args:
@@ -51,7 +53,7 @@ class LayerProblems:
         self._index = {layer.name: index for index, layer in enumerate(self._layers)}
         self._shares = [float(update.num_samples) ** method.share_power for update in updates]
         # A layer is worked with in its own precision, or in float32 if that is less.
-        forms = updates[0].forms
+        forms = updates[0].specs
         self._dtypes = {
             layer.name: reduce(
                 torch.promote_types, (forms[n][1] for n in layer.parameter_names), torch.float32
@@ -66,7 +68,7 @@ class LayerProblems:
         """Lets go of what was prepared, and of what was found out from merged layers."""
         self._related: dict[tuple[int, Activation], Sequence[Mapping[str, Tensor]]] = {}
         self._related_size = 0  # in memory
-        self._prepared: dict[int, Spilled] = {}
+        self._prepared: dict[int, OnDiskCurvatures] = {}
         self.weighed = torch.zeros(
             len(self._layers), len(self._updates), len(MEASURES), dtype=torch.float64
         )
@@ -84,7 +86,9 @@ class LayerProblems:
         for layer in layers:
             kind = KINDS[kinds[layer.name]]
             shapes = kind.tensor_shapes(layer.shape)
-            sides += [max(shapes[part]) for part, form in kind.forms.items() if form == "factor"]
+            sides += [
+                max(shapes[part]) for part, form in kind.tensor_roles.items() if form == "factor"
+            ]
         model = _WIDTH * sum(math.prod(layer.shape) for layer in layers)
         # Merged, averaged and begun; curvature held at a time; eigenvectors of the longest side.
         return 3 * model + min(sum(self._sizes), self._budget) + 6 * 8 * max(sides) ** 2
@@ -164,7 +168,7 @@ class LayerProblems:
             device: where this rank works.
         """
         shapes = [layer.shape for layer in self._layers]
-        shared = dearest(shapes, ranks)
+        shared = oversized_layers(shapes, ranks)
         for index in left:
             if index in shared:
                 self.prepare_together(index, device, shared[index])
@@ -195,9 +199,11 @@ class LayerProblems:
         if distributed.get_rank() == owner:
             self._prepared[index] = spilled
 
-    def _on_disk(self, index: int, blocks: Iterable[Curvature], device: torch.device) -> Spilled:
+    def _on_disk(
+        self, index: int, blocks: Iterable[Curvature], device: torch.device
+    ) -> OnDiskCurvatures:
         name, clients = self._layers[index].name, len(self._updates)
-        return Spilled(shown(blocks, f"curvature of {name}", clients), device)
+        return OnDiskCurvatures(progress_bar(blocks, f"curvature of {name}", clients), device)
 
     def _prepare(self, index: int, device: torch.device) -> Iterator[Curvature]:
         return (self._transformed(index, device, client) for client in range(len(self._updates)))
@@ -206,7 +212,7 @@ class LayerProblems:
         """What the method makes of a client's curvature of a layer."""
         layer, header = self._layers[index], self._updates[client].header
         block = self._updates[client].block(layer).to(device, self._dtypes[layer.name])
-        head = layer.name == header.head and self.waits_for(index) is not None
+        head = layer.name == header.output_layer and self.waits_for(index) is not None
         return self._method.transform(block, head)
 
     def _keep(
@@ -214,14 +220,14 @@ class LayerProblems:
     ) -> Sequence[Curvature]:
         """Takes all clients' curvature of a layer, to disk if it exceeds the budget by itself."""
         layer, clients = self._layers[index], len(self._updates)
-        every = iter(shown(curvatures, f"curvature of {layer.name}", clients))
+        every = iter(progress_bar(curvatures, f"curvature of {layer.name}", clients))
         first = next(every)
         tensors = list(first.tensors().values())
         weights = math.prod(first.shape) * self._dtypes[layer.name].itemsize
         self._sizes[index] = clients * (weights + sum(t.nbytes for t in tensors))
         every = itertools.chain([first], every)
         exceeds = self._related_size + self._sizes[index] > self._budget
-        return Spilled(every, device) if tensors and exceeds else [*every]
+        return OnDiskCurvatures(every, device) if tensors and exceeds else [*every]
 
     def fits(self, index: int, held: Iterable[int]) -> bool:
         """Whether there is room for a layer beside others.
@@ -239,10 +245,10 @@ class LayerProblems:
     def _source(self, index: int) -> tuple[int, Activation] | None:
         """The layer whose outputs another reads, if both sides tell how to align them."""
         header, layer = self._updates[0].header, self._layers[index]
-        source = header.sources.get(layer.name)
+        source = header.fed_by.get(layer.name)
         if source is None or not self._method.aligns:
             return None
-        if not all(KINDS[header.kinds[name]].holds_inputs for name in (layer.name, source.layer)):
+        if any(KINDS[header.kinds[n]].inputs_on != "columns" for n in (layer.name, source.layer)):
             return None
         return self._index[source.layer], source.activation
 
@@ -266,10 +272,12 @@ class LayerProblems:
     ) -> Sequence[Mapping[str, Tensor]]:
         """Finds out how the outputs of a merged layer relate, once for all that read them."""
         layer, clients = self._layers[edge[0]], len(self._updates)
-        found = shown(self._relate(*edge, device, merged), f"outputs of {layer.name}", clients)
+        found = progress_bar(
+            self._relate(*edge, device, merged), f"outputs of {layer.name}", clients
+        )
         size = 2 * clients * layer.shape[0] ** 2 * self._dtypes[layer.name].itemsize
         if self._related_size + size > self._budget:
-            return SpilledTensors(found, device)
+            return OnDiskTensors(found, device)
         self._related_size += size
         return list(found)
 

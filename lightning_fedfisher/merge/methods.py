@@ -22,7 +22,7 @@ MethodName = Literal[
 
 
 @dataclass(frozen=True)
-class Method:
+class MergeMethod:
     """How a method merges one layer.
 
     Attributes:
@@ -92,7 +92,7 @@ def _temper(curvature: Curvature, head: bool) -> Curvature:
     # moment ties the clients to how much they prefer a class whatever the input, which is about
     # the classes they happened to hold; so the head is weighed by its outputs alone. Only where it
     # is aligned: else nothing but that weight keeps a new mean from shifting all classes.
-    return (curvature.over_outputs() if head else curvature).power(0.5)
+    return (curvature.average_over_columns() if head else curvature).power(0.5)
 
 
 # The square root of float32's rounding, with room: what the power makes of eigenvalues that are 0.
@@ -100,9 +100,9 @@ _TEMPERED_ROUNDING = 1e-3
 _PUBLISHED_STEPS = 2000
 _PUBLISHED_LOOK = 100
 
-METHODS: dict[MethodName, Method] = {
-    "fedavg": Method((), (), _forget, ClosedForm, iterations=1, sweep=1),
-    "fisher_merge": Method(
+METHODS: dict[MethodName, MergeMethod] = {
+    "fedavg": MergeMethod((), (), _forget, ClosedForm, iterations=1, sweep=1),
+    "fisher_merge": MergeMethod(
         ("diagonal",),
         (),
         _unchanged,
@@ -110,7 +110,7 @@ METHODS: dict[MethodName, Method] = {
         iterations=1,
         sweep=1,
     ),
-    "regmean": Method(
+    "regmean": MergeMethod(
         ("kfac",),
         (),
         _regress,
@@ -119,7 +119,7 @@ METHODS: dict[MethodName, Method] = {
         sweep=20,
         converges=True,
     ),
-    "fedfisher_diag": Method(
+    "fedfisher_diag": MergeMethod(
         ("diagonal",),
         ("exact",),
         _unchanged,
@@ -128,7 +128,7 @@ METHODS: dict[MethodName, Method] = {
         sweep=_PUBLISHED_LOOK,
         keeps_best=True,
     ),
-    "fedfisher_kfac": Method(
+    "fedfisher_kfac": MergeMethod(
         ("kfac",),
         ("exact",),
         _unchanged,
@@ -137,11 +137,11 @@ METHODS: dict[MethodName, Method] = {
         sweep=_PUBLISHED_LOOK,
         keeps_best=True,
     ),
-    "fedfisher": Method(
+    "fedfisher": MergeMethod(
         ("kfac", "ekfac", "diagonal", "dense"),
         (),
         _temper,
-        partial(exact_solver, cut=_TEMPERED_ROUNDING),
+        partial(exact_solver, rcond=_TEMPERED_ROUNDING),
         iterations=1000,
         sweep=20,
         share_power=0.5,

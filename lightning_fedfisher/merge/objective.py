@@ -7,7 +7,7 @@ For one layer, clients ``k`` with shares ``p_k``, weights ``W_k`` and curvatures
 FedAvg, RegMean, Fisher merging and FedFisher (arXiv 2403.12329, equation 7) are all this problem.
 
 The clients are gone through one after the other, their weights once, so that a sequence that reads
-curvature from disk will do (`spill.Spilled`); what is asked of all of them alike is not read.
+curvature from disk will do (`disk_cache.OnDiskCurvatures`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def average(shares: Sequence[float], weights: Sequence[Tensor]) -> Tensor:
     return first + sum((p / total * (w - first) for p, w in offsets), torch.zeros_like(first))
 
 
-class Unread(Sequence[Curvature], ABC):
+class LazyCurvatures(Sequence[Curvature], ABC):
     """Curvatures made anew at every use.
 
     Attributes:
@@ -62,7 +62,7 @@ class Quadratic:
     Attributes:
         shares: ``p_k``, positive, one for each client.
         weights: ``W_k``, matrices of one shape.
-        curvatures: ``F_k``, acting on that shape, of one kind; may be `Unread`.
+        curvatures: ``F_k``, acting on that shape, of one kind; may be `LazyCurvatures`.
         kind: their type.
     """
 
@@ -75,7 +75,7 @@ class Quadratic:
         if not len(self.shares) == len(self.weights) == len(self.curvatures) > 0:
             raise ValueError("a merge needs one share, weight matrix and curvature for each client")
         found = self.curvatures
-        kinds = set(found.kinds if isinstance(found, Unread) else [type(f) for f in found])
+        kinds = set(found.kinds if isinstance(found, LazyCurvatures) else [type(f) for f in found])
         if len(kinds) > 1:
             names = sorted(kind.kind for kind in kinds)
             raise ValueError(f"the clients' curvatures of one layer are of several kinds: {names}")
@@ -193,7 +193,7 @@ class Quadratic:
         return Quadratic(self.shares, weights, _InDouble(self, weights[0].device))
 
 
-class _InDouble(Unread):
+class _InDouble(LazyCurvatures):
     """Curvature in float64, one at a time."""
 
     def __init__(self, problem: Quadratic, device: torch.device) -> None:

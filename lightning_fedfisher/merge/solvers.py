@@ -123,17 +123,17 @@ class ConjugateGradient(Solver):
     # A true residual that agrees with the one carried along.
     _AGREES = 1.1
 
-    def __init__(self, problem: Quadratic, tolerance: float = 1e-4, cut: float = 1e-6) -> None:
+    def __init__(self, problem: Quadratic, tolerance: float = 1e-4, rcond: float = 1e-6) -> None:
         """Starts at the average.
 
         Args:
             problem: the quadratic.
             tolerance: `residual` at which it is finished.
-            cut: share of the mean curvature's largest eigenvalue (for a Kronecker product, of
+            rcond: share of the mean curvature's largest eigenvalue (for a Kronecker product, of
                 either factor) up to which a direction counts as one without curvature.
         """
         super().__init__(problem)
-        self._tolerance, self._cut = tolerance, cut
+        self._tolerance, self._rcond = tolerance, rcond
         self._inverse: PseudoInverse | None = None
         self._stalled = False
         self.finished = norm(problem.gradient(self.weights)) <= tolerance * self._pull
@@ -150,12 +150,12 @@ class ConjugateGradient(Solver):
         # In directions without curvature there is none, but for rounding.
         if self._inverse is None:
             return gradient
-        return self._inverse.support * self._inverse.turn(gradient)
+        return self._inverse.support * self._inverse.to_eigenbasis(gradient)
 
     def _begin(self) -> None:
         """Starts, or starts anew, at the iterate."""
         if self._inverse is None:
-            self._inverse = self.problem.mean.pseudo_inverse(self._cut)
+            self._inverse = self.problem.mean.pseudo_inverse(self._rcond)
         self._residual = -self._seen(self.problem.gradient(self.weights))
         self._started_at = self._least = norm(self._residual)
         self._waited = 0
@@ -167,7 +167,7 @@ class ConjugateGradient(Solver):
     def _step(self) -> None:
         assert self._inverse is not None
         coordinates = self._inverse.inverse * self._conjugate
-        direction = self._inverse.back(coordinates)
+        direction = self._inverse.from_eigenbasis(coordinates)
         curved = self.problem.curve(direction)
         bend = dot(direction, curved)
         if bend <= _rounding(direction) * dot(coordinates, self._conjugate):
@@ -175,7 +175,7 @@ class ConjugateGradient(Solver):
             return
         step = self._squared / bend
         self.weights = self.weights + step * direction
-        turned = self._inverse.support * self._inverse.turn(curved)
+        turned = self._inverse.support * self._inverse.to_eigenbasis(curved)
         self._residual = self._residual - step * turned
         length = norm(self._residual)
         self._waited = 0 if length < self._least else self._waited + 1
@@ -206,17 +206,19 @@ def _rounding(tensor: Tensor) -> float:
     return 100 * torch.finfo(tensor.dtype).eps
 
 
-def exact_solver(problem: Quadratic, cut: float = 1e-6) -> Solver:
+def exact_solver(problem: Quadratic, rcond: float = 1e-6) -> Solver:
     """The solver that reaches the minimum: the closed form where there is one.
 
     Args:
         problem: the quadratic.
-        cut: of `ConjugateGradient`.
+        rcond: of `ConjugateGradient`.
 
     Returns:
         A solver at the average.
     """
-    return ClosedForm(problem) if problem.kind.elementwise else ConjugateGradient(problem, cut=cut)
+    return (
+        ClosedForm(problem) if problem.kind.elementwise else ConjugateGradient(problem, rcond=rcond)
+    )
 
 
 class PublishedServer(Solver):

@@ -13,10 +13,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
 from lightning_fedfisher import __version__
+from lightning_fedfisher._utils.files import atomic_write
 from lightning_fedfisher.report.charts.registry import accuracy_finding, charts
 from lightning_fedfisher.report.wording import count, is_known, label, number, plain
 from lightning_fedfisher.results.record import FederationRecord, MergeRecord, ModelScore
-from lightning_fedfisher.update.file_format import whole_file
 
 FILE_NAME = "report.html"
 """What a report is called in the folder of a federation."""
@@ -54,7 +54,7 @@ def write_report(record: FederationRecord, path: str | os.PathLike[str]) -> None
         version=__version__,
         plotly=get_plotlyjs() if drawn else "",
     )
-    with whole_file(Path(path)) as partial:
+    with atomic_write(Path(path)) as partial:
         # A lone half of a character, which JSON may hold, is none.
         partial.write_text(text, encoding="utf-8", errors="replace")
 

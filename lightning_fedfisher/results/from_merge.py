@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from lightning_fedfisher._utils.environment import versions
 from lightning_fedfisher._utils.text import client_names
 from lightning_fedfisher.merge_module import FisherMergeModule
 from lightning_fedfisher.results.record import ClientRecord, FederationRecord, MergeRecord
-from lightning_fedfisher.tracking.wandb_run import provenance
 
 
 def describe_merge(merge: FisherMergeModule, seconds: float | None = None) -> MergeRecord:
@@ -55,6 +55,6 @@ def describe_federation(
         ClientRecord(name, update.num_samples, upload_bytes=update.upload_bytes)
         for name, update in zip(names, merge.updates, strict=True)
     ]
-    environment = {"date": f"{datetime.now(UTC):%Y-%m-%d}", **provenance()["versions"]}
+    environment = {"date": f"{datetime.now(UTC):%Y-%m-%d}", **versions()}
     merges = [describe_merge(merge, seconds)]
     return FederationRecord(title, clients, merges, config=dict(config), environment=environment)

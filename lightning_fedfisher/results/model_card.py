@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import platform
 import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
 
+from lightning_fedfisher._utils.environment import versions
 from lightning_fedfisher._utils.text import client_names
 from lightning_fedfisher.merge_module import FisherMergeModule
-
-_PACKAGES = ("lightning-fedfisher", "lightning", "torch")
 
 
 def model_card(merge: FisherMergeModule, title: str, command: Sequence[str]) -> str:
@@ -29,7 +26,6 @@ def model_card(merge: FisherMergeModule, title: str, command: Sequence[str]) -> 
     weights = sum(layer.shape[0] * layer.shape[1] for layer in merge.layers)
     last = merge.history[-1]
     header = merge.updates[0].header
-    versions = [f"{package} {version(package)}" for package in _PACKAGES]
     facts = [
         ("method", f"`{merge.method}`, max_influence {merge.max_influence:g}"),
         ("curvature", f"{header.curvature} {header.fisher} of a {header.likelihood} likelihood"),
@@ -40,7 +36,7 @@ def model_card(merge: FisherMergeModule, title: str, command: Sequence[str]) -> 
         ("labels used", str(merge.server_labels)),
         ("solved to", f"residual {last['residual']:.1e} in {last['iterations']:.0f} iterations"),
         ("date", f"{datetime.now(UTC):%Y-%m-%d}"),
-        ("versions", ", ".join([*versions, f"Python {platform.python_version()}"])),
+        ("versions", ", ".join(" ".join(pair) for pair in versions().items())),
     ]
     # The largest of a client's layers: where it decides most.
     weighed = merge.influence.amax(0).tolist()

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
-from lightning_fedfisher.update.file_format import whole_file
+from lightning_fedfisher._utils.files import atomic_write
 
 FILE_NAME = "record.json"
 """What a record is called in the folder of a federation."""
@@ -144,7 +144,7 @@ class FederationRecord:
         Args:
             path: of the JSON file.
         """
-        with whole_file(Path(path)) as partial:
+        with atomic_write(Path(path)) as partial:
             partial.write_bytes(_adapter().dump_json(_Saved(_SCHEMA, self), indent=1))
 
     @classmethod

@@ -2,10 +2,10 @@
 
 Where curvature is diagonal, the minimum of the clients' quadratics is ``sum_k p_k F_k W_k`` over
 ``sum_k p_k F_k``, entry by entry: nobody has to see a client to add it. A protocol that reveals
-sums alone (Bonawitz et al., 2017) adds what `to_fixed` makes of a `summand`: integers modulo
-``2**64``, where pairwise masks cancel exactly (`fixed_point`). `from_fixed` and `pooled` make a
-model of the sum, which is an update like any other and may be merged further, as of a region's
-clients.
+sums alone (Bonawitz et al., 2017) adds what `to_fixed` makes of a `client_sums`: integers modulo
+``2**64``, where pairwise masks cancel exactly (`fixed_point`). `from_fixed` and `update_from_sums`
+make a model of the sum, which is an update like any other and may be merged further, as of a
+region's clients.
 
 Not here: the protocol, with its keys, its masks and what becomes of clients that drop out. Of the
 sum a server learns the merged model, the average, their curvature and buffers, and the number of
@@ -22,17 +22,17 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lightning_fedfisher.curvature.base import Diagonal
+from lightning_fedfisher.curvature.diagonal import Diagonal
+from lightning_fedfisher.errors import UpdateError
 from lightning_fedfisher.merge.methods import METHODS, MethodName
 from lightning_fedfisher.update.client_update import ClientUpdate
-from lightning_fedfisher.update.header import UpdateError
 from lightning_fedfisher.update.tensor_checks import flaw
 
 _BY_LAYER = ("information", "pull", "weights")
 
 
-def summand(
-    update: ClientUpdate, method: MethodName = "fisher_merge", *, unit: float = 1.0
+def client_sums(
+    update: ClientUpdate, method: MethodName = "fisher_merge", *, sample_unit: float = 1.0
 ) -> dict[str, Tensor]:
     """What one client adds to the sums.
 
@@ -40,8 +40,8 @@ def summand(
         update: of a kind of curvature that the method works with entry by entry.
         method: name of the merge method; all clients must take the same. The published steps of
             ``fedfisher_diag`` are no sum: of it the sums give the minimum.
-        unit: samples that count as one. A public number as large as the largest client keeps the
-            sums small, so that fixed-point numbers have room for fractions.
+        sample_unit: samples that count as one. A public number as large as the largest client keeps
+            the sums small, so that fixed-point numbers have room for fractions.
 
     Returns:
         Tensors in float64: ``share`` and ``samples``; for each layer, in the shape of its matrix,
@@ -52,12 +52,12 @@ def summand(
         UpdateError: naming the layers whose curvature is not diagonal, or the method's refusal.
         ValueError: if the unit is not positive.
     """
-    if not unit > 0:
-        raise ValueError(f"unit must be greater than 0, got {unit}")
+    if not sample_unit > 0:
+        raise ValueError(f"sample_unit must be greater than 0, got {sample_unit}")
     row = METHODS[method]
     if refusal := row.refusal(update.header.curvature, update.header.fisher):
         raise UpdateError(update.source, [f"it {refusal}, as method {method!r} needs"])
-    samples = torch.tensor(update.num_samples / unit, dtype=torch.float64)
+    samples = torch.tensor(update.num_samples / sample_unit, dtype=torch.float64)
     share = samples**row.share_power
     sums, offenders = {"share": share, "samples": samples}, []
     for layer in update.layers:
@@ -79,13 +79,15 @@ def summand(
     return sums
 
 
-def pooled(total: Mapping[str, Tensor], like: ClientUpdate, *, unit: float = 1.0) -> ClientUpdate:
+def update_from_sums(
+    total: Mapping[str, Tensor], like: ClientUpdate, *, sample_unit: float = 1.0
+) -> ClientUpdate:
     """The clients of a sum as one client.
 
     Args:
-        total: the sum of their `summand`.
+        total: the sum of their `client_sums`.
         like: any update of the same model, for names, shapes and dtypes; its values are not used.
-        unit: of the summands.
+        sample_unit: of the client_sums.
 
     Returns:
         An update whose `parameters` are the merged model, as `FisherMergeModule` finds it, with
@@ -97,15 +99,15 @@ def pooled(total: Mapping[str, Tensor], like: ClientUpdate, *, unit: float = 1.0
         UpdateError: naming every sum that is missing, unknown, of the wrong shape, not finite, or
             negative where it cannot be, as it is where masks were left in it.
     """
-    forms = like.forms
-    buffers = {name: forms[name] for name in like.buffers}
+    specs = like.specs
+    buffers = {name: specs[name] for name in like.buffers}
     _require_sums(total, like, buffers)
     tensors: dict[str, Tensor] = {}
     for layer in like.layers:
         information, pull, weights = (total[f"{what}/{layer.name}"] for what in _BY_LAYER)
         matrix = torch.where(information > 0, pull / information, weights / total["share"])
         for name, tensor in layer.split(matrix).items():
-            tensors[f"parameters/{name}"] = tensor.to(forms[name][1])
+            tensors[f"parameters/{name}"] = tensor.to(specs[name][1])
         # By samples, whatever the shares were: so sums of sums are sums.
         tensors[f"curvature/{layer.name}/values"] = (information / total["samples"]).contiguous()
     means = {name: total[f"buffers/{name}"] / total["samples"] for name in buffers}
@@ -116,12 +118,12 @@ def pooled(total: Mapping[str, Tensor], like: ClientUpdate, *, unit: float = 1.0
         tensors[f"buffers/{name}"] = (mean if dtype.is_floating_point else mean.round()).to(dtype)
     header = dataclasses.replace(
         like.header,
-        num_samples=max(round(unit * float(total["samples"])), 1),
+        num_samples=max(round(sample_unit * float(total["samples"])), 1),
         curvature="diagonal",
         curvature_samples=0,  # nobody told
         kinds=dict.fromkeys(like.header.kinds, Diagonal.kind),
         metadata={},
-        packed={},
+        quantized={},
     )
     return ClientUpdate(header, tensors, "this sum")
 

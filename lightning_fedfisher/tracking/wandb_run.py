@@ -7,13 +7,9 @@ the ways its documentation gives; without one nothing is missing but them.
 from __future__ import annotations
 
 import math
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
 from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -21,7 +17,8 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_fedfisher._utils.progress import is_first
+from lightning_fedfisher._utils.environment import provenance
+from lightning_fedfisher._utils.progress import is_rank_zero
 from lightning_fedfisher.merge.influence_cap import MEASURES
 from lightning_fedfisher.results.record import FederationRecord, LayerCurvature, ModelScore
 from lightning_fedfisher.update.client_update import ClientUpdate
@@ -30,7 +27,6 @@ WandbMode = Literal["online", "offline", "disabled"]
 
 _DIGEST = "/digest"
 _EVERY_SECONDS = 5.0
-_PACKAGES = ("lightning-fedfisher", "lightning", "torch")
 
 
 def federation_logger(
@@ -76,7 +72,7 @@ def federation_logger(
     name = name or client or "server"
     run_id = sha256("\0".join((project, federation, job, name)).encode()).hexdigest()[:16]
     same: dict[str, Any] = {"project": project, "name": name, "save_dir": save_dir}
-    if not is_first():
+    if not is_rank_zero():
         return WandbLogger(id=run_id, **same)  # which opens no run outside the first process
     if wandb.run is not None and wandb.run.id != run_id:
         raise ValueError(
@@ -102,38 +98,13 @@ def federation_logger(
     return WandbLogger(experiment=run, log_model=log_model, **same)
 
 
-def provenance() -> dict[str, Any]:
-    """Versions, and the commit of the working folder if it is in a git repository.
-
-    Returns:
-        ``versions`` by package, and ``git`` with ``commit`` and ``dirty``, or None.
-    """
-    versions = {package: version(package) for package in _PACKAGES}
-    versions = {"python": platform.python_version(), **versions}
-    return {"versions": versions, "git": _git_state(Path.cwd())}
-
-
-@cache  # what runs is what was imported, whatever happens to the files later
-def _git_state(folder: Path) -> dict[str, Any] | None:
-    def git(*command: str) -> str:
-        done = subprocess.run(
-            ["git", *command], cwd=folder, capture_output=True, text=True, timeout=10, check=True
-        )
-        return done.stdout.strip()
-
-    try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
 def warn_of_used_runs(loggers: Iterable[Logger]) -> None:
     """Warns if a W&B run already holds an update, as where a second client goes on in its run.
 
     Args:
         loggers: of a client's Trainer, before its fit.
     """
-    for logger in loggers if is_first() else ():
+    for logger in loggers if is_rank_zero() else ():
         if isinstance(logger, WandbLogger):
             run = logger.experiment
             known = run.summary.keys()
@@ -163,7 +134,7 @@ def progress_log(loggers: Sequence[Logger], prefix: str) -> Callable[[int, int |
         if now - logged < _EVERY_SECONDS:
             return
         if logged == started:
-            for logger in loggers if is_first() else ():
+            for logger in loggers if is_rank_zero() else ():
                 if isinstance(logger, WandbLogger):
                     logger.experiment.define_metric(samples, step_metric=seconds)
         logged = now

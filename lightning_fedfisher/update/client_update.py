@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from lightning_fedfisher.curvature.base import Curvature
 from lightning_fedfisher.curvature.registry import KINDS
+from lightning_fedfisher.errors import BudgetError, UpdateError
 from lightning_fedfisher.layers import Layer, aliases, frozen_parameters
-from lightning_fedfisher.update.compression import BudgetError, Compression, check, restore
+from lightning_fedfisher.update.compression import Compression, check, restore
 from lightning_fedfisher.update.file_format import (
     UpdateFile,
     digest,
@@ -31,9 +32,8 @@ from lightning_fedfisher.update.file_format import (
     write_file,
 )
 from lightning_fedfisher.update.header import (
-    PACKED_TYPES,
-    Packed,
-    UpdateError,
+    QUANTIZED_TYPES,
+    QuantizedTensor,
     UpdateHeader,
     inconsistencies,
 )
@@ -77,8 +77,10 @@ class ClientUpdate:
             raise UpdateError(source, offenders)
         self._sent = {n: math.prod(s) * dtypes[n].itemsize for n, s in shapes.items()}
         self._unpacked = header.tensors()
-        self._shapes = shapes | {name: self._unpacked[name][0] for name in header.packed}
-        self._dtypes = dtypes | {n: PACKED_TYPES[how.dtype] for n, how in header.packed.items()}
+        self._shapes = shapes | {name: self._unpacked[name][0] for name in header.quantized}
+        self._dtypes = dtypes | {
+            n: QUANTIZED_TYPES[how.dtype] for n, how in header.quantized.items()
+        }
 
     @classmethod
     def from_model(
@@ -147,7 +149,7 @@ class ClientUpdate:
         return {name: self._read(f"buffers/{name}") for name in self._names("buffers")}
 
     @property
-    def forms(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def specs(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of all trained weights and buffers by name; none of them is read."""
         return {
             name: (self._shapes[f"{group}/{name}"], self._dtypes[f"{group}/{name}"])
@@ -160,7 +162,7 @@ class ClientUpdate:
         """The model without its values: what each parameter and buffer is, by name."""
         parts: dict[str, object] = {
             name: f"{shape} {str(dtype).removeprefix('torch.')}"
-            for name, (shape, dtype) in self.forms.items()
+            for name, (shape, dtype) in self.specs.items()
         }
         parts |= {name: frozen_at(found) for name, found in self.header.frozen.items()}
         return parts | {n: f"another name of {a}" for n, a in self.header.aliases.items()}
@@ -225,7 +227,7 @@ class ClientUpdate:
                     offenders.extend(error.offenders)
                     continue
                 # What is packed is a root, which was checked; and what has a root is definite.
-                if name not in self.header.packed and (found := flaw(tensor, form)):
+                if name not in self.header.quantized and (found := flaw(tensor, form)):
                     offenders.append(f"{name} {found}")
         if offenders:
             raise UpdateError(self.source, offenders)
@@ -266,9 +268,9 @@ class ClientUpdate:
     @property
     def fedavg_bytes(self) -> int:
         """Bytes a FedAvg client would send: weights and buffers as they are, nothing else."""
-        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.forms.values())
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.specs.values())
 
-    def packed(self, upload_budget: float) -> Self:
+    def compressed(self, upload_budget: float) -> Self:
         """The update rounded and packed, so that its file is as small as wanted.
 
         Args:
@@ -295,9 +297,9 @@ class ClientUpdate:
         except ValueError as error:
             raise UpdateError(self.source, [str(error)]) from error
         # What the rest takes: all but the bytes of what is packed.
-        guess = dict.fromkeys(compression.names, Packed(_LONG, "bfloat16", 1000, _LONG))
+        guess = dict.fromkeys(compression.names, QuantizedTensor(_LONG, "bfloat16", 1000, _LONG))
         nothing = {name: torch.empty(0, dtype=torch.uint8) for name in compression.names}
-        room = size - file_size(dataclasses.replace(self.header, packed=guess), plain | nothing)
+        room = size - file_size(dataclasses.replace(self.header, quantized=guess), plain | nothing)
         while True:
             try:
                 packed, payloads = compression.fit(room)
@@ -306,7 +308,7 @@ class ClientUpdate:
                     f"{self.source} does not fit into upload_budget={upload_budget:g}, {size} "
                     f"bytes: {error}. Raise it, send a smaller kind of curvature, or pass None"
                 ) from None
-            header, tensors = dataclasses.replace(self.header, packed=packed), plain | payloads
+            header, tensors = dataclasses.replace(self.header, quantized=packed), plain | payloads
             excess = file_size(header, tensors) - size
             if excess <= 0:
                 return type(self)(header, tensors, self.source)
@@ -357,7 +359,7 @@ class ClientUpdate:
         return self._unpack(name, restore)
 
     def _unpack(self, name: str, how: Callable[..., Tensor]) -> Tensor:
-        tensor, packed = self._tensors[name], self.header.packed.get(name)
+        tensor, packed = self._tensors[name], self.header.quantized.get(name)
         if packed is None:
             return tensor
         try:

@@ -26,9 +26,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lightning_fedfisher.curvature.base import Form
+from lightning_fedfisher.curvature.base import TensorRole
 from lightning_fedfisher.curvature.registry import KINDS
-from lightning_fedfisher.update.header import PACKED_TYPES, Packed, UpdateHeader
+from lightning_fedfisher.errors import BudgetError
+from lightning_fedfisher.update.header import QUANTIZED_TYPES, QuantizedTensor, UpdateHeader
 from lightning_fedfisher.update.integer_coding import LARGEST, pack, packed_size, unpack
 from lightning_fedfisher.update.tensor_checks import LARGEST_VALUE
 
@@ -45,10 +46,6 @@ _SMALL = 2048  # of which all eigenvalues are at hand as quickly as some
 _COARSEST = 127
 # What makes a second moment definite, as a share of its trace: more only where rounding asks it.
 _FIRST_RIDGE, _LAST_RIDGE = 1e-10, 1e-4
-
-
-class BudgetError(ValueError):
-    """An update does not fit into the bytes it may take."""
 
 
 class Compression:
@@ -70,7 +67,7 @@ class Compression:
         for layer in header.layers:
             kind, prefix = KINDS[header.kinds[layer.name]], f"curvature/{layer.name}/"
             weights = [f"parameters/{name}" for name in layer.parameter_names]
-            parts = {part: tensors[prefix + part].double() for part in kind.forms}
+            parts = {part: tensors[prefix + part].double() for part in kind.tensor_roles}
             block = kind.from_tensors(parts, layer.shape)
             matrix = layer.join({n.removeprefix("parameters/"): tensors[n] for n in weights})
             spread, trace = float(matrix.double().square().mean()), float(block.trace())
@@ -79,7 +76,7 @@ class Compression:
                 entries, cost = tensors[name].double().flatten(), trace / matrix.numel()
                 self._parts.append(_Part(name, entries, cost, tensors[name].dtype))
             for part, cost in block.sensitivities().items():
-                name, tensor, form = prefix + part, parts[part], kind.forms[part]
+                name, tensor, form = prefix + part, parts[part], kind.tensor_roles[part]
                 rank = _rank(tensor.shape, form, matrix.numel(), width)
                 try:
                     entries, tail = _root(tensor, form, rank)
@@ -99,7 +96,7 @@ class Compression:
         """The tensors that are packed, by their names in the file."""
         return [part.name for part in self._parts]
 
-    def fit(self, room: int) -> tuple[dict[str, Packed], dict[str, Tensor]]:
+    def fit(self, room: int) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]]:
         """Rounds as finely as there is room for.
 
         Args:
@@ -174,13 +171,15 @@ class _Part:
         some = self.rounded(scale, stride)
         return packed_size(some) * len(self.entries) / len(some)
 
-    def packed(self, scale: float) -> Packed:
+    def packed(self, scale: float) -> QuantizedTensor:
         """What the file tells of it."""
         dtype = str(self.dtype).removeprefix("torch.")
-        return Packed(self.step(scale), dtype, self.rank, self.tail)
+        return QuantizedTensor(self.step(scale), dtype, self.rank, self.tail)
 
 
-def restore(payload: Tensor, packed: Packed, shape: tuple[int, ...], form: Form) -> Tensor:
+def restore(
+    payload: Tensor, packed: QuantizedTensor, shape: tuple[int, ...], form: TensorRole
+) -> Tensor:
     """Undoes the packing of one tensor.
 
     Args:
@@ -208,10 +207,12 @@ def restore(payload: Tensor, packed: Packed, shape: tuple[int, ...], form: Form)
         tensor.diagonal().add_(packed.tail * root.any(dim=1))
     else:
         tensor = (entries.square() if form == "values" else entries).view(shape)
-    return tensor.to(PACKED_TYPES[packed.dtype])
+    return tensor.to(QUANTIZED_TYPES[packed.dtype])
 
 
-def check(payload: Tensor, packed: Packed, shape: tuple[int, ...], form: Form) -> Tensor:
+def check(
+    payload: Tensor, packed: QuantizedTensor, shape: tuple[int, ...], form: TensorRole
+) -> Tensor:
     """Unpacks the entries of a tensor's root and finds out that the tensor would be sound.
 
     Args:
@@ -231,20 +232,20 @@ def check(payload: Tensor, packed: Packed, shape: tuple[int, ...], form: Form) -
     if form != "basis":
         columns = (packed.rank or shape[0]) if form == "factor" else 1
         largest = largest * largest * columns + packed.tail
-    dtype = PACKED_TYPES[packed.dtype]
+    dtype = QUANTIZED_TYPES[packed.dtype]
     if not largest <= (most := min(torch.finfo(dtype).max, LARGEST_VALUE)):
         raise ValueError(f"it holds values up to {largest:.1e}, more than {most:.1e}")
     return numbers.to(torch.promote_types(dtype, torch.float32)) * packed.step
 
 
-def _entries(shape: Sequence[int], form: Form, rank: int) -> int:
+def _entries(shape: Sequence[int], form: TensorRole, rank: int) -> int:
     """Numbers that a tensor's root takes."""
     if form != "factor":
         return math.prod(shape)
     return shape[0] * rank if rank else shape[0] * (shape[0] + 1) // 2
 
 
-def _rank(shape: Sequence[int], form: Form, weights: int, width: float) -> int:
+def _rank(shape: Sequence[int], form: TensorRole, weights: int, width: float) -> int:
     """Columns of a factor's root in a layer of so many weights; 0 for all, as a triangle."""
     if form != "factor":
         return 0
@@ -260,14 +261,14 @@ def _width(header: UpdateHeader, room: int) -> float:
             kind, weights = KINDS[header.kinds[layer.name]], math.prod(layer.shape)
             count += weights
             for part, shape in kind.tensor_shapes(layer.shape).items():
-                form = kind.forms[part]
+                form = kind.tensor_roles[part]
                 count += _entries(shape, form, _rank(shape, form, weights, width))
         if 8 * room >= _FEWEST_BITS * count:
             return width
     return _WIDTHS[-1]
 
 
-def _root(tensor: Tensor, form: Form, rank: int) -> tuple[Tensor, float]:
+def _root(tensor: Tensor, form: TensorRole, rank: int) -> tuple[Tensor, float]:
     """Entries of what a tensor of the curvature is sent as, and what they leave out.
 
     Raises:

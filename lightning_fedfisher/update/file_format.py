@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -21,10 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor
 
-from lightning_fedfisher.update.header import UpdateError, UpdateHeader, is_possible
+from lightning_fedfisher._utils.files import atomic_write
+from lightning_fedfisher.errors import UpdateError
+from lightning_fedfisher.update.header import UpdateHeader, is_possible
 
-SCHEMA = 4
-_UNPACKED_SCHEMA = 3  # of files from before anything was packed
+SCHEMA = 1
 _MOST_HEADER, _MOST_TENSORS = 2**24, 2**14
 _METADATA_KEY = "lightning_fedfisher"
 _FLOATS = {
@@ -52,27 +52,8 @@ def write_file(path: Path, header: UpdateHeader, tensors: Mapping[str, Tensor]) 
         header: what the tensors mean.
         tensors: by their names in the file.
     """
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         save_file(dict(tensors), partial, _metadata(header, tensors))
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Writes a file so that a reader sees the old one or the whole new one.
-
-    Args:
-        path: of the file; missing folders are made.
-
-    Yields:
-        Where to write it; it takes its place at the end, and goes if that does not come.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def file_size(header: UpdateHeader, tensors: Mapping[str, Tensor]) -> int:
@@ -162,13 +143,11 @@ class UpdateFile(Mapping[str, Tensor]):
             fields = json.loads(text)
             schema = fields.pop("schema")
             self.digests: dict[str, str] = dict(fields.pop("digests"))
-            if type(schema) is not int or schema not in (_UNPACKED_SCHEMA, SCHEMA):
+            if type(schema) is not int or schema != SCHEMA:
                 raise UpdateError(
                     str(path),
                     [f"its schema is {schema!r}, this version reads {SCHEMA}: extract it anew"],
                 )
-            if schema == _UNPACKED_SCHEMA:
-                fields["packed"] = {}
             self.header = UpdateHeader.from_json(fields)
         except UpdateError:
             raise
@@ -181,7 +160,7 @@ class UpdateFile(Mapping[str, Tensor]):
         ]
         for name, found in types.items():
             allowed = _BUFFER_TYPES if name.startswith("buffers/") else _FLOATS
-            if name in self.header.packed:
+            if name in self.header.quantized:
                 allowed = _BYTES
             if found not in allowed:
                 offenders.append(f"{name} is of type {found}, not of {', '.join(sorted(allowed))}")

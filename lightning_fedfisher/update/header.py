@@ -12,11 +12,11 @@ from typing import Any, Self, TypeVar, get_args
 
 import torch
 
-from lightning_fedfisher.curvature.base import Form
-from lightning_fedfisher.curvature.registry import KINDS
+from lightning_fedfisher.curvature.base import TensorRole
+from lightning_fedfisher.curvature.registry import KINDS, KINDS_OF
 from lightning_fedfisher.layers import Activation, Layer, Source
 
-PACKED_TYPES = {
+QUANTIZED_TYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
@@ -26,34 +26,11 @@ PACKED_TYPES = {
 
 _MOST_ELEMENTS, _MOST_DIMENSIONS = 2**48, 16
 _MOST_SAMPLES = 2**40
-_KINDS_OF = {
-    "identity": ("identity",),
-    "diagonal": ("diagonal",),
-    "kfac": ("kronecker", "lookup_kronecker", "diagonal"),
-    "ekfac": ("ekfac", "lookup_ekfac", "diagonal"),
-    "dense": ("dense",),
-}
-"""Kinds of blocks that an extraction may give, by what it was asked for."""
 _T = TypeVar("_T")
 
 
-class UpdateError(ValueError):
-    """An update cannot be used: it is corrupt, not finite, or contradicts itself."""
-
-    def __init__(self, source: str, offenders: Sequence[str]) -> None:
-        """Lists every offender in one message.
-
-        Args:
-            source: the file, or a word for an update in memory.
-            offenders: one line for each tensor or field refused, with the reason.
-        """
-        self.offenders = tuple(offenders)
-        lines = "\n".join(f"  - {offender}" for offender in offenders)
-        super().__init__(f"{source} is not a usable client update:\n{lines}")
-
-
 @dataclass(frozen=True)
-class Packed:
+class QuantizedTensor:
     """How a tensor was packed: its root, in whole numbers of a step (see `compression`).
 
     Attributes:
@@ -84,9 +61,9 @@ class UpdateHeader:
         metadata: anything the client wants to add, as strings.
         aliases: further names of parameters and buffers that several modules share, with the first.
         frozen: digest of each parameter that was not trained, and is not sent.
-        sources: whose outputs each layer reads, for those that read one other layer's.
-        head: name of the layer whose outputs are the logits of a softmax; empty if none is.
-        packed: the tensors that are packed, by their names in the file.
+        fed_by: whose outputs each layer reads, for those that read one other layer's.
+        output_layer: name of the layer whose outputs are the logits of a softmax; empty if none is.
+        quantized: the tensors that are packed, by their names in the file.
 
     Raises:
         TypeError, ValueError: if an attribute, down to the shapes, is not of its type.
@@ -102,25 +79,25 @@ class UpdateHeader:
     metadata: Mapping[str, str] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     frozen: Mapping[str, str] = field(default_factory=dict)
-    sources: Mapping[str, Source] = field(default_factory=dict)
-    head: str = ""
-    packed: Mapping[str, Packed] = field(default_factory=dict)
+    fed_by: Mapping[str, Source] = field(default_factory=dict)
+    output_layer: str = ""
+    quantized: Mapping[str, QuantizedTensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "curvature_samples"):
             _typed(int, getattr(self, name))
-        for name in ("curvature", "fisher", "likelihood", "head"):
+        for name in ("curvature", "fisher", "likelihood", "output_layer"):
             _typed(str, getattr(self, name))
         for table in (self.kinds, self.metadata, self.aliases, self.frozen):
             for key, value in table.items():
                 _typed(str, key), _typed(str, value)
-        for reader, source in self.sources.items():
+        for reader, source in self.fed_by.items():
             _typed(str, reader), _typed(str, source.layer), _typed(str, source.activation)
-        for name, packed in self.packed.items():
+        for name, packed in self.quantized.items():
             _typed(str, name)
             if not (_typed(float, packed.step) > 0 and math.isfinite(packed.step)):
                 raise ValueError(f"{name} is packed in steps of {packed.step}")
-            if _typed(str, packed.dtype) not in PACKED_TYPES:
+            if _typed(str, packed.dtype) not in QUANTIZED_TYPES:
                 raise ValueError(f"{name} was packed from {packed.dtype}")
             if _typed(int, packed.rank) < 0 or not 0 <= _typed(float, packed.tail) < math.inf:
                 raise ValueError(f"{name} has rank {packed.rank} and tail {packed.tail}")
@@ -153,21 +130,23 @@ class UpdateHeader:
             Layer(layer["name"], tuple((name, tuple(shape)) for name, shape in layer["parameters"]))
             for layer in fields["layers"]
         )
-        sources = {reader: Source(**source) for reader, source in fields["sources"].items()}
-        packed = {name: Packed(**how) for name, how in fields["packed"].items()}
-        return cls(**{**fields, "layers": layers, "sources": sources, "packed": packed})
+        fed_by = {reader: Source(**source) for reader, source in fields["fed_by"].items()}
+        quantized = {name: QuantizedTensor(**how) for name, how in fields["quantized"].items()}
+        return cls(**{**fields, "layers": layers, "fed_by": fed_by, "quantized": quantized})
 
-    def tensors(self) -> dict[str, tuple[tuple[int, ...], Form]]:
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], TensorRole]]:
         """Shape and form of each weight and of each tensor of the curvature, by names in the file.
 
         Weights have the form of a basis: nothing is known of them.
         """
-        found: dict[str, tuple[tuple[int, ...], Form]] = {}
+        found: dict[str, tuple[tuple[int, ...], TensorRole]] = {}
         for layer in self.layers:
             kind = KINDS[self.kinds[layer.name]]
             shapes = kind.tensor_shapes(layer.shape)
             found |= {f"parameters/{name}": (shape, "basis") for name, shape in layer.parameters}
-            found |= {f"curvature/{layer.name}/{p}": (shapes[p], f) for p, f in kind.forms.items()}
+            found |= {
+                f"curvature/{layer.name}/{p}": (shapes[p], f) for p, f in kind.tensor_roles.items()
+            }
         return found
 
 
@@ -199,7 +178,7 @@ def inconsistencies(header: UpdateHeader, shapes: Mapping[str, tuple[int, ...]])
                 f"layer {layer.name}: unknown curvature {header.kinds.get(layer.name)}"
             )
             continue
-        if kind.kind not in _KINDS_OF.get(header.curvature, ()):
+        if kind.kind not in KINDS_OF.get(header.curvature, ()):
             offenders.append(f"layer {layer.name}: {kind.kind} is not {header.curvature} curvature")
         if not _forms_a_matrix(layer):
             offenders.append(f"layer {layer.name}: its parameters form no matrix")
@@ -226,10 +205,10 @@ def inconsistencies(header: UpdateHeader, shapes: Mapping[str, tuple[int, ...]])
         if f"parameters/{name}" in expected or name in header.frozen
     ]
     offenders += _misled(header)
-    offenders += [f"{n} is packed and unknown" for n in header.packed if n not in expected]
+    offenders += [f"{n} is packed and unknown" for n in header.quantized if n not in expected]
     found = {name: shape for name, shape in shapes.items() if not name.startswith("buffers/")}
     for name in sorted(expected.keys() | found.keys()):
-        if name in header.packed and len(found.get(name, ())) == 1:
+        if name in header.quantized and len(found.get(name, ())) == 1:
             continue  # bytes, whose number is found wrong when they are unpacked
         if expected.get(name) != found.get(name):
             offenders.append(
@@ -239,12 +218,12 @@ def inconsistencies(header: UpdateHeader, shapes: Mapping[str, tuple[int, ...]])
 
 
 def _misled(header: UpdateHeader) -> list[str]:
-    """What is wrong with the sources and the head."""
+    """What is wrong with the wiring: `fed_by` and `output_layer`."""
     layers = {layer.name: layer for layer in header.layers if _forms_a_matrix(layer)}
     offenders = []
-    if header.head and header.head not in layers:
-        offenders.append(f"the head {header.head} is no layer")
-    for name, source in header.sources.items():
+    if header.output_layer and header.output_layer not in layers:
+        offenders.append(f"the output layer {header.output_layer} is no layer")
+    for name, source in header.fed_by.items():
         if name not in layers or source.layer not in layers:
             offenders.append(f"layer {name} cannot read {source.layer}: one of them is no layer")
         elif source.activation not in get_args(Activation):
@@ -252,7 +231,7 @@ def _misled(header: UpdateHeader) -> list[str]:
         elif layers[name].inputs % layers[source.layer].shape[0]:
             offenders.append(f"layer {name} cannot read {source.layer}: its inputs do not divide")
     try:
-        TopologicalSorter({n: [source.layer] for n, source in header.sources.items()}).prepare()
+        TopologicalSorter({n: [source.layer] for n, source in header.fed_by.items()}).prepare()
     except CycleError as error:
         offenders.append(f"layer {error.args[1][0]} reads its own outputs")
     return offenders

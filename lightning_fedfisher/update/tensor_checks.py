@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_fedfisher.curvature.base import Form
+from lightning_fedfisher.curvature.base import TensorRole
 
 LARGEST_VALUE = 1e18
 """Of weights and curvature, in size: what float32 can still multiply."""
@@ -13,7 +13,7 @@ LARGEST_VALUE = 1e18
 _ROUNDING = 1e-4  # of the trace, or of the largest entry; more where the type is coarser
 
 
-def form_of_buffer(name: str) -> Form | None:
+def form_of_buffer(name: str) -> TensorRole | None:
     """What a buffer must be: running statistics are squared when they are merged.
 
     Args:
@@ -27,7 +27,7 @@ def form_of_buffer(name: str) -> Form | None:
     return "basis" if name.endswith("running_mean") else None
 
 
-def flaw(tensor: Tensor, form: Form | None) -> str:
+def flaw(tensor: Tensor, form: TensorRole | None) -> str:
     """What is wrong with a tensor.
 
     Args:

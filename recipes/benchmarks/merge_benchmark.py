@@ -246,7 +246,7 @@ def upload(flags: Any) -> dict[str, Any]:
     rows = {}
     for name, budget in _BUDGETS.items():
         started = time.perf_counter()
-        (update if budget is None else update.packed(budget)).save(path)
+        (update if budget is None else update.compressed(budget)).save(path)
         written = time.perf_counter()
         opened = ClientUpdate.open(path)
         opened.verify()

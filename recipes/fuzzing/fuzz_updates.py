@@ -75,7 +75,7 @@ def sound_files(folder: Path) -> list[list[Path]]:
             found = extract_curvature(network, loader, curvature, max_samples=None, progress=False)
             update = ClientUpdate.from_model(network, found.header(), found.blocks)
             if budget is not None:
-                update = update.packed(budget)
+                update = update.compressed(budget)
             files.append(update.save(folder / f"{curvature}-{budget}-{client}.safetensors"))
         groups.append(files)
     return groups
@@ -100,7 +100,7 @@ def examine(path: Path) -> bool:
             block = update.block(layer)
             assert update.weights(layer).shape == block.shape == layer.shape
             assert all(bool(tensor.isfinite().all()) for tensor in block.tensors().values())
-        assert all(t.shape == update.forms[n][0] for n, t in update.buffers.items())
+        assert all(t.shape == update.specs[n][0] for n, t in update.buffers.items())
     except UpdateError:
         return False
     return True

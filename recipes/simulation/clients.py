@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from lightning_fedfisher import METHODS, FedFisherCallback, FisherMergeModule
 from lightning_fedfisher.merge.compatibility import UpdateSource
-from lightning_fedfisher.merge.methods import Method, MethodName
+from lightning_fedfisher.merge.methods import MergeMethod, MethodName
 from lightning_fedfisher.results.from_merge import describe_merge
 from lightning_fedfisher.results.record import MergeRecord, ModelScore
 from simulation.data import TensorImages, collate_images
@@ -269,7 +269,7 @@ def labelled_samples(train: TensorImages, seed: int) -> TensorImages:
 
 
 def merge(
-    method: MethodName | Method,
+    method: MethodName | MergeMethod,
     updates: Sequence[UpdateSource],
     model: nn.Module | None,
     labelled: TensorImages | None,

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from lightning_fedfisher import ClientUpdate
-from lightning_fedfisher.curvature.summary import describe_curvature
+from lightning_fedfisher.curvature.summary import summarize_curvature
 from lightning_fedfisher.results.record import ClientRecord, FederationRecord, MergeRecord
 from simulation.clients import ClientResult, assess, ensemble
 from simulation.round import Merged, Round
@@ -49,7 +49,7 @@ def record(
                 client.train_loss,
                 client.extraction_seconds[path.name],
                 update.upload_bytes,
-                [describe_curvature(layer.name, update.block(layer)) for layer in update.layers],
+                [summarize_curvature(layer.name, update.block(layer)) for layer in update.layers],
                 scores[index],
             )
         )

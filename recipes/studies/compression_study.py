@@ -135,7 +135,7 @@ def run_budgets(
                     update, size = truncated(update)
                     update.save(path)
                 else:
-                    (update if sent == PLAIN else update.packed(BUDGETS[sent])).save(path)
+                    (update if sent == PLAIN else update.compressed(BUDGETS[sent])).save(path)
                     size = path.stat().st_size
                 packing += (time.perf_counter() - started) / len(updates)
                 sizes.append(size / update.fedavg_bytes)

@@ -52,7 +52,7 @@ class Row(Cell):
 
 def _curvature(tensors: Tensors, much: float) -> Tensors:
     """Scales every layer's curvature, by one of its factors."""
-    return {n: t * much if n.endswith("/output_factor") else t for n, t in tensors.items()}
+    return {n: t * much if n.endswith("/row_factor") else t for n, t in tensors.items()}
 
 
 def _weights(tensors: Tensors, change: Callable[[str, Tensor], Tensor]) -> Tensors:
@@ -107,7 +107,7 @@ def forge(updates: Sequence[ClientUpdate], attack: str, bound: float) -> ClientU
     tensors = {f"parameters/{name}": tensor for name, tensor in first.parameters.items()}
     for name, block in first.blocks.items():
         tensors |= {f"curvature/{name}/{part}": t for part, t in block.tensors().items()}
-    header: UpdateHeader = dataclasses.replace(first.header, packed={})
+    header: UpdateHeader = dataclasses.replace(first.header, quantized={})
     if attack == SHREWD:
         most = bound if bound < math.inf else 10.0
         for name in names:

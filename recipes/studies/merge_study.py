@@ -36,7 +36,7 @@ from simulation.study import (
 from tqdm import tqdm
 
 from lightning_fedfisher import METHODS, ClientUpdate, Curvature
-from lightning_fedfisher.merge.methods import Method, MethodName
+from lightning_fedfisher.merge.methods import MergeMethod, MethodName
 
 _CPU = torch.device("cpu")
 
@@ -67,7 +67,7 @@ class Merge:
     changes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def method(self) -> MethodName | Method:
+    def method(self) -> MethodName | MergeMethod:
         """As the merge takes it."""
         return replace(METHODS[self.base], **self.changes) if self.changes else self.base
 

@@ -77,7 +77,7 @@ def test_inspect_tells_every_layer(folder, capsys):
 def test_inspect_as_json_adds_up(folder, capsys, budget, monkeypatch):
     monkeypatch.setattr("lightning_fedfisher.update.client_update._GRANTED", 0)
     (source,) = tiny_updates(folder, clients=1, epochs=1, upload_budget=None)
-    update = source if budget is None else source.packed(budget)
+    update = source if budget is None else source.compressed(budget)
     path = update.save("one.safetensors")
     assert main(["inspect", str(path), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
@@ -122,7 +122,7 @@ def test_verify_reports_clients_that_weigh_too_much(folder, capsys):
     path = folder / "updates/client-2.safetensors"
     update = ClientUpdate.open(path)
     blocks = {
-        name: type(block)(1e6 * block.output_factor, block.input_factor)
+        name: type(block)(1e6 * block.row_factor, block.column_factor)
         for name, block in update.blocks.items()
     }
     model = tiny_model()

@@ -7,10 +7,17 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_fedfisher.curvature.base import Dense, Diagonal, Identity
-from lightning_fedfisher.curvature.embedding import LookupEigenKronecker, LookupKronecker
+from lightning_fedfisher.curvature.base import Identity
+from lightning_fedfisher.curvature.dense import Dense
+from lightning_fedfisher.curvature.diagonal import Diagonal
+from lightning_fedfisher.curvature.embedding import EmbeddingEigenKronecker, EmbeddingKronecker
 from lightning_fedfisher.curvature.input_map import InputMap
-from lightning_fedfisher.curvature.kronecker import EigenKronecker, Kronecker
+from lightning_fedfisher.curvature.kronecker import (
+    EigenKronecker,
+    Kronecker,
+    TransposedEigenKronecker,
+    TransposedKronecker,
+)
 from lightning_fedfisher.curvature.registry import KINDS
 
 SHAPE = (3, 4)
@@ -31,26 +38,26 @@ def _make(kind, singular=False, seed=0):
     if kind == "diagonal":
         values = torch.rand(SHAPE, dtype=torch.float64, generator=generator) + 0.1
         return Diagonal(values * (torch.arange(columns) > 0 if singular else 1))
-    if kind == "kronecker":
+    if kind in ("kronecker", "transposed_kronecker"):
         less = 1 if singular else 0
-        return Kronecker(
+        return KINDS[kind](
             _factor(rows, rows + 2 - 3 * less, generator),
             _factor(columns, columns + 2 - 4 * less, generator),
         )
-    if kind == "lookup_kronecker":
+    if kind == "embedding_kronecker":
         values = torch.rand(rows, dtype=torch.float64, generator=generator) + 0.1
         values[0] *= not singular
-        return LookupKronecker(values, _factor(columns, 2 if singular else 6, generator))
+        return EmbeddingKronecker(values, _factor(columns, 2 if singular else 6, generator))
     if "ekfac" in kind:
         spectrum = torch.rand(SHAPE, dtype=torch.float64, generator=generator) + 0.1
         spectrum[:, 0] *= not singular
-        output_basis, input_basis = (
+        row_basis, column_basis = (
             torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator)).Q
             for n in SHAPE
         )
-        if kind == "ekfac":
-            return EigenKronecker(output_basis, input_basis, spectrum)
-        return LookupEigenKronecker(input_basis, spectrum)
+        if kind in ("ekfac", "transposed_ekfac"):
+            return KINDS[kind](row_basis, column_basis, spectrum)
+        return EmbeddingEigenKronecker(column_basis, spectrum)
     assert kind == "dense"
     return Dense(_factor(rows * columns, 5 if singular else 20, generator), SHAPE)
 
@@ -62,14 +69,14 @@ def _reference_dense(curvature):
     if isinstance(curvature, Diagonal):
         return torch.diag(curvature.values.flatten())
     if isinstance(curvature, Kronecker):
-        return torch.kron(curvature.output_factor, curvature.input_factor)
-    if isinstance(curvature, LookupKronecker):
-        return torch.kron(torch.diag(curvature.output_values), curvature.input_factor)
-    if isinstance(curvature, EigenKronecker | LookupEigenKronecker):
+        return torch.kron(curvature.row_factor, curvature.column_factor)
+    if isinstance(curvature, EmbeddingKronecker):
+        return torch.kron(torch.diag(curvature.row_values), curvature.column_factor)
+    if isinstance(curvature, EigenKronecker | EmbeddingEigenKronecker):
         rows = torch.eye(SHAPE[0], dtype=curvature.spectrum.dtype)
         if isinstance(curvature, EigenKronecker):
-            rows = curvature.output_basis
-        basis = torch.kron(rows.contiguous(), curvature.input_basis.contiguous())
+            rows = curvature.row_basis
+        basis = torch.kron(rows.contiguous(), curvature.column_basis.contiguous())
         return basis @ torch.diag(curvature.spectrum.flatten()) @ basis.T
     return curvature.matrix
 
@@ -98,9 +105,11 @@ def test_the_names_of_the_kinds_are_a_format():
         "identity",
         "diagonal",
         "kronecker",
-        "lookup_kronecker",
+        "transposed_kronecker",
+        "embedding_kronecker",
         "ekfac",
-        "lookup_ekfac",
+        "transposed_ekfac",
+        "embedding_ekfac",
         "dense",
     }
     assert all(cls.kind == kind for kind, cls in KINDS.items())
@@ -134,17 +143,17 @@ def test_eigenvalues_and_norm_are_those_of_the_dense_matrix(kind, singular):
 def test_the_norm_of_what_float32_cannot_square_is_finite(kind):
     curvature = _make(kind).to(CPU, torch.float32)
     tensors = {
-        name: tensor if KINDS[kind].forms[name] == "basis" else tensor * 1e15
+        name: tensor if KINDS[kind].tensor_roles[name] == "basis" else tensor * 1e15
         for name, tensor in curvature.tensors().items()
     }
-    times = 1e15 ** sum(form != "basis" for form in KINDS[kind].forms.values())
+    times = 1e15 ** sum(form != "basis" for form in KINDS[kind].tensor_roles.values())
     large = KINDS[kind].from_tensors(tensors, SHAPE).norm()
     _close(large, curvature.norm() * times, 1e-6)
 
 
 def test_a_row_major_weight_sees_the_output_factor_first():
     curvature = _make("kronecker")
-    g, a = curvature.output_factor, curvature.input_factor
+    g, a = curvature.row_factor, curvature.column_factor
     _close(curvature.dense(), torch.kron(g, a))
     assert (curvature.dense() - torch.kron(a, g)).abs().max() > 0.1
 
@@ -191,14 +200,21 @@ def test_power_of_a_rank_one_matrix_is_finite(kind, dtype):
         "kronecker": lambda: Kronecker(
             torch.outer(vector[:3], vector[:3]), torch.outer(vector[:4], vector[:4])
         ),
-        "lookup_kronecker": lambda: LookupKronecker(
+        "transposed_kronecker": lambda: TransposedKronecker(
+            torch.outer(vector[:3], vector[:3]), torch.outer(vector[:4], vector[:4])
+        ),
+        "transposed_ekfac": lambda: TransposedEigenKronecker(
+            *(torch.eye(n, dtype=dtype) for n in SHAPE),
+            torch.eye(12, dtype=dtype)[0].view(SHAPE) - 1e-9,
+        ),
+        "embedding_kronecker": lambda: EmbeddingKronecker(
             torch.tensor([1, 0, -1e-9], dtype=dtype), torch.outer(vector[:4], vector[:4])
         ),
         "ekfac": lambda: EigenKronecker(
             *(torch.eye(n, dtype=dtype) for n in SHAPE),
             torch.eye(12, dtype=dtype)[0].view(SHAPE) - 1e-9,
         ),
-        "lookup_ekfac": lambda: LookupEigenKronecker(
+        "embedding_ekfac": lambda: EmbeddingEigenKronecker(
             torch.eye(4, dtype=dtype), torch.eye(12, dtype=dtype)[0].view(SHAPE) - 1e-9
         ),
         "dense": lambda: Dense(torch.outer(vector, vector), SHAPE),
@@ -273,22 +289,22 @@ def _spectral(values, seed=0):
     return basis @ torch.diag(values) @ basis.T, basis
 
 
-@pytest.mark.parametrize("lookup", [False, True], ids=["kronecker", "lookup_kronecker"])
+@pytest.mark.parametrize("lookup", [False, True], ids=["kronecker", "embedding_kronecker"])
 def test_kronecker_factors_are_cut_each_by_itself(lookup):
     # 0.01 * 0.1 is below the cut in the product but not in either factor; 1e-4 is in its own.
     outputs, inputs = [1.0, 0.01, 1e-4], [3.0, 0.03, 0.3, 3e-4]
-    input_factor, input_basis = _spectral(inputs, 1)
-    output_factor, output_basis = _spectral(outputs, 2)
+    column_factor, column_basis = _spectral(inputs, 1)
+    row_factor, row_basis = _spectral(outputs, 2)
     if lookup:
-        output_basis = torch.eye(3, dtype=torch.float64)
-        curvature = LookupKronecker(torch.tensor(outputs, dtype=torch.float64), input_factor)
+        row_basis = torch.eye(3, dtype=torch.float64)
+        curvature = EmbeddingKronecker(torch.tensor(outputs, dtype=torch.float64), column_factor)
     else:
-        curvature = Kronecker(output_factor, input_factor)
+        curvature = Kronecker(row_factor, column_factor)
     kept = torch.outer(torch.tensor([1.0, 1, 0]), torch.tensor([1.0, 1, 1, 0])).double()
     products = torch.outer(
         torch.tensor(outputs, dtype=torch.float64), torch.tensor(inputs, dtype=torch.float64)
     )
-    basis = torch.kron(output_basis.contiguous(), input_basis.contiguous())
+    basis = torch.kron(row_basis.contiguous(), column_basis.contiguous())
     inverse = basis @ torch.diag((kept / products).flatten()) @ basis.T
     projector = basis @ torch.diag(kept.flatten()) @ basis.T
     prepared, weights = curvature.pseudo_inverse(2e-3), _weights()
@@ -312,10 +328,10 @@ def _partial_traces(dense):
 @singular_or_not
 def test_over_outputs_is_the_partial_trace(kind, singular):
     curvature = _make(kind, singular)
-    rows = curvature.over_outputs()
+    rows = curvature.average_over_columns()
     dense = _reference_dense(curvature)
     outputs, _ = _partial_traces(dense)
-    if kind in ("diagonal", "lookup_kronecker", "lookup_ekfac"):
+    if kind in ("diagonal", "embedding_kronecker", "embedding_ekfac"):
         assert torch.count_nonzero(outputs - torch.diag(outputs.diagonal())) == 0
     expected = torch.kron(outputs, torch.eye(SHAPE[1], dtype=torch.float64) / SHAPE[1])
     assert type(rows) is type(curvature)
@@ -324,24 +340,24 @@ def test_over_outputs_is_the_partial_trace(kind, singular):
     _close(rows.trace().double(), dense.trace())
     if kind != "identity":
         assert (expected - dense).abs().max() > 0.01
-    _close(_reference_dense(rows.over_outputs()), expected)
+    _close(_reference_dense(rows.average_over_columns()), expected)
 
 
 @every_kind
 def test_what_has_been_averaged_stays_so_under_powers(kind):
-    rows = _make(kind).over_outputs()
+    rows = _make(kind).average_over_columns()
     powered = rows.power(0.5)
     expected = _reference_power(_reference_dense(rows), 0.5)
     _close(_reference_dense(powered), expected, 1e-11)
-    _close(_reference_dense(powered.over_outputs()), expected, 1e-11)
+    _close(_reference_dense(powered.average_over_columns()), expected, 1e-11)
 
 
 def test_powers_and_averages_over_outputs_are_not_to_be_exchanged():
     # The mean of roots is not the root of the mean, but for a spectrum alike in all inputs.
-    for kind in ("diagonal", "kronecker", "ekfac", "lookup_ekfac", "dense"):
+    for kind in ("diagonal", "kronecker", "ekfac", "embedding_ekfac", "dense"):
         curvature = _make(kind)
-        first = _reference_dense(curvature.over_outputs().power(0.5))
-        last = _reference_dense(curvature.power(0.5).over_outputs())
+        first = _reference_dense(curvature.average_over_columns().power(0.5))
+        last = _reference_dense(curvature.power(0.5).average_over_columns())
         assert (first - last).abs().max() > 1e-3
 
 
@@ -353,15 +369,25 @@ def test_of_inputs_keeps_the_inputs_alone(kind, singular):
     assert inputs.shape == SHAPE
     rows, columns = (torch.eye(size, dtype=torch.float64) for size in SHAPE)
     if kind == "kronecker":
-        expected = torch.kron(rows, curvature.input_factor)
+        expected = torch.kron(rows, curvature.column_factor)
         # By the definition alone: the moment of the inputs, up to a scale.
         _, traced = _partial_traces(_reference_dense(curvature))
-        traced = traced / curvature.output_factor.trace()
+        traced = traced / curvature.row_factor.trace()
         _close(_reference_dense(inputs), torch.kron(rows, traced))
         assert type(inputs) is Kronecker
-    elif kind == "lookup_kronecker":
-        expected = torch.kron(torch.diag(curvature.output_values), columns)
-        assert type(inputs) is LookupKronecker
+    elif kind == "transposed_kronecker":
+        expected = torch.kron(curvature.row_factor, columns)
+        traced, _ = _partial_traces(_reference_dense(curvature))
+        traced = traced / curvature.column_factor.trace()
+        _close(_reference_dense(inputs), torch.kron(traced, columns))
+        assert type(inputs) is TransposedKronecker
+    elif kind == "transposed_ekfac":
+        traced, _ = _partial_traces(_reference_dense(curvature))
+        expected = torch.kron(traced / columns.shape[0], columns)
+        assert type(inputs) is TransposedKronecker
+    elif kind == "embedding_kronecker":
+        expected = torch.kron(torch.diag(curvature.row_values), columns)
+        assert type(inputs) is EmbeddingKronecker
     elif kind == "ekfac":
         # That of the Kronecker product with the same traces.
         _, traced = _partial_traces(_reference_dense(curvature))
@@ -383,11 +409,11 @@ def test_with_inputs_is_the_operator_for_other_inputs(kind, singular, units, bia
     curvature, inputs = _make(kind, singular), SHAPE[1] - bias
     change = InputMap(between, inputs)
     if kind not in ("kronecker", "ekfac"):
-        assert not curvature.holds_inputs
-        with pytest.raises(TypeError, match=f"{kind} curvature does not hold"):
+        assert curvature.inputs_on != "columns"
+        with pytest.raises(TypeError, match=f"{kind} curvature .* on its columns"):
             curvature.with_inputs(change)
         return
-    assert curvature.holds_inputs
+    assert curvature.inputs_on == "columns"
     found = curvature.with_inputs(change)
     assert type(found) is type(curvature)
     # Positions of a block go together, and the bias stays: I x (S x I + 1).
@@ -441,7 +467,7 @@ def test_mean_averages_every_tensor(kind):
         _close(tensor, expected)
 
 
-@pytest.mark.parametrize("kind", ["kronecker", "lookup_kronecker"])
+@pytest.mark.parametrize("kind", ["kronecker", "embedding_kronecker"])
 @singular_or_not
 def test_an_eigendecomposition_is_the_same_operator(kind, singular):
     curvature = _make(kind, singular)
@@ -450,7 +476,7 @@ def test_an_eigendecomposition_is_the_same_operator(kind, singular):
     _close(_reference_dense(turned), _reference_dense(curvature))
 
 
-@pytest.mark.parametrize("kind", ["kronecker", "lookup_kronecker"])
+@pytest.mark.parametrize("kind", ["kronecker", "embedding_kronecker"])
 def test_the_kronecker_product_of_an_eigendecomposition_is_the_first(kind):
     curvature = _make(kind)
     back = curvature.eigen().kronecker()
@@ -458,7 +484,7 @@ def test_the_kronecker_product_of_an_eigendecomposition_is_the_first(kind):
     _close(_reference_dense(back), _reference_dense(curvature))
 
 
-@pytest.mark.parametrize("kind", ["ekfac", "lookup_ekfac"])
+@pytest.mark.parametrize("kind", ["ekfac", "embedding_ekfac"])
 @singular_or_not
 def test_the_kronecker_product_of_a_spectrum_keeps_its_traces(kind, singular):
     curvature = _make(kind, singular)
@@ -470,7 +496,7 @@ def test_the_kronecker_product_of_a_spectrum_keeps_its_traces(kind, singular):
 
 
 def test_a_spectrum_of_zeros_has_a_kronecker_product_of_zeros():
-    for kind in ("ekfac", "lookup_ekfac"):
+    for kind in ("ekfac", "embedding_ekfac"):
         curvature = _make(kind)
         nothing = curvature.with_spectrum(torch.zeros(SHAPE, dtype=torch.float64)).kronecker()
         assert _reference_dense(nothing).abs().max() == 0
@@ -552,7 +578,7 @@ def test_kinds_are_frozen_and_pure(kind):
     prepared = curvature.pseudo_inverse(0.1)
     prepared.solve(weights)
     prepared.project(weights)
-    curvature.over_outputs()
+    curvature.average_over_columns()
     curvature.of_inputs()
     curvature.dense()
     KINDS[kind].mean([curvature, curvature], [0.5, 0.5])

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lightning_fedfisher import Diagonal, Identity, Kronecker
-from lightning_fedfisher.curvature.summary import describe_curvature
+from lightning_fedfisher.curvature.summary import summarize_curvature
 
 
 def _factor(size, seed):
@@ -16,7 +16,7 @@ def _factor(size, seed):
 def test_it_says_what_the_dense_eigenvalues_say():
     curvature = Kronecker(_factor(5, 0), _factor(9, 1))
     values = torch.linalg.eigvalsh(curvature.dense()).flip(0)
-    told = describe_curvature("fc", curvature)
+    told = summarize_curvature("fc", curvature)
     assert told.layer == "fc"
     assert told.trace == pytest.approx(float(values.sum()))
     assert told.effective_rank == pytest.approx(float(values.sum() ** 2 / values.square().sum()))
@@ -26,28 +26,28 @@ def test_it_says_what_the_dense_eigenvalues_say():
 
 def test_eigenvalues_may_be_left_out():
     curvature = Kronecker(_factor(5, 0), _factor(9, 1))
-    whole = describe_curvature("fc", curvature)
-    assert describe_curvature("fc", curvature, spectrum=False) == replace(whole, spectrum=[])
+    whole = summarize_curvature("fc", curvature)
+    assert summarize_curvature("fc", curvature, spectrum=False) == replace(whole, spectrum=[])
 
 
 def test_equal_eigenvalues_count_all_and_one_counts_one():
-    assert describe_curvature("a", Identity((4, 5))).effective_rank == pytest.approx(20)
+    assert summarize_curvature("a", Identity((4, 5))).effective_rank == pytest.approx(20)
     single = torch.zeros(4, 5)
     single[2, 3] = 1e-20  # whose square float32 does not know
-    told = describe_curvature("a", Diagonal(single))
+    told = summarize_curvature("a", Diagonal(single))
     assert told.effective_rank == pytest.approx(1)
     assert told.spectrum == [pytest.approx(1e-20)] + [0] * 19
 
 
 def test_no_curvature_has_no_rank():
-    told = describe_curvature("a", Diagonal(torch.zeros(40, 5)))
+    told = summarize_curvature("a", Diagonal(torch.zeros(40, 5)))
     assert (told.trace, told.effective_rank, told.spectrum) == (0, 0, [0] * 33)
 
 
 def test_eigenvalues_that_cost_seconds_are_left_out_and_nothing_else():
     large = Kronecker(torch.eye(3), torch.eye(1025))
-    told = describe_curvature("a", large)
+    told = summarize_curvature("a", large)
     assert told.spectrum == []
     assert told.effective_rank == pytest.approx(3 * 1025)
     assert told.trace == 3 * 1025
-    assert not math.isnan(describe_curvature("a", Diagonal(torch.ones(3, 1025))).spectrum[-1])
+    assert not math.isnan(summarize_curvature("a", Diagonal(torch.ones(3, 1025))).spectrum[-1])

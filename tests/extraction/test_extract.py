@@ -26,12 +26,13 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_fedfisher.curvature.base import Dense
+from lightning_fedfisher.curvature.dense import Dense
+from lightning_fedfisher.errors import UnsupportedModelError
 from lightning_fedfisher.extraction.accumulators import model_sums as second_moments
 from lightning_fedfisher.extraction.extract import extract_curvature, extract_curvatures
 from lightning_fedfisher.extraction.fisher_types import FISHER_TYPES
 from lightning_fedfisher.extraction.sampling import Shard
-from lightning_fedfisher.layers import UnsupportedModelError, find_layers
+from lightning_fedfisher.layers import find_layers
 
 CLASSES, SAMPLES, BATCH = 3, 7, 3
 MC = {"draws": 3, "seed": 5, "tolerance": 0.0}
@@ -597,10 +598,10 @@ def _reference_factors(net, model, name, sides, middle):
     ).mean(0)
     module = _reference_modules(net, model)[name]
     if isinstance(module, nn.Embedding):
-        return {"output_values": inputs.diagonal(), "input_factor": gradients}
+        return {"row_values": inputs.diagonal(), "column_factor": gradients}
     if isinstance(module, nn.ConvTranspose2d):
-        return {"output_factor": inputs, "input_factor": gradients}
-    return {"output_factor": gradients, "input_factor": inputs}
+        return {"row_factor": inputs, "column_factor": gradients}
+    return {"row_factor": gradients, "column_factor": inputs}
 
 
 def _reference_blocks(net, kind, fisher, samples=SAMPLES):
@@ -683,15 +684,15 @@ def test_ekfac_is_the_nearest_in_the_basis_of_kfac(net, fisher):
             assert block.kind == kfac.kind == "diagonal"
             continue
         rows = torch.eye(layer.shape[0], dtype=torch.float64)
-        if block.kind == "ekfac":
-            rows = block.output_basis
-            turned = rows.T @ kfac.output_factor @ rows
+        if block.kind in ("ekfac", "transposed_ekfac"):
+            rows = block.row_basis
+            turned = rows.T @ kfac.row_factor @ rows
             assert (turned - torch.diag(turned.diagonal())).abs().max() < 1e-12
         else:
-            assert block.kind == "lookup_ekfac"
-        turned = block.input_basis.T @ kfac.input_factor @ block.input_basis
+            assert block.kind == "embedding_ekfac"
+        turned = block.column_basis.T @ kfac.column_factor @ block.column_basis
         assert (turned - torch.diag(turned.diagonal())).abs().max() < 1e-12
-        basis = torch.kron(rows.contiguous(), block.input_basis.contiguous())
+        basis = torch.kron(rows.contiguous(), block.column_basis.contiguous())
         torch.testing.assert_close(basis.T @ basis, torch.eye(len(basis)).double())
         expected = (basis.T @ matrix @ basis).diagonal().view(layer.shape)
         assert (block.spectrum - expected).abs().max() < 1e-10 * largest
@@ -823,8 +824,8 @@ def test_kfac_is_exact_for_a_linear_layer_that_knows_nothing():
     block = _extract(linear, data, fisher="exact", tolerance=0.0).blocks["weight"]
     centred = torch.eye(CLASSES, dtype=torch.float64) / CLASSES - 1 / CLASSES**2
     a = torch.cat([data.tensors[0], torch.ones(9, 1, dtype=torch.float64)], dim=1)
-    torch.testing.assert_close(block.output_factor, centred, rtol=0, atol=1e-15)
-    torch.testing.assert_close(block.input_factor, a.T @ a / 9, rtol=0, atol=1e-15)
+    torch.testing.assert_close(block.row_factor, centred, rtol=0, atol=1e-15)
+    torch.testing.assert_close(block.column_factor, a.T @ a / 9, rtol=0, atol=1e-15)
 
 
 def test_kfac_is_exact_where_all_inputs_are_equal():
@@ -839,10 +840,10 @@ def test_factors_have_the_traces_of_their_definition(net):
     extracted = _extract(_net(net), _data(NETS[net][1]), fisher="normalised")
     for layer in extracted.layers:
         if len(layer.parameters) == 2:
-            corner = extracted.blocks[layer.name].input_factor[-1, -1]
+            corner = extracted.blocks[layer.name].column_factor[-1, -1]
             assert float(corner) == pytest.approx(1, abs=1e-12)
     last = extracted.blocks[extracted.layers[-1].name]
-    assert float(last.output_factor.trace()) == pytest.approx(1, abs=1e-12)
+    assert float(last.row_factor.trace()) == pytest.approx(1, abs=1e-12)
 
 
 # ---------------------------------------------------------------------------------------------

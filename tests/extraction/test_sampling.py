@@ -15,7 +15,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_fedfisher.extraction.sampling import Shard, deal_samples, most_samples
+from lightning_fedfisher.extraction.sampling import Shard, most_samples, partition_samples
 
 SAMPLES = 21
 
@@ -57,7 +57,7 @@ def _loader(**options):
     ids=["plain", "shuffled", "drop_last", "sequential", "random", "distributed", "list", "range"],
 )
 def test_every_sample_once_and_in_order(options):
-    dealt = deal_samples(_loader(**options))
+    dealt = partition_samples(_loader(**options))
     assert _flat(dealt) == list(range(SAMPLES))
     assert [len(batch) for batch in _read(dealt)] == [4, 4, 4, 4, 4, 1]
     assert dealt.count == dealt.population == SAMPLES
@@ -69,13 +69,13 @@ def test_every_sample_once_and_in_order(options):
     ids=["subset sampler", "list", "tuple"],
 )
 def test_a_subset_of_the_samples(sampler):
-    dealt = deal_samples(_loader(sampler=sampler))
+    dealt = partition_samples(_loader(sampler=sampler))
     assert _flat(dealt) == [2, 5, 9]
     assert dealt.count == dealt.population == 3
 
 
 def test_a_subset_given_as_a_tensor_holds_each_sample_once():
-    dealt = deal_samples(_loader(sampler=SubsetRandomSampler(torch.tensor([9, 2, 9, 5]))))
+    dealt = partition_samples(_loader(sampler=SubsetRandomSampler(torch.tensor([9, 2, 9, 5]))))
     assert _flat(dealt) == [2, 5, 9]
 
 
@@ -95,19 +95,19 @@ def test_a_subset_given_as_a_tensor_holds_each_sample_once():
 )
 def test_what_cannot_be_dealt_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        deal_samples(_loader(**options))
+        partition_samples(_loader(**options))
 
 
 @pytest.mark.parametrize("max_samples", [0, -1])
 def test_max_samples_below_one(max_samples):
     with pytest.raises(ValueError, match="at least 1"):
-        deal_samples(_loader(), max_samples=max_samples)
+        partition_samples(_loader(), max_samples=max_samples)
 
 
 def test_max_samples_is_seeded_and_within_the_population():
     sampler = SubsetRandomSampler(range(3, 18))
     subsets = [
-        deal_samples(_loader(sampler=sampler), max_samples=6, seed=seed) for seed in (0, 0, 1)
+        partition_samples(_loader(sampler=sampler), max_samples=6, seed=seed) for seed in (0, 0, 1)
     ]
     assert {(dealt.count, dealt.population) for dealt in subsets} == {(6, 15)}
     first, again, other = (_flat(dealt) for dealt in subsets)
@@ -120,7 +120,7 @@ def test_max_samples_is_seeded_and_within_the_population():
 def test_every_sample_is_as_likely():
     counts = np.zeros(SAMPLES)
     for seed in range(400):
-        counts[_flat(deal_samples(_loader(), max_samples=7, seed=seed))] += 1
+        counts[_flat(partition_samples(_loader(), max_samples=7, seed=seed))] += 1
     # A third of 400, give or take four standard deviations.
     assert abs(counts - 400 / 3).max() < 4 * np.sqrt(400 * (1 / 3) * (2 / 3))
 
@@ -128,9 +128,11 @@ def test_every_sample_is_as_likely():
 @pytest.mark.parametrize("world_size", [1, 2, 3, 30])
 @pytest.mark.parametrize("max_samples", [None, 10])
 def test_processes_share_the_samples(world_size, max_samples):
-    alone = deal_samples(_loader(), max_samples=max_samples)
+    alone = partition_samples(_loader(), max_samples=max_samples)
     shares = [
-        deal_samples(_loader(shuffle=True), max_samples=max_samples, shard=Shard(rank, world_size))
+        partition_samples(
+            _loader(shuffle=True), max_samples=max_samples, shard=Shard(rank, world_size)
+        )
         for rank in range(world_size)
     ]
     assert {(share.count, share.population) for share in shares} == {
@@ -147,8 +149,8 @@ def test_batch_size_and_collate_function_of_the_loader():
         return -torch.stack(samples)
 
     loader = _loader(collate_fn=collate, shuffle=True)
-    assert _read(deal_samples(loader))[0] == [0, -1, -2, -3]
-    assert [len(b) for b in _read(deal_samples(loader, batch_size=8))] == [8, 8, 5]
+    assert _read(partition_samples(loader))[0] == [0, -1, -2, -3]
+    assert [len(b) for b in _read(partition_samples(loader, batch_size=8))] == [8, 8, 5]
 
 
 def test_the_loaders_own_order_is_not_disturbed():
@@ -158,7 +160,7 @@ def test_the_loaders_own_order_is_not_disturbed():
     loaders = [_loader(shuffle=True, generator=torch.Generator().manual_seed(3)) for _ in range(2)]
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    _flat(deal_samples(loaders[0]))
+    _flat(partition_samples(loaders[0]))
     assert torch.equal(torch.get_rng_state(), state)
     assert order(loaders[0]) == order(loaders[1])
 
@@ -178,11 +180,11 @@ def _iterable(form):
 
 @pytest.mark.parametrize("form", ["list", "generator", "stream"])
 def test_other_iterables_are_read_as_they_come(form):
-    dealt = deal_samples(_iterable(form), max_samples=3)
+    dealt = partition_samples(_iterable(form), max_samples=3)
     assert (dealt.count, dealt.population, dealt.indices) == (None, None, None)
     assert _flat(dealt) == list(range(SAMPLES))
     with pytest.raises(ValueError, match="several processes"):
-        deal_samples(_iterable(form), shard=Shard(0, 2))
+        partition_samples(_iterable(form), shard=Shard(0, 2))
 
 
 @pytest.mark.parametrize("max_samples", [None, 10])
@@ -192,7 +194,7 @@ def test_draws_belong_to_samples(max_samples, world_size, sizes):
     count = max_samples or SAMPLES
     rows = np.stack([np.random.default_rng((7, place)).random(2) for place in range(count)])
     for rank in range(world_size):
-        dealt = deal_samples(_loader(), max_samples=max_samples, shard=Shard(rank, world_size))
+        dealt = partition_samples(_loader(), max_samples=max_samples, shard=Shard(rank, world_size))
         uniforms, drawn = dealt.uniforms(7), []
         left = len(range(rank, count, world_size))
         while left:
@@ -204,13 +206,15 @@ def test_draws_belong_to_samples(max_samples, world_size, sizes):
 
 
 def test_the_first_draws_do_not_depend_on_their_number():
-    few, many = (deal_samples(_loader()).uniforms(7)(SAMPLES, n) for n in (2, 5))
+    few, many = (partition_samples(_loader()).uniforms(7)(SAMPLES, n) for n in (2, 5))
     assert torch.equal(few, many[:, :2])
     assert len(many.unique()) == many.numel()
 
 
 def test_draws_depend_on_the_seed():
-    one, again, other = (deal_samples(_loader()).uniforms(seed)(SAMPLES, 2) for seed in (1, 1, 2))
+    one, again, other = (
+        partition_samples(_loader()).uniforms(seed)(SAMPLES, 2) for seed in (1, 1, 2)
+    )
     assert torch.equal(one, again)
     assert not (one == other).any()
 
@@ -218,14 +222,14 @@ def test_draws_depend_on_the_seed():
 def test_draws_of_an_iterable_are_seeded_and_fresh_for_every_sample():
     one, again = (
         torch.cat([uniforms(4, 3), uniforms(8, 3), uniforms(9, 3)])
-        for uniforms in (deal_samples(list(_loader())).uniforms(7) for _ in range(2))
+        for uniforms in (partition_samples(list(_loader())).uniforms(7) for _ in range(2))
     )
     assert torch.equal(one, again)
     assert len(one.unique()) == one.numel()
 
 
 def test_another_batch_size_gives_the_same_samples_and_draws():
-    dealt = deal_samples(_loader(), max_samples=10, shard=Shard(1, 2))
+    dealt = partition_samples(_loader(), max_samples=10, shard=Shard(1, 2))
     smaller = dealt.rebatch(2)
     assert (dealt.batch_size, smaller.batch_size) == (4, 2)
     assert [len(batch) for batch in _read(smaller)] == [2, 2, 1]
@@ -235,23 +239,28 @@ def test_another_batch_size_gives_the_same_samples_and_draws():
 
 
 def test_an_iterable_has_no_other_batch_size():
-    dealt = deal_samples(list(_loader()))
+    dealt = partition_samples(list(_loader()))
     assert dealt.rebatch is None
     assert dealt.batch_size is None
 
 
 @pytest.mark.parametrize("shard", [Shard(0, 1), Shard(0, 3), Shard(2, 3)])
 def test_every_process_previews_the_same_samples(shard):
-    dealt = deal_samples(_loader(sampler=range(5, 19)), shard=shard)
+    dealt = partition_samples(_loader(sampler=range(5, 19)), shard=shard)
     for _ in range(2):
         assert dealt.preview().tolist() == [5, 6, 7, 8]
-    assert deal_samples(_loader(sampler=[3, 1]), shard=shard).preview().tolist() == [1, 3, 1, 3]
+    assert partition_samples(_loader(sampler=[3, 1]), shard=shard).preview().tolist() == [
+        1,
+        3,
+        1,
+        3,
+    ]
     assert _flat(dealt) == list(range(5, 19))[shard.rank :: shard.world_size]
 
 
 @pytest.mark.parametrize("form", ["list", "generator", "stream"])
 def test_a_preview_takes_no_sample_away(form):
-    dealt = deal_samples(_iterable(form))
+    dealt = partition_samples(_iterable(form))
     assert dealt.preview().tolist() == [0, 1, 2, 3]
     assert _flat(dealt) == list(range(SAMPLES))
     assert dealt.again == (form != "generator")
@@ -260,7 +269,7 @@ def test_a_preview_takes_no_sample_away(form):
 
 @pytest.mark.parametrize("form", ["list", "generator", "stream"])
 def test_a_second_preview_takes_no_sample_away_either(form):
-    dealt = deal_samples(_iterable(form))
+    dealt = partition_samples(_iterable(form))
     for _ in range(2):
         assert dealt.preview().tolist() == [0, 1, 2, 3]
     assert _flat(dealt) == list(range(SAMPLES))
@@ -268,7 +277,7 @@ def test_a_second_preview_takes_no_sample_away_either(form):
 
 def test_an_empty_iterable_has_no_preview():
     with pytest.raises(ValueError, match="holds no samples"):
-        deal_samples([]).preview()
+        partition_samples([]).preview()
 
 
 def test_the_first_process_tells_the_others():

@@ -177,7 +177,7 @@ def test_a_map_keeps_blocks_together_and_leaves_the_bias(positions, bias):
     torch.testing.assert_close(both.weights(matrix), matrix @ wide)
     moments = _moments(inputs + bias)
     found = both.curvature(_of(moments, 3))
-    torch.testing.assert_close(found.input_factor, wide.mT @ moments @ wide)
+    torch.testing.assert_close(found.column_factor, wide.mT @ moments @ wide)
 
 
 # Whole networks: as wide as they are, no direction is without curvature
@@ -280,7 +280,7 @@ def _clients(network, kind="kfac"):
 
 
 PRECISE = dataclasses.replace(
-    METHODS["fedfisher"], solver=partial(ConjugateGradient, tolerance=1e-8, cut=1e-3)
+    METHODS["fedfisher"], solver=partial(ConjugateGradient, tolerance=1e-8, rcond=1e-3)
 )
 
 
@@ -294,14 +294,14 @@ def test_problems_are_those_of_the_oracle(network, kind):
     """Each layer's, whatever the layers before have been merged to."""
     clients = _clients(network, kind)
     header = clients[0].header
-    assert header.sources == NETWORKS[network][2]
+    assert header.fed_by == NETWORKS[network][2]
     merged = {layer.name: _weights(*layer.shape).float() for layer in header.layers}
     problems = LayerProblems(clients, METHODS["fedfisher"], 2**30)
     for index, layer in enumerate(header.layers):
         problem = problems.read(index, CPU, list(merged.values()))
         shares, weights, curvatures = oracle.quadratic(clients, layer.name, merged)
         assert problem.shares == pytest.approx(shares)
-        changed = header.sources.get(layer.name) is not None
+        changed = header.fed_by.get(layer.name) is not None
         for client in range(3):
             assert problem.weights[client].dtype == torch.float32
             assert _apart(problem.weights[client], weights[client]) < 1e-5
@@ -310,7 +310,7 @@ def test_problems_are_those_of_the_oracle(network, kind):
             own = clients[client].weights(layer)
             assert (_apart(problem.weights[client], own.double()) > 0.05) == changed
             before = problems._updates[client].block(layer)
-            before = METHODS["fedfisher"].transform(before, layer.name == header.head)
+            before = METHODS["fedfisher"].transform(before, layer.name == header.output_layer)
             assert (_apart(written, oracle.written_out(before)) > 0.05) == changed
 
 
@@ -333,7 +333,7 @@ def test_merges_are_those_of_the_oracle(network, kind, tmp_path):
 
         error, move = away(layer.join(merged)), away(start)
         assert error < 0.05 * move
-        if layer.name in clients[0].header.sources:
+        if layer.name in clients[0].header.fed_by:
             assert away(unaligned[layer.name]) > max(0.1 * move, 3 * error)
 
 
@@ -377,7 +377,7 @@ def test_other_methods_wait_for_nothing(method):
 @pytest.mark.parametrize("kind", ["diagonal", "dense"])
 def test_curvature_that_holds_no_inputs_is_not_aligned(kind, tmp_path):
     clients = _clients("chain", kind)
-    assert clients[0].header.sources == NETWORKS["chain"][2]
+    assert clients[0].header.fed_by == NETWORKS["chain"][2]
     problems = LayerProblems(clients, METHODS["fedfisher"], 0)
     assert [problems.waits_for(index) for index in range(3)] == [None] * 3
     merged = merge(clients, tmp_path, method=PRECISE).merged_state_dict()
@@ -390,7 +390,7 @@ def test_curvature_that_holds_no_inputs_is_not_aligned(kind, tmp_path):
 def test_a_layer_is_not_aligned_where_either_side_holds_no_inputs(tmp_path):
     sources = {**NETWORKS["mixed"][2], "3": Source("1", "relu"), "5": Source("3", "relu")}
     # The matrix of a grouped convolution has inputs of its group alone: blocks that divide.
-    clients = [_with_header(client, sources={"5": sources["5"]}) for client in _clients("mixed")]
+    clients = [_with_header(client, fed_by={"5": sources["5"]}) for client in _clients("mixed")]
     assert clients[0].header.kinds["3"] == "diagonal"
     problems = LayerProblems(clients, METHODS["fedfisher"], 0)
     assert [problems.waits_for(index) for index in range(4)] == [None] * 4

@@ -69,7 +69,7 @@ def _other_file(kind):
     return lambda path: shutil.copy(path.parent / kind / "client-0.safetensors", path)
 
 
-FACTOR = "curvature/network.2/output_factor"
+FACTOR = "curvature/network.2/row_factor"
 BAD = {
     "missing": (lambda path: path.unlink(), "there is no update file"),
     "truncated": (_truncate, "it is truncated or damaged"),
@@ -93,7 +93,7 @@ BAD = {
     "another model": (_foreign, "is of another model than"),
     "another kind": (_other_file("diagonal"), "curvature is diagonal, not kfac"),
     "another Fisher": (_other_file("exact"), "fisher is exact, not normalised"),
-    "another wiring": (lambda path: _changed(path, sources={}), "ran its layers otherwise than"),
+    "another wiring": (lambda path: _changed(path, fed_by={}), "ran its layers otherwise than"),
     "too many samples": (lambda path: _changed(path, num_samples=2**41), "num_samples is more"),
     "no samples": (lambda path: _changed(path, num_samples=0), "an empty client has no say"),
 }
@@ -156,13 +156,13 @@ def test_all_bad_is_refused_whatever_is_skipped(files):
 
 def test_of_two_halves_the_first_is_right(files):
     for file in files[5:]:
-        _changed(file, sources={})
+        _changed(file, fed_by={})
     with pytest.raises(MergeError) as error:
         FisherMergeModule(files)
     assert [str(f) in o for f, o in zip(files[5:], error.value.offenders, strict=True)] == [
         True
     ] * 5
-    _changed(files[0], sources={})
+    _changed(files[0], fed_by={})
     with pytest.raises(MergeError) as error:
         FisherMergeModule(files)
     assert [o.split()[0] for o in error.value.offenders] == [str(file) for file in files[1:5]]
@@ -227,7 +227,7 @@ def test_of_ten_one_may_be_left(files):
 @pytest.mark.parametrize("odd", [2, 4])
 def test_updates_in_memory_and_in_files_are_counted_as_alike(odd, files):
     for file in files[:odd]:
-        _changed(file, sources={})
+        _changed(file, fed_by={})
     here = _trained_here(files[odd], files[odd].parent)
     sound = [*files[odd : 2 * odd - 1], *[here] * 2]
     with pytest.raises(MergeError) as error:
@@ -276,7 +276,7 @@ def test_what_is_not_read_is_not_judged(files):
 def test_a_bad_file_has_no_part_in_what_most_are_like(files):
     # Five of another wiring, of which two are damaged: three are fewer than four.
     for file in files[:5]:
-        _changed(file, sources={})
+        _changed(file, fed_by={})
     _flip(files[0])
     _flip(files[1])
     files[9].unlink()

@@ -19,8 +19,10 @@ from lightning_fedfisher import (
     UpdateHeader,
     find_layers,
 )
-from lightning_fedfisher.curvature.base import Dense, Diagonal, Identity
-from lightning_fedfisher.curvature.embedding import LookupEigenKronecker, LookupKronecker
+from lightning_fedfisher.curvature.base import Identity
+from lightning_fedfisher.curvature.dense import Dense
+from lightning_fedfisher.curvature.diagonal import Diagonal
+from lightning_fedfisher.curvature.embedding import EmbeddingEigenKronecker, EmbeddingKronecker
 from lightning_fedfisher.curvature.kronecker import EigenKronecker, Kronecker
 from lightning_fedfisher.merge import influence_cap as influence
 from lightning_fedfisher.merge.buffers import merge_buffers
@@ -57,12 +59,12 @@ def _curvature(kind, generator):
             return Kronecker(_moment(ROWS, generator), _moment(COLUMNS, generator))
         case "lookup":
             values = torch.rand(ROWS, generator=generator).double()
-            return LookupKronecker(values, _moment(COLUMNS, generator))
+            return EmbeddingKronecker(values, _moment(COLUMNS, generator))
     # As aligned inputs leave them, the bases are not orthogonal.
     bases = [torch.randn(n, n, generator=generator).double() for n in SHAPE]
     spectrum = torch.rand(SHAPE, generator=generator).double()
     if kind == "lookup ekfac":
-        return LookupEigenKronecker(bases[1], spectrum)
+        return EmbeddingEigenKronecker(bases[1], spectrum)
     return EigenKronecker(*bases, spectrum)
 
 
@@ -80,7 +82,7 @@ def _scaled(problem, client, share=1.0, offset=1.0, curvature=1.0):
     shares[client] *= share
     weights[client] = weights[client] * offset
     one = curvatures[client]
-    curvatures[client] = Kronecker(curvature * one.output_factor, one.input_factor)
+    curvatures[client] = Kronecker(curvature * one.row_factor, one.column_factor)
     return Quadratic(shares, weights, curvatures)
 
 
@@ -245,7 +247,7 @@ def test_what_is_held_does_not_depend_on_units_or_order():
     other = Quadratic(
         [7 * share for share in problem.shares],
         [3 * matrix for matrix in problem.weights],
-        [Kronecker(5 * c.output_factor, c.input_factor) for c in problem.curvatures],
+        [Kronecker(5 * c.row_factor, c.column_factor) for c in problem.curvatures],
     )
     scaled = hold(other, measure(other), 2.0)
     torch.testing.assert_close(torch.tensor(scaled.shares), torch.tensor(held.shares))
@@ -267,7 +269,7 @@ def test_what_is_measured_does_not_depend_on_units_or_order():
     scaled = Quadratic(
         [7 * share for share in problem.shares],
         [3 * matrix for matrix in problem.weights],
-        [Kronecker(5 * c.output_factor, c.input_factor) for c in problem.curvatures],
+        [Kronecker(5 * c.row_factor, c.column_factor) for c in problem.curvatures],
     )
     torch.testing.assert_close(measure(scaled), measure(problem))
     order = [3, 0, 4, 1, 2]
@@ -314,7 +316,7 @@ def _forged(update, samples=1, curvature=1.0, weights=None):
     state = update.parameters
     model.load_state_dict(state if weights is None else {n: weights(t) for n, t in state.items()})
     blocks = {
-        name: Kronecker(curvature * block.output_factor, block.input_factor)
+        name: Kronecker(curvature * block.row_factor, block.column_factor)
         for name, block in update.blocks.items()
     }
     header = dataclasses.replace(update.header, num_samples=samples * update.num_samples)
@@ -395,7 +397,7 @@ class _Overflowing(ClientUpdate):
 
     def block(self, layer):
         block = super().block(layer)
-        return Kronecker(1e18 * block.output_factor, 1e38 * block.input_factor.sign().abs())
+        return Kronecker(1e18 * block.row_factor, 1e38 * block.column_factor.sign().abs())
 
     def verify(self):
         pass

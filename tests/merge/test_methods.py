@@ -12,8 +12,10 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fedfisher import ClientUpdate, extract_curvature
-from lightning_fedfisher.curvature.base import Dense, Diagonal, Identity
-from lightning_fedfisher.curvature.embedding import LookupEigenKronecker, LookupKronecker
+from lightning_fedfisher.curvature.base import Identity
+from lightning_fedfisher.curvature.dense import Dense
+from lightning_fedfisher.curvature.diagonal import Diagonal
+from lightning_fedfisher.curvature.embedding import EmbeddingEigenKronecker, EmbeddingKronecker
 from lightning_fedfisher.curvature.kronecker import EigenKronecker, Kronecker
 from lightning_fedfisher.extraction.extract import CURVATURE_TYPES
 from lightning_fedfisher.extraction.fisher_types import FISHER_TYPES
@@ -50,8 +52,8 @@ def _curvatures(seed=0):
             torch.linalg.eigh(_factor(3, seed + 3))[1],
             values.flip(0),
         ),
-        "lookup_kronecker": LookupKronecker(values[:, 0], _factor(3, seed + 3)),
-        "lookup_ekfac": LookupEigenKronecker(
+        "embedding_kronecker": EmbeddingKronecker(values[:, 0], _factor(3, seed + 3)),
+        "embedding_ekfac": EmbeddingEigenKronecker(
             torch.linalg.eigh(_factor(3, seed + 3))[1], values.flip(1)
         ),
         "dense": Dense(_factor(6, seed + 4), (2, 3)),
@@ -254,11 +256,9 @@ def _written_out(curvature):
     """The operator by what its tensors mean, in float64."""
     tensors = {name: tensor.double() for name, tensor in curvature.tensors().items()}
     if isinstance(curvature, Kronecker):
-        return torch.kron(tensors["output_factor"], tensors["input_factor"])
+        return torch.kron(tensors["row_factor"], tensors["column_factor"])
     if isinstance(curvature, EigenKronecker):
-        basis = torch.kron(
-            tensors["output_basis"].contiguous(), tensors["input_basis"].contiguous()
-        )
+        basis = torch.kron(tensors["row_basis"].contiguous(), tensors["column_basis"].contiguous())
         return (basis * tensors["spectrum"].flatten()) @ basis.mT
     if isinstance(curvature, Diagonal):
         return torch.diag(tensors["values"].flatten())
@@ -301,9 +301,8 @@ def test_a_method_is_told_which_layer_is_an_aligned_head(method, make):
     )
     aligned = METHODS[method].aligns and make is _chain
     for head, expected in (("2", [False, aligned]), ("0", [False, False]), ("", [False, False])):
-        renamed = [
-            ClientUpdate.from_model(make(), replace(u.header, head=head), u.blocks) for u in updates
-        ]
+        headed = [(replace(u.header, output_layer=head), u.blocks) for u in updates]
+        renamed = [ClientUpdate.from_model(make(), *parts) for parts in headed]
         problems = LayerProblems(renamed, row, 2**30)
         merged = [problems.average(layer) for layer in renamed[0].layers]
         for index in range(2):
@@ -453,3 +452,32 @@ def test_regmean_weighs_the_rows_of_an_embedding_by_how_often_they_are_read():
         read, above / (counts[0] + counts[1]), (40 * weights[0] + 20 * weights[1]) / 60
     )
     torch.testing.assert_close(solver.weights.double(), expected, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("curvature", ["kfac", "ekfac"])
+def test_regmean_of_a_transposed_convolution_weighs_its_rows_by_their_inputs(curvature):
+    row = replace(METHODS["regmean"], curvatures=("kfac", "ekfac"))
+    updates, grams = [], []
+    for client, size in enumerate((40, 20)):
+        generator = torch.Generator().manual_seed(client)
+        x = torch.randn(size, 2, 3, 3, generator=generator, dtype=torch.float64) + client
+        with torch.random.fork_rng():
+            torch.manual_seed(client)
+            transposed = nn.ConvTranspose2d(2, 3, 1, bias=False)
+            model = nn.Sequential(transposed, nn.Flatten(), nn.Linear(27, 3)).double()
+        data = TensorDataset(x, torch.randint(0, 3, (size,), generator=generator))
+        updates.append(_update(model, data, curvature))
+        pixels = x.movedim(1, 0).flatten(1)
+        grams.append(pixels @ pixels.mT)
+    problem = LayerProblems(updates, row, 2**30).read(0, CPU, [])
+    solver = row.solver(problem)
+    solver.advance(row.iterations)
+    weights = [update.weights(update.layers[0]) for update in updates]
+    # A transposed convolution of one pixel is y = W' x, so the inputs multiply from the left.
+    right = sum(g @ w for g, w in zip(grams, weights, strict=True))
+    expected = torch.linalg.solve(sum(grams), right)
+    close = 1e-3 if curvature == "kfac" else 0.5  # EKFAC's spectrum weighs inputs by gradients
+    assert float((solver.weights - expected).norm()) < close * float(expected.norm())
+    # Between the clients, not far beyond both.
+    largest = max(float(w.abs().max()) for w in weights)
+    assert float(solver.weights.abs().max()) < 3 * largest

@@ -8,10 +8,12 @@ from itertools import pairwise
 import pytest
 import torch
 
-from lightning_fedfisher.curvature.base import Dense, Diagonal, Identity
+from lightning_fedfisher.curvature.base import Identity
+from lightning_fedfisher.curvature.dense import Dense
+from lightning_fedfisher.curvature.diagonal import Diagonal
 from lightning_fedfisher.curvature.kronecker import Kronecker
 from lightning_fedfisher.merge.methods import METHODS
-from lightning_fedfisher.merge.objective import Quadratic, Unread, average, norm
+from lightning_fedfisher.merge.objective import LazyCurvatures, Quadratic, average, norm
 from lightning_fedfisher.merge.solvers import (
     ClosedForm,
     ConjugateGradient,
@@ -72,7 +74,7 @@ def _reference_dense(curvature):
     if curvature.kind == "diagonal":
         return torch.diag(curvature.values.double().flatten())
     if curvature.kind == "kronecker":
-        return torch.kron(curvature.output_factor.double(), curvature.input_factor.double())
+        return torch.kron(curvature.row_factor.double(), curvature.column_factor.double())
     return curvature.matrix.double()
 
 
@@ -637,7 +639,7 @@ def test_what_float32_reaches_stays_in_float32():
 @pytest.mark.parametrize("decades", [1, 3])
 def test_a_tolerance_out_of_reach_ends_as_far_as_it_goes(decades, dtype):
     problem, expected, _ = _ill_conditioned(decades, dtype)
-    solver = ConjugateGradient(problem, tolerance=0.0, cut=0.0)
+    solver = ConjugateGradient(problem, tolerance=0.0, rcond=0.0)
     solver.advance(20_000)
     assert solver.finished
     assert solver.iterations < 5000
@@ -654,8 +656,8 @@ def test_curvature_that_is_negative_by_rounding_ends(dtype):
         values, basis = torch.linalg.eigh(curvature.matrix.double())
         values[:4] = torch.tensor([-1e-2, -1e-3, -1e-6, 0]) * values.max()
         spoiled.append(Dense(((basis * values) @ basis.mT).to(dtype), SHAPE))
-    for cut in (0.0, 1e-6, 1e-3):
-        solver = ConjugateGradient(Quadratic(SHARES, problem.weights, spoiled), 1e-6, cut)
+    for rcond in (0.0, 1e-6, 1e-3):
+        solver = ConjugateGradient(Quadratic(SHARES, problem.weights, spoiled), 1e-6, rcond)
         solver.advance(20_000)
         assert solver.finished
         assert torch.isfinite(solver.weights).all()
@@ -664,7 +666,7 @@ def test_curvature_that_is_negative_by_rounding_ends(dtype):
 # Curvature that is read at every use
 
 
-class _Read(Unread):
+class _Read(LazyCurvatures):
     """Counts what is made, and looks at what is kept."""
 
     def __init__(self, curvatures):
@@ -924,7 +926,7 @@ def test_dead_inputs_and_outputs_stay_at_the_average_in_float32():
 
 def test_faint_curvature_of_float32_is_no_absence_of_curvature():
     problem = _problem("kronecker", dtype=torch.float32)
-    faint = [Kronecker(f.output_factor * 1e-24, f.input_factor) for f in problem.curvatures]
+    faint = [Kronecker(f.row_factor * 1e-24, f.column_factor) for f in problem.curvatures]
     here = _solved(problem)
     there = _solved(Quadratic(SHARES, problem.weights, faint))
     assert _error(there.weights, here.weights.double()) < 1e-2

@@ -14,12 +14,12 @@ def written_out(block):
     tensors = {name: tensor.double() for name, tensor in block.tensors().items()}
     rows = torch.eye(block.shape[0]).double()
     if block.kind == "kronecker":
-        return torch.kron(tensors["output_factor"], tensors["input_factor"])
-    if block.kind == "lookup_kronecker":
-        return torch.kron(torch.diag(tensors["output_values"]), tensors["input_factor"])
-    if block.kind in ("ekfac", "lookup_ekfac"):
-        outputs = tensors.get("output_basis", rows)
-        basis = torch.kron(outputs.contiguous(), tensors["input_basis"].contiguous())
+        return torch.kron(tensors["row_factor"], tensors["column_factor"])
+    if block.kind == "embedding_kronecker":
+        return torch.kron(torch.diag(tensors["row_values"]), tensors["column_factor"])
+    if block.kind in ("ekfac", "embedding_ekfac"):
+        outputs = tensors.get("row_basis", rows)
+        basis = torch.kron(outputs.contiguous(), tensors["column_basis"].contiguous())
         return (basis * tensors["spectrum"].flatten()) @ basis.mT
     if block.kind == "diagonal":
         return torch.diag(tensors["values"].flatten())
@@ -89,7 +89,7 @@ def wide(units, layer):
 
 def _is_aligned(header, name):
     """Whether a layer reads another and both hold their inputs' moments."""
-    source = header.sources.get(name)
+    source = header.fed_by.get(name)
     return bool(source) and {header.kinds[name], header.kinds[source.layer]} <= set(HOLD_INPUTS)
 
 
@@ -97,7 +97,7 @@ def _carried(clients, name, merged):
     """What each client's inputs have become: the layer's maps ``T`` and ``S``, written out."""
     header = clients[0].header
     layers = {layer.name: layer for layer in header.layers}
-    layer, source = layers[name], header.sources.get(name)
+    layer, source = layers[name], header.fed_by.get(name)
     same = torch.eye(layer.shape[1]).double()
     if not _is_aligned(header, name):
         return [(same, same)] * len(clients)
@@ -121,7 +121,7 @@ def quadratic(clients, name, merged, aligns=True):
     carried = _carried(clients, name, merged) if aligns else [(same, same)] * len(clients)
     for client, (there, back) in zip(clients, carried, strict=True):
         dense = written_out(client.block(layer))
-        if name == header.head and aligns and _is_aligned(header, name):
+        if name == header.output_layer and aligns and _is_aligned(header, name):
             dense = over_outputs(dense, layer.shape)
         change = torch.kron(torch.eye(layer.shape[0]).double(), back)
         weights.append(client.weights(layer).double() @ there)
@@ -142,7 +142,7 @@ def minimiser(shares, weights, curvatures):
 
 def fedfisher(clients, aligns=True):
     """The merged matrix of every layer, and where each started."""
-    sources = clients[0].header.sources
+    sources = clients[0].header.fed_by
     merged, starts = {}, {}
 
     def solve(name):

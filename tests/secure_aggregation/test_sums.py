@@ -19,10 +19,10 @@ from lightning_fedfisher import (
     FedFisherCallback,
     FisherMergeModule,
     UpdateError,
+    client_sums,
     from_fixed,
-    pooled,
-    summand,
     to_fixed,
+    update_from_sums,
 )
 
 CLIENTS = 4
@@ -53,8 +53,8 @@ def _add(one, other):
     return {name: tensor + other[name] for name, tensor in one.items()}
 
 
-def _sum(summands):
-    return reduce(_add, summands)
+def _sum(client_sums):
+    return reduce(_add, client_sums)
 
 
 def _merged(updates, folder, method="fisher_merge"):
@@ -85,7 +85,7 @@ def _masked(fixed, client, clients):
 
 
 def test_one_client_returns_itself(updates):
-    alone = pooled(summand(updates[0]), updates[1])
+    alone = update_from_sums(client_sums(updates[0]), updates[1])
     for name, tensor in updates[0].parameters.items():
         torch.testing.assert_close(alone.parameters[name], tensor, rtol=1e-6, atol=1e-7)
     for layer in alone.layers:
@@ -96,19 +96,21 @@ def test_one_client_returns_itself(updates):
 
 @pytest.mark.parametrize("method", ["fisher_merge", "fedfisher", "fedavg"])
 def test_sums_give_the_merged_model(updates, method, tmp_path):
-    total = _sum(summand(update, method) for update in updates)
-    _close(_model(pooled(total, updates[0])), _merged(updates, tmp_path, method), atol=2e-5)
+    total = _sum(client_sums(update, method) for update in updates)
+    _close(
+        _model(update_from_sums(total, updates[0])), _merged(updates, tmp_path, method), atol=2e-5
+    )
 
 
 def test_any_curvature_adds_up_to_fedavg(tmp_path):
     updates = tiny_updates(tmp_path)
-    total = _sum(summand(update, "fedavg") for update in updates)
-    _close(_model(pooled(total, updates[0])), _merged(updates, tmp_path, "fedavg"))
+    total = _sum(client_sums(update, "fedavg") for update in updates)
+    _close(_model(update_from_sums(total, updates[0])), _merged(updates, tmp_path, "fedavg"))
 
 
 def test_masked_sums_in_fixed_point_give_the_same_model(updates, tmp_path):
-    unit = max(update.num_samples for update in updates)
-    plain = [summand(update, unit=unit) for update in updates]
+    sample_unit = max(update.num_samples for update in updates)
+    plain = [client_sums(update, sample_unit=sample_unit) for update in updates]
     fixed = [to_fixed(tensors, CLIENTS) for tensors in plain]
     sent = [_masked(tensors, client, CLIENTS) for client, tensors in enumerate(fixed)]
     for tensors, masked in zip(fixed, sent, strict=True):
@@ -119,22 +121,28 @@ def test_masked_sums_in_fixed_point_give_the_same_model(updates, tmp_path):
     for name, tensor in _sum(fixed).items():
         assert torch.equal(_sum(sent)[name], tensor), name
     total = from_fixed(_sum(sent))
-    _close(_model(pooled(total, updates[0], unit=unit)), _merged(updates, tmp_path), atol=1e-5)
-    assert pooled(total, updates[0], unit=unit).num_samples == sum(u.num_samples for u in updates)
+    _close(
+        _model(update_from_sums(total, updates[0], sample_unit=sample_unit)),
+        _merged(updates, tmp_path),
+        atol=1e-5,
+    )
+    assert update_from_sums(total, updates[0], sample_unit=sample_unit).num_samples == sum(
+        u.num_samples for u in updates
+    )
 
 
-@pytest.mark.parametrize(("fraction_bits", "words"), [(20, 1), (40, 1), (20, 3), (40, 2)])
-def test_sums_are_off_by_half_a_step_for_each_client(fraction_bits, words):
+@pytest.mark.parametrize(("fraction_bits", "limbs"), [(20, 1), (40, 1), (20, 3), (40, 2)])
+def test_sums_are_off_by_half_a_step_for_each_client(fraction_bits, limbs):
     generator = torch.Generator().manual_seed(0)
     shape = (CLIENTS, 50)
     # Exact in float64, with more bits than are kept, and of either sign.
     numbers = torch.randint(-(2**45), 2**45, shape, generator=generator).double() * 2.0**-44
     faint = torch.randint(-(2**45), 2**45, shape, generator=generator).double() * 2.0**-99
     plain = [{"a": one, "b": other} for one, other in zip(numbers, faint, strict=True)]
-    fixed = [to_fixed(tensors, CLIENTS, fraction_bits, words) for tensors in plain]
-    assert fixed[0]["a"].shape == (words, 50)
+    fixed = [to_fixed(tensors, CLIENTS, fraction_bits, limbs) for tensors in plain]
+    assert fixed[0]["a"].shape == (limbs, 50)
     total = from_fixed(_sum(fixed), fraction_bits)
-    step = 2.0 ** -(fraction_bits * words)
+    step = 2.0 ** -(fraction_bits * limbs)
     for name, exact in _sum(plain).items():
         assert float((total[name] - exact).abs().max()) <= CLIENTS * step / 2, name
 
@@ -162,8 +170,8 @@ def _quotients(updates):
 
 
 def _in_fixed_point(updates, **options):
-    sent = [to_fixed(summand(update, unit=1e4), 100, **options) for update in updates]
-    total = pooled(from_fixed(_sum(sent)), updates[0], unit=1e4)
+    sent = [to_fixed(client_sums(update, sample_unit=1e4), 100, **options) for update in updates]
+    total = update_from_sums(from_fixed(_sum(sent)), updates[0], sample_unit=1e4)
     return {layer.name: total.weights(layer).double() for layer in total.layers}
 
 
@@ -174,10 +182,10 @@ def test_information_of_certain_clients_survives_fixed_point(updates):
         torch.testing.assert_close(found, expected[name], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("words", [1, 2])
-def test_what_is_too_faint_for_fixed_point_leaves_weights_among_the_clients(updates, words):
+@pytest.mark.parametrize("limbs", [1, 2])
+def test_what_is_too_faint_for_fixed_point_leaves_weights_among_the_clients(updates, limbs):
     certain = _scattered(updates, -30, 0)
-    found = _in_fixed_point(certain, words=words)
+    found = _in_fixed_point(certain, limbs=limbs)
     beyond = 0
     for layer in certain[0].layers:
         weights = torch.stack([update.weights(layer).double() for update in certain])
@@ -190,28 +198,28 @@ def test_what_is_too_faint_for_fixed_point_leaves_weights_among_the_clients(upda
 
 
 def test_a_missing_client_leaves_nothing_but_noise(updates):
-    fixed = [to_fixed(summand(update, unit=50.0), CLIENTS) for update in updates]
+    fixed = [to_fixed(client_sums(update, sample_unit=50.0), CLIENTS) for update in updates]
     sent = [_masked(tensors, client, CLIENTS) for client, tensors in enumerate(fixed)]
     total = from_fixed(_sum(sent[1:]))
     assert float(total["weights/network.0"].abs().max()) > 1e4
     # Where the numbers of samples came through, the rest is still no sum of clients.
     total |= {name: torch.tensor(1.0) for name in ("share", "samples")}
     with pytest.raises(UpdateError, match=r"information/network\.0 holds negative values"):
-        pooled(total, updates[0])
+        update_from_sums(total, updates[0])
 
 
 @pytest.mark.parametrize("method", ["fisher_merge", "fedfisher"])
 def test_regions_may_be_summed_before(updates, method, tmp_path):
-    sums = [summand(update, method) for update in updates]
-    regions = [pooled(_sum(pair), updates[0]) for pair in (sums[:1], sums[1:])]
-    whole = _model(pooled(_sum(sums), updates[0]))
-    _close(_model(pooled(_sum(map(summand, regions)), updates[0])), whole, atol=1e-5)
+    sums = [client_sums(update, method) for update in updates]
+    regions = [update_from_sums(_sum(pair), updates[0]) for pair in (sums[:1], sums[1:])]
+    whole = _model(update_from_sums(_sum(sums), updates[0]))
+    _close(_model(update_from_sums(_sum(map(client_sums, regions)), updates[0])), whole, atol=1e-5)
     _close(_merged(regions, tmp_path), whole, atol=1e-5)
 
 
 def test_buffers_are_merged_alike(normed, tmp_path):
-    total = _sum(map(summand, normed))
-    found = pooled(total, normed[0]).buffers
+    total = _sum(map(client_sums, normed))
+    found = update_from_sums(total, normed[0]).buffers
     merged = FisherMergeModule(normed, method="fisher_merge").merged_state_dict()
     counter = "network.3.0.num_batches_tracked"
     for name in found.keys() - {counter}:
@@ -223,7 +231,7 @@ def test_buffers_are_merged_alike(normed, tmp_path):
     assert found[counter].dtype == torch.int64
     for mean, whole in ((2.4, 2), (2.6, 3)):
         changed = total | {f"buffers/{counter}": mean * total["samples"]}
-        assert pooled(changed, normed[0]).buffers[counter] == whole
+        assert update_from_sums(changed, normed[0]).buffers[counter] == whole
 
 
 @pytest.mark.parametrize(("method", "power"), [("fisher_merge", 1.0), ("fedfisher", 0.5)])
@@ -237,8 +245,8 @@ def test_entries_without_information_are_averages(updates, method, power):
         model = tiny_model()
         model.load_state_dict(update.parameters)
         blind.append(ClientUpdate.from_model(model, update.header, values))
-    total = _sum(summand(update, method) for update in blind)
-    merged = pooled(total, blind[0]).parameters["network.5.weight"]
+    total = _sum(client_sums(update, method) for update in blind)
+    merged = update_from_sums(total, blind[0]).parameters["network.5.weight"]
     samples = [update.num_samples**power for update in blind]
     average = sum(
         n * u.parameters["network.5.weight"] for n, u in zip(samples, blind, strict=True)
@@ -250,15 +258,15 @@ def test_entries_without_information_are_averages(updates, method, power):
 def test_curvature_that_is_not_diagonal_is_refused(tmp_path):
     (update,) = tiny_updates(tmp_path, 1, 1)
     with pytest.raises(UpdateError, match="curvature='diagonal'"):
-        summand(update)
+        client_sums(update)
     with pytest.raises(UpdateError) as error:
-        summand(update, "fedfisher")
+        client_sums(update, "fedfisher")
     assert len(error.value.offenders) == len(update.layers)
     assert "network.0 has kronecker curvature, not diagonal" in error.value.offenders[0]
 
 
 def test_sums_that_do_not_fit_are_refused(updates):
-    total = summand(updates[0])
+    total = client_sums(updates[0])
     odd = dict(total)
     del odd["pull/network.0"]
     odd |= {"more": torch.ones(1), "weights/network.2": torch.ones(2)}
@@ -266,7 +274,7 @@ def test_sums_that_do_not_fit_are_refused(updates):
     odd["information/network.5"][0, 0] = -1.0
     odd["share"] = torch.tensor(torch.nan)
     with pytest.raises(UpdateError) as error:
-        pooled(odd, updates[0])
+        update_from_sums(odd, updates[0])
     assert [line.split()[0] for line in error.value.offenders] == [
         "information/network.5",
         "more",
@@ -277,13 +285,13 @@ def test_sums_that_do_not_fit_are_refused(updates):
     assert "holds negative values, down to -1" in error.value.offenders[0]
     assert "1 values that are not finite" in error.value.offenders[3]
     with pytest.raises(UpdateError, match="samples must be greater than 0"):
-        pooled(total | {"samples": torch.tensor(0.0)}, updates[0])
-    with pytest.raises(ValueError, match="unit"):
-        summand(updates[0], unit=0)
+        update_from_sums(total | {"samples": torch.tensor(0.0)}, updates[0])
+    with pytest.raises(ValueError, match="sample_unit"):
+        client_sums(updates[0], sample_unit=0)
 
 
 def test_numbers_that_leave_no_room_are_refused(updates):
-    total = summand(updates[0])
+    total = client_sums(updates[0])
     room = 2.0**63 / 8 / 2.0**40
     total["weights/network.0"] = torch.full((3, 10), room * 1.001)
     total["pull/network.2"] = torch.full((4, 28), torch.nan)
@@ -296,14 +304,14 @@ def test_numbers_that_leave_no_room_are_refused(updates):
     torch.testing.assert_close(back["weights/network.0"], 8 * total["weights/network.0"].double())
 
 
-@pytest.mark.parametrize("senseless", [{"clients": 0}, {"fraction_bits": 0}, {"words": 0}])
+@pytest.mark.parametrize("senseless", [{"clients": 0}, {"fraction_bits": 0}, {"limbs": 0}])
 def test_senseless_fixed_point_is_refused(updates, senseless):
     with pytest.raises(ValueError, match="must be at least 1"):
-        to_fixed(summand(updates[0]), **{"clients": 2} | senseless)
+        to_fixed(client_sums(updates[0]), **{"clients": 2} | senseless)
 
 
 def test_what_is_not_in_fixed_point_is_refused(updates):
-    total = to_fixed(summand(updates[0]), 2)
+    total = to_fixed(client_sums(updates[0]), 2)
     total |= {"share": total["share"].double(), "samples": torch.tensor(1)}
     with pytest.raises(ValueError, match=r"^share, samples are not int64"):
         from_fixed(total)
@@ -312,9 +320,9 @@ def test_what_is_not_in_fixed_point_is_refused(updates):
 def test_nothing_private_is_pooled(updates):
     told = dataclasses.replace(updates[0].header, metadata={"who": "me"})
     like = ClientUpdate(told, updates[0]._tensors)
-    found = pooled(summand(updates[1]), like)
+    found = update_from_sums(client_sums(updates[1]), like)
     assert found.header.metadata == {}
     assert found.header.curvature_samples == 0
     nameless = {name: torch.zeros_like(tensor) for name, tensor in updates[0]._tensors.items()}
-    other = pooled(summand(updates[1]), ClientUpdate(updates[2].header, nameless))
+    other = update_from_sums(client_sums(updates[1]), ClientUpdate(updates[2].header, nameless))
     assert other.digest == found.digest

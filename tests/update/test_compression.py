@@ -20,16 +20,17 @@ from lightning_fedfisher import (
     Dense,
     Diagonal,
     EigenKronecker,
+    EmbeddingEigenKronecker,
+    EmbeddingKronecker,
     FisherMergeModule,
     Kronecker,
-    LookupEigenKronecker,
-    LookupKronecker,
     UpdateError,
     extract_curvature,
 )
+from lightning_fedfisher.curvature.kronecker import TransposedEigenKronecker, TransposedKronecker
 from lightning_fedfisher.update import integer_coding as packing
 from lightning_fedfisher.update.compression import Compression, _narrow_root, check, restore
-from lightning_fedfisher.update.header import Packed
+from lightning_fedfisher.update.header import QuantizedTensor
 from lightning_fedfisher.update.integer_coding import LARGEST, pack, packed_size, unpack
 
 SHAPE = (3, 4)
@@ -157,13 +158,19 @@ def _make(kind):
     made = {
         "diagonal": lambda: Diagonal(values),
         "kronecker": lambda: Kronecker(_factor(rows, 1), _factor(columns, 2)),
-        "lookup_kronecker": lambda: LookupKronecker(values[:, 0], _factor(columns, 2)),
+        "transposed_kronecker": lambda: TransposedKronecker(_factor(rows, 1), _factor(columns, 2)),
+        "embedding_kronecker": lambda: EmbeddingKronecker(values[:, 0], _factor(columns, 2)),
         "ekfac": lambda: EigenKronecker(
             torch.linalg.qr(_normal(rows, rows))[0],
             torch.linalg.qr(_normal(columns, columns))[0],
             values,
         ),
-        "lookup_ekfac": lambda: LookupEigenKronecker(
+        "transposed_ekfac": lambda: TransposedEigenKronecker(
+            torch.linalg.qr(_normal(rows, rows))[0],
+            torch.linalg.qr(_normal(columns, columns))[0],
+            values,
+        ),
+        "embedding_ekfac": lambda: EmbeddingEigenKronecker(
             torch.linalg.qr(_normal(columns, columns))[0].contiguous(), values
         ),
         "dense": lambda: Dense(_factor(rows * columns, 4), SHAPE),
@@ -178,11 +185,11 @@ def _dense_root(kind, roots):
         return torch.diag(roots["values"].flatten())
     if kind == "dense":
         return roots["matrix"]
-    if kind == "kronecker":
-        return torch.kron(roots["output_factor"], roots["input_factor"])
-    if kind == "lookup_kronecker":
-        return torch.kron(torch.diag(roots["output_values"]), roots["input_factor"])
-    basis = torch.kron(roots.get("output_basis", eye), roots["input_basis"])
+    if kind in ("kronecker", "transposed_kronecker"):
+        return torch.kron(roots["row_factor"], roots["column_factor"])
+    if kind == "embedding_kronecker":
+        return torch.kron(torch.diag(roots["row_values"]), roots["column_factor"])
+    basis = torch.kron(roots.get("row_basis", eye), roots["column_basis"])
     return basis @ torch.diag(roots["spectrum"].flatten()) @ basis.mT
 
 
@@ -191,16 +198,16 @@ def test_sensitivities_are_those_of_the_root(kind):
     curvature = _make(kind)
     roots = {
         name: oracle.root(tensor)
-        if curvature.forms[name] == "factor"
+        if curvature.tensor_roles[name] == "factor"
         else tensor.sqrt()
-        if curvature.forms[name] == "values"
+        if curvature.tensor_roles[name] == "values"
         else tensor
         for name, tensor in curvature.tensors().items()
     }
     dense = torch.linalg.norm(_dense_root(kind, roots).mT @ _dense_root(kind, roots))
     torch.testing.assert_close(dense, torch.linalg.norm(curvature.dense()))
     found = curvature.sensitivities()
-    assert found.keys() == curvature.forms.keys() == roots.keys()
+    assert found.keys() == curvature.tensor_roles.keys() == roots.keys()
     for name, root in roots.items():
         moved = torch.func.jacrev(lambda part, n=name: _dense_root(kind, {**roots, n: part}))(root)
         expected = float(moved.square().sum()) / root.numel()
@@ -251,11 +258,11 @@ def granted(monkeypatch):
 
 @pytest.mark.parametrize("budget", [0.6, 0.8, 1.0, 1.5, 2.0])
 def test_the_file_fits(update, budget, granted, tmp_path):
-    path = update.packed(budget).save(tmp_path / "client.safetensors")
+    path = update.compressed(budget).save(tmp_path / "client.safetensors")
     assert 0.97 * budget < path.stat().st_size / update.fedavg_bytes <= budget
     opened = ClientUpdate.open(path)
     opened.verify()
-    assert opened.forms == update.forms
+    assert opened.specs == update.specs
     assert opened.fedavg_bytes == update.fedavg_bytes
     for name, buffer in update.buffers.items():
         assert torch.equal(opened.buffers[name], buffer)
@@ -281,14 +288,14 @@ def test_a_larger_budget_comes_closer(kind, granted):
     small = _update(kind, model=_Net(24))
     plain = {"kfac": 2.8, "ekfac": 6.0, "diagonal": 2.0}[kind]
     budgets = [plain * part for part in (0.25, 0.35, 0.5, 0.7)]
-    found = [_distance(small, small.packed(budget)) for budget in budgets]
+    found = [_distance(small, small.compressed(budget)) for budget in budgets]
     assert all(later < 0.7 * earlier for earlier, later in itertools.pairwise(found))
 
 
 def test_bits_go_where_errors_cost(granted, monkeypatch):
     """At one size, the allotment beats equal steps relative to each tensor's own spread."""
     small = _update(model=_Net(24))
-    chosen = _distance(small, small.packed(1.5))
+    chosen = _distance(small, small.compressed(1.5))
     original = Compression.__init__
 
     def equal(self, *arguments):
@@ -300,36 +307,36 @@ def test_bits_go_where_errors_cost(granted, monkeypatch):
         self._useless = 1.0
 
     monkeypatch.setattr(Compression, "__init__", equal)
-    assert chosen < 0.5 * _distance(small, small.packed(1.5))
+    assert chosen < 0.5 * _distance(small, small.compressed(1.5))
 
 
 def test_bytes_are_deterministic_and_packed_files_are_kept(update, granted, tmp_path):
-    paths = [update.packed(0.8).save(tmp_path / f"{n}.safetensors") for n in range(2)]
+    paths = [update.compressed(0.8).save(tmp_path / f"{n}.safetensors") for n in range(2)]
     again = ClientUpdate.open(paths[0]).save(tmp_path / "again.safetensors")
     assert paths[0].read_bytes() == paths[1].read_bytes() == again.read_bytes()
 
 
 def test_what_fits_is_left_alone(update):
-    assert update.packed(100.0) is update
+    assert update.compressed(100.0) is update
     tiny = ClientUpdate(*_alone(_factor(6).float()))
-    assert tiny.packed(0.01) is tiny  # within the bytes granted
+    assert tiny.compressed(0.01) is tiny  # within the bytes granted
 
 
 @pytest.mark.parametrize("budget", [0.0, -1.0, math.nan, math.inf])
 def test_senseless_budgets_are_refused(update, budget):
     with pytest.raises(ValueError, match="upload_budget must be greater than 0"):
-        update.packed(budget)
+        update.compressed(budget)
 
 
 def test_too_small_a_budget_is_refused_with_what_it_takes(update, granted):
     with pytest.raises(BudgetError, match=r"upload_budget=0\.2.*at least \d+ bytes.*Raise it"):
-        update.packed(0.2)
+        update.compressed(0.2)
 
 
 def test_an_indefinite_factor_is_refused_by_name(update):
     blocks = update.blocks
     block = blocks["head"]
-    blocks["head"] = dataclasses.replace(block, output_factor=-block.output_factor)
+    blocks["head"] = dataclasses.replace(block, row_factor=-block.row_factor)
     bad = ClientUpdate(
         update.header,
         {
@@ -338,15 +345,15 @@ def test_an_indefinite_factor_is_refused_by_name(update):
             **{f"curvature/{n}/{p}": t for n, b in blocks.items() for p, t in b.tensors().items()},
         },
     )
-    with pytest.raises(UpdateError, match="curvature/head/output_factor is not positive"):
-        bad.packed(1.0)
+    with pytest.raises(UpdateError, match="curvature/head/row_factor is not positive"):
+        bad.compressed(1.0)
 
 
 def test_factors_stay_symmetric_positive_semidefinite_and_zero_where_they_were(update, granted):
-    packed = update.packed(0.6)
+    packed = update.compressed(0.6)
     for name, block in packed.blocks.items():
         for part, tensor in block.tensors().items():
-            if block.forms[part] != "factor":
+            if block.tensor_roles[part] != "factor":
                 continue
             assert torch.equal(tensor, tensor.mT)
             values = torch.linalg.eigvalsh(tensor.double())
@@ -355,9 +362,9 @@ def test_factors_stay_symmetric_positive_semidefinite_and_zero_where_they_were(u
             dead = before.diagonal() == 0
             assert not tensor[dead].any()
             assert float(tensor.trace()) == pytest.approx(float(before.trace()), rel=0.2)
-    tokens = update.blocks["embed"].output_values == 0
+    tokens = update.blocks["embed"].row_values == 0
     assert tokens.any()
-    assert not packed.blocks["embed"].output_values[tokens].any()
+    assert not packed.blocks["embed"].row_values[tokens].any()
 
 
 def test_a_singular_factor_keeps_its_zeros():
@@ -365,7 +372,7 @@ def test_a_singular_factor_keeps_its_zeros():
     factor[1:4, 1:4] = _factor(3).float()
     root = Compression(*_alone(factor), 10**6)
     packed, payloads = root.fit(10**6)
-    name = "curvature/layer/input_factor"
+    name = "curvature/layer/column_factor"
     found = restore(payloads[name], packed[name], (6, 6), "factor")
     torch.testing.assert_close(found, factor, rtol=1e-4, atol=1e-6)
     assert not found[0].any()
@@ -381,8 +388,8 @@ def _alone(factor):
     extracted = extract_curvature(model, DataLoader(data), max_samples=None, progress=False)
     tensors = {
         "parameters/layer.weight": _normal(2, size).float(),
-        "curvature/layer/output_factor": _factor(2).float(),
-        "curvature/layer/input_factor": factor,
+        "curvature/layer/row_factor": _factor(2).float(),
+        "curvature/layer/column_factor": factor,
     }
     return extracted.header(), tensors
 
@@ -397,11 +404,11 @@ def _wide_update(size=400):
 
 def test_a_wide_layer_of_few_outputs_sends_a_narrow_root_of_the_same_trace(granted):
     wide = _wide_update()
-    packed = wide.packed(4.0)
-    how = packed.header.packed["curvature/layer/input_factor"]
+    packed = wide.compressed(4.0)
+    how = packed.header.quantized["curvature/layer/column_factor"]
     assert 0 < how.rank < 100
     assert how.tail > 0
-    before, after = (u.block(u.layers[0]).input_factor for u in (wide, packed))
+    before, after = (u.block(u.layers[0]).column_factor for u in (wide, packed))
     assert float(after.trace()) == pytest.approx(float(before.trace()), rel=0.05)
     values = torch.linalg.eigvalsh(before.double())
     found = torch.linalg.eigvalsh(after.double())
@@ -446,9 +453,9 @@ METHODS_OF_KINDS = [
 def test_packed_updates_merge_as_plain_ones(kind, method, budget, granted, tmp_path):
     plain = [_update(kind, seed, _Net(24)) for seed in range(2)]
     expected = _merged(plain, tmp_path, method)
-    packed = [update.packed(budget) for update in plain]
+    packed = [update.compressed(budget) for update in plain]
     if kind != "identity":
-        assert all(update.header.packed for update in packed)
+        assert all(update.header.quantized for update in packed)
     files = [update.save(tmp_path / f"{n}.safetensors") for n, update in enumerate(packed)]
     in_memory, from_files = _merged(packed, tmp_path, method), _merged(files, tmp_path, method)
     mixed = _merged([plain[0], files[1]], tmp_path, method)
@@ -468,11 +475,11 @@ def _payload(form="factor", size=5):
 
 
 LIES = [
-    (Packed(1e30, "float32"), "factor", "values up to"),
-    (Packed(1e300, "float64"), "values", "values up to"),
-    (Packed(1e4, "float16"), "basis", "values up to"),
-    (Packed(1.0, "float32", 2), "factor", "packed bytes"),
-    (Packed(1.0, "float32", 10**9), "factor", "packed bytes"),
+    (QuantizedTensor(1e30, "float32"), "factor", "values up to"),
+    (QuantizedTensor(1e300, "float64"), "values", "values up to"),
+    (QuantizedTensor(1e4, "float16"), "basis", "values up to"),
+    (QuantizedTensor(1.0, "float32", 2), "factor", "packed bytes"),
+    (QuantizedTensor(1.0, "float32", 10**9), "factor", "packed bytes"),
 ]
 
 
@@ -484,9 +491,9 @@ def test_what_cannot_be_is_refused(packed, form, reason):
 
 
 def test_a_forged_payload_is_refused_with_file_and_tensor(update, granted, tmp_path):
-    packed = update.packed(0.8)
+    packed = update.compressed(0.8)
     tensors = dict(packed._tensors)
-    name = "curvature/head/input_factor"
+    name = "curvature/head/column_factor"
     tensors[name] = tensors[name][:-3].clone()
     path = ClientUpdate(packed.header, tensors).save(tmp_path / "client.safetensors")
     opened = ClientUpdate.open(path)
@@ -504,8 +511,8 @@ HEADERS = [
 
 @pytest.mark.parametrize(("change", "reason"), HEADERS)
 def test_a_header_must_tell_exactly_what_is_packed(change, reason, update, granted):
-    packed = update.packed(0.8)
-    header = dataclasses.replace(packed.header, packed=change(packed.header.packed))
+    packed = update.compressed(0.8)
+    header = dataclasses.replace(packed.header, quantized=change(packed.header.quantized))
     with pytest.raises(UpdateError, match=reason):
         ClientUpdate(header, packed._tensors)
 
@@ -513,19 +520,19 @@ def test_a_header_must_tell_exactly_what_is_packed(change, reason, update, grant
 @pytest.mark.parametrize(
     "how",
     [
-        Packed(0.0, "float32"),
-        Packed(-1.0, "float32"),
-        Packed(math.nan, "float32"),
-        Packed(math.inf, "float32"),
-        Packed(1, "float32"),
-        Packed(1.0, "int32"),
-        Packed(1.0, "float32", -1),
-        Packed(1.0, "float32", 1.5),
-        Packed(1.0, "float32", 1, math.inf),
-        Packed(1.0, "float32", 1, -1.0),
-        Packed(1.0, "float32", 1, math.nan),
+        QuantizedTensor(0.0, "float32"),
+        QuantizedTensor(-1.0, "float32"),
+        QuantizedTensor(math.nan, "float32"),
+        QuantizedTensor(math.inf, "float32"),
+        QuantizedTensor(1, "float32"),
+        QuantizedTensor(1.0, "int32"),
+        QuantizedTensor(1.0, "float32", -1),
+        QuantizedTensor(1.0, "float32", 1.5),
+        QuantizedTensor(1.0, "float32", 1, math.inf),
+        QuantizedTensor(1.0, "float32", 1, -1.0),
+        QuantizedTensor(1.0, "float32", 1, math.nan),
     ],
 )
 def test_impossible_packings_are_refused(how, update):
     with pytest.raises((TypeError, ValueError)):
-        dataclasses.replace(update.header, packed={"parameters/head.bias": how})
+        dataclasses.replace(update.header, quantized={"parameters/head.bias": how})

@@ -14,17 +14,16 @@ from lightning_fedfisher import (
     ClientUpdate,
     Dense,
     Diagonal,
-    EigenKronecker,
+    EmbeddingEigenKronecker,
+    EmbeddingKronecker,
     Identity,
     Kronecker,
-    LookupEigenKronecker,
-    LookupKronecker,
     UpdateError,
     UpdateHeader,
     find_layers,
 )
 from lightning_fedfisher.update.file_format import UpdateFile
-from lightning_fedfisher.update.header import Packed, inconsistencies
+from lightning_fedfisher.update.header import QuantizedTensor, inconsistencies
 from lightning_fedfisher.update.integer_coding import pack
 from lightning_fedfisher.update.tensor_checks import flaw, is_semidefinite
 
@@ -168,8 +167,8 @@ def _linear(**changes):
 @pytest.mark.parametrize(
     ("blocks", "curvature", "reason"),
     [
-        (Kronecker(torch.eye(2), -torch.eye(4)), "kfac", "input_factor is not positive"),
-        (Kronecker(torch.ones(2, 2).tril(), torch.eye(4)), "kfac", "output_factor is not symm"),
+        (Kronecker(torch.eye(2), -torch.eye(4)), "kfac", "column_factor is not positive"),
+        (Kronecker(torch.ones(2, 2).tril(), torch.eye(4)), "kfac", "row_factor is not symm"),
         (Diagonal(-torch.ones(2, 4)), "diagonal", "values holds negative values"),
     ],
 )
@@ -191,8 +190,8 @@ def test_an_update_with_a_false_curvature_is_refused(blocks, curvature, reason, 
 def test_a_kind_that_its_extraction_cannot_give_is_refused():
     header = _header(_linear(), "kronecker", curvature="diagonal")
     tensors = {"parameters/weight": torch.ones(2, 3), "parameters/bias": torch.ones(2)}
-    tensors |= {"curvature/weight/output_factor": torch.eye(2)}
-    tensors |= {"curvature/weight/input_factor": torch.eye(4)}
+    tensors |= {"curvature/weight/row_factor": torch.eye(2)}
+    tensors |= {"curvature/weight/column_factor": torch.eye(4)}
     with pytest.raises(UpdateError, match="kronecker is not diagonal curvature"):
         ClientUpdate(header, tensors)
     ClientUpdate(dataclasses.replace(header, curvature="kfac"), tensors)
@@ -203,19 +202,19 @@ def test_a_small_file_does_not_become_a_large_tensor(tmp_path):
     layer = nn.Linear(2**20, 1, bias=False)
     header = _header(layer, "kronecker")
     (name,) = header.kinds
-    packed = {"parameters/weight": Packed(1.0, "float32")}
-    packed[f"curvature/{name}/input_factor"] = Packed(1.0, "float32", 1, 0.0)
+    packed = {"parameters/weight": QuantizedTensor(1.0, "float32")}
+    packed[f"curvature/{name}/column_factor"] = QuantizedTensor(1.0, "float32", 1, 0.0)
     zeros = pack(torch.zeros(2**20, dtype=torch.int32))
-    tensors = {"parameters/weight": zeros, f"curvature/{name}/input_factor": zeros.clone()}
-    tensors[f"curvature/{name}/output_factor"] = torch.eye(1)
-    bomb = ClientUpdate(dataclasses.replace(header, packed=packed), tensors)
+    tensors = {"parameters/weight": zeros, f"curvature/{name}/column_factor": zeros.clone()}
+    tensors[f"curvature/{name}/row_factor"] = torch.eye(1)
+    bomb = ClientUpdate(dataclasses.replace(header, quantized=packed), tensors)
     path = bomb.save(tmp_path / "bomb.safetensors")
     assert path.stat().st_size < 2**20
     with pytest.raises(UpdateError) as error:
         ClientUpdate.open(path)
     (offender,) = error.value.offenders
     assert offender == (
-        f"curvature/{name}/input_factor takes {2**42} bytes, more than max_tensor_bytes={2**32}"
+        f"curvature/{name}/column_factor takes {2**42} bytes, more than max_tensor_bytes={2**32}"
     )
     assert ClientUpdate.open(path, max_tensor_bytes=2**42).num_samples == 7
 
@@ -270,35 +269,42 @@ def _of_kind(kind):
             return Diagonal(values)
         case "dense":
             return Dense(_moment(8, 16), (2, 4))
-        case "kronecker":
-            return Kronecker(*_moments(2, 4))
-        case "lookup_kronecker":
-            return LookupKronecker(values[:, 0].contiguous(), _moment(4, 8))
-        case "ekfac":
-            return EigenKronecker(torch.eye(2), torch.eye(4), values)
-    return LookupEigenKronecker(torch.eye(4), values)
+        case "kronecker" | "transposed_kronecker":
+            return KINDS[kind](*_moments(2, 4))
+        case "embedding_kronecker":
+            return EmbeddingKronecker(values[:, 0].contiguous(), _moment(4, 8))
+        case "ekfac" | "transposed_ekfac":
+            return KINDS[kind](torch.eye(2), torch.eye(4), values)
+    return EmbeddingEigenKronecker(torch.eye(4), values)
 
 
 ASKED = {
     "diagonal": "diagonal",
     "dense": "dense",
     "kronecker": "kfac",
-    "lookup_kronecker": "kfac",
+    "transposed_kronecker": "kfac",
+    "embedding_kronecker": "kfac",
     "ekfac": "ekfac",
-    "lookup_ekfac": "ekfac",
+    "transposed_ekfac": "ekfac",
+    "embedding_ekfac": "ekfac",
 }
 FORMS = {
     ("diagonal", "values"): "values",
     ("dense", "matrix"): "factor",
-    ("kronecker", "output_factor"): "factor",
-    ("kronecker", "input_factor"): "factor",
-    ("lookup_kronecker", "output_values"): "values",
-    ("lookup_kronecker", "input_factor"): "factor",
-    ("ekfac", "output_basis"): "basis",
-    ("ekfac", "input_basis"): "basis",
+    ("kronecker", "row_factor"): "factor",
+    ("kronecker", "column_factor"): "factor",
+    ("transposed_kronecker", "row_factor"): "factor",
+    ("transposed_kronecker", "column_factor"): "factor",
+    ("embedding_kronecker", "row_values"): "values",
+    ("embedding_kronecker", "column_factor"): "factor",
+    ("ekfac", "row_basis"): "basis",
+    ("ekfac", "column_basis"): "basis",
     ("ekfac", "spectrum"): "values",
-    ("lookup_ekfac", "input_basis"): "basis",
-    ("lookup_ekfac", "spectrum"): "values",
+    ("transposed_ekfac", "row_basis"): "basis",
+    ("transposed_ekfac", "column_basis"): "basis",
+    ("transposed_ekfac", "spectrum"): "values",
+    ("embedding_ekfac", "column_basis"): "basis",
+    ("embedding_ekfac", "spectrum"): "values",
 }
 FLAWS = {
     "asymmetric": (lambda t: t + t.triu(1), "is not symmetric", ("factor",)),
@@ -358,7 +364,7 @@ def test_a_flaw_in_any_part_of_a_curvature_is_refused_by_name(kind, part, flawed
 
 
 def test_the_form_of_every_part_is_checked():
-    assert {(kind, part) for kind in ASKED for part in KINDS[kind].forms} == set(FORMS)
+    assert {(kind, part) for kind in ASKED for part in KINDS[kind].tensor_roles} == set(FORMS)
 
 
 @pytest.mark.parametrize(("kind", "part"), FORMS)
@@ -384,10 +390,10 @@ def test_kinds_are_those_that_an_extraction_gives(asked, kind):
 def _packed_file(tmp_path, how, numbers, outputs=1):
     """A file whose output factor is packed, of a layer of so many outputs."""
     model = nn.Linear(2, outputs, bias=False)
-    key = "curvature/weight/output_factor"
-    header = _header(model, "kronecker", packed={key: how})
+    key = "curvature/weight/row_factor"
+    header = _header(model, "kronecker", quantized={key: how})
     tensors = {"parameters/weight": torch.ones(outputs, 2), key: pack(numbers)}
-    tensors["curvature/weight/input_factor"] = torch.eye(2)
+    tensors["curvature/weight/column_factor"] = torch.eye(2)
     return ClientUpdate(header, tensors).save(tmp_path / "packed.safetensors")
 
 
@@ -408,16 +414,16 @@ def test_packed_curvature_is_bounded_however_many_columns_it_has(
     dtype, step, rank, sound, tmp_path
 ):
     ones = torch.ones(rank, dtype=torch.int32)
-    path = _packed_file(tmp_path, Packed(step, dtype, rank, 0.0), ones)
+    path = _packed_file(tmp_path, QuantizedTensor(step, dtype, rank, 0.0), ones)
     update = ClientUpdate.open(path)
     if sound:
         update.verify()
-        factor = update.block(update.layers[0]).output_factor
+        factor = update.block(update.layers[0]).row_factor
         assert factor.dtype == getattr(torch, dtype)
         assert float(factor) == pytest.approx(rank * step**2, rel=1e-2)
         return
     for read in (update.verify, lambda: update.block(update.layers[0])):
-        with pytest.raises(UpdateError, match="weight/output_factor cannot be unpacked") as error:
+        with pytest.raises(UpdateError, match="weight/row_factor cannot be unpacked") as error:
             read()
         assert "it holds values up to" in str(error.value)
 
@@ -425,7 +431,7 @@ def test_packed_curvature_is_bounded_however_many_columns_it_has(
 def test_a_tail_counts_as_well(tmp_path):
     ones = torch.ones(3, dtype=torch.int32)
     for tail, sound in ((0.9e18, True), (1.1e18, False)):
-        path = _packed_file(tmp_path, Packed(1.0, "float32", 1, tail), ones, outputs=3)
+        path = _packed_file(tmp_path, QuantizedTensor(1.0, "float32", 1, tail), ones, outputs=3)
         if sound:
             ClientUpdate.open(path).verify()
         else:
@@ -557,7 +563,7 @@ def test_clients_of_one_model_have_one_fingerprint(tmp_path):
     other = nn.Sequential(_linear(), nn.Linear(3, 2), nn.BatchNorm1d(2, affine=False))
     nn.init.constant_(other[1].weight, 7.0)
     other[2].running_mean.fill_(3)
-    second = _update(other, num_samples=9, metadata={"client": "second"}, head="1")
+    second = _update(other, num_samples=9, metadata={"client": "second"}, output_layer="1")
     assert opened.architecture == first.architecture == second.architecture
     assert opened.model_fingerprint == first.model_fingerprint == second.model_fingerprint
     assert len(first.architecture) == 4 + 3

@@ -51,7 +51,9 @@ def sound(tmp_path_factory):
         for kind in KINDS:
             (update,) = tiny_updates(folder / kind, 1, 1, curvature=kind, upload_budget=None)
             found.append(update.save(folder / f"{kind}.safetensors").read_bytes())
-            found.append(update.packed(12).save(folder / f"{kind}-packed.safetensors").read_bytes())
+            found.append(
+                update.compressed(12).save(folder / f"{kind}-packed.safetensors").read_bytes()
+            )
     return found
 
 
@@ -72,7 +74,7 @@ def _read(path, data):
             tensors |= {f"{layer.name}/{part}": tensor for part, tensor in block.tensors().items()}
             tensors[layer.name] = update.weights(layer)
             assert tensors[layer.name].shape == block.shape == layer.shape
-        for name, (shape, dtype) in update.forms.items():
+        for name, (shape, dtype) in update.specs.items():
             tensor = (update.parameters | update.buffers)[name]
             assert (tuple(tensor.shape), tensor.dtype) == (shape, dtype)
         tensors |= update.buffers

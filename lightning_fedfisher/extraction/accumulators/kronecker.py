@@ -12,17 +12,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_fedfisher.curvature.base import Curvature, Dense, Diagonal
-from lightning_fedfisher.curvature.embedding import LookupKronecker
-from lightning_fedfisher.curvature.kronecker import Eigenbased, EigenKronecker, Kronecker
-from lightning_fedfisher.extraction.layer_types.base import Linear, Lookup, Product
-from lightning_fedfisher.extraction.tracing.recorder import Use
+from lightning_fedfisher.curvature.base import Curvature
+from lightning_fedfisher.curvature.kronecker import Eigenbased, EigenKronecker
+from lightning_fedfisher.extraction.layer_types.base import Embedding, KroneckerLayer, Linear
+from lightning_fedfisher.extraction.tracing.recorder import LayerCall
 from lightning_fedfisher.layers import Layer
 
 # Numbers unfolded at a time: few enough for a processor's cache and for no memory to speak of.
@@ -38,29 +36,27 @@ _LONG = 8192
 _WORTH_WRITING = 8
 
 
-class Moments(ABC):
+class Accumulator(ABC):
     """Sums over samples for one layer: of the tensors that define its curvature.
 
     Attributes:
         sums: the state, additive over batches and processes.
     """
 
-    kind: ClassVar[type[Curvature]]
-    """What comes of the sums."""
-
-    def __init__(self, layer: Layer, like: Tensor) -> None:
+    def __init__(self, layer: Layer, kind: type[Curvature], like: Tensor) -> None:
         """Starts at zero.
 
         Args:
             layer: the layer.
+            kind: of the curvature that comes of the sums.
             like: gives dtype and device.
         """
-        self._shape = layer.shape
-        shapes = self.kind.tensor_shapes(layer.shape)
+        self._kind, self._shape = kind, layer.shape
+        shapes = kind.tensor_shapes(layer.shape)
         self.sums = {name: like.new_zeros(shape) for name, shape in shapes.items()}
 
     @abstractmethod
-    def add(self, uses: Sequence[Use], samples: int) -> None:
+    def add(self, uses: Sequence[LayerCall], samples: int) -> None:
         """Adds what the backward passes through one forward pass brought.
 
         Args:
@@ -76,10 +72,10 @@ class Moments(ABC):
             count: samples over all processes.
         """
         means = {name: total / count for name, total in sums.items()}
-        return self.kind.from_tensors(means, self._shape)
+        return self._kind.from_tensors(means, self._shape)
 
 
-class GradientMoments(Moments):
+class GradientAccumulator(Accumulator):
     """Sums that per-sample gradients are enough for."""
 
     @abstractmethod
@@ -87,18 +83,16 @@ class GradientMoments(Moments):
         """Adds per-sample gradients ``(samples, out, in)``, where these are what is at hand."""
 
 
-class KroneckerMoments(Moments):
+class KroneckerAccumulator(Accumulator):
     """Kronecker factors of layers whose gradient is a product."""
 
-    kind = Kronecker
-
     @override
-    def add(self, uses: Sequence[Use], samples: int) -> None:
+    def add(self, uses: Sequence[LayerCall], samples: int) -> None:
         positions = sum(_positions(use) for use in uses) // samples
         for use in uses:
             operation = use.operation
-            assert isinstance(operation, Product)
-            from_inputs, from_gradient = self.sums["input_factor"], self.sums["output_factor"]
+            assert isinstance(operation, KroneckerLayer)
+            from_inputs, from_gradient = self.sums["column_factor"], self.sums["row_factor"]
             if operation.inputs_are_rows:
                 from_inputs, from_gradient = from_gradient, from_inputs
             for (piece,), n in _parts([use], samples):
@@ -107,30 +101,26 @@ class KroneckerMoments(Moments):
                 _add_gram(from_gradient, operation.from_gradient(piece.gradient, n), 1.0)
 
 
-class LookupMoments(Moments):
+class EmbeddingAccumulator(Accumulator):
     """Token frequencies, and the second moment of the gradient at an embedding's output."""
 
-    kind = LookupKronecker
-
     @override
-    def add(self, uses: Sequence[Use], samples: int) -> None:
+    def add(self, uses: Sequence[LayerCall], samples: int) -> None:
         positions = sum(use.inputs.numel() for use in uses) / samples
         for use in uses:
             _, tokens, gradient = _lookup(use).rows(use.inputs, use.gradient, samples)
             # Every direction looks the same tokens up.
             share = 1 / (positions * len(use.gradient))
             shares = gradient.new_full((len(tokens),), share)
-            self.sums["output_values"].index_add_(0, tokens, shares)
-            self.sums["input_factor"].addmm_(gradient.mT, gradient)
+            self.sums["row_values"].index_add_(0, tokens, shares)
+            self.sums["column_factor"].addmm_(gradient.mT, gradient)
 
 
-class DiagonalMoments(GradientMoments):
+class DiagonalAccumulator(GradientAccumulator):
     """Sums of squared per-sample gradients, exact for every operation."""
 
-    kind = Diagonal
-
     @override
-    def add(self, uses: Sequence[Use], samples: int) -> None:
+    def add(self, uses: Sequence[LayerCall], samples: int) -> None:
         _add_squares(self.sums["values"], uses, samples)
 
     @override
@@ -138,7 +128,7 @@ class DiagonalMoments(GradientMoments):
         self.sums["values"] += _sum_of_squares(gradients)
 
 
-class SpectrumMoments(GradientMoments):
+class SpectrumAccumulator(GradientAccumulator):
     """Squared per-sample gradients in the eigenbasis of the Kronecker factors: EKFAC.
 
     (George et al., 2018, "Fast Approximate Natural Gradient Descent in a Kronecker-factored
@@ -152,12 +142,12 @@ class SpectrumMoments(GradientMoments):
             basis: the eigenbasis; its spectrum is replaced.
         """
         self._curvature = basis
-        rows = basis.output_basis if isinstance(basis, EigenKronecker) else None
-        self._bases = rows, basis.input_basis
+        rows = basis.row_basis if isinstance(basis, EigenKronecker) else None
+        self._bases = rows, basis.column_basis
         self.sums = {"spectrum": torch.zeros_like(basis.spectrum)}
 
     @override
-    def add(self, uses: Sequence[Use], samples: int) -> None:
+    def add(self, uses: Sequence[LayerCall], samples: int) -> None:
         _add_squares(self.sums["spectrum"], uses, samples, *self._bases)
 
     @override
@@ -169,13 +159,11 @@ class SpectrumMoments(GradientMoments):
         return self._curvature.with_spectrum(sums["spectrum"] / count)
 
 
-class DenseMoments(GradientMoments):
+class DenseAccumulator(GradientAccumulator):
     """Outer products of per-sample gradients: exact blocks, for small layers only."""
 
-    kind = Dense
-
     @override
-    def add(self, uses: Sequence[Use], samples: int) -> None:
+    def add(self, uses: Sequence[LayerCall], samples: int) -> None:
         for part, n in _parts(uses, samples, self._shape[0] * self._shape[1]):
             self.add_gradients(_per_sample(part, n))
 
@@ -185,7 +173,7 @@ class DenseMoments(GradientMoments):
         self.sums["matrix"].addmm_(flat.mT, flat)
 
 
-def written(uses: Sequence[Use], samples: int, shape: tuple[int, int]) -> list[Tensor] | None:
+def written(uses: Sequence[LayerCall], samples: int, shape: tuple[int, int]) -> list[Tensor] | None:
     """Per-sample gradients written out, if that is worth its memory.
 
     Args:
@@ -196,14 +184,14 @@ def written(uses: Sequence[Use], samples: int, shape: tuple[int, int]) -> list[T
     Returns:
         ``(samples, out, in)`` in chunks of samples; None if they are best left as they come.
     """
-    if _are_vectors(uses, samples) or any(isinstance(use.operation, Lookup) for use in uses):
+    if _are_vectors(uses, samples) or any(isinstance(use.operation, Embedding) for use in uses):
         return None
     entries, directions = shape[0] * shape[1], len(uses[0].gradient)
     given = sum(use.inputs.numel() + use.gradient.numel() for use in uses)
     if entries * samples * directions > _WORTH_WRITING * given:
         return None
     positions = sum(use.gradient.numel() for use in uses) // (samples * directions * shape[0])
-    if isinstance(uses[0].operation, Product) and positions < shape[0] * directions:
+    if isinstance(uses[0].operation, KroneckerLayer) and positions < shape[0] * directions:
         return None  # the two sides are cheaper to turn into a basis than their products
     return [_per_sample(part, n) for part, n in _parts(uses, samples, entries)]
 
@@ -218,19 +206,21 @@ def _sum_of_squares(gradients: Tensor) -> Tensor:
     return total
 
 
-def _positions(use: Use) -> int:
+def _positions(use: LayerCall) -> int:
     """Positions of all samples together."""
     operation = use.operation
-    assert isinstance(operation, Product)
+    assert isinstance(operation, KroneckerLayer)
     return operation.positions(use.inputs, use.gradient[0])
 
 
-def _lookup(use: Use) -> Lookup:
-    assert isinstance(use.operation, Lookup)
+def _lookup(use: LayerCall) -> Embedding:
+    assert isinstance(use.operation, Embedding)
     return use.operation
 
 
-def _parts(uses: Sequence[Use], samples: int, entries: int = 0) -> Iterator[tuple[list[Use], int]]:
+def _parts(
+    uses: Sequence[LayerCall], samples: int, entries: int = 0
+) -> Iterator[tuple[list[LayerCall], int]]:
     """The samples in chunks, so that what is unfolded on the way stays small.
 
     `entries` is what a sample takes beside it.
@@ -243,7 +233,7 @@ def _parts(uses: Sequence[Use], samples: int, entries: int = 0) -> Iterator[tupl
         yield [use.part(start, stop, samples) for use in uses], stop - start
 
 
-def _per_sample(uses: Sequence[Use], samples: int) -> Tensor:
+def _per_sample(uses: Sequence[LayerCall], samples: int) -> Tensor:
     gradients = [u.operation.per_sample(u.inputs, u.gradient, samples) for u in uses]
     return torch.stack(gradients).sum(0) if len(gradients) > 1 else gradients[0]
 
@@ -269,33 +259,33 @@ def _add_gram(sums: Tensor, features: Tensor, scale: float) -> None:
 
 def _add_squares(
     sums: Tensor,
-    uses: Sequence[Use],
+    uses: Sequence[LayerCall],
     samples: int,
-    output_basis: Tensor | None = None,
-    input_basis: Tensor | None = None,
+    row_basis: Tensor | None = None,
+    column_basis: Tensor | None = None,
 ) -> None:
     """Adds squared per-sample gradients, in the given bases."""
-    if all(isinstance(use.operation, Lookup) for use in uses):
-        _add_lookup_squares(sums, uses, samples, input_basis)
+    if all(isinstance(use.operation, Embedding) for use in uses):
+        _add_lookup_squares(sums, uses, samples, column_basis)
         return
     entries = 0 if _are_vectors(uses, samples) else sums.numel()
-    plain = isinstance(uses[0].operation, Product) and len(uses) == 1
+    plain = isinstance(uses[0].operation, KroneckerLayer) and len(uses) == 1
     for part, n in _parts(uses, samples, 0 if plain else entries):
         (use, *others), operation = part, part[0].operation
-        if not isinstance(operation, Product) or others:
+        if not isinstance(operation, KroneckerLayer) or others:
             gradients = _per_sample(part, n)
-            sums += _sum_of_squares(_turned(gradients, output_basis, input_basis))
+            sums += _sum_of_squares(_turned(gradients, row_basis, column_basis))
             continue
         seen, given = operation.sides(use.inputs, use.gradient, n)
         if entries == 0:
             # A product of two vectors: its squares are the product of theirs.
             rows = given.reshape(n, len(use.gradient), -1)
-            left = _into(output_basis, rows).square().sum(1)
-            sums.addmm_(left.mT, _into(input_basis, seen.squeeze(2)).square())
+            left = _into(row_basis, rows).square().sum(1)
+            sums.addmm_(left.mT, _into(column_basis, seen.squeeze(2)).square())
             continue
-        of_inputs, of_gradient = input_basis, output_basis
+        of_inputs, of_gradient = column_basis, row_basis
         if operation.inputs_are_rows:
-            of_inputs, of_gradient = output_basis, input_basis
+            of_inputs, of_gradient = row_basis, column_basis
         if of_gradient is not None:
             each = given.reshape(n * len(use.gradient), len(of_gradient), -1)
             given = (of_gradient.mT @ each).view_as(given)
@@ -312,16 +302,16 @@ def _add_squares(
             sums += _sum_of_squares(_turned(gradients, *bases))
 
 
-def _turned(gradients: Tensor, output_basis: Tensor | None, input_basis: Tensor | None) -> Tensor:
+def _turned(gradients: Tensor, row_basis: Tensor | None, column_basis: Tensor | None) -> Tensor:
     """Per-sample gradients in the given bases."""
-    if input_basis is not None:
-        gradients = gradients @ input_basis
-    if output_basis is not None:
-        gradients = output_basis.mT @ gradients
+    if column_basis is not None:
+        gradients = gradients @ column_basis
+    if row_basis is not None:
+        gradients = row_basis.mT @ gradients
     return gradients
 
 
-def _are_vectors(uses: Sequence[Use], samples: int) -> bool:
+def _are_vectors(uses: Sequence[LayerCall], samples: int) -> bool:
     """Whether a sample's gradient is the product of two vectors, and need not be written out."""
     (use, *others) = uses
     single = (
@@ -335,11 +325,11 @@ def _into(basis: Tensor | None, vectors: Tensor) -> Tensor:
 
 
 def _add_lookup_squares(
-    sums: Tensor, uses: Sequence[Use], samples: int, input_basis: Tensor | None
+    sums: Tensor, uses: Sequence[LayerCall], samples: int, column_basis: Tensor | None
 ) -> None:
     """The same where most of a sample's gradient is zero."""
     found = [_lookup(use).rows(use.inputs, use.gradient, samples) for use in uses]
     owners, tokens, gradient = (torch.cat(parts) for parts in zip(*found, strict=True))
     keys, places = torch.unique(owners * len(sums) + tokens, return_inverse=True)
     together = gradient.new_zeros(len(keys), gradient.shape[1]).index_add_(0, places, gradient)
-    sums.index_add_(0, keys % len(sums), _into(input_basis, together).square())
+    sums.index_add_(0, keys % len(sums), _into(column_basis, together).square())

@@ -9,35 +9,40 @@ from torch import Tensor, nn
 
 from lightning_fedfisher.curvature.base import Curvature
 from lightning_fedfisher.curvature.kronecker import Eigenbased, Factored
+from lightning_fedfisher.curvature.registry import EIGENBASED, KINDS
 from lightning_fedfisher.extraction.accumulators.kronecker import (
-    DenseMoments,
-    DiagonalMoments,
-    GradientMoments,
-    KroneckerMoments,
-    LookupMoments,
-    Moments,
-    SpectrumMoments,
+    Accumulator,
+    DenseAccumulator,
+    DiagonalAccumulator,
+    EmbeddingAccumulator,
+    GradientAccumulator,
+    KroneckerAccumulator,
+    SpectrumAccumulator,
     written,
 )
 from lightning_fedfisher.extraction.backends.output_gradients import GradientCollector
 from lightning_fedfisher.extraction.backends.per_sample import FunctionalGradients
-from lightning_fedfisher.extraction.layer_report import CurvatureType, Treatment, kind_of
-from lightning_fedfisher.extraction.tracing.model_trace import Survey
-from lightning_fedfisher.extraction.tracing.recorder import Use
+from lightning_fedfisher.extraction.layer_report import CurvatureType, LayerReport, kind_of
+from lightning_fedfisher.extraction.tracing.model_trace import ModelTrace
+from lightning_fedfisher.extraction.tracing.recorder import LayerCall
 from lightning_fedfisher.layers import Layer
 
 # Uses kept for the eigenvalue correction before it takes a second pass instead.
 _KEPT_BYTES = 2**30
-_MOMENTS: dict[str, type[Moments]] = {
-    cls.kind.kind: cls for cls in (KroneckerMoments, LookupMoments, DiagonalMoments, DenseMoments)
+_ACCUMULATORS: dict[str, type[Accumulator]] = {
+    "kronecker": KroneckerAccumulator,
+    "transposed_kronecker": KroneckerAccumulator,
+    "embedding_kronecker": EmbeddingAccumulator,
+    "diagonal": DiagonalAccumulator,
+    "dense": DenseAccumulator,
 }
 # The factors whose eigenbases an eigenvalue-corrected kind stands in.
-_FACTORS = {"ekfac": "kronecker", "lookup_ekfac": "lookup_kronecker"}
+_FACTORS = {corrected: factored for factored, corrected in EIGENBASED.items()}
 
 Total = Callable[[Tensor], Tensor]
 
 
-class SecondMoments:
+class ModelAccumulator:
     """Sums of second moments over samples, for one or more kinds of curvature at once.
 
     Attributes:
@@ -48,7 +53,7 @@ class SecondMoments:
         self,
         model: nn.Module,
         layers: Sequence[Layer],
-        survey: Survey,
+        survey: ModelTrace,
         curvatures: Sequence[CurvatureType],
         logits_of: Callable[[nn.Module, Any], Tensor],
     ) -> None:
@@ -64,13 +69,15 @@ class SecondMoments:
         self._layers = layers
         self._survey = survey
         parameters = dict(model.named_parameters())
-        self._moments: dict[tuple[str, str], Moments] = {}
+        self._moments: dict[tuple[str, str], Accumulator] = {}
         for layer in layers:
             for kind in {self._kind(c, layer) for c in curvatures}:
                 base = _FACTORS.get(kind, kind)
                 like = parameters[layer.parameter_names[0]].detach()
-                self._moments.setdefault((layer.name, base), _MOMENTS[base](layer, like))
-        self._kept: list[tuple[Layer, Sequence[Use | Tensor], int]] = []
+                self._moments.setdefault(
+                    (layer.name, base), _ACCUMULATORS[base](layer, KINDS[base], like)
+                )
+        self._kept: list[tuple[Layer, Sequence[LayerCall | Tensor], int]] = []
         self._kept_bytes = 0
         # By layer name, the kind of the factors; in the order in which all processes reduce them.
         self._corrected = {
@@ -79,14 +86,14 @@ class SecondMoments:
             if "ekfac" in curvatures and (kind := self._kind("ekfac", layer)) in _FACTORS
         }
         self._bases: dict[str, Eigenbased] = {}
-        self._spectra: dict[str, SpectrumMoments] = {}
+        self._spectra: dict[str, SpectrumAccumulator] = {}
         self.needs_second_pass = False
         self._samples = 0
         self.collector = GradientCollector(model, layers, survey, self._add)
         others = [layer for layer in layers if layer.name not in survey.operations]
         self._functional = FunctionalGradients(model, others, logits_of) if others else None
 
-    def treatments(self, curvature: CurvatureType) -> tuple[Treatment, ...]:
+    def treatments(self, curvature: CurvatureType) -> tuple[LayerReport, ...]:
         """How each layer is treated for a kind of curvature."""
         found = []
         for layer in self._layers:
@@ -97,7 +104,7 @@ class SecondMoments:
             elif kind == "diagonal" and curvature != "diagonal":
                 title = self._survey.operations[layer.name][0].title
                 reason = f"{title} has no Kronecker factors"
-            found.append(Treatment(layer, kind, way, reason))
+            found.append(LayerReport(layer, kind, way, reason))
         return tuple(found)
 
     def backward(self, batch: Any, logits: Tensor, directions: Sequence[Tensor]) -> None:
@@ -115,23 +122,23 @@ class SecondMoments:
                 for gradients in self._functional(batch, logits.detach(), direction):
                     for name, gradient in gradients.items():
                         for moments in self._of(name):
-                            assert isinstance(moments, GradientMoments)
+                            assert isinstance(moments, GradientAccumulator)
                             moments.add_gradients(gradient)
 
-    def _of(self, name: str) -> list[Moments]:
+    def _of(self, name: str) -> list[Accumulator]:
         return [moments for (owner, _), moments in self._moments.items() if owner == name]
 
-    def _add(self, layer: Layer, uses: Sequence[Use]) -> None:
+    def _add(self, layer: Layer, uses: Sequence[LayerCall]) -> None:
         if self._spectra:
             if layer.name in self._spectra:
                 self._spectra[layer.name].add(uses, self._samples)
             return
         owned = self._of(layer.name)
         keeps = layer.name in self._corrected and not self.needs_second_pass
-        wants = keeps or any(isinstance(moments, GradientMoments) for moments in owned)
+        wants = keeps or any(isinstance(moments, GradientAccumulator) for moments in owned)
         gradients = written(uses, self._samples, layer.shape) if wants else None
         for moments in owned:
-            if gradients is None or not isinstance(moments, GradientMoments):
+            if gradients is None or not isinstance(moments, GradientAccumulator):
                 moments.add(uses, self._samples)
             else:
                 for part in gradients:
@@ -139,7 +146,7 @@ class SecondMoments:
         if keeps:
             self._keep(layer, uses if gradients is None else gradients)
 
-    def _keep(self, layer: Layer, what: Sequence[Use] | Sequence[Tensor]) -> None:
+    def _keep(self, layer: Layer, what: Sequence[LayerCall] | Sequence[Tensor]) -> None:
         """Keeps uses or gradients for the eigenvalue correction, or gives up all of them."""
         self._kept.append((layer, list(what), self._samples))
         for item in what:
@@ -175,11 +182,11 @@ class SecondMoments:
             for part in gradients:
                 spectrum.add_gradients(part)
             if not gradients:
-                spectrum.add([u for u in what if isinstance(u, Use)], samples)
+                spectrum.add([u for u in what if isinstance(u, LayerCall)], samples)
 
     def begin_second_pass(self) -> None:
         """Starts the spectra at zero: what is back-propagated from now on is added to them."""
-        self._spectra = {name: SpectrumMoments(basis) for name, basis in self._bases.items()}
+        self._spectra = {name: SpectrumAccumulator(basis) for name, basis in self._bases.items()}
 
     def finish(self, curvature: CurvatureType, total: Total, count: int) -> dict[str, Curvature]:
         """The curvature of every layer.
@@ -201,6 +208,6 @@ class SecondMoments:
         return kind_of(curvature, self._survey.operations.get(layer.name))
 
 
-def _finished(moments: Moments, total: Total, count: int) -> Curvature:
+def _finished(moments: Accumulator, total: Total, count: int) -> Curvature:
     """The curvature from all processes; of copies, because a reduction may work in place."""
     return moments.finish({name: total(t.clone()) for name, t in moments.sums.items()}, count)

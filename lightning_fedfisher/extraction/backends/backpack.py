@@ -17,8 +17,8 @@ from backpack.context import CTX
 from backpack.extensions import SumGradSquared
 from torch import Tensor, nn
 
-from lightning_fedfisher.extraction.layer_types.conv_geometry import Window
-from lightning_fedfisher.extraction.tracing.model_trace import Survey
+from lightning_fedfisher.extraction.layer_types.conv_geometry import ConvGeometry
+from lightning_fedfisher.extraction.tracing.model_trace import ModelTrace
 from lightning_fedfisher.layers import Layer
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -29,7 +29,7 @@ class BackpackError(RuntimeError):
     """BackPACK turns out not to support the model after all."""
 
 
-def why_not(model: nn.Module, layers: Sequence[Layer], survey: Survey) -> str | None:
+def why_not(model: nn.Module, layers: Sequence[Layer], survey: ModelTrace) -> str | None:
     """Why BackPACK has no right per-sample gradients of a model, or None if it has.
 
     Args:
@@ -127,5 +127,5 @@ class BackpackDiagonal:
 
 def _padding(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[tuple[int, int], ...]:
     """Zeros before and after, in each spatial dimension, where the padding may be a word."""
-    window = Window.of(module.kernel_size, module.stride, module.padding, module.dilation)
+    window = ConvGeometry.of(module.kernel_size, module.stride, module.padding, module.dilation)
     return window.padding

@@ -10,34 +10,38 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_fedfisher.extraction.layer_types.base import Operation
-from lightning_fedfisher.extraction.layer_types.registry import Call
-from lightning_fedfisher.extraction.tracing.model_trace import Layout, Survey
-from lightning_fedfisher.extraction.tracing.recorder import Use, UseRecorder, edges_to_leaves
+from lightning_fedfisher.extraction.layer_types.base import LayerType
+from lightning_fedfisher.extraction.layer_types.registry import FunctionCall
+from lightning_fedfisher.extraction.tracing.model_trace import BatchAxis, ModelTrace
+from lightning_fedfisher.extraction.tracing.recorder import (
+    LayerCall,
+    LayerCallRecorder,
+    edges_to_leaves,
+)
 from lightning_fedfisher.layers import Layer
 
-Deliver = Callable[[Layer, Sequence[Use]], None]
+Deliver = Callable[[Layer, Sequence[LayerCall]], None]
 
 _DIFFERENT = (
     "forward passes of different batches call different layers, or in another order: which samples "
     "a layer has seen cannot be told"
 )
-_Arrived = dict[int, tuple[Operation, Tensor, list[Tensor]]]  # by the call's place
+_Arrived = dict[int, tuple[LayerType, Tensor, list[Tensor]]]  # by the call's place
 
 
-def _uses(arrived: _Arrived) -> list[Use]:
+def _uses(arrived: _Arrived) -> list[LayerCall]:
     """Uses whose gradients are complete, or that no further gradient reaches."""
     return [
-        Use(operation, inputs, torch.stack(gradients))
+        LayerCall(operation, inputs, torch.stack(gradients))
         for operation, inputs, gradients in arrived.values()
     ]
 
 
-class GradientCollector(UseRecorder):
+class GradientCollector(LayerCallRecorder):
     """Delivers every layer's uses with the gradients of a backward pass, as soon as complete."""
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[Layer], survey: Survey, deliver: Deliver
+        self, model: nn.Module, layers: Sequence[Layer], survey: ModelTrace, deliver: Deliver
     ) -> None:
         """Takes the parameters out of the graph.
 
@@ -96,8 +100,8 @@ class GradientCollector(UseRecorder):
         func: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-        call: Call,
-        uses: list[tuple[Layer, Operation]],
+        call: FunctionCall,
+        uses: list[tuple[Layer, LayerType]],
     ) -> Any:
         output = func(*args, **kwargs)
         names = tuple(layer.name for layer, _ in uses)
@@ -122,9 +126,9 @@ class GradientCollector(UseRecorder):
     def _arrive(
         self,
         place: int,
-        layout: Layout,
+        layout: BatchAxis,
         inputs: Tensor,
-        uses: list[tuple[Layer, Operation]],
+        uses: list[tuple[Layer, LayerType]],
         gradient: Tensor,
     ) -> None:
         if not layout.fits(inputs, self._samples):

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.overrides import TorchFunctionMode
 
+from lightning_fedfisher.errors import UnsupportedModelError
 from lightning_fedfisher.extraction.batches import (
     MixedSamplesError,
     map_samples,
     require_same_logits,
 )
-from lightning_fedfisher.layers import Layer, UnsupportedModelError
+from lightning_fedfisher.layers import Layer
 
 # Numbers of gradients held at a time.
 _CHUNK = 2**25

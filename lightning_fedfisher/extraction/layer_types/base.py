@@ -23,14 +23,17 @@ from torch import Tensor
 from torch.nn import functional
 from typing_extensions import override
 
-from lightning_fedfisher.extraction.layer_types.conv_geometry import Window
+from lightning_fedfisher.extraction.layer_types.conv_geometry import ConvGeometry
 
 
-class Operation(ABC):
+class LayerType(ABC):
     """One use of a layer in a forward pass."""
 
     title: ClassVar[str] = ""
     """What to call it in a report, where it has no Kronecker factors."""
+
+    kind: ClassVar[str] = "diagonal"
+    """Kind of curvature that K-FAC gives it: a key of `lightning_fedfisher.curvature.KINDS`."""
 
     def leading(self, dimensions: int) -> int:
         """How many first dimensions of an input may run over samples.
@@ -58,9 +61,10 @@ class Operation(ABC):
         return max(inputs.numel(), gradient.numel())
 
 
-class Product(Operation):
+class KroneckerLayer(LayerType):
     """A use whose gradient is ``rows @ columns'``."""
 
+    kind: ClassVar[str] = "kronecker"
     inputs_are_rows: ClassVar[bool] = False
     """Whether rows come from the inputs and columns from the gradient, rather than vice versa."""
 
@@ -128,7 +132,7 @@ class Product(Operation):
 
 
 @dataclass(frozen=True)
-class Linear(Product):
+class Linear(KroneckerLayer):
     """``y = x W'``, at any positions between sample and feature.
 
     Attributes:
@@ -155,7 +159,7 @@ class Linear(Product):
 
 
 @dataclass(frozen=True)
-class Convolution(Product):
+class Convolution(KroneckerLayer):
     """A convolution without groups, in any number of dimensions.
 
     Attributes:
@@ -163,7 +167,7 @@ class Convolution(Product):
         bias: whether the matrix has a bias column.
     """
 
-    window: Window
+    window: ConvGeometry
     bias: bool
 
     @override
@@ -181,7 +185,7 @@ class Convolution(Product):
 
 
 @dataclass(frozen=True)
-class GroupedConvolution(Operation):
+class GroupedConvolution(LayerType):
     """A convolution whose output channels see only the input channels of their group.
 
     Attributes:
@@ -190,7 +194,7 @@ class GroupedConvolution(Operation):
         groups: how many.
     """
 
-    window: Window
+    window: ConvGeometry
     bias: bool
     groups: int
     title: ClassVar[str] = "a grouped convolution"
@@ -210,7 +214,7 @@ class GroupedConvolution(Operation):
 
 
 @dataclass(frozen=True)
-class TransposedConvolution(Product):
+class TransposedConvolution(KroneckerLayer):
     """A transposed convolution without groups; its matrix is ``(inputs, outputs * elements)``.
 
     Attributes:
@@ -218,8 +222,9 @@ class TransposedConvolution(Product):
         places: positions of the input, in each dimension.
     """
 
-    window: Window
+    window: ConvGeometry
     places: tuple[int, ...]
+    kind: ClassVar[str] = "transposed_kronecker"
     inputs_are_rows: ClassVar[bool] = True
 
     @override
@@ -247,7 +252,7 @@ class TransposedConvolution(Product):
         ]
         reached = functional.pad(gradient, sides)
         before = tuple((before, 0) for before, _ in self.window.padding)
-        window = Window(self.window.kernel, self.window.stride, before, self.window.dilation)
+        window = ConvGeometry(self.window.kernel, self.window.stride, before, self.window.dilation)
         patches = window.patches(reached)
         return patches.reshape(len(patches), samples, -1).transpose(0, 1)
 
@@ -257,7 +262,7 @@ class TransposedConvolution(Product):
 
 
 @dataclass(frozen=True)
-class Affine(Operation):
+class ScaleShift(LayerType):
     """The scale and shift after a normalisation, or a shift alone, of each feature.
 
     Attributes:
@@ -297,7 +302,7 @@ class Affine(Operation):
 
 
 @dataclass(frozen=True)
-class Lookup(Operation):
+class Embedding(LayerType):
     """An embedding: the rows are tokens, so a sample's gradient has few that are not zero.
 
     Attributes:
@@ -307,6 +312,7 @@ class Lookup(Operation):
 
     tokens: int
     padding: int | None
+    kind: ClassVar[str] = "embedding_kronecker"
 
     @override
     def leading(self, dimensions: int) -> int:

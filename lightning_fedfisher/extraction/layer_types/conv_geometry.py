@@ -12,7 +12,7 @@ from torch.nn import functional
 
 
 @dataclass(frozen=True)
-class Window:
+class ConvGeometry:
     """How a convolution slides, in each spatial dimension.
 
     Attributes:

@@ -15,21 +15,21 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
+from lightning_fedfisher.errors import UnsupportedModelError
 from lightning_fedfisher.extraction.layer_types.base import (
-    Affine,
     Convolution,
+    Embedding,
     GroupedConvolution,
+    LayerType,
     Linear,
-    Lookup,
-    Operation,
+    ScaleShift,
     TransposedConvolution,
 )
-from lightning_fedfisher.extraction.layer_types.conv_geometry import Window
-from lightning_fedfisher.layers import UnsupportedModelError
+from lightning_fedfisher.extraction.layer_types.conv_geometry import ConvGeometry
 
 
 @dataclass(frozen=True)
-class Call:
+class FunctionCall:
     """A call of a known function, as far as the gradient of its parameters goes.
 
     Attributes:
@@ -44,13 +44,13 @@ class Call:
     inputs: Tensor
     weight: Tensor | None
     bias: Tensor | None
-    operation: Callable[[bool], Operation] | None
-    shift: Operation | None
+    operation: Callable[[bool], LayerType] | None
+    shift: LayerType | None
 
 
 def read_call(
     func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> Call | None:
+) -> FunctionCall | None:
     """Reads a call.
 
     Args:
@@ -65,10 +65,10 @@ def read_call(
     return None if reader is None else reader(*args, **kwargs)
 
 
-def _linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call | None:
+def _linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> FunctionCall | None:
     if weight.ndim != 2:
         return None
-    return Call(inputs, weight, bias, Linear, _shift(bias, trailing=True))
+    return FunctionCall(inputs, weight, bias, Linear, _shift(bias, trailing=True))
 
 
 def _convolution(
@@ -79,17 +79,17 @@ def _convolution(
     padding: int | str | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
-) -> Call | None:
+) -> FunctionCall | None:
     if inputs.ndim != weight.ndim:
         return None
-    window = Window.of(weight.shape[2:], stride, padding, dilation)
+    window = ConvGeometry.of(weight.shape[2:], stride, padding, dilation)
 
-    def operation(has_bias: bool) -> Operation:
+    def operation(has_bias: bool) -> LayerType:
         if groups == 1:
             return Convolution(window, has_bias)
         return GroupedConvolution(window, has_bias, groups)
 
-    return Call(inputs, weight, bias, operation, _shift(bias, trailing=False))
+    return FunctionCall(inputs, weight, bias, operation, _shift(bias, trailing=False))
 
 
 def _transposed(
@@ -101,16 +101,16 @@ def _transposed(
     output_padding: int | Sequence[int] = 0,
     groups: int = 1,
     dilation: int | Sequence[int] = 1,
-) -> Call | None:
+) -> FunctionCall | None:
     if inputs.ndim != weight.ndim:
         return None
-    window = Window.of(weight.shape[2:], stride, padding, dilation)
+    window = ConvGeometry.of(weight.shape[2:], stride, padding, dilation)
     positions = tuple(inputs.shape[2:])
 
-    def operation(has_bias: bool) -> Operation:
+    def operation(has_bias: bool) -> LayerType:
         return TransposedConvolution(window, positions)
 
-    return Call(
+    return FunctionCall(
         inputs, weight, bias, operation if groups == 1 else None, _shift(bias, trailing=False)
     )
 
@@ -123,13 +123,13 @@ def _embedding(
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
-) -> Call | None:
+) -> FunctionCall | None:
     if max_norm is not None:
         return None
     tokens = len(weight)
     # The function counts from the end where the index is negative, as -1 stands for none below it.
     padding = padding_idx if padding_idx is None or padding_idx >= 0 else tokens + padding_idx
-    return Call(inputs, weight, None, lambda has_bias: Lookup(tokens, padding), None)
+    return FunctionCall(inputs, weight, None, lambda has_bias: Embedding(tokens, padding), None)
 
 
 def _batch_norm(
@@ -141,7 +141,7 @@ def _batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
-) -> Call | None:
+) -> FunctionCall | None:
     if training:
         raise UnsupportedModelError(
             [
@@ -161,7 +161,7 @@ def _layer_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
-) -> Call:
+) -> FunctionCall:
     normalised = partial(functional.layer_norm, normalized_shape=list(normalized_shape), eps=eps)
     return _normalisation(inputs, weight, bias, normalised, trailing=True)
 
@@ -171,7 +171,7 @@ def _rms_norm(
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     eps: float | None = None,
-) -> Call:
+) -> FunctionCall:
     normalised = partial(functional.rms_norm, normalized_shape=list(normalized_shape), eps=eps)
     return _normalisation(inputs, weight, None, normalised, trailing=True)
 
@@ -182,7 +182,7 @@ def _group_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
-) -> Call:
+) -> FunctionCall:
     normalised = partial(functional.group_norm, num_groups=num_groups, eps=eps)
     return _normalisation(inputs, weight, bias, normalised, trailing=False)
 
@@ -193,16 +193,16 @@ def _normalisation(
     bias: Tensor | None,
     normalised: Callable[[Tensor], Tensor],
     trailing: bool,
-) -> Call:
-    def operation(has_bias: bool) -> Operation:
+) -> FunctionCall:
+    def operation(has_bias: bool) -> LayerType:
         assert weight is not None
-        return Affine(normalised, has_bias, tuple(weight.shape), trailing)
+        return ScaleShift(normalised, has_bias, tuple(weight.shape), trailing)
 
-    return Call(inputs, weight, bias, operation, _shift(bias, trailing))
+    return FunctionCall(inputs, weight, bias, operation, _shift(bias, trailing))
 
 
-def _shift(bias: Tensor | None, trailing: bool) -> Operation | None:
-    return None if bias is None else Affine(None, True, tuple(bias.shape), trailing)
+def _shift(bias: Tensor | None, trailing: bool) -> LayerType | None:
+    return None if bias is None else ScaleShift(None, True, tuple(bias.shape), trailing)
 
 
 # Attention hides its linear maps behind a check for overloads; this is the same code without.
@@ -212,7 +212,7 @@ open_attention = types.FunctionType(
     argdefs=functional.multi_head_attention_forward.__defaults__,
 )
 
-_READERS: dict[Any, Callable[..., Call | None]] = {
+_READERS: dict[Any, Callable[..., FunctionCall | None]] = {
     functional.linear: _linear,
     functional.conv1d: _convolution,
     functional.conv2d: _convolution,

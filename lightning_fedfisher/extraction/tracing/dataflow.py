@@ -43,7 +43,7 @@ class _Mark:
     version: int
 
 
-class Flow:
+class Dataflow:
     """Marks the outputs of layers, and what elementwise functions, pools and reshapes make of them.
 
     What any other function returns, or changes in place, is not marked.

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from typing_extensions import override
 
-from lightning_fedfisher.extraction.layer_types.base import Convolution, Linear, Operation
-from lightning_fedfisher.extraction.layer_types.registry import Call
-from lightning_fedfisher.extraction.tracing.dataflow import Flow
-from lightning_fedfisher.extraction.tracing.recorder import UseRecorder, edges_to_leaves
+from lightning_fedfisher.extraction.layer_types.base import Convolution, LayerType, Linear
+from lightning_fedfisher.extraction.layer_types.registry import FunctionCall
+from lightning_fedfisher.extraction.tracing.dataflow import Dataflow
+from lightning_fedfisher.extraction.tracing.recorder import LayerCallRecorder, edges_to_leaves
 from lightning_fedfisher.layers import Layer, Source
 
 
 @dataclass(frozen=True)
-class Layout:
+class BatchAxis:
     """Where the samples are in the input of a call.
 
     Attributes:
@@ -45,7 +45,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Survey:
+class ModelTrace:
     """What a forward pass showed.
 
     Attributes:
@@ -55,21 +55,21 @@ class Survey:
         unseen: why each other layer is not, by layer name.
         unreached: layers that the logits do not depend on.
         plain: layers with one call, whose input has samples first and the weight's precision.
-        sources: of layers with one call that read another such layer's outputs, by layer name.
-        head: name of the layer whose outputs are the logits; empty if they are made of more.
+        fed_by: of layers with one call that read another such layer's outputs, by layer name.
+        output_layer: name of the layer whose outputs are the logits; empty if there is none.
     """
 
     calls: tuple[tuple[str, ...], ...]
-    layouts: tuple[Layout | None, ...]
-    operations: Mapping[str, tuple[Operation, ...]]
+    layouts: tuple[BatchAxis | None, ...]
+    operations: Mapping[str, tuple[LayerType, ...]]
     unseen: Mapping[str, str]
     unreached: tuple[str, ...]
     plain: frozenset[str]
-    sources: Mapping[str, Source]
-    head: str
+    fed_by: Mapping[str, Source]
+    output_layer: str
 
 
-class Surveyor(UseRecorder):
+class ModelTracer(LayerCallRecorder):
     """Finds out, from one forward pass, which layers are fully seen and where samples are."""
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer]) -> None:
@@ -82,9 +82,9 @@ class Surveyor(UseRecorder):
         super().__init__(model, layers)
         self._layers = layers
         self._parameters = dict(model.named_parameters())
-        self._calls: list[tuple[Call, list[tuple[Layer, Operation]], list[Tensor]]] = []
+        self._calls: list[tuple[FunctionCall, list[tuple[Layer, LayerType]], list[Tensor]]] = []
         self._aliases: set[Node] = set()
-        self._flow = Flow()
+        self._flow = Dataflow()
         self._sources: dict[str, Source | None] = {}
 
     @override
@@ -99,8 +99,8 @@ class Surveyor(UseRecorder):
         func: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-        call: Call,
-        uses: list[tuple[Layer, Operation]],
+        call: FunctionCall,
+        uses: list[tuple[Layer, LayerType]],
     ) -> Any:
         # Views of the parameters: by them, the graph tells this use from others.
         used = {layer.name for layer, _ in uses}
@@ -124,7 +124,9 @@ class Surveyor(UseRecorder):
         self._connect(call, uses, output)
         return output
 
-    def _connect(self, call: Call, uses: list[tuple[Layer, Operation]], output: Tensor) -> None:
+    def _connect(
+        self, call: FunctionCall, uses: list[tuple[Layer, LayerType]], output: Tensor
+    ) -> None:
         """Notes whose outputs a layer reads, and that these are its own."""
         for layer, operation in uses:
             axis = _channels(operation, call.inputs.ndim)
@@ -136,7 +138,7 @@ class Surveyor(UseRecorder):
             if axis is not None and whole:
                 self._flow.begin(output, layer.name, axis)
 
-    def survey(self, logits: Tensor) -> Survey:
+    def survey(self, logits: Tensor) -> ModelTrace:
         """Reads the graph of the forward pass that was watched.
 
         Args:
@@ -147,7 +149,7 @@ class Surveyor(UseRecorder):
         """
         unseen, unreached = self._used_otherwise(logits)
         if unreached:
-            return Survey((), (), {}, unseen, tuple(unreached), frozenset(), {}, "")
+            return ModelTrace((), (), {}, unseen, tuple(unreached), frozenset(), {}, "")
         trained = [p for p in self._parameters.values() if p.requires_grad]
         # Any direction that singles out nothing: one sample's gradient shows where it is.
         direction = torch.cos(torch.arange(logits[0].numel(), device=logits.device) + 1.0)
@@ -158,8 +160,8 @@ class Surveyor(UseRecorder):
             scalar = (sample.flatten() * direction.to(logits)).sum()
             torch.autograd.grad(scalar, trained, allow_unused=True, retain_graph=True)
             hits.append([back[0] != 0 if back else None for _, _, back in self._calls])
-        layouts: list[Layout | None] = []
-        operations: dict[str, list[Operation]] = {}
+        layouts: list[BatchAxis | None] = []
+        operations: dict[str, list[LayerType]] = {}
         for place, (call, uses, _) in enumerate(self._calls):
             leading = uses[0][1].leading(call.inputs.ndim)
             layout = _layout(call.inputs.shape[:leading], [hit[place] for hit in hits])
@@ -179,27 +181,27 @@ class Surveyor(UseRecorder):
             layer.name
             for (call, uses, _), layout in zip(self._calls, layouts, strict=True)
             for layer, _ in uses
-            if layout == Layout(0)
+            if layout == BatchAxis(0)
             and len(seen.get(layer.name, ())) == 1
             and call.weight is not None
             and call.weight.dtype == call.inputs.dtype
         }
         calls = tuple(tuple(layer.name for layer, _ in uses) for _, uses, _ in self._calls)
         once = {name for name, operations in seen.items() if len(operations) == 1}
-        sources = {
+        fed_by = {
             name: source
             for name, source in self._sources.items()
             if source is not None and {name, source.layer} <= once
         }
         head = self._flow.head(logits)
-        return Survey(
+        return ModelTrace(
             calls,
             tuple(layouts),
             seen,
             unseen,
             tuple(unreached),
             frozenset(plain),
-            sources,
+            fed_by,
             head if head in once else "",
         )
 
@@ -217,14 +219,14 @@ class Surveyor(UseRecorder):
         return unseen, list(dict.fromkeys(unreached))
 
 
-def _channels(operation: Operation, dimensions: int) -> int | None:
+def _channels(operation: LayerType, dimensions: int) -> int | None:
     """The dimension of a call's inputs and outputs that its layer's matrix maps."""
     if isinstance(operation, Linear):
         return dimensions - 1
     return 1 if isinstance(operation, Convolution) else None
 
 
-def _layout(leading: Sequence[int], hits: Sequence[Tensor | None]) -> Layout | None:
+def _layout(leading: Sequence[int], hits: Sequence[Tensor | None]) -> BatchAxis | None:
     """Where the samples are in a call's input.
 
     Args:
@@ -236,16 +238,16 @@ def _layout(leading: Sequence[int], hits: Sequence[Tensor | None]) -> Layout | N
         several.
     """
     samples = len(hits)
-    possible = [Layout(axis) for axis, size in enumerate(leading) if size == samples]
+    possible = [BatchAxis(axis) for axis, size in enumerate(leading) if size == samples]
     if leading and leading[0] > samples and leading[0] % samples == 0:
-        possible += [Layout(0, "outer"), Layout(0, "inner")]
+        possible += [BatchAxis(0, "outer"), BatchAxis(0, "inner")]
     for sample, hit in enumerate(hits):
         if hit is not None and len(possible) > 0:
             possible = [layout for layout in possible if _only(layout, hit, sample, samples)]
     return possible[0] if len(possible) == 1 else None
 
 
-def _only(layout: Layout, hit: Tensor, sample: int, samples: int) -> bool:
+def _only(layout: BatchAxis, hit: Tensor, sample: int, samples: int) -> bool:
     """Whether nothing but one sample's part is hit."""
     first = layout.samples_first(hit, samples)
     frames = len(first) // samples

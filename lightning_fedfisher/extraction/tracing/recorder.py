@@ -18,13 +18,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from lightning_fedfisher.extraction.layer_types.base import Operation
-from lightning_fedfisher.extraction.layer_types.registry import Call, open_attention, read_call
+from lightning_fedfisher.extraction.layer_types.base import LayerType
+from lightning_fedfisher.extraction.layer_types.registry import (
+    FunctionCall,
+    open_attention,
+    read_call,
+)
 from lightning_fedfisher.layers import Layer
 
 
 @dataclass(frozen=True)
-class Use:
+class LayerCall:
     """One use of a layer in a forward pass, with the gradient that came back.
 
     Attributes:
@@ -33,18 +37,18 @@ class Use:
         gradient: those that came back to its output, ``(directions, *output.shape)``.
     """
 
-    operation: Operation
+    operation: LayerType
     inputs: Tensor
     gradient: Tensor
 
-    def part(self, start: int, stop: int, samples: int) -> Use:
+    def part(self, start: int, stop: int, samples: int) -> LayerCall:
         """The use by some of the samples."""
         frames = len(self.inputs) // samples
         here = slice(start * frames, stop * frames)
-        return Use(self.operation, self.inputs[here], self.gradient[:, here])
+        return LayerCall(self.operation, self.inputs[here], self.gradient[:, here])
 
 
-class UseRecorder(TorchFunctionMode):
+class LayerCallRecorder(TorchFunctionMode):
     """Watches the calls of one forward pass after another.
 
     A context manager: calls inside it are watched.
@@ -90,7 +94,7 @@ class UseRecorder(TorchFunctionMode):
         """Makes a call that uses no layer, and returns its output."""
         return func(*args, **kwargs)
 
-    def _uses(self, call: Call) -> list[tuple[Layer, Operation]]:
+    def _uses(self, call: FunctionCall) -> list[tuple[Layer, LayerType]]:
         weight, bias = self._owner.get(id(call.weight)), self._owner.get(id(call.bias))
         if weight and bias and weight[0] is bias[0]:
             if (weight[1], bias[1]) == (0, 1) and call.operation is not None:
@@ -109,8 +113,8 @@ class UseRecorder(TorchFunctionMode):
         func: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-        call: Call,
-        uses: list[tuple[Layer, Operation]],
+        call: FunctionCall,
+        uses: list[tuple[Layer, LayerType]],
     ) -> Any:
         """Makes a call that uses layers, and returns its output."""
 

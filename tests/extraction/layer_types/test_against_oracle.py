@@ -24,9 +24,9 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_fedfisher.errors import UnsupportedModelError
 from lightning_fedfisher.extraction.accumulators import model_sums as second_moments
 from lightning_fedfisher.extraction.extract import extract_curvature, extract_curvatures
-from lightning_fedfisher.layers import UnsupportedModelError
 
 CLASSES, SAMPLES, BATCH = 3, 5, 3
 KINDS = ("diagonal", "dense", "kfac", "ekfac")
@@ -943,8 +943,8 @@ def _error(found, expected):
 
 def _bases(block):
     tensors = block.tensors()
-    columns = tensors["input_basis"]
-    return tensors.get("output_basis", torch.eye(block.shape[0], dtype=columns.dtype)), columns
+    columns = tensors["column_basis"]
+    return tensors.get("row_basis", torch.eye(block.shape[0], dtype=columns.dtype)), columns
 
 
 def _check_ekfac(block, dense, factors):
@@ -976,11 +976,11 @@ def _check(extracted, kind, alone, middles, exact=()):
         elif kind == "kfac":
             rows, columns = _factors(layer, alone, middles)
             tensors = block.tensors()
-            if "output_values" in tensors:
-                assert _error(torch.diag(tensors["output_values"]), rows) < EXACT, layer.name
+            if "row_values" in tensors:
+                assert _error(torch.diag(tensors["row_values"]), rows) < EXACT, layer.name
             else:
-                assert _error(tensors["output_factor"], rows) < EXACT, layer.name
-            assert _error(tensors["input_factor"], columns) < EXACT, layer.name
+                assert _error(tensors["row_factor"], rows) < EXACT, layer.name
+            assert _error(tensors["column_factor"], columns) < EXACT, layer.name
         else:
             _check_ekfac(block, dense, _factors(layer, alone, middles))
     if kind in ("kfac", "ekfac"):
@@ -1020,9 +1020,9 @@ def _check_coverage(model, found):
     for treatment in found.treatments:
         assert treatment.kind == found.blocks[treatment.layer.name].kind
     weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    *lines, head = found.report.splitlines()
-    no_head = "no head: the logits are no layer's outputs"
-    assert head == (f"head: {found.head}" if found.head else no_head)
+    *lines, last = found.report.splitlines()
+    none = "no output layer: the logits are no layer's outputs"
+    assert last == (f"output layer: {found.output_layer}" if found.output_layer else none)
     assert sum(int(line.split(" weights")[0].split()[-1]) for line in lines) == weights
     assert {line.split(" (")[0] for line in lines} == {t.kind for t in found.treatments}
     for treatment in found.treatments:

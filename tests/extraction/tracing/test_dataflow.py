@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fedfisher import ClientUpdate, extract_curvature
 from lightning_fedfisher.curvature.input_map import InputMap
-from lightning_fedfisher.extraction.tracing.model_trace import Surveyor
+from lightning_fedfisher.extraction.tracing.model_trace import ModelTracer
 from lightning_fedfisher.layers import Source, find_layers
 
 
@@ -20,7 +20,7 @@ def survey(forward, modules, *shape):
     """What a forward pass of some samples shows; the modules are layers 0, 1, ..."""
     torch.manual_seed(0)
     model = nn.ModuleList(modules).eval()
-    surveyor = Surveyor(model, find_layers(model))
+    surveyor = ModelTracer(model, find_layers(model))
     x = torch.randn(shape)
     with surveyor:
         logits = forward(model, x)
@@ -28,7 +28,7 @@ def survey(forward, modules, *shape):
 
 
 def sources(*arguments):
-    found = survey(*arguments).sources
+    found = survey(*arguments).fed_by
     return {name: (source.layer, source.activation) for name, source in found.items()}
 
 
@@ -164,12 +164,12 @@ def test_a_chain_is_followed_link_by_link():
         nn.Linear(8, 3),
     )
     seen = survey(lambda model, x: model[0](x), [network], 4, 2, 8, 8)
-    assert seen.sources == {
+    assert seen.fed_by == {
         "0.3": Source("0.0", "relu"),
         "0.7": Source("0.3", "relu"),
         "0.8": Source("0.7", "identity"),
     }
-    assert seen.head == "0.8"
+    assert seen.output_layer == "0.8"
 
 
 def test_two_layers_may_read_the_same_one():
@@ -388,13 +388,13 @@ HEADS = {
 @pytest.mark.parametrize("ending", HEADS.values(), ids=HEADS)
 def test_the_head_is_followed_to_the_logits(ending):
     seen = survey(lambda m, x: ending(m[1](m[0](x).relu())), dense(), *POINTS)
-    assert (seen.head, seen.sources) == ("1", {"1": Source("0", "relu")})
+    assert (seen.output_layer, seen.fed_by) == ("1", {"1": Source("0", "relu")})
 
 
 def test_a_convolution_may_be_the_head():
     pool = nn.AdaptiveAvgPool2d(1)
     seen = survey(lambda m, x: pool(m[1](m[0](x).relu())).flatten(1), maps(), *IMAGES)
-    assert seen.head == "1"
+    assert seen.output_layer == "1"
 
 
 NO_HEADS = {
@@ -413,30 +413,30 @@ NO_HEADS = {
 
 @pytest.mark.parametrize("ending", NO_HEADS.values(), ids=NO_HEADS)
 def test_logits_that_are_made_of_more_have_no_head(ending):
-    assert survey(lambda m, x: ending(m[1](m[0](x))), dense(), *POINTS).head == ""
+    assert survey(lambda m, x: ending(m[1](m[0](x))), dense(), *POINTS).output_layer == ""
 
 
 def test_logits_over_positions_have_a_head_where_classes_come_second():
-    assert survey(lambda m, x: m[1](m[0](x)), dense(), 4, 7, 5).head == ""
-    assert survey(lambda m, x: m[1](m[0](x)), maps(), *IMAGES).head == "1"
+    assert survey(lambda m, x: m[1](m[0](x)), dense(), 4, 7, 5).output_layer == ""
+    assert survey(lambda m, x: m[1](m[0](x)), maps(), *IMAGES).output_layer == "1"
 
 
 def test_a_frozen_normalisation_behind_it_leaves_no_head():
     modules = [*dense(), nn.LayerNorm(3).requires_grad_(False)]
-    assert survey(lambda m, x: m[2](m[1](m[0](x))), modules, *POINTS).head == ""
+    assert survey(lambda m, x: m[2](m[1](m[0](x))), modules, *POINTS).output_layer == ""
 
 
 def test_a_layer_with_other_uses_is_no_head():
     modules = [nn.Linear(5, 5), nn.Linear(5, 3)]
-    assert survey(lambda m, x: m[0](m[0](x)), modules[:1], *POINTS).head == ""
+    assert survey(lambda m, x: m[0](m[0](x)), modules[:1], *POINTS).output_layer == ""
     both = survey(lambda m, x: m[0](x) + m[0](x.flip(1)), modules[1:], *POINTS)
-    assert both.head == ""
+    assert both.output_layer == ""
 
 
 def test_the_first_layer_that_is_defined_may_be_the_head():
     modules = [nn.Linear(6, 3), nn.Linear(5, 6)]
     seen = survey(lambda m, x: m[0](m[1](x)), modules, *POINTS)
-    assert (seen.head, seen.sources) == ("0", {"0": Source("1", "identity")})
+    assert (seen.output_layer, seen.fed_by) == ("0", {"0": Source("1", "identity")})
 
 
 # Blocks
@@ -485,26 +485,26 @@ def test_plain_torchvision_models_are_chains(make, size, chain):
     names += ["classifier." + n for n in classifier.split()]
     layers = find_layers(model)
     assert [layer.name for layer in layers] == names
-    surveyor = Surveyor(model.eval(), layers)
+    surveyor = ModelTracer(model.eval(), layers)
     with surveyor:
         logits = model(_images(size, 2))
     seen = surveyor.survey(logits)
-    assert seen.sources == {
+    assert seen.fed_by == {
         reader: Source(read, "relu") for read, reader in itertools.pairwise(names)
     }
-    assert seen.head == names[-1]
+    assert seen.output_layer == names[-1]
     sizes = {layer.name: (layer.shape[0], layer.inputs) for layer in layers}
-    for reader, source in seen.sources.items():
+    for reader, source in seen.fed_by.items():
         assert sizes[reader][1] % sizes[source.layer][0] == 0
 
 
 def test_a_residual_model_has_no_sources_but_a_head():
     model = torchvision.models.resnet18(num_classes=4).eval()
-    surveyor = Surveyor(model, find_layers(model))
+    surveyor = ModelTracer(model, find_layers(model))
     with surveyor:
         logits = model(_images(32))
     seen = surveyor.survey(logits)
-    assert (dict(seen.sources), seen.head) == ({}, "fc")
+    assert (dict(seen.fed_by), seen.output_layer) == ({}, "fc")
 
 
 @pytest.mark.parametrize("likelihood", ["categorical", "bernoulli", "gaussian"])
@@ -520,6 +520,6 @@ def test_sources_and_head_are_sent(kind, likelihood, tmp_path):
     update = ClientUpdate.from_model(model, found.header(12), found.blocks)
     header = ClientUpdate.open(update.save(tmp_path / "client.safetensors")).header
     assert header == update.header
-    assert header.sources == ({} if kind == "identity" else {"2": Source("0", "relu")})
+    assert header.fed_by == ({} if kind == "identity" else {"2": Source("0", "relu")})
     seen = kind != "identity" and likelihood == "categorical"
-    assert header.head == ("2" if seen else "")
+    assert header.output_layer == ("2" if seen else "")

@@ -1,0 +1,94 @@
+"""Dense curvature: the full matrix of a layer, for tiny layers, theory and tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_fedfisher.curvature.base import Curvature, TensorRole
+from lightning_fedfisher.curvature.linalg import (
+    PseudoInverse,
+    eigen,
+    eigenvalues,
+    frobenius,
+    reciprocal,
+    require_positive,
+    symmetric_power,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Curvature):
+    """``F`` in full: for two-layer theory, tiny layers and as the oracle of every other kind.
+
+    Attributes:
+        matrix: of shape ``(out * in, out * in)``, acting on ``W`` flattened row by row.
+        size: shape ``(out, in)`` of ``W``.
+    """
+
+    matrix: Tensor
+    size: tuple[int, int]
+    kind: ClassVar[str] = "dense"
+    tensor_roles: ClassVar[Mapping[str, TensorRole]] = {"matrix": "factor"}
+
+    @property
+    @override
+    def shape(self) -> tuple[int, int]:
+        return self.size
+
+    @override
+    def apply(self, matrix: Tensor) -> Tensor:
+        return (self.matrix @ matrix.flatten()).view(self.size)
+
+    @override
+    def power(self, exponent: float) -> Dense:
+        require_positive(exponent)
+        return Dense(symmetric_power(self.matrix, exponent), self.size)
+
+    @override
+    def pseudo_inverse(self, rcond: float) -> PseudoInverse:
+        values, basis = eigen(self.matrix)
+        return PseudoInverse(
+            lambda matrix: basis.mT @ matrix.flatten(),
+            lambda turned: (basis @ turned).view(self.size),
+            *reciprocal(values, rcond),
+        )
+
+    @override
+    def average_over_columns(self) -> Dense:
+        rows, columns = self.size
+        blocks = self.matrix.view(rows, columns, rows, columns)
+        partial = blocks.diagonal(dim1=1, dim2=3).mean(-1)
+        return Dense(torch.kron(partial, torch.eye(columns).to(partial)), self.size)
+
+    @override
+    def eigenvalues(self) -> Tensor:
+        return eigenvalues(self.matrix).view(self.size)
+
+    @override
+    def norm(self) -> Tensor:
+        return frobenius(self.matrix)
+
+    @override
+    def diagonal(self) -> Tensor:
+        return self.matrix.diagonal().reshape(self.size)
+
+    @override
+    def sensitivities(self) -> dict[str, float]:
+        return {"matrix": 1.0}
+
+    @classmethod
+    @override
+    def tensor_shapes(cls, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+        entries = shape[0] * shape[1]
+        return {"matrix": (entries, entries)}
+
+    @classmethod
+    @override
+    def _build(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Self:
+        return cls(tensors["matrix"], shape)
