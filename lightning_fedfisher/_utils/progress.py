@@ -11,11 +11,6 @@ from tqdm import tqdm
 _T = TypeVar("_T")
 
 
-def is_rank_zero() -> bool:
-    """Whether this is the first process, or the only one."""
-    return getattr(rank_zero_only, "rank", 0) == 0
-
-
 def progress_bar(items: Iterable[_T], title: str, total: int | None = None) -> Iterable[_T]:
     """Goes through items with a bar that appears after two seconds.
 
@@ -28,5 +23,5 @@ def progress_bar(items: Iterable[_T], title: str, total: int | None = None) -> I
         The items.
     """
     # None: shown on a terminal only.
-    silent = None if is_rank_zero() else True
+    silent = None if getattr(rank_zero_only, "rank", 0) == 0 else True
     return tqdm(items, desc=title, total=total, delay=2, leave=False, disable=silent)

@@ -28,9 +28,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_fedfisher._utils.files import atomic_write
-from lightning_fedfisher._utils.progress import is_rank_zero, progress_bar
+from lightning_fedfisher._utils.progress import progress_bar
 from lightning_fedfisher.cli.parser import parser
 from lightning_fedfisher.curvature.registry import KINDS
+from lightning_fedfisher.distributed.processes import is_rank_zero
 from lightning_fedfisher.merge.compatibility import check_model, examine
 from lightning_fedfisher.merge.influence_cap import USUAL, unusual
 from lightning_fedfisher.merge.layer_loader import LayerProblems
