@@ -37,22 +37,23 @@ _REHEARSED_SAMPLES = 2
 class FedFisherCallback(Callback):
     """Turns a finished fit into a `ClientUpdate`: the weights and the curvature around them.
 
-    With no arguments it works: once the training ends, normally or early, it extracts the curvature
+    It works without arguments. Once the training ends, normally or early, it extracts the curvature
     over every twelfth training sample (at least 300), each once, and rank 0 writes
     ``<log dir or default_root_dir>/fedfisher/update.safetensors``. Before the training it rehearses
-    that on two samples, so that what cannot be extracted is refused at once. Weights, gradients,
-    modes and random states stay as they are. After an exception or Ctrl-C nothing is written; under
-    ``fast_dev_run`` one batch is extracted and nothing written.
-
-    Example::
-
-        trainer = Trainer(callbacks=[FedFisherCallback()])
-        trainer.fit(module, train_loader)
+    the extraction on two samples, so that a model that is not supported is refused at once.
+    Weights, gradients, modes and random states stay as they are. After an exception or Ctrl-C
+    nothing is written. Under ``fast_dev_run`` one batch is extracted and nothing is written.
 
     Attributes:
-        update: the update as it is sent; None until the fit has ended.
-        path: the file written; None until then.
-        seconds: wall-clock time the extraction took; None until then.
+        update: The update as it is sent; None until the fit has ended.
+        path: The file that was written; None until the fit has ended, and under ``fast_dev_run``.
+        seconds: Wall-clock time that the extraction took; None until the fit has ended.
+
+    Example:
+        >>> callback = FedFisherCallback(curvature="ekfac")
+        >>> trainer = Trainer(callbacks=[callback], logger=False, enable_checkpointing=False)
+        >>> callback.update is None  # until trainer.fit(module, train_loader) has ended
+        True
     """
 
     def __init__(
@@ -245,8 +246,10 @@ class FedFisherCallback(Callback):
         rank_zero_info(f"FedFisherCallback wrote {self.path}")
 
     def _log(self, trainer: Trainer, extracted: ExtractedCurvature) -> None:
-        if not (trainer.is_global_zero and trainer.loggers and self.update and self.path):
+        if not trainer.is_global_zero or not trainer.loggers:
             return
+        assert self.update is not None
+        assert self.path is not None
         written = copy(self.update)  # the same tensors, under the name of the file
         written.source = str(self.path)
         metrics = {

@@ -104,6 +104,7 @@ def map_samples(batch: Any, samples: int, change: Callable[[Tensor], Tensor]) ->
         A batch of the same form; everything else in it is the same.
 
     Example:
+        >>> import torch
         >>> map_samples({"x": torch.arange(3), "scale": torch.ones(2)}, 3, lambda x: x[:1])
         {'x': tensor([0]), 'scale': tensor([1., 1.])}
     """
