@@ -131,8 +131,10 @@ def extract_curvatures(
         >>> list(found)
         ['diagonal', 'kfac']
     """
-    options = replace(options or ExtractionOptions(), **overrides)
-    asked = {kind: replace(options, curvature=kind) for kind in curvatures}
+    options = options or ExtractionOptions()
+    # Each is checked whole, so that an unknown kind and an unknown option are told together.
+    asked = {kind: replace(options, curvature=kind, **overrides) for kind in curvatures}
+    options = replace(options, **overrides)
     shard = shard or Shard()
     layers = find_layers(model)
     started = time.perf_counter()
