@@ -24,9 +24,9 @@ from typing_extensions import override
 from lightning_fedfisher.curvature.input_map import InputMap
 from lightning_fedfisher.curvature.linalg import (
     PseudoInverse,
-    frobenius,
-    require_positive,
-    unchanged,
+    frobenius_norm,
+    identity_map,
+    require_positive_exponent,
 )
 
 TensorRole = Literal["factor", "values", "basis"]
@@ -145,7 +145,7 @@ class Curvature(ABC):
 
     def norm(self) -> Tensor:
         """Root of the sum of the eigenvalues' squares, a scalar in float64."""
-        return frobenius(self.eigenvalues())
+        return frobenius_norm(self.eigenvalues())
 
     @abstractmethod
     def sensitivities(self) -> dict[str, float]:
@@ -246,13 +246,13 @@ class Identity(Curvature):
 
     @override
     def power(self, exponent: float) -> Identity:
-        require_positive(exponent)
+        require_positive_exponent(exponent)
         return self
 
     @override
     def pseudo_inverse(self, rcond: float) -> PseudoInverse:
         ones = torch.ones(self.size)
-        return PseudoInverse(unchanged, unchanged, ones, ones)
+        return PseudoInverse(identity_map, identity_map, ones, ones)
 
     @override
     def average_over_columns(self) -> Identity:

@@ -13,11 +13,11 @@ from typing_extensions import override
 from lightning_fedfisher.curvature.base import Curvature, TensorRole
 from lightning_fedfisher.curvature.linalg import (
     PseudoInverse,
-    eigen,
-    eigenvalues,
-    frobenius,
-    reciprocal,
-    require_positive,
+    frobenius_norm,
+    pseudo_reciprocal,
+    require_positive_exponent,
+    symmetric_eigendecomposition,
+    symmetric_eigenvalues,
     symmetric_power,
 )
 
@@ -47,16 +47,16 @@ class Dense(Curvature):
 
     @override
     def power(self, exponent: float) -> Dense:
-        require_positive(exponent)
+        require_positive_exponent(exponent)
         return Dense(symmetric_power(self.matrix, exponent), self.size)
 
     @override
     def pseudo_inverse(self, rcond: float) -> PseudoInverse:
-        values, basis = eigen(self.matrix)
+        values, basis = symmetric_eigendecomposition(self.matrix)
         return PseudoInverse(
             lambda matrix: basis.mT @ matrix.flatten(),
             lambda turned: (basis @ turned).view(self.size),
-            *reciprocal(values, rcond),
+            *pseudo_reciprocal(values, rcond),
         )
 
     @override
@@ -68,11 +68,11 @@ class Dense(Curvature):
 
     @override
     def eigenvalues(self) -> Tensor:
-        return eigenvalues(self.matrix).view(self.size)
+        return symmetric_eigenvalues(self.matrix).view(self.size)
 
     @override
     def norm(self) -> Tensor:
-        return frobenius(self.matrix)
+        return frobenius_norm(self.matrix)
 
     @override
     def diagonal(self) -> Tensor:

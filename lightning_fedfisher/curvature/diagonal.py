@@ -12,9 +12,9 @@ from typing_extensions import override
 from lightning_fedfisher.curvature.base import Curvature, TensorRole
 from lightning_fedfisher.curvature.linalg import (
     PseudoInverse,
-    reciprocal,
-    require_positive,
-    unchanged,
+    identity_map,
+    pseudo_reciprocal,
+    require_positive_exponent,
 )
 
 
@@ -43,12 +43,12 @@ class Diagonal(Curvature):
 
     @override
     def power(self, exponent: float) -> Diagonal:
-        require_positive(exponent)
+        require_positive_exponent(exponent)
         return Diagonal(self.values.clamp_min(0).pow(exponent))
 
     @override
     def pseudo_inverse(self, rcond: float) -> PseudoInverse:
-        return PseudoInverse(unchanged, unchanged, *reciprocal(self.values, rcond))
+        return PseudoInverse(identity_map, identity_map, *pseudo_reciprocal(self.values, rcond))
 
     @override
     def average_over_columns(self) -> Diagonal:

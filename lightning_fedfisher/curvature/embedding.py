@@ -15,8 +15,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_fedfisher.curvature.base import InputSide, TensorRole
-from lightning_fedfisher.curvature.kronecker import Eigenbased, Factored, without_small
-from lightning_fedfisher.curvature.linalg import eigen, eigenvalues, frobenius, symmetric_power
+from lightning_fedfisher.curvature.kronecker import Eigenbased, Factored
+from lightning_fedfisher.curvature.linalg import (
+    frobenius_norm,
+    symmetric_eigendecomposition,
+    symmetric_eigenvalues,
+    symmetric_power,
+    zero_small_values,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,18 +76,20 @@ class EmbeddingKronecker(Factored):
         return {"row_values": (rows,), "column_factor": (columns, columns)}
 
     @override
-    def eigen(self, rcond: float = 0.0) -> EmbeddingEigenKronecker:
-        values, basis = eigen(self.column_factor)
-        spectrum = torch.outer(without_small(self.row_values, rcond), without_small(values, rcond))
+    def eigendecompose(self, rcond: float = 0.0) -> EmbeddingEigenKronecker:
+        values, basis = symmetric_eigendecomposition(self.column_factor)
+        spectrum = torch.outer(
+            zero_small_values(self.row_values, rcond), zero_small_values(values, rcond)
+        )
         return EmbeddingEigenKronecker(basis, spectrum)
 
     @override
     def eigenvalues(self) -> Tensor:
-        return torch.outer(self.row_values, eigenvalues(self.column_factor))
+        return torch.outer(self.row_values, symmetric_eigenvalues(self.column_factor))
 
     @override
     def norm(self) -> Tensor:
-        return frobenius(self.row_values) * frobenius(self.column_factor)
+        return frobenius_norm(self.row_values) * frobenius_norm(self.column_factor)
 
     @override
     def trace(self) -> Tensor:

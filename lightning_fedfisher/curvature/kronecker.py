@@ -15,12 +15,13 @@ from lightning_fedfisher.curvature.base import Curvature, InputSide, TensorRole
 from lightning_fedfisher.curvature.input_map import InputMap
 from lightning_fedfisher.curvature.linalg import (
     PseudoInverse,
-    eigen,
-    eigenvalues,
-    frobenius,
-    reciprocal,
-    require_positive,
+    frobenius_norm,
+    pseudo_reciprocal,
+    require_positive_exponent,
+    symmetric_eigendecomposition,
+    symmetric_eigenvalues,
     symmetric_power,
+    zero_small_values,
 )
 
 
@@ -28,7 +29,7 @@ class Factored(Curvature):
     """A Kronecker product, by a factor on either side."""
 
     @abstractmethod
-    def eigen(self, rcond: float = 0.0) -> Eigenbased:
+    def eigendecompose(self, rcond: float = 0.0) -> Eigenbased:
         """The same operator by its eigenbases and spectrum.
 
         Args:
@@ -44,13 +45,13 @@ class Factored(Curvature):
 
     @override
     def power(self, exponent: float) -> Self:
-        require_positive(exponent)
+        require_positive_exponent(exponent)
         return self if exponent == 1 else self._powered(exponent)
 
     @override
     def pseudo_inverse(self, rcond: float) -> PseudoInverse:
         # Either factor is cut by itself: what both sides see little of is still seen.
-        return self.eigen(rcond).pseudo_inverse(0.0)
+        return self.eigendecompose(rcond).pseudo_inverse(0.0)
 
 
 class Eigenbased(Curvature):
@@ -89,13 +90,13 @@ class Eigenbased(Curvature):
 
     @override
     def power(self, exponent: float) -> Self:
-        require_positive(exponent)
+        require_positive_exponent(exponent)
         return self.with_spectrum(self.spectrum.clamp_min(0).pow(exponent))
 
     @override
     def pseudo_inverse(self, rcond: float) -> PseudoInverse:
         return PseudoInverse(
-            self.to_eigenbasis, self.from_eigenbasis, *reciprocal(self.spectrum, rcond)
+            self.to_eigenbasis, self.from_eigenbasis, *pseudo_reciprocal(self.spectrum, rcond)
         )
 
     @override
@@ -163,22 +164,26 @@ class Kronecker(Factored):
         )
 
     @override
-    def eigen(self, rcond: float = 0.0) -> EigenKronecker:
+    def eigendecompose(self, rcond: float = 0.0) -> EigenKronecker:
         return EigenKronecker(*self._bases_and_spectrum(rcond))
 
     def _bases_and_spectrum(self, rcond: float) -> tuple[Tensor, Tensor, Tensor]:
-        row_values, row_basis = eigen(self.row_factor)
-        values, column_basis = eigen(self.column_factor)
-        spectrum = torch.outer(without_small(row_values, rcond), without_small(values, rcond))
+        row_values, row_basis = symmetric_eigendecomposition(self.row_factor)
+        values, column_basis = symmetric_eigendecomposition(self.column_factor)
+        spectrum = torch.outer(
+            zero_small_values(row_values, rcond), zero_small_values(values, rcond)
+        )
         return row_basis, column_basis, spectrum
 
     @override
     def eigenvalues(self) -> Tensor:
-        return torch.outer(eigenvalues(self.row_factor), eigenvalues(self.column_factor))
+        return torch.outer(
+            symmetric_eigenvalues(self.row_factor), symmetric_eigenvalues(self.column_factor)
+        )
 
     @override
     def norm(self) -> Tensor:
-        return frobenius(self.row_factor) * frobenius(self.column_factor)
+        return frobenius_norm(self.row_factor) * frobenius_norm(self.column_factor)
 
     @override
     def trace(self) -> Tensor:
@@ -297,7 +302,7 @@ class TransposedKronecker(Kronecker):
     inputs_on: ClassVar[InputSide | None] = "rows"
 
     @override
-    def eigen(self, rcond: float = 0.0) -> TransposedEigenKronecker:
+    def eigendecompose(self, rcond: float = 0.0) -> TransposedEigenKronecker:
         return TransposedEigenKronecker(*self._bases_and_spectrum(rcond))
 
     @override
@@ -320,16 +325,3 @@ class TransposedEigenKronecker(EigenKronecker):
     @override
     def with_inputs(self, change: InputMap) -> Self:
         return self._refuse_inputs()
-
-
-def without_small(values: Tensor, rcond: float) -> Tensor:
-    """Eigenvalues of which the small ones are zero.
-
-    Args:
-        values: not negative, of shape ``(n,)``.
-        rcond: share of the largest up to which they are small.
-
-    Returns:
-        Of the same shape.
-    """
-    return torch.where(values > rcond * values.max(), values, 0.0)

@@ -22,13 +22,12 @@ from torch.utils.checkpoint import CheckpointError
 from tqdm import tqdm
 
 from lightning_fedfisher.curvature.base import Curvature
-from lightning_fedfisher.curvature.diagonal import Diagonal
 from lightning_fedfisher.errors import UnsupportedModelError
 from lightning_fedfisher.extraction.accumulators.model_sums import ModelAccumulator
 from lightning_fedfisher.extraction.backends.backpack import (
     BackpackDiagonal,
     BackpackError,
-    why_not,
+    why_unsupported,
 )
 from lightning_fedfisher.extraction.batches import (
     Runner,
@@ -48,7 +47,7 @@ from lightning_fedfisher.extraction.tracing.model_trace import ModelTrace, Model
 from lightning_fedfisher.layers import Layer
 
 Found = dict[CurvatureType, tuple[dict[str, Curvature], tuple[LayerReport, ...]]]
-"""Blocks by layer name and treatments, by kind."""
+"""Blocks by layer name and layer reports, by kind."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ class DataPass:
             shard: this process's place.
 
         Returns:
-            Blocks by layer name and treatments, by kind.
+            Blocks by layer name and layer reports, by kind.
 
         Raises:
             ValueError: if there were no samples.
@@ -155,34 +154,30 @@ class DataPass:
         count = int(totals[0])
         if count == 0:
             raise ValueError("the client holds no samples: there is no curvature to extract")
-        if isinstance(sums, BackpackDiagonal):
-            blocks: dict[str, Curvature] = {
-                name: Diagonal(shard.total(s["values"]) / count) for name, s in sums.sums.items()
-            }
-            treatments = tuple(LayerReport(layer, "diagonal", "backpack") for layer in self._layers)
-            found: Found = {"diagonal": (blocks, treatments)}
-        else:
-            if "ekfac" in self._kinds:
-                self._correct(sums, shard, count)
-            found = {
-                kind: (sums.finish(kind, shard.total, count), self._treatments(sums, kind))
-                for kind in self._kinds
-            }
+        if "ekfac" in self._kinds:
+            assert isinstance(sums, ModelAccumulator)
+            self._correct(sums, shard, count)
+        found: Found = {
+            kind: (sums.finish(kind, shard.total, count), self._layer_reports(sums, kind))
+            for kind in self._kinds
+        }
         self.count, (self.trace, self.discarded) = count, totals[1:]
         return found
 
-    def _treatments(self, sums: ModelAccumulator, kind: CurvatureType) -> tuple[LayerReport, ...]:
-        treatments = sums.treatments(kind)
+    def _layer_reports(
+        self, sums: ModelAccumulator | BackpackDiagonal, kind: CurvatureType
+    ) -> tuple[LayerReport, ...]:
+        reports = sums.layer_reports(kind)
         if not self._why_not_backpack:
-            return treatments
+            return reports
         because = f"not by BackPACK, as {self._why_not_backpack}"
-        return tuple(replace(t, reason=t.reason or because) for t in treatments)
+        return tuple(replace(t, reason=t.reason or because) for t in reports)
 
     def _correct(self, sums: ModelAccumulator, shard: Shard, count: int) -> None:
         """Turns factors into eigenbases and finds their spectra, in a second pass if need be."""
-        sums.turn(shard.total, shard.first, count)
+        sums.find_eigenbases(shard.total, shard.first, count)
         if not sums.needs_second_pass:
-            sums.correct_kept()
+            sums.add_kept()
             return
         if not self._samples.again:
             raise ValueError(
@@ -203,15 +198,15 @@ class DataPass:
         batch = self._runner.prepare(replica, samples.preview())
         if samples.count is None:  # the preview is a whole batch
             batch = self._few(replica, batch)
-        surveyor = ModelTracer(replica, self._layers)
-        with surveyor:
+        tracer = ModelTracer(replica, self._layers)
+        with tracer.watch():
             logits = self._runner.logits(replica, batch)
         if not logits.requires_grad:
             raise ValueError(
                 "the model's output is no tensor with a gradient: pass `forward` to return its "
                 "logits, and compute them outside torch.no_grad()"
             )
-        survey = surveyor.survey(logits)
+        survey = tracer.trace(logits)
         if len(survey.unreached) == len(self._layers):
             raise UnsupportedModelError(
                 [
@@ -242,7 +237,7 @@ class DataPass:
     def _begin(self, survey: ModelTrace) -> None:
         replica = self._replica = replicate(self._model, self._buffers)
         if tuple(self._kinds) == ("diagonal",) and not self._why_not_backpack:
-            self._why_not_backpack = why_not(replica, self._layers, survey) or ""
+            self._why_not_backpack = why_unsupported(replica, self._layers, survey)
             if not self._why_not_backpack:
                 self._sums = BackpackDiagonal(replica, self._layers)
                 return
@@ -315,18 +310,9 @@ class DataPass:
 
     def _forward(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         assert self._replica is not None
-        watch = (
-            self._sums.collector.anew()
-            if isinstance(self._sums, ModelAccumulator)
-            else nullcontext()
-        )
-        try:
-            with watch:
-                return self._runner(self._replica, batch)
-        except RuntimeError as error:
-            if "BackwardHookFunction" in str(error):
-                raise BackpackError("an output is changed in place") from error
-            raise
+        assert self._sums is not None
+        with self._sums.watch():
+            return self._runner(self._replica, batch)
 
 
 def _alike(directions: Directions, samples: int) -> Iterator[Tensor]:

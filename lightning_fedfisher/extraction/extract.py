@@ -24,7 +24,7 @@ from lightning_fedfisher.extraction.layer_report import (
     CURVATURE_TYPES,
     CurvatureType,
     LayerReport,
-    describe,
+    format_layer_reports,
 )
 from lightning_fedfisher.extraction.sampling import MaxSamples, Shard, partition_samples
 from lightning_fedfisher.layers import Layer, Source, find_layers
@@ -78,7 +78,7 @@ class ExtractedCurvature:
         likelihood: with the Fisher type.
         layers: the layers of the model, which cover each trained parameter exactly once.
         blocks: the curvature of each layer, by layer name.
-        treatments: how each layer was treated, and why.
+        layer_reports: how each layer was treated, and why.
         num_samples: samples the curvature is averaged over, over all processes.
         population: samples the client holds; None where the loader cannot tell.
         seconds: wall-clock time of the extraction.
@@ -91,7 +91,7 @@ class ExtractedCurvature:
     likelihood: FisherOptions
     layers: tuple[Layer, ...]
     blocks: Mapping[str, Curvature]
-    treatments: tuple[LayerReport, ...]
+    layer_reports: tuple[LayerReport, ...]
     num_samples: int
     population: int | None
     seconds: float
@@ -112,7 +112,7 @@ class ExtractedCurvature:
             if self.output_layer
             else "no output layer: the logits are no layer's outputs"
         )
-        return f"{describe(self.treatments)}\n{output_layer}"
+        return f"{format_layer_reports(self.layer_reports)}\n{output_layer}"
 
     def header(
         self, num_samples: int | None = None, metadata: Mapping[str, str] | None = None
@@ -273,13 +273,13 @@ def extract_curvatures(
         sweep.run(samples, max_samples if isinstance(max_samples, int) else None, bar)
         extracted = sweep.finish(shard)
     seconds = time.perf_counter() - started
-    for kind, (blocks, treatments) in extracted.items():
+    for kind, (blocks, layer_reports) in extracted.items():
         found[kind] = ExtractedCurvature(
             kind,
             likelihood,
             layers,
             blocks,
-            treatments,
+            layer_reports,
             sweep.count,
             samples.population,
             seconds,

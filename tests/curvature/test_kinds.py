@@ -312,7 +312,7 @@ def test_kronecker_factors_are_cut_each_by_itself(lookup):
     _close(prepared.project(weights), (projector @ weights.flatten()).view(SHAPE), 1e-8)
     # Of another kind the operator has one spectrum, and that is cut.
     whole = Dense(_reference_dense(curvature), SHAPE).pseudo_inverse(2e-3).project(weights)
-    spectral = curvature.eigen().pseudo_inverse(2e-3).project(weights)
+    spectral = curvature.eigendecompose().pseudo_inverse(2e-3).project(weights)
     above = basis @ torch.diag((products > 2e-3 * 3).double().flatten()) @ basis.T
     _close(whole, (above @ weights.flatten()).view(SHAPE), 1e-8)
     _close(spectral, whole, 1e-8)
@@ -471,7 +471,7 @@ def test_mean_averages_every_tensor(kind):
 @singular_or_not
 def test_an_eigendecomposition_is_the_same_operator(kind, singular):
     curvature = _make(kind, singular)
-    turned = curvature.eigen()
+    turned = curvature.eigendecompose()
     assert turned.kind == kind.replace("kronecker", "ekfac")
     _close(_reference_dense(turned), _reference_dense(curvature))
 
@@ -479,7 +479,7 @@ def test_an_eigendecomposition_is_the_same_operator(kind, singular):
 @pytest.mark.parametrize("kind", ["kronecker", "embedding_kronecker"])
 def test_the_kronecker_product_of_an_eigendecomposition_is_the_first(kind):
     curvature = _make(kind)
-    back = curvature.eigen().kronecker()
+    back = curvature.eigendecompose().kronecker()
     assert type(back) is type(curvature)
     _close(_reference_dense(back), _reference_dense(curvature))
 
