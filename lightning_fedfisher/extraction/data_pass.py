@@ -11,7 +11,7 @@ samples needs, and samples that need about as many are then run together.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -22,14 +22,13 @@ from torch.utils.checkpoint import CheckpointError
 from tqdm import tqdm
 
 from lightning_fedfisher.curvature.base import Curvature
-from lightning_fedfisher.curvature.diagonal import Diagonal
 from lightning_fedfisher.distributed.processes import Shard
 from lightning_fedfisher.errors import UnsupportedModelError
 from lightning_fedfisher.extraction.accumulators.model_sums import ModelAccumulator
 from lightning_fedfisher.extraction.backends.backpack import (
     BackpackDiagonal,
     BackpackError,
-    why_not,
+    why_unsupported,
 )
 from lightning_fedfisher.extraction.batches import BatchRunner, map_samples, require_same_logits
 from lightning_fedfisher.extraction.fisher_types import Directions, residual_directions
@@ -47,8 +46,6 @@ Found = dict[CurvatureType, tuple[dict[str, Curvature], tuple[LayerReport, ...]]
 # direction a sample holds, its inputs and one gradient each: the batch itself is held beside them.
 _HELD_SHARE = 3 / 4
 _HELD_BY_ONE_DIRECTION = 2
-# What torch's error names when an output with BackPACK's hooks is changed in place.
-_HOOKED_OUTPUT = "BackwardHookFunction"
 
 
 class DataPass:
@@ -144,26 +141,19 @@ class DataPass:
         count = int(totals[0])
         if count == 0:
             raise ValueError("the client holds no samples: there is no curvature to extract")
-        if isinstance(sums, BackpackDiagonal):
-            blocks: dict[str, Curvature] = {
-                name: Diagonal(shard.total(s["values"]) / count) for name, s in sums.sums.items()
-            }
-            reports = tuple(LayerReport(layer, "diagonal", "backpack") for layer in self._layers)
-            found: Found = {"diagonal": (blocks, reports)}
-        else:
-            if "ekfac" in self._curvatures:
-                self._correct(sums, count)
-            found = {
-                kind: (sums.finish(kind, shard.total, count), self._layer_reports(sums, kind))
-                for kind in self._curvatures
-            }
+        if isinstance(sums, ModelAccumulator) and "ekfac" in self._curvatures:
+            self._correct(sums, count)
+        found = {
+            kind: (sums.finish(kind, shard.total, count), self._layer_reports(kind))
+            for kind in self._curvatures
+        }
         self.count, (self.trace, self.discarded) = count, totals[1:]
         return found
 
-    def _layer_reports(
-        self, sums: ModelAccumulator, kind: CurvatureType
-    ) -> tuple[LayerReport, ...]:
-        reports = sums.treatments(kind)
+    def _layer_reports(self, kind: CurvatureType) -> tuple[LayerReport, ...]:
+        """How each layer's curvature came about, and why BackPACK did not collect it if asked."""
+        assert self._sums is not None
+        reports = self._sums.layer_reports(kind)
         if not self._backpack_problem:
             return reports
         because = f"not by BackPACK, as {self._backpack_problem}"
@@ -171,9 +161,9 @@ class DataPass:
 
     def _correct(self, sums: ModelAccumulator, count: int) -> None:
         """Finds the eigenbases of the factors and their spectra, in a second pass if need be."""
-        sums.turn(self._shard.total, self._shard.first, count)
+        sums.find_eigenbases(self._shard.total, self._shard.first, count)
         if not sums.needs_second_pass:
-            sums.correct_kept()
+            sums.add_kept()
             return
         if not self._samples.again:
             raise ValueError(
@@ -195,7 +185,7 @@ class DataPass:
         # forward pass, in a buffer or a cache, must not be there in the next one.
         traced = self.model_trace = self._trace_model(copy_around_parameters(copied), samples)
         if self._curvatures == ("diagonal",) and not self._backpack_problem:
-            self._backpack_problem = why_not(copied, self._layers, traced) or ""
+            self._backpack_problem = why_unsupported(copied, self._layers, traced)
             if not self._backpack_problem:
                 self._sums = BackpackDiagonal(copied, self._layers)
                 return
@@ -209,14 +199,14 @@ class DataPass:
         if samples.count is None:  # the preview is a whole batch
             batch = self._few(model, batch)
         tracer = ModelTracer(model, self._layers)
-        with tracer:
+        with tracer.watch():
             logits = self._runner.logits(model, batch)
         if not logits.requires_grad:
             raise ValueError(
                 "the model's output is no tensor with a gradient: pass `forward` to return its "
                 "logits, and compute them outside torch.no_grad()"
             )
-        traced = tracer.survey(logits)
+        traced = tracer.trace(logits)
         if len(traced.unreached) == len(self._layers):
             raise UnsupportedModelError(
                 [
@@ -314,22 +304,9 @@ class DataPass:
 
     def _forward(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         assert self._copy is not None
-        if isinstance(self._sums, ModelAccumulator):
-            with self._sums.collector.anew():
-                return self._runner(self._copy, batch)
-        with _backpack_errors():
+        assert self._sums is not None
+        with self._sums.watch():
             return self._runner(self._copy, batch)
-
-
-@contextmanager
-def _backpack_errors() -> Iterator[None]:
-    """Tells a forward pass that BackPACK's hooks do not allow from one that fails by itself."""
-    try:
-        yield
-    except RuntimeError as error:
-        if _HOOKED_OUTPUT in str(error):
-            raise BackpackError("an output is changed in place") from error
-        raise
 
 
 def _similar_samples(directions: Directions) -> Iterator[Tensor]:

@@ -6,7 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lightning_fedfisher.curvature.base import Curvature
-from lightning_fedfisher.extraction.layer_report import CurvatureType, LayerReport, describe
+from lightning_fedfisher.extraction.layer_report import (
+    CurvatureType,
+    LayerReport,
+    format_layer_reports,
+)
 from lightning_fedfisher.extraction.options import ExtractionOptions
 from lightning_fedfisher.layers import Layer, Source
 from lightning_fedfisher.likelihoods.registry import LIKELIHOODS
@@ -69,7 +73,7 @@ class ExtractedCurvature:
             if self.output_layer
             else "no output layer: the logits are no layer's outputs"
         )
-        return f"{describe(self.layer_reports)}\n{output_layer}"
+        return f"{format_layer_reports(self.layer_reports)}\n{output_layer}"
 
     def header(
         self, num_samples: int | None = None, metadata: Mapping[str, str] | None = None

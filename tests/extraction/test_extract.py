@@ -740,13 +740,13 @@ def test_attention_is_the_linear_maps_it_is_made_of(net, kind):
 
 def test_a_subclass_that_ends_in_a_known_function_is_seen():
     extracted = _extract(_net("scaled"), _data(VECTOR))
-    assert [treatment.way for treatment in extracted.layer_reports] == ["hooks", "hooks"]
+    assert [report.backend for report in extracted.layer_reports] == ["hooks", "hooks"]
     assert "kronecker (hooks): 2 layers, 43 weights: 0, 2" in extracted.report
 
 
 def test_the_report_says_how_each_layer_was_treated_and_why():
     extracted = _extract(_net("normed and grouped"), _data(IMAGE))
-    treated = {t.layer.name: (t.kind, t.way, t.reason) for t in extracted.layer_reports}
+    treated = {t.layer.name: (t.kind, t.backend, t.reason) for t in extracted.layer_reports}
     assert treated["head"] == ("kronecker", "hooks", "")
     assert treated["second"][:2] == treated["norm"][:2] == ("diagonal", "hooks")
     assert "grouped convolution" in treated["second"][2]
@@ -754,15 +754,15 @@ def test_the_report_says_how_each_layer_was_treated_and_why():
     for words in ("kronecker (hooks)", "a grouped convolution has no", "norm", "head"):
         assert words in extracted.report
     unknown = _extract(_net("recurrent"), _data(SEQUENCE))
-    assert {t.layer.name: t.way for t in unknown.layer_reports} == {
+    assert {t.layer.name: t.backend for t in unknown.layer_reports} == {
         "cell.weight_ih_l0": "torch.func",
         "cell.weight_hh_l0": "torch.func",
         "head": "hooks",
     }
     whole = _extract(_net("lenet"), _data(IMAGE), "diagonal")
-    assert {t.way for t in whole.layer_reports} == {"backpack"}
+    assert {t.backend for t in whole.layer_reports} == {"backpack"}
     other = _extract(_net("circular"), _data(IMAGE), "diagonal")
-    assert {t.way for t in other.layer_reports} == {"hooks"}
+    assert {t.backend for t in other.layer_reports} == {"hooks"}
     assert "not by BackPACK, as 0 has padding_mode='circular'" in other.report
     assert len(_extract(_net("lenet"), _data(IMAGE), "identity").layer_reports) == 3
 
