@@ -1,4 +1,4 @@
-"""Dense curvature: the full matrix of a layer, for tiny layers, theory and tests."""
+"""Curvature written out as a full matrix, for tiny layers, theory and tests."""
 
 from __future__ import annotations
 
@@ -24,11 +24,17 @@ from lightning_fedfisher.curvature.linalg import (
 
 @dataclass(frozen=True, eq=False)
 class Dense(Curvature):
-    """``F`` in full: for two-layer theory, tiny layers and as the oracle of every other kind.
+    """The full matrix ``F`` of a layer, which every other kind approximates.
 
     Attributes:
-        matrix: of shape ``(out * in, out * in)``, acting on ``W`` flattened row by row.
-        size: shape ``(out, in)`` of ``W``.
+        matrix: A tensor of shape ``(rows * columns, rows * columns)``, which acts on the weights
+            flattened row by row.
+        size: Shape ``(rows, columns)`` of the weight matrix.
+
+    Example:
+        >>> curvature = Dense(torch.tensor([[2.0, 1.0], [1.0, 2.0]]), size=(1, 2))
+        >>> curvature.apply(torch.tensor([[1.0, 0.0]]))
+        tensor([[2., 1.]])
     """
 
     matrix: Tensor
@@ -55,7 +61,7 @@ class Dense(Curvature):
         values, basis = symmetric_eigendecomposition(self.matrix)
         return PseudoInverse(
             lambda matrix: basis.mT @ matrix.flatten(),
-            lambda turned: (basis @ turned).view(self.size),
+            lambda coordinates: (basis @ coordinates).view(self.size),
             *pseudo_reciprocal(values, rcond),
         )
 

@@ -1,4 +1,4 @@
-"""Diagonal curvature: a number for every weight, as in Fisher merging."""
+"""Diagonal curvature: one number for every weight, as in Fisher merging."""
 
 from __future__ import annotations
 
@@ -20,10 +20,17 @@ from lightning_fedfisher.curvature.linalg import (
 
 @dataclass(frozen=True, eq=False)
 class Diagonal(Curvature):
-    """``F W = D * W``: a curvature of its own for every weight, none between them.
+    """The operator ``F W = D * W``, with a curvature for every weight and none between two of them.
+
+    (Matena & Raffel, 2022, "Merging Models with Fisher-Weighted Averaging".)
 
     Attributes:
-        values: ``D``, of shape ``(out, in)``.
+        values: ``D``, of shape ``(rows, columns)``.
+
+    Example:
+        >>> import torch
+        >>> Diagonal(torch.tensor([[1.0, 2.0]])).apply(torch.tensor([[3.0, 4.0]]))
+        tensor([[3., 8.]])
     """
 
     values: Tensor

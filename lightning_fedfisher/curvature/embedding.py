@@ -1,7 +1,8 @@
-"""Kinds of curvature of embeddings: K-FAC and EKFAC whose factor over tokens is diagonal.
+"""K-FAC and EKFAC of embeddings, whose factor over tokens is diagonal.
 
-An embedding's matrix has a row for each token. As one position looks up one token, its factor over
-tokens is diagonal, and is kept so: a vocabulary squared would fit no file.
+The matrix of an embedding has a row for each token. One position reads one token, so the second
+moment of the inputs is diagonal, and is stored as a vector: a matrix with as many rows and columns
+as there are tokens would fit into no file.
 """
 
 from __future__ import annotations
@@ -27,12 +28,18 @@ from lightning_fedfisher.curvature.linalg import (
 
 @dataclass(frozen=True, eq=False)
 class EmbeddingKronecker(Factored):
-    """``F W = diag(t) W A``: K-FAC of an embedding, whose factor over tokens is diagonal.
+    """The operator ``F W = diag(t) W G``: K-FAC of an embedding.
 
     Attributes:
-        row_values: ``t``, how often each token is looked up at a position, ``(out,)``.
-        column_factor: ``A``, second moment of the gradients at the embedding's output, of shape
-            ``(in, in)``.
+        row_values: ``t``, the frequency of each token at a position, of shape ``(rows,)``.
+        column_factor: ``G``, the second moment of the gradients at the embedding's output, of shape
+            ``(columns, columns)``.
+
+    Example:
+        >>> curvature = EmbeddingKronecker(torch.tensor([0.25, 0.75]), 2 * torch.eye(1))
+        >>> curvature.apply(torch.ones(2, 1))
+        tensor([[0.5000],
+                [1.5000]])
     """
 
     row_values: Tensor
@@ -108,11 +115,18 @@ class EmbeddingKronecker(Factored):
 
 @dataclass(frozen=True, eq=False)
 class EmbeddingEigenKronecker(Eigenbased):
-    """``F W = (S * (W V)) V'``: EKFAC of an embedding, whose basis over tokens is the identity.
+    """The operator ``F W = (S * (W V)) V'``: EKFAC of an embedding, without a basis over tokens.
 
     Attributes:
-        column_basis: ``V``, orthogonal, ``(in, in)``.
-        spectrum: ``S``, second moment of the gradient's entries in that basis, ``(out, in)``.
+        column_basis: ``V``, orthogonal, of shape ``(columns, columns)``.
+        spectrum: ``S``, the eigenvalues, of shape ``(rows, columns)``: second moments of the
+            gradient's entries in that basis.
+
+    Example:
+        >>> curvature = EmbeddingEigenKronecker(torch.eye(1), torch.tensor([[0.5], [1.5]]))
+        >>> curvature.apply(torch.ones(2, 1))
+        tensor([[0.5000],
+                [1.5000]])
     """
 
     column_basis: Tensor
@@ -130,8 +144,8 @@ class EmbeddingEigenKronecker(Eigenbased):
         return matrix @ self.column_basis
 
     @override
-    def from_eigenbasis(self, turned: Tensor) -> Tensor:
-        return turned @ self.column_basis.mT
+    def from_eigenbasis(self, coordinates: Tensor) -> Tensor:
+        return coordinates @ self.column_basis.mT
 
     @override
     def diagonal(self) -> Tensor:

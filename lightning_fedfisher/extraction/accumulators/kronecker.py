@@ -3,8 +3,8 @@
 With rows ``r`` and columns ``c`` (see `layer_types`), the factors are the second moments of ``r``
 and of ``c``. Over positions, the side that comes from the inputs is averaged, and the side that
 comes from the gradient summed (Grosse & Martens, 2016, with spatially uncorrelated derivatives;
-"expand" in Eschenhagen et al., 2023). A layer that is called several times in a forward pass has the
-positions of all its calls.
+"expand" in Eschenhagen et al., 2023). A layer that is called several times in a forward pass has
+the positions of all its calls.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What every type of layer tells: how one of its calls turns into per-sample gradients.
 
 The matrix ``W`` of a layer has shape ``(rows, columns)``, its bias being the last column. For one
-sample, the gradient of the loss with respect to ``W`` is a sum over positions ``t`` (pixels, tokens,
-or 1 for a plain vector) of the outer products ``r_t c_t'``. Each layer type says what ``r`` and
-``c`` are:
+sample, the gradient of the loss with respect to ``W`` is a sum over positions ``t`` (pixels or
+tokens; a plain vector has one) of the outer products ``r_t c_t'``. Each layer type says what ``r``
+and ``c`` are:
 
 ======================  ==================================  ================================
 layer type              ``r``, one entry a row               ``c``, one entry a column
@@ -54,8 +54,7 @@ class LayerType(ABC):
     """
 
     title: ClassVar[str] = ""
-    """Name in reports that say why a layer has no Kronecker factors, such as "a grouped convolution".
-    """
+    """Name in reports that say why a layer has no Kronecker factors, such as "a scale or shift"."""
 
     kind: ClassVar[str] = "diagonal"
     """Kind of block that a K-FAC extraction gives the layer: a key of `curvature.KINDS`."""

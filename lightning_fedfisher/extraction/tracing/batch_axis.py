@@ -15,9 +15,9 @@ class BatchAxis:
 
     Attributes:
         axis: The dimension.
-        folded: Empty if it runs over samples alone. ``"outer"`` if it runs over ``samples * frames``
-            with the frames of one sample next to each other, as after ``x.flatten(0, 1)``;
-            ``"inner"`` if it runs over ``frames * samples``.
+        folded: Empty if it runs over samples alone. ``"outer"`` if it runs over samples and frames,
+            with the frames of one sample next to each other, as after ``x.flatten(0, 1)``.
+            ``"inner"`` if the samples of one frame are next to each other.
 
     Example:
         >>> import torch
