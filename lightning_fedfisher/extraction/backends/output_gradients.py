@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +111,7 @@ class OutputGradients:
         self._complete: dict[str, int] = {}  # gradients of each layer
         self._samples = self._directions = 0
 
-    def _on_layer_call(self, call: WatchedCall) -> Tensor:
+    def _on_layer_call(self, call: WatchedCall) -> Any:
         """Makes a call, and hooks its output if it is one to be collected."""
         output, place = call.run(), self._calls
         if self._trace.calls[place : place + 1] != (call.layer_names,):

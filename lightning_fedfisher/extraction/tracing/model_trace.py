@@ -141,7 +141,7 @@ class ModelTracer:
             output_layer=output_layer if output_layer in once else "",
         )
 
-    def _on_layer_call(self, call: WatchedCall) -> Tensor:
+    def _on_layer_call(self, call: WatchedCall) -> Any:
         """Makes a call on views of its parameters, and hooks its output."""
         used = {layer.name for layer, _ in call.layers}
         owned = {

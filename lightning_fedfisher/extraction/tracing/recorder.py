@@ -81,7 +81,7 @@ class WatchedCall:
         """Names of the layers that the call uses."""
         return tuple(layer.name for layer, _ in self.layers)
 
-    def run(self, replace: Callable[[Any], Any] = lambda argument: argument) -> Tensor:
+    def run(self, replace: Callable[[Any], Any] = lambda argument: argument) -> Any:
         """Makes the call.
 
         Args:
@@ -91,8 +91,7 @@ class WatchedCall:
             What the function returns.
         """
         kwargs = {name: replace(value) for name, value in self.kwargs.items()}
-        output: Tensor = self.func(*map(replace, self.args), **kwargs)
-        return output
+        return self.func(*map(replace, self.args), **kwargs)
 
 
 def run_unwatched(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
