@@ -1710,7 +1710,7 @@ def test_a_reduction_in_place_counts_every_kind_once():
         assert _same(twice[kind], once[kind], 1e-10)
 
 
-def test_a_survey_of_a_stream_looks_at_few_samples():
+def test_tracing_a_stream_looks_at_few_samples():
     seen = []
 
     class Counting(nn.Linear):
