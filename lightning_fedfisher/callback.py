@@ -23,7 +23,7 @@ from lightning_fedfisher.extraction.extract import (
     check_options,
     extract_curvature,
 )
-from lightning_fedfisher.extraction.fisher_types import FisherType, LikelihoodType
+from lightning_fedfisher.extraction.fisher_types import FisherType
 from lightning_fedfisher.extraction.layer_report import CurvatureType
 from lightning_fedfisher.extraction.sampling import (
     MaxSamples,
@@ -68,7 +68,7 @@ class FedFisherCallback(Callback):
         *,
         curvature: CurvatureType = "kfac",
         fisher: FisherType = "normalised",
-        likelihood: LikelihoodType = "categorical",
+        likelihood: str = "categorical",
         max_samples: MaxSamples = "auto",
         batch_size: int | None = None,
         dataloader: Iterable[Any] | None = None,
@@ -119,7 +119,7 @@ class FedFisherCallback(Callback):
         self._output = None if output is None else Path(output)
         self._curvature: CurvatureType = curvature
         self._fisher: FisherType = fisher
-        self._likelihood: LikelihoodType = likelihood
+        self._likelihood: str = likelihood
         self._max_samples = max_samples
         self._batch_size = batch_size
         self._dataloader = dataloader

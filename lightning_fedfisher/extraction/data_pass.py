@@ -39,7 +39,6 @@ from lightning_fedfisher.extraction.batches import (
 from lightning_fedfisher.extraction.fisher_types import (
     Directions,
     FisherType,
-    LikelihoodType,
     residual_directions,
 )
 from lightning_fedfisher.extraction.layer_report import CurvatureType, LayerReport
@@ -62,7 +61,7 @@ class FisherOptions:
         tolerance: share of each batch's trace that the exact type may leave out.
     """
 
-    name: LikelihoodType
+    name: str
     fisher: FisherType
     draws: int
     tolerance: float

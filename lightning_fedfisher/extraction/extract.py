@@ -14,12 +14,7 @@ from typing_extensions import override
 from lightning_fedfisher.curvature.base import Curvature, Identity
 from lightning_fedfisher.extraction.batches import Forward, Runner, isolated
 from lightning_fedfisher.extraction.data_pass import DataPass, FisherOptions
-from lightning_fedfisher.extraction.fisher_types import (
-    FISHER_TYPES,
-    LIKELIHOODS,
-    FisherType,
-    LikelihoodType,
-)
+from lightning_fedfisher.extraction.fisher_types import FISHER_TYPES, FisherType
 from lightning_fedfisher.extraction.layer_report import (
     CURVATURE_TYPES,
     CurvatureType,
@@ -28,6 +23,7 @@ from lightning_fedfisher.extraction.layer_report import (
 )
 from lightning_fedfisher.extraction.sampling import MaxSamples, Shard, partition_samples
 from lightning_fedfisher.layers import Layer, Source, find_layers
+from lightning_fedfisher.likelihoods.registry import LIKELIHOODS
 from lightning_fedfisher.update.header import UpdateHeader
 
 
@@ -56,7 +52,7 @@ class ExtractionOptions(TypedDict, total=False):
     """
 
     fisher: FisherType
-    likelihood: LikelihoodType
+    likelihood: str
     max_samples: MaxSamples
     batch_size: int | None
     seed: int
@@ -136,7 +132,7 @@ class ExtractedCurvature:
             kinds={name: block.kind for name, block in self.blocks.items()},
             metadata=dict(metadata or {}),
             fed_by=self.fed_by,
-            output_layer=self.output_layer if self.likelihood.name == "categorical" else "",
+            output_layer=self.output_layer if LIKELIHOODS[self.likelihood.name].softmax else "",
         )
 
 

@@ -2,9 +2,8 @@
 
 Every Fisher type is a second moment of back-propagated *residual directions*: vectors ``v`` in the
 space of a sample's logits, ``F = mean over samples of the sum over directions of J' v v' J``, with
-``J`` the Jacobian of the logits. A sample holds one or more *observations*, independent given its
-logits: the positions of a categorical likelihood (tokens, pixels), the outputs of a Bernoulli or
-Gaussian one. An observation with residual ``r`` (label minus mean) and label covariance ``S`` has
+``J`` the Jacobian of the logits. A sample holds one or more *observations* (see `likelihoods`). An
+observation with residual ``r`` (label minus mean) and label covariance ``S`` has these directions:
 
 ========== ====================================== ==================== =========================
 type       directions of an observation           passes a sample      source
@@ -15,15 +14,16 @@ empirical  ``r``, the label its own               1                    Kunstner 
 normalised ``r / ||r||``                          1                    this package
 ========== ====================================== ==================== =========================
 
-where ``S`` is ``diag(p) - p p'`` (categorical, ``p = softmax(logits)``), ``p (1 - p)`` (Bernoulli,
+Here ``S`` is ``diag(p) - p p'`` (categorical, ``p = softmax(logits)``), ``p (1 - p)`` (Bernoulli,
 ``p = sigmoid(logit)``) or 1 (Gaussian of unit variance).
 
 The exact Fisher of a sample vanishes as the model grows certain of it, so a merge weighted by it
-forgets what each client knows best. The normalised residual lets every observation speak with one
-voice, however certain. A Bernoulli or Gaussian residual has one entry, so its unit residual is a
-sign, whatever the label and even where the residual is zero: there, `normalised` is the
-Gauss-Newton matrix ``J' J``. Several observations of one sample are back-propagated at once with
-independent random signs, under which their cross terms vanish in expectation (Hutchinson, 1989).
+forgets what each client knows best. The normalised residual gives every observation the same
+length, however certain the model is. A Bernoulli or Gaussian residual has one entry, so its unit
+residual is a sign, whatever the label and even where the residual is zero: there, `normalised` is
+the Gauss-Newton matrix ``J' J``. Several observations of one sample are back-propagated at once
+with independent random signs, under which their cross terms vanish in expectation (Hutchinson,
+1989).
 """
 
 from __future__ import annotations
@@ -36,28 +36,30 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_fedfisher.likelihoods.base import Bernoulli, Categorical, Gaussian, Likelihood
+from lightning_fedfisher.likelihoods.base import Likelihood
+from lightning_fedfisher.likelihoods.categorical import Categorical
+from lightning_fedfisher.likelihoods.registry import LIKELIHOODS
 
 FisherType = Literal["exact", "mc", "empirical", "normalised"]
-LikelihoodType = Literal["categorical", "bernoulli", "gaussian"]
+"""Which label a sample's gradients are taken for (see the table in `fisher_types`)."""
 
 FISHER_TYPES: tuple[FisherType, ...] = get_args(FisherType)
-LIKELIHOODS: tuple[LikelihoodType, ...] = get_args(LikelihoodType)
 
 Draw = Callable[[int], Tensor]
-"""Gives uniform draws from [0, 1) of shape ``(samples, n)`` for a number ``n``."""
+"""A function from a number ``n`` to uniform draws from [0, 1) of shape ``(samples, n)``."""
 
 
 @dataclass(frozen=True)
 class Directions:
-    """Residual directions of a batch: one for every sample, and further ones for some.
+    """The residual directions of a batch: one for every sample, and further ones for some.
 
     Attributes:
-        first: of the logits' shape.
-        rows: sample of each further direction, in order.
-        further: further directions by their indices, a tensor of shape ``(k, *logits.shape[1:])``.
-        trace: sum of the squared lengths of all directions, those left out included.
-        discarded: part of it that was left out.
+        first: First direction of every sample, of the logits' shape.
+        rows: Sample that each further direction belongs to, in ascending order.
+        further: Function from indices of ``k`` further directions to these directions, a tensor of
+            shape ``(k, *logits.shape[1:])``.
+        trace: Sum of the squared lengths of all directions, those left out included.
+        discarded: Part of that sum that belongs to directions left out.
     """
 
     first: Tensor
@@ -68,27 +70,30 @@ class Directions:
 
     @property
     def counts(self) -> Tensor:
-        """How many directions each sample has."""
+        """Number of directions of each sample, of shape ``(samples,)``."""
         return 1 + torch.bincount(self.rows, minlength=len(self.first))
 
     def of(self, samples: Tensor) -> list[Tensor]:
-        """All directions of some samples, those with fewer than others having zeros instead.
+        """Gives all directions of some samples, filled up with zeros to the same number for each.
 
         Args:
-            samples: their indices.
+            samples: Indices of the samples.
 
         Returns:
-            As many as the sample with most has, each of the logits' shape for these samples.
+            As many tensors as the sample with the most directions has, each of shape
+            ``(len(samples), *logits.shape[1:])``.
         """
-        place = torch.full_like(self.counts, -1)
-        place[samples] = torch.arange(len(samples), device=samples.device)
+        position = torch.full_like(self.counts, -1)
+        position[samples] = torch.arange(len(samples), device=samples.device)
         order = torch.arange(len(self.rows), device=self.rows.device)
-        ranks = order - torch.searchsorted(self.rows, self.rows)
+        # The how-many-th further direction of its sample each one is.
+        places = order - torch.searchsorted(self.rows, self.rows)
         found = [self.first[samples]]
-        for rank in range(int(self.counts[samples].max()) - 1):
-            indices = ((ranks == rank) & (place[self.rows] >= 0)).nonzero().squeeze(1)
+        for place in range(int(self.counts[samples].max()) - 1):
+            indices = ((places == place) & (position[self.rows] >= 0)).nonzero().squeeze(1)
             whole = torch.zeros_like(found[0])
-            found.append(whole.index_copy(0, place[self.rows[indices]], self.further(indices)))
+            rows = position[self.rows[indices]]
+            found.append(whole.index_copy(0, rows, self.further(indices)))
         return found
 
 
@@ -96,62 +101,58 @@ def residual_directions(
     logits: Tensor,
     labels: Tensor | None,
     fisher: FisherType,
-    likelihood: LikelihoodType = "categorical",
+    likelihood: str = Categorical.name,
     *,
     draw: Draw | None = None,
     draws: int = 1,
     tolerance: float = 0.0,
 ) -> Directions:
-    """Directions in logit space whose back-propagated second moment is the Fisher.
+    """Finds directions in logit space whose back-propagated second moment is the Fisher.
 
-    All arithmetic is in float64: a certain sample's residual is far below float32's resolution.
+    All arithmetic is in float64: the residual of a sample that the model is certain of is far below
+    the resolution of float32.
 
     Args:
-        logits: of shape ``(samples, classes, *positions)``, at least two classes, for the
-            categorical likelihood; means or logits of shape ``(samples, *outputs)`` for the others.
-        labels: class indices of shape ``(samples, *positions)``, -100 where nothing is
-            observed; of the logits' shape for the other likelihoods. Needed by ``empirical``, and
-            by the categorical ``normalised``.
-        fisher: the Fisher type.
-        likelihood: of the labels given the logits.
-        draw: uniform draws; needed by ``mc``, and by ``normalised`` of several observations.
-        draws: directions a sample for the types that draw.
-        tolerance: share of the batch's trace that ``exact`` may leave out.
+        logits: Output of the model; its shape is told by the likelihood's class.
+        labels: Labels of the batch, or None. They are needed by ``"empirical"``, and by
+            ``"normalised"`` with a categorical likelihood.
+        fisher: Fisher type.
+        likelihood: Name of the likelihood, a key of `LIKELIHOODS`.
+        draw: Source of uniform draws. It is needed by ``"mc"``, and by ``"normalised"`` if a sample
+            has several observations.
+        draws: Number of directions of each sample, for the types that draw.
+        tolerance: Share of the batch's trace, from 0 to 1, that ``"exact"`` may leave out.
 
     Returns:
-        Directions, detached, in the logits' dtype.
+        The directions, without a graph, in the logits' dtype.
 
     Raises:
-        ValueError: if shapes, labels or logits cannot be those of the likelihood.
+        ValueError: If shapes, labels or logits cannot be those of the likelihood.
+
+    Example:
+        >>> logits, labels = torch.tensor([[0.0, 0.0], [0.0, 9.0]]), torch.tensor([0, 1])
+        >>> residual_directions(logits, labels, "normalised").first
+        tensor([[ 0.7071, -0.7071],
+                [-0.7071,  0.7071]])
     """
-    _check_logits(logits, likelihood)
+    kind = LIKELIHOODS[likelihood]
+    kind.check_logits(logits)
     # Apple's GPUs have no float64.
     exact = torch.float32 if logits.device.type == "mps" else torch.float64
     values = logits.detach().to(exact)
-    if likelihood == "categorical":
-        space: Likelihood = Categorical(values, labels)
-    else:
-        space = (Bernoulli if likelihood == "bernoulli" else Gaussian)(values, labels)
+    given = kind(values, labels)
     if fisher == "exact":
-        found = _in_parts(space, space.parts(), tolerance)
+        found = _in_parts(given, given.parts(), tolerance)
     elif fisher == "empirical":
-        found = _jointly([space.residual()])
-    elif space.observations == 1 and fisher == "normalised":
-        found = _jointly([space.unit_residual()])
+        found = _jointly([given.residual()])
+    elif given.observations == 1 and fisher == "normalised":
+        found = _jointly([given.unit_residual()])
     else:
         if draw is None:
             raise ValueError(f"the {fisher} Fisher of these labels needs uniform draws")
-        uniforms = draw(draws * space.observations).to(values)
-        uniforms = uniforms.reshape(len(logits), draws, space.observations).transpose(0, 1)
-        if fisher == "mc" and likelihood == "categorical" and space.observations == 1:
-            # Equal draws are one direction.
-            found = _in_parts(space, space.parts(uniforms.squeeze(2).T), 0.0)
-        elif fisher == "mc":
-            found = _jointly([space.drawn_residual(u) / math.sqrt(draws) for u in uniforms])
-        else:
-            unit = space.unit_residual()
-            signs = (uniforms < 0.5).to(unit) * 2 - 1
-            found = _jointly([space.signed(unit, s) / math.sqrt(draws) for s in signs])
+        uniforms = draw(draws * given.observations).to(values)
+        uniforms = uniforms.reshape(len(logits), draws, given.observations).transpose(0, 1)
+        found = (_drawn if fisher == "mc" else _randomly_signed)(given, uniforms)
     dtype, further = logits.dtype, found.further
     return Directions(
         found.first.to(dtype),
@@ -162,21 +163,27 @@ def residual_directions(
     )
 
 
-def _check_logits(logits: Tensor, likelihood: LikelihoodType) -> None:
-    if likelihood == "categorical" and (logits.ndim < 2 or logits.shape[1] < 2):
-        raise ValueError(
-            "the categorical likelihood needs logits of shape (samples, classes, *positions) with "
-            f"at least 2 classes, got {tuple(logits.shape)}: pass `forward` to map a batch to such "
-            "logits"
-        )
-    if logits.ndim < 1 or logits.numel() == 0:
-        raise ValueError("a batch holds no samples: leave it out")
-    if not torch.isfinite(logits).all():
-        raise ValueError("the model's logits are not finite: it has diverged, or a batch holds NaN")
+def _drawn(likelihood: Likelihood, uniforms: Tensor) -> Directions:
+    """Directions of labels drawn from the model, by draws of shape (draws, samples, observations).
+
+    Equal draws of a sample's only observation are one direction, where the likelihood can tell.
+    """
+    if likelihood.observations == 1:
+        squares = likelihood.drawn_parts(uniforms.squeeze(2).T)
+        if squares is not None:
+            return _in_parts(likelihood, squares, 0.0)
+    return _jointly([likelihood.drawn_residual(u) / math.sqrt(len(uniforms)) for u in uniforms])
+
+
+def _randomly_signed(likelihood: Likelihood, uniforms: Tensor) -> Directions:
+    """Unit residuals with random signs, by draws of shape (draws, samples, observations)."""
+    unit = likelihood.unit_residual()
+    signs = (uniforms < 0.5).to(unit) * 2 - 1
+    return _jointly([likelihood.signed(unit, s) / math.sqrt(len(uniforms)) for s in signs])
 
 
 def _jointly(directions: list[Tensor]) -> Directions:
-    """One direction of all observations together, or the same number of them for every sample."""
+    """Directions that are the same number for every sample, each of all observations together."""
     samples = len(directions[0])
     rows = torch.arange(samples, device=directions[0].device).repeat_interleave(len(directions) - 1)
     stacked = torch.stack(directions)
@@ -188,7 +195,7 @@ def _jointly(directions: list[Tensor]) -> Directions:
     return Directions(directions[0], rows, further, trace)
 
 
-def _in_parts(space: Likelihood, squares: Tensor, tolerance: float) -> Directions:
+def _in_parts(likelihood: Likelihood, squares: Tensor, tolerance: float) -> Directions:
     """The longest direction of every sample, and all others but the shortest of the batch."""
     trace = float(squares.sum())
     # On the CPU: a CUDA device may have no deterministic sum.
@@ -200,8 +207,12 @@ def _in_parts(space: Likelihood, squares: Tensor, tolerance: float) -> Direction
     kept.scatter_(1, longest, False)
     rows, parts = kept.nonzero(as_tuple=True)
     everyone = torch.arange(len(squares), device=squares.device)
-    first = space.part(everyone, longest.squeeze(1))
+    first = likelihood.part(everyone, longest.squeeze(1))
     covered = float(squares.gather(1, longest).sum()) + float(squares[rows, parts].sum())
     return Directions(
-        first, rows, lambda i: space.part(rows[i], parts[i]), trace, max(trace - covered, 0.0)
+        first,
+        rows,
+        lambda i: likelihood.part(rows[i], parts[i]),
+        trace,
+        max(trace - covered, 0.0),
     )

@@ -1,4 +1,21 @@
-"""What a model's logits say of the labels.
+"""What a model's logits say about the labels: one class for each likelihood.
 
-Add a likelihood here: one file, and a row of the registry. May import: nothing of this package.
+To add one, write a `Likelihood` in a file of its own and add it to `LIKELIHOODS` in `registry`.
+May import: nothing of this package.
 """
+
+from lightning_fedfisher.likelihoods.base import Likelihood, ScalarLikelihood
+from lightning_fedfisher.likelihoods.bernoulli import Bernoulli
+from lightning_fedfisher.likelihoods.categorical import IGNORE_INDEX, Categorical
+from lightning_fedfisher.likelihoods.gaussian import Gaussian
+from lightning_fedfisher.likelihoods.registry import LIKELIHOODS
+
+__all__ = [
+    "IGNORE_INDEX",
+    "LIKELIHOODS",
+    "Bernoulli",
+    "Categorical",
+    "Gaussian",
+    "Likelihood",
+    "ScalarLikelihood",
+]

@@ -7,12 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lightning_fedfisher.extraction.fisher_types import (
-    FISHER_TYPES,
-    LIKELIHOODS,
-    residual_directions,
-)
-from lightning_fedfisher.likelihoods.base import IGNORE_INDEX
+from lightning_fedfisher.extraction.fisher_types import FISHER_TYPES, residual_directions
+from lightning_fedfisher.likelihoods import IGNORE_INDEX, LIKELIHOODS
 
 CLASSES = 4
 

@@ -1,0 +1,182 @@
+"""Classification: every observation is one of several classes."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from typing_extensions import override
+
+from lightning_fedfisher.likelihoods.base import Likelihood, sum_over_observations
+
+IGNORE_INDEX = -100
+"""Label of a position that is not observed, as in `torch.nn.functional.cross_entropy`."""
+
+
+class Categorical(Likelihood):
+    """Classes along the logits' second dimension, one observation at each position after it.
+
+    Logits have the shape ``(samples, classes, *positions)``, and labels are class indices of shape
+    ``(samples, *positions)``. A position whose label is -100 is not observed.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 0.0], [0.0, 50.0]])
+        >>> Categorical.nll(logits, torch.tensor([0, 1]))
+        tensor([0.6931, 0.0000])
+        >>> Categorical(logits, torch.tensor([0, 1])).residual()
+        tensor([[ 5.0000e-01, -5.0000e-01],
+                [-1.9287e-22,  1.9287e-22]])
+    """
+
+    name: ClassVar[str] = "categorical"
+    softmax: ClassVar[bool] = True
+
+    def __init__(self, logits: Tensor, labels: Tensor | None) -> None:
+        """Reads the logits and labels of a batch.
+
+        Args:
+            logits: Output of the model, of shape ``(samples, classes, *positions)``.
+            labels: Class indices of shape ``(samples, *positions)``; None if the batch has none.
+
+        Raises:
+            ValueError: If the labels cannot belong to the logits.
+        """
+        self._positions = logits.shape[2:]
+        self.observations = math.prod(self._positions)
+        # (samples, observations, classes)
+        log_p = torch.log_softmax(logits, dim=1)
+        self._log_p = log_p.reshape(*logits.shape[:2], -1).movedim(1, -1)
+        self._y: Tensor | None = None
+        self._observed = self._log_p.new_ones(self._log_p.shape[:2])
+        if labels is not None:
+            y = _check_classes(labels, logits).reshape(len(logits), -1)
+            self._observed = (y != IGNORE_INDEX).to(self._log_p)
+            self._y = y.clamp_min(0)
+        self._weights = self._log_p.exp()
+
+    @override
+    @staticmethod
+    def nll(logits: Tensor, labels: Tensor) -> Tensor:
+        y = _check_classes(labels, logits)
+        return sum_over_observations(
+            functional.cross_entropy(logits, y, ignore_index=IGNORE_INDEX, reduction="none")
+        )
+
+    @override
+    @staticmethod
+    def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+        y = _check_classes(labels, logits)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        observed = sum_over_observations((y != IGNORE_INDEX).to(dtype))
+        # No class is -100, so that what is not observed never counts as correct.
+        return sum_over_observations((logits.argmax(dim=1) == y).to(dtype)) / observed
+
+    @override
+    @classmethod
+    def check_logits(cls, logits: Tensor) -> None:
+        if logits.ndim < 2 or logits.shape[1] < 2:
+            raise ValueError(
+                "the categorical likelihood needs logits of shape (samples, classes, *positions) "
+                f"with at least 2 classes, got {tuple(logits.shape)}: pass `forward` to map a "
+                "batch to such logits"
+            )
+        super().check_logits(logits)
+
+    @override
+    def residual(self) -> Tensor:
+        return self._toward(self._labels())
+
+    @override
+    def unit_residual(self) -> Tensor:
+        unit = _unit_residual(self._log_p, self._labels())
+        return self._as_logits(unit * self._observed.unsqueeze(2))
+
+    @override
+    def drawn_residual(self, uniforms: Tensor) -> Tensor:
+        return self._toward(_draw_classes(self._log_p, uniforms.unsqueeze(2)).squeeze(2))
+
+    @override
+    def signed(self, residual: Tensor, signs: Tensor) -> Tensor:
+        return residual * signs.view(len(signs), 1, *self._positions)
+
+    @override
+    def parts(self) -> Tensor:
+        p = self._log_p.exp()
+        # 1 - p_c, for the likeliest class summed from the others, which loses no digits.
+        top = p.argmax(2, keepdim=True)
+        others = (1 - p).scatter(2, top, p.scatter(2, top, 0.0).sum(2, keepdim=True))
+        # ||e_c - p||^2
+        squares = p.square().sum(2, keepdim=True) - p.square() + others.square()
+        return (self._weights * squares * self._observed.unsqueeze(2)).flatten(1)
+
+    @override
+    def drawn_parts(self, uniforms: Tensor) -> Tensor:
+        drawn = _draw_classes(self._log_p, uniforms.unsqueeze(1))
+        frequency = torch.full_like(drawn, 1 / uniforms.shape[1], dtype=self._log_p.dtype)
+        self._weights = torch.zeros_like(self._log_p).scatter_add(2, drawn, frequency)
+        return self.parts()
+
+    @override
+    def part(self, rows: Tensor, parts: Tensor) -> Tensor:
+        classes = self._log_p.shape[2]
+        place, y = parts // classes, parts % classes
+        weight = self._weights[rows, place, y].sqrt() * self._observed[rows, place]
+        direction = _residual(self._log_p[rows, place], y) * weight.unsqueeze(1)
+        whole = direction.new_zeros(len(rows), *self._log_p.shape[1:])
+        whole[torch.arange(len(rows), device=rows.device), place] = direction
+        return self._as_logits(whole)
+
+    def _as_logits(self, residual: Tensor) -> Tensor:
+        """Brings ``(samples, observations, classes)`` into the logits' shape."""
+        moved: Tensor = residual.movedim(-1, 1)
+        return moved.reshape(len(residual), moved.shape[1], *self._positions)
+
+    def _toward(self, y: Tensor) -> Tensor:
+        """The residual of any labels, zero where nothing is observed."""
+        return self._as_logits(_residual(self._log_p, y) * self._observed.unsqueeze(2))
+
+
+def _draw_classes(log_p: Tensor, uniforms: Tensor) -> Tensor:
+    """Draws classes by the inverse of the distribution function."""
+    # On the CPU: a CUDA device may have no deterministic sum.
+    cumulative = log_p.exp().cpu().cumsum(dim=-1).to(log_p.device)
+    drawn = torch.searchsorted(cumulative, uniforms * cumulative[..., -1:], right=True)
+    return drawn.clamp_max(log_p.shape[-1] - 1)
+
+
+def _residual(log_p: Tensor, y: Tensor) -> Tensor:
+    """``e_y - p``, with ``1 - p_y`` summed from the other classes, which loses no digits."""
+    others = log_p.exp().scatter(-1, y.unsqueeze(-1), 0.0)
+    return (-others).scatter(-1, y.unsqueeze(-1), others.sum(dim=-1, keepdim=True))
+
+
+def _unit_residual(log_p: Tensor, y: Tensor) -> Tensor:
+    """``e_y - p`` at length 1.
+
+    It is scaled by the largest wrong class before it leaves log space. So it stays finite and exact
+    however certain the model is: the limit of the direction exists where the residual is zero.
+    """
+    others = log_p.scatter(-1, y.unsqueeze(-1), -torch.inf)
+    residual = _residual(others - others.amax(dim=-1, keepdim=True), y)
+    length: Tensor = torch.linalg.vector_norm(residual, dim=-1, keepdim=True)
+    return residual / length
+
+
+def _check_classes(labels: Tensor, logits: Tensor) -> Tensor:
+    """Refuses labels that are not class indices of the logits, and gives them as int64."""
+    expected = (logits.shape[0], *logits.shape[2:])
+    classes = logits.shape[1]
+    if labels.shape != expected or labels.is_floating_point():
+        raise ValueError(
+            f"labels must be class indices of shape {expected}, got {tuple(labels.shape)} "
+            f"of {labels.dtype}"
+        )
+    observed = labels[labels != IGNORE_INDEX]
+    if observed.numel() and (observed.min() < 0 or observed.max() >= classes):
+        raise ValueError(
+            f"labels must lie in [0, {classes}), got [{observed.min()}, {observed.max()}]"
+        )
+    return labels.to(torch.int64)

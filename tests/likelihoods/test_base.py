@@ -1,0 +1,32 @@
+"""What the base classes promise."""
+
+import pytest
+import torch
+
+from lightning_fedfisher.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from lightning_fedfisher.likelihoods.base import sum_over_observations
+
+
+def test_a_likelihood_cannot_be_used_unfinished():
+    with pytest.raises(TypeError, match="abstract"):
+        Likelihood(torch.zeros(2, 3), None)
+
+
+@pytest.mark.parametrize("likelihood", [Categorical, Bernoulli, Gaussian])
+def test_residuals_of_missing_labels_are_an_error(likelihood):
+    if likelihood is not Gaussian:
+        assert likelihood(torch.zeros(2, 3), None).observations in (1, 3)
+    with pytest.raises(ValueError, match="needs labels"):
+        likelihood(torch.zeros(2, 3), None).residual()
+
+
+def test_equal_draws_are_counted_for_classes_only():
+    uniforms = torch.rand(2, 5, dtype=torch.float64)
+    assert Categorical(torch.zeros(2, 3).double(), None).drawn_parts(uniforms).shape == (2, 3)
+    for likelihood in (Bernoulli, Gaussian):
+        assert likelihood(torch.zeros(2, 1).double(), None).drawn_parts(uniforms) is None
+
+
+def test_sums_of_samples_with_and_without_observations_behind():
+    assert sum_over_observations(torch.ones(3)).tolist() == [1, 1, 1]
+    assert sum_over_observations(torch.ones(3, 2, 2)).tolist() == [4, 4, 4]

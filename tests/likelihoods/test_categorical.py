@@ -1,0 +1,55 @@
+"""Class labels: positions that are not observed, and logits that no classifier has."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lightning_fedfisher.likelihoods import IGNORE_INDEX, Categorical
+
+
+def _batch():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 3, 5, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 3, (4, 5), generator=generator)
+    labels[0, 2:] = labels[2] = IGNORE_INDEX
+    return logits, labels
+
+
+def test_what_is_not_observed_has_no_part_in_the_nll():
+    logits, labels = _batch()
+    found = Categorical.nll(logits, labels)
+    for i, value in enumerate(found):
+        expected = F.cross_entropy(logits[i : i + 1], labels[i : i + 1], reduction="sum")
+        torch.testing.assert_close(value, expected, rtol=0, atol=1e-12)
+    assert found[2] == 0
+
+
+def test_what_is_not_observed_has_no_part_in_the_accuracy():
+    logits, labels = _batch()
+    found = Categorical.accuracy(logits, labels)
+    right = logits.argmax(1) == labels
+    assert found[0] == right[0, :2].double().mean()
+    assert found[1] == right[1].double().mean()
+    assert found[2].isnan()  # nothing of it is observed
+
+
+def test_labels_of_any_integer_type():
+    logits, labels = _batch()
+    expected = Categorical.nll(logits, labels)
+    for dtype in (torch.int16, torch.int32):
+        assert torch.equal(Categorical.nll(logits, labels.to(dtype)), expected)
+
+
+@pytest.mark.parametrize("logits", [torch.zeros(6), torch.zeros(6, 1)])
+def test_logits_without_classes(logits):
+    with pytest.raises(ValueError, match="at least 2 classes"):
+        Categorical.check_logits(logits)
+
+
+def test_labels_out_of_range():
+    logits, labels = _batch()
+    for wrong in (3, -1):
+        with pytest.raises(ValueError, match=r"lie in \[0, 3\)"):
+            Categorical.nll(logits, torch.full_like(labels, wrong))
+    with pytest.raises(ValueError, match="class indices"):
+        Categorical.accuracy(logits, labels.double())
