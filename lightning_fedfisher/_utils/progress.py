@@ -16,9 +16,7 @@ def is_rank_zero() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
-def progress_bar(
-    items: Iterable[_T] | None, title: str, total: int | None = None
-) -> tqdm[_T]:
+def progress_bar(items: Iterable[_T], title: str, total: int | None = None) -> tqdm[_T]:
     """Goes through items with a bar that appears after two seconds.
 
     Args:

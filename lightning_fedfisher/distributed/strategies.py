@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import (
     Strategy,
 )
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from torch import Tensor
 
 
 def require_whole_model(trainer: Trainer, who: str) -> None:
@@ -33,3 +34,18 @@ def require_whole_model(trainer: Trainer, who: str) -> None:
             f"{who} leaves its result in the processes that made it, which spawned or forked ones "
             'take with them: use strategy="ddp" or a single device'
         )
+
+
+def sum_over_ranks(trainer: Trainer, tensor: Tensor) -> Tensor:
+    """Adds a tensor up over all processes of a trainer.
+
+    Args:
+        trainer: The running trainer.
+        tensor: This process's tensor; a reduction may change it in place.
+
+    Returns:
+        The sum, on every process.
+    """
+    total = trainer.strategy.reduce(tensor, reduce_op="sum")
+    assert isinstance(total, Tensor)
+    return total

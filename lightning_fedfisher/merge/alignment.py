@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_fedfisher._utils.progress import progress_bar
-from lightning_fedfisher.curvature.base import Curvature, Identity
+from lightning_fedfisher.curvature.base import Curvature
 from lightning_fedfisher.curvature.input_map import InputMap
 from lightning_fedfisher.curvature.registry import KINDS
 from lightning_fedfisher.layers import Activation

@@ -17,8 +17,9 @@ from lightning_fedfisher.update.client_update import ClientUpdate
 def merge_buffers(
     updates: Sequence[ClientUpdate], max_influence: float = math.inf
 ) -> dict[str, Tensor]:
-    """Merges counters by their maximum, running variances by the law of total variance, and all
-    other buffers by their average.
+    """Merges buffers: BatchNorm's variances by the law of total variance, others by their average.
+
+    Whole numbers, which are counters or indices, become the largest of them.
 
     Args:
         updates: The updates of all clients, found to belong together.

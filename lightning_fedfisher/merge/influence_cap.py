@@ -10,8 +10,8 @@ running statistics of normalisation, per-channel means of its features. No noise
 is no differential privacy. A diagonal merge can do without seeing any single update:
 `secure_aggregation` has the sums for it.
 
-*What a file can do*: a malformed file can only be refused. It is never unpickled or executed, all of
-it is checked before it is used, and the memory it may take is bounded before it is allocated (see
+*What a file can do*: a malformed file can only be refused. It is never unpickled or executed, it is
+checked before it is used, and the memory that it may take is bounded before it is allocated (see
 the room `update`).
 
 *What a client can do* with a valid file: send wrong weights, or claim more weight in the merge than

@@ -107,9 +107,8 @@ class LayerLoader:
             device: Where to put it.
         """
         layer, update = self.layers[index], self.updates[client]
-        is_output_layer = (
-            layer.name == update.header.output_layer and self.alignments.waits_for(index) is not None
-        )
+        aligned = self.alignments.waits_for(index) is not None
+        is_output_layer = layer.name == update.header.output_layer and aligned
         block = update.block(layer).to(device, self._dtypes[index])
         return self.method.transform(block, is_output_layer)
 

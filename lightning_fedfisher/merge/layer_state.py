@@ -89,9 +89,7 @@ class LayerState:
             row: A vector of ``4 + clients`` numbers.
         """
         iterations, objective, residual, progress, *distances = row.tolist()
-        return cls(
-            tuple(distances), int(iterations), objective, residual, Progress(int(progress))
-        )
+        return cls(tuple(distances), int(iterations), objective, residual, Progress(int(progress)))
 
 
 def summarize(states: Sequence[LayerState]) -> dict[str, float]:

@@ -28,9 +28,9 @@ from lightning_fedfisher.merge.layer_state import (
 from lightning_fedfisher.merge.methods import MergeMethod
 from lightning_fedfisher.merge.options import DEFAULT_MEMORY_BUDGET, MergeOptions
 from lightning_fedfisher.merge.outliers import describe_outliers
+from lightning_fedfisher.merge.preparation import prepare_by_ranks
 from lightning_fedfisher.merge.result import LayerResult, MergeResult, contributions
 from lightning_fedfisher.merge.solvers import Solver
-from lightning_fedfisher.merge.preparation import prepare_by_ranks
 from lightning_fedfisher.merge.validation import validate
 from lightning_fedfisher.update.client_update import ClientUpdate
 
@@ -101,7 +101,7 @@ def merge_updates(
     where = torch.device(device)
     merger.move_to(where)
     (order,) = assign_layers([layer.shape for layer in merger.layers], ranks=1)
-    with progress_bar(None, "merge", len(merger.layers)) as bar:
+    with progress_bar(merger.layers, "merge") as bar:
         while not merger.done:
             for index in order:
                 merger.advance(index, at_once=options.row.keeps_best and judged)

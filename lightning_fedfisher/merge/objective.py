@@ -114,8 +114,10 @@ class Quadratic:
             raise ValueError(
                 "a merge needs one client weight, weight matrix and curvature for each client"
             )
-        lazy = isinstance(curvatures, LazyCurvatures)
-        kinds = set(curvatures.kinds if lazy else [type(f) for f in curvatures])
+        if isinstance(curvatures, LazyCurvatures):
+            kinds = set(curvatures.kinds)
+        else:
+            kinds = {type(curvature) for curvature in curvatures}
         if len(kinds) > 1:
             names = sorted(kind.kind for kind in kinds)
             raise ValueError(f"the clients' curvatures of one layer are of several kinds: {names}")

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from lightning_fedfisher._utils.progress import progress_bar
-from lightning_fedfisher._utils.text import client_names
 from lightning_fedfisher.merge.influence_cap import DEFAULT_MAX_INFLUENCE, MEASURES, measure
 from lightning_fedfisher.merge.layer_loader import LayerLoader
 from lightning_fedfisher.merge.methods import METHODS
@@ -58,10 +57,9 @@ def describe_outliers(
             lines.append(f"{name} has, of the median client's, {told}")
     if not lines:
         return ""
-    bound = "uncapped" if max_influence == math.inf else (
-        f"at most {max_influence:g} times what the median client has"
-    )
-    lines.append(f"max_influence leaves each client {bound}; look at such a client before you go on")
+    capped = f"caps it at {max_influence:g} times the median client's"
+    cap = capped if max_influence < math.inf else "does not cap it"
+    lines.append(f"max_influence {cap}; look at such a client before you go on")
     return "\n".join(lines)
 
 

@@ -73,7 +73,7 @@ class Solver(ABC):
 
     @property
     def residual(self) -> float:
-        """Norm of the gradient at the iterate, relative to the clients' gradients at the average."""
+        """Norm of the gradient at the iterate, relative to `Quadratic.gradient_scale`."""
         return self.objective_and_residual()[1]
 
     def _current_gradient(self) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lightning_fedfisher.curvature.diagonal import Diagonal
 from lightning_fedfisher.errors import UpdateError
-from lightning_fedfisher.merge.methods import METHODS, MethodName
+from lightning_fedfisher.merge.methods import METHODS
 from lightning_fedfisher.update.client_update import ClientUpdate
 from lightning_fedfisher.update.tensor_checks import flaw
 
@@ -32,7 +32,7 @@ _BY_LAYER = ("information", "pull", "weights")
 
 
 def client_sums(
-    update: ClientUpdate, method: MethodName = "fisher_merge", *, sample_unit: float = 1.0
+    update: ClientUpdate, method: str = "fisher_merge", *, sample_unit: float = 1.0
 ) -> dict[str, Tensor]:
     """What one client adds to the sums.
 
@@ -58,7 +58,7 @@ def client_sums(
     if refusal := row.refusal(update.header.curvature, update.header.fisher):
         raise UpdateError(update.source, [f"it {refusal}, as method {method!r} needs"])
     samples = torch.tensor(update.num_samples / sample_unit, dtype=torch.float64)
-    share = samples**row.share_power
+    share = samples**row.client_weight_power
     sums, offenders = {"share": share, "samples": samples}, []
     for layer in update.layers:
         curvature = row.transform(update.block(layer), False)

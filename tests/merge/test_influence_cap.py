@@ -27,15 +27,15 @@ from lightning_fedfisher.curvature.kronecker import EigenKronecker, Kronecker
 from lightning_fedfisher.merge import influence_cap as influence
 from lightning_fedfisher.merge.buffers import merge_buffers
 from lightning_fedfisher.merge.influence_cap import (
-    draw_in,
-    hold,
-    hold_values,
+    cap,
+    cap_values,
     measure,
     median,
     multiples,
-    unusual,
+    shrink_to_median,
 )
 from lightning_fedfisher.merge.objective import Quadratic
+from lightning_fedfisher.merge.outliers import describe_outliers
 
 ROWS, COLUMNS = SHAPE = (3, 4)
 KINDS = ("identity", "diagonal", "dense", "kronecker", "lookup", "ekfac", "lookup ekfac")
@@ -77,7 +77,7 @@ def _problem(kind="kronecker", clients=5, seed=0):
 
 def _scaled(problem, client, share=1.0, offset=1.0, curvature=1.0):
     """One client made to weigh more."""
-    shares, weights = list(problem.shares), list(problem.weights)
+    shares, weights = list(problem.client_weights), list(problem.weights)
     curvatures = list(problem.curvatures)
     shares[client] *= share
     weights[client] = weights[client] * offset
@@ -91,7 +91,9 @@ def _raw(problem, middle=None):
     flat = torch.stack([matrix.flatten() for matrix in problem.weights])
     middle = flat.quantile(0.5, dim=0) if middle is None else middle.flatten()
     rows = []
-    for share, weights, curvature in zip(problem.shares, flat, problem.curvatures, strict=True):
+    for share, weights, curvature in zip(
+        problem.client_weights, flat, problem.curvatures, strict=True
+    ):
         identity = torch.eye(ROWS * COLUMNS).double()
         dense = identity if curvature.kind == "identity" else oracle.written_out(curvature)
         pull = share * (dense @ (weights - middle)).norm()
@@ -143,7 +145,7 @@ def test_what_overflows_is_infinite_whatever_the_others_weigh(size):
 def test_weights_that_are_not_finite_are_that_clients_alone():
     problem = _problem()
     weights = [*problem.weights[:4], torch.full(SHAPE, math.nan).double()]
-    found = measure(Quadratic(problem.shares, weights, problem.curvatures))
+    found = measure(Quadratic(problem.client_weights, weights, problem.curvatures))
     assert found[4, 1:].isinf().all()
     assert found[:4].isfinite().all()
 
@@ -161,8 +163,8 @@ def test_clients_without_information_have_no_part_in_the_median():
 def test_nobody_is_held_who_weighs_no_more_than_allowed():
     problem = _problem()
     weighed = measure(problem)
-    assert hold(problem, weighed, float(weighed.max())) is problem
-    assert hold(problem, weighed, 0.99 * float(weighed.max())) is not problem
+    assert cap(problem, weighed, float(weighed.max())) is problem
+    assert cap(problem, weighed, 0.99 * float(weighed.max())) is not problem
 
 
 @pytest.mark.parametrize("most", [1.0, 2.0, 10.0])
@@ -172,9 +174,11 @@ def test_nobody_is_held_who_weighs_no_more_than_allowed():
 def test_nobody_keeps_more_information_or_pull_than_allowed(much, most):
     problem = _scaled(_problem(), 3, **much)
     weighed = measure(problem)
-    held = hold(problem, weighed, most)
+    held = cap(problem, weighed, most)
     # What is left of each share; all are scaled alike to sum to one.
-    left = torch.tensor([a / b for a, b in zip(held.shares, problem.shares, strict=True)]).double()
+    left = torch.tensor(
+        [a / b for a, b in zip(held.client_weights, problem.client_weights, strict=True)]
+    ).double()
     left /= left.max()
     assert float(weighed[3, 0]) > 1e6
     expected = (most / weighed[:, [0, 2]].amax(1)).clamp_max(1)
@@ -185,7 +189,7 @@ def test_nobody_keeps_more_information_or_pull_than_allowed(much, most):
 @pytest.mark.parametrize("most", [1.5, 10.0])
 def test_nobody_is_farther_away_than_allowed(most):
     problem = _scaled(_problem(), 1, offset=1e6)
-    held = hold(problem, measure(problem), most)
+    held = cap(problem, measure(problem), most)
     middle = torch.stack(list(problem.weights)).quantile(0.5, dim=0)
     distances = torch.stack([(w - middle).norm() for w in problem.weights])
     left = torch.stack([(w - middle).norm() for w in held.weights])
@@ -200,7 +204,9 @@ def _times(curvature, factor):
 
 def _unit(held, problem):
     """What became of a share that was not reduced, when all were scaled to sum to one."""
-    return max(new / old for new, old in zip(held.shares, problem.shares, strict=True))
+    return max(
+        new / old for new, old in zip(held.client_weights, problem.client_weights, strict=True)
+    )
 
 
 @pytest.mark.parametrize("most", [2.0, 10.0])
@@ -217,7 +223,7 @@ def test_one_client_has_a_bounded_share_of_the_information(kind, much, most):
     problem = Quadratic(shares, weights, curvatures)
     before = _raw(problem)[:, 0]
     assert before[3] > 0.999 * before.sum()
-    held = hold(problem, measure(problem), most)
+    held = cap(problem, measure(problem), most)
     left = _raw(held)[:, 0]
     assert float(left[3] / left.sum()) <= most / (most + (5 - 1) / 2)
     assert float(left[3]) == pytest.approx(most * _unit(held, problem) * float(before.median()))
@@ -232,7 +238,7 @@ def test_whatever_clients_send_they_are_within_the_bounds(kind, seed):
     weights = [m * 10 ** (2 * torch.randn(1, generator=dice)) for m in weights]
     problem = Quadratic(shares, weights, curvatures)
     before, weighed = _raw(problem), measure(problem)
-    held = hold(problem, weighed, 2.0)
+    held = cap(problem, weighed, 2.0)
     after = _raw(held, median(weights))
     after[:, [0, 2]] /= _unit(held, problem)
     assert (before > 2.1 * before.median(dim=0).values).any()
@@ -243,31 +249,33 @@ def test_whatever_clients_send_they_are_within_the_bounds(kind, seed):
 
 def test_what_is_held_does_not_depend_on_units_or_order():
     problem = _scaled(_problem(), 3, share=1e4, offset=1e4)
-    held = hold(problem, measure(problem), 2.0)
+    held = cap(problem, measure(problem), 2.0)
     other = Quadratic(
-        [7 * share for share in problem.shares],
+        [7 * share for share in problem.client_weights],
         [3 * matrix for matrix in problem.weights],
         [Kronecker(5 * c.row_factor, c.column_factor) for c in problem.curvatures],
     )
-    scaled = hold(other, measure(other), 2.0)
-    torch.testing.assert_close(torch.tensor(scaled.shares), torch.tensor(held.shares))
+    scaled = cap(other, measure(other), 2.0)
+    torch.testing.assert_close(
+        torch.tensor(scaled.client_weights), torch.tensor(held.client_weights)
+    )
     order = [3, 0, 4, 1, 2]
     other = Quadratic(*([part[i] for i in order] for part in _parts(problem)))
-    turned = hold(other, measure(other), 2.0)
+    turned = cap(other, measure(other), 2.0)
     for place, client in enumerate(order):
         torch.testing.assert_close(scaled.weights[client], 3 * held.weights[client])
         torch.testing.assert_close(turned.weights[place], held.weights[client])
-        assert turned.shares[place] == pytest.approx(held.shares[client])
+        assert turned.client_weights[place] == pytest.approx(held.client_weights[client])
 
 
 def _parts(problem):
-    return problem.shares, problem.weights, problem.curvatures
+    return problem.client_weights, problem.weights, problem.curvatures
 
 
 def test_what_is_measured_does_not_depend_on_units_or_order():
     problem = _problem()
     scaled = Quadratic(
-        [7 * share for share in problem.shares],
+        [7 * share for share in problem.client_weights],
         [3 * matrix for matrix in problem.weights],
         [Kronecker(5 * c.row_factor, c.column_factor) for c in problem.curvatures],
     )
@@ -279,7 +287,7 @@ def test_what_is_measured_does_not_depend_on_units_or_order():
 
 def test_what_needs_not_move_stays_the_same_object():
     tensors = list(torch.randn(3, 4))
-    moved = draw_in(tensors, torch.tensor([1.0, 0.5, 1.0]))
+    moved = shrink_to_median(tensors, torch.tensor([1.0, 0.5, 1.0]))
     assert moved[0] is tensors[0]
     assert moved[2] is tensors[2]
     middle = torch.stack(tensors).median(dim=0).values
@@ -290,15 +298,15 @@ def test_the_unusual_are_told_with_what_and_where():
     weighed = torch.ones(5, 3, 3).double()
     weighed[:, 1, 0] = torch.tensor([20.0, 50, 1, 30, 40])
     weighed[2, 1, 2] = 1e9
-    told = unusual(weighed, ["ann", "bob", "cid"], list("vwxyz"), 10).splitlines()
+    told = describe_outliers(weighed, ["ann", "bob", "cid"], list("vwxyz"), 10).splitlines()
     assert told[0] == (
         "bob has, of the median client's, 1e+09 times the pull in x, 50 times the information in "
         "w, z, y and 1 more layers"
     )
-    assert "leaves each 10 times the median client's" in told[1]
-    assert "leaves each any share" in unusual(weighed, ["ann", "bob", "cid"], list("vwxyz"))
-    assert unusual(torch.full((1, 3, 3), 10.0), list("abc"), ["v"], 2) == ""
-    told = unusual(torch.full((1, 3, 3), 9.0), ["a", "b", "c"], ["v"], usual=(9, 8, 9))
+    assert "caps it at 10 times the median client's" in told[1]
+    assert "does not cap it" in describe_outliers(weighed, ["ann", "bob", "cid"], list("vwxyz"))
+    assert describe_outliers(torch.full((1, 3, 3), 10.0), list("abc"), ["v"], 2) == ""
+    told = describe_outliers(torch.full((1, 3, 3), 9.0), ["a", "b", "c"], ["v"], usual=(9, 8, 9))
     assert told.splitlines()[0] == "a has, of the median client's, 9 times the distance in v"
 
 
@@ -368,7 +376,7 @@ def test_a_hostile_client_is_named_and_bounded(attack, honest, tmp_path):
     assert _apart(bounded.merged_state_dict(), good) < spread
     owned, told = _merge([*honest, mallory], tmp_path, max_influence=math.inf)
     assert "mallory" in told[0]
-    assert "leaves each any share" in told[0]
+    assert "does not cap it" in told[0]
     # The same client is free to take the model anywhere where nothing bounds it.
     moved = _apart(owned.merged_state_dict(), good)
     assert moved > 2 * _apart(bounded.merged_state_dict(), good)
@@ -500,7 +508,7 @@ def test_overflow_is_refused_by_name_whatever_the_others_weigh(size, honest, tmp
 
 def test_a_merge_that_goes_on_keeps_what_was_measured_before(honest, tmp_path):
     clients = [*honest, _forged(honest[0], curvature=1e4)]
-    row = dataclasses.replace(METHODS["fedfisher"], sweep=1)
+    row = dataclasses.replace(METHODS["fedfisher"], steps_per_epoch=1)
     options = {"method": row, "memory_budget": 0, "max_influence": 3}  # a layer after the other
     whole, _ = _merge(clients, tmp_path, **options)
     first = FisherMergeModule(clients, **options)
@@ -695,12 +703,12 @@ def test_each_statistic_is_held_by_itself(attack, bound):
 def test_what_is_held_of_plain_values_is_the_median_clients():
     shares = [1.0, 2.0, 3.0, 4.0, 1e6]
     values = [torch.tensor([x, 0.0]).double() for x in (-2.0, -1.0, 0.0, 1.0, 1e9)]
-    held, drawn = hold_values(shares, values, 2.0)
+    held, drawn = cap_values(shares, values, 2.0)
     assert held == pytest.approx([1, 2, 3, 4, 6])
     # Those at the median have no part: of 1, 1, 2 and 1e9 the median is 1.5.
     assert [float(v[0]) for v in drawn] == pytest.approx([-2, -1, 0, 1, 3])
     assert all(one is other for one, other in zip(drawn[:4], values[:4], strict=True))
-    same, still = hold_values(shares, values, math.inf)
+    same, still = cap_values(shares, values, math.inf)
     assert same == shares
     assert all(one is other for one, other in zip(still, values, strict=True))
 

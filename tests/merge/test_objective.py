@@ -18,6 +18,7 @@ from lightning_fedfisher.merge.solvers import (
     ClosedForm,
     ConjugateGradient,
     PublishedServer,
+    Solver,
     exact_solver,
 )
 
@@ -80,10 +81,10 @@ def _reference_dense(curvature):
 
 def _reference_objective(problem, matrix):
     """Q, differentiable."""
-    total = sum(problem.shares)
+    total = sum(problem.client_weights)
     value = 0.0
     for share, weights, curvature in zip(
-        problem.shares, problem.weights, problem.curvatures, strict=True
+        problem.client_weights, problem.weights, problem.curvatures, strict=True
     ):
         offset = (matrix - weights.double()).flatten()
         value = value + share / total * offset @ _reference_dense(curvature) @ offset
@@ -105,7 +106,7 @@ def _reference_minimum(shares, weights, operators):
 
 def _reference_solution(problem):
     operators = [_reference_dense(curvature) for curvature in problem.curvatures]
-    return _reference_minimum(problem.shares, problem.weights, operators)
+    return _reference_minimum(problem.client_weights, problem.weights, operators)
 
 
 def _reference_square_root(matrix):
@@ -153,7 +154,7 @@ def test_objective_and_its_derivatives(kind, seed):
     (curved,) = torch.autograd.grad((gradient * direction).sum(), point)
     assert problem.objective(point.detach()) == pytest.approx(value.item(), rel=1e-12)
     torch.testing.assert_close(problem.gradient(point), gradient / 2, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(problem.curve(direction), curved / 2, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(problem.matvec(direction), curved / 2, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -193,7 +194,7 @@ def test_objective_is_not_negative_where_every_client_is_content(seed):
         curvature.values[:, others] = 0
     solver = _solved(problem)
     assert 0 <= problem.objective(solver.weights) < 1e-6
-    assert solver.look()[0] == problem.objective(solver.weights)
+    assert solver.objective_and_residual()[0] == problem.objective(solver.weights)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -204,7 +205,7 @@ def test_pull_is_what_the_clients_want_at_the_average(kind):
         n / sum(SHARES) * float((_reference_dense(f) @ (start - w).flatten()).norm())
         for n, w, f in zip(SHARES, problem.weights, problem.curvatures, strict=True)
     ]
-    assert problem.pull == pytest.approx(sum(pulls), rel=1e-12)
+    assert problem.gradient_scale == pytest.approx(sum(pulls), rel=1e-12)
 
 
 def test_average_is_weighted_by_share():
@@ -234,7 +235,7 @@ def test_problems_that_do_not_fit_together_are_refused():
         ([1, 1], [matrix], [identity, identity]),
         ([1, 1], [matrix, matrix], [identity]),
     ):
-        with pytest.raises(ValueError, match="one share, weight matrix and curvature for each"):
+        with pytest.raises(ValueError, match="one client weight, weight matrix and curvature"):
             Quadratic(shares, weights, curvatures)
 
 
@@ -298,9 +299,9 @@ def test_tolerance_is_the_residual_at_the_end(tolerance):
     assert all(residual > tolerance for residual in residuals[:-1])
     gradient = sum(
         p * _reference_dense(f) @ (solver.weights - w).flatten()
-        for p, w, f in zip(problem.shares, problem.weights, problem.curvatures, strict=True)
+        for p, w, f in zip(problem.client_weights, problem.weights, problem.curvatures, strict=True)
     )
-    assert residuals[-1] == pytest.approx(float(gradient.norm()) / problem.pull, rel=1e-6)
+    assert residuals[-1] == pytest.approx(float(gradient.norm()) / problem.gradient_scale, rel=1e-6)
 
 
 def test_the_preconditioner_takes_the_condition_away():
@@ -617,14 +618,14 @@ def test_what_float32_cannot_reach_is_reached_in_float64():
     assert solver.residual <= 1.1 * tolerance
     terms = zip((3, 2, 1), operators, problem.weights, strict=True)
     gradient = sum(n / 6 * f @ (solver.weights - w.double()).flatten() for n, f, w in terms)
-    assert float(gradient.norm()) / problem.pull <= 1.1 * tolerance
+    assert float(gradient.norm()) / problem.gradient_scale <= 1.1 * tolerance
     assert _error(solver.weights, expected) < 1e-6
     assert solver.iterations < 200
     # In float32 alone it would have ended in a gradient a hundred times as large.
     rounded = solver.weights.float().double()
     terms = zip((3, 2, 1), operators, problem.weights, strict=True)
     gradient = sum(n / 6 * f @ (rounded - w.double()).flatten() for n, f, w in terms)
-    assert float(gradient.norm()) / problem.pull > 10 * tolerance
+    assert float(gradient.norm()) / problem.gradient_scale > 10 * tolerance
 
 
 def test_what_float32_reaches_stays_in_float32():
@@ -713,15 +714,15 @@ def test_what_is_asked_of_all_curvatures_is_not_read(kind):
     assert lazy.reads == 0
     solver = exact_solver(problem)  # at the average: its figures, and the mean
     assert lazy.reads == (3 if kind in ELEMENTWISE else 6)
-    solver.look()
+    solver.objective_and_residual()
     assert lazy.reads == (3 if kind in ELEMENTWISE else 6)
     solver.advance(1)
     before = lazy.reads
-    objective, residual = solver.look()
+    objective, residual = solver.objective_and_residual()
     assert lazy.reads == before + (0 if kind == "dense" else 3)  # whose step ended with a look
-    assert objective == problem.objective(solver.weights)
     assert residual == solver.residual
     assert lazy.reads == before + (0 if kind == "dense" else 3)
+    assert objective == problem.objective(solver.weights)
 
 
 def test_several_kinds_are_told_without_reading():
@@ -783,7 +784,7 @@ def test_clients_that_agree_are_returned_to_the_bit(kind, name, dtype):
     other = _problem(kind, dtype=dtype)
     problem = Quadratic(SHARES, [other.weights[0].clone() for _ in SHARES], other.curvatures)
     solver = SOLVERS[name](problem)
-    assert problem.pull == solver.residual == problem.objective(solver.weights) == 0
+    assert problem.gradient_scale == solver.residual == problem.objective(solver.weights) == 0
     solver.advance(50)
     assert torch.equal(solver.weights, problem.weights[0])
     assert solver.residual == 0
@@ -906,7 +907,7 @@ def test_solvers_leave_the_problem_alone(kind, name):
     problem = _problem(kind)
     before = copy.deepcopy(problem)
     _solved(problem, SOLVERS[name], iterations=5)
-    assert problem.shares == before.shares
+    assert problem.client_weights == before.client_weights
     for field in ("weights", "curvatures"):
         for now, then in zip(getattr(problem, field), getattr(before, field), strict=True):
             parts = (
@@ -930,3 +931,32 @@ def test_faint_curvature_of_float32_is_no_absence_of_curvature():
     here = _solved(problem)
     there = _solved(Quadratic(SHARES, problem.weights, faint))
     assert _error(there.weights, here.weights.double()) < 1e-2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_changed_in_place_have_a_gradient_of_their_own(kind):
+    problem = _problem(kind)
+    matrix = problem.average.clone()
+    before = problem.gradient(matrix)
+    matrix.add_(1.0)
+    after = problem.gradient(matrix)
+    torch.testing.assert_close(after - before, problem.matvec(torch.ones_like(matrix)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_in_place_is_seen_and_leaves_the_problem_alone(kind):
+    class Downhill(Solver):
+        def _step(self):
+            self.weights.sub_(0.1 * self.problem.gradient(self.weights))
+
+    problem = _problem(kind)
+    average = problem.average.clone()
+    solver = Downhill(problem)
+    for _ in range(3):
+        solver.advance(1)
+        objective, residual = solver.objective_and_residual()
+        assert objective == problem.objective(solver.weights)
+        gradient = problem.gradient(solver.weights)
+        assert residual == pytest.approx(norm(gradient) / problem.gradient_scale)
+    assert torch.equal(problem.average, average)
+    assert solver.iterations == 3
