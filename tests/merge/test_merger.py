@@ -189,9 +189,7 @@ def test_validation_scores_by_the_clients_likelihood(likelihood, tmp_path):
     clients = [_trained(likelihood, client) for client in range(2)]
     model, held_out = clients[0][0], _regression(likelihood, 9)
     loader = DataLoader(held_out, 7)
-    result = merge_updates(
-        [update for _, update in clients], model=model, validation_loader=loader
-    )
+    result = merge_updates([update for _, update in clients], model=model, validation_loader=loader)
     model.load_state_dict(result.state_dict)
     x, y = held_out.tensors
     with torch.no_grad():
