@@ -7,12 +7,9 @@ of the clients' quadratics.
 
 # Client
 from lightning_fedfisher.callback import FedFisherCallback
-from lightning_fedfisher.extraction.extract import (
-    ExtractedCurvature,
-    ExtractionOptions,
-    extract_curvature,
-    extract_curvatures,
-)
+from lightning_fedfisher.extraction.extract import extract_curvature, extract_curvatures
+from lightning_fedfisher.extraction.options import ExtractionOptions
+from lightning_fedfisher.extraction.result import ExtractedCurvature
 
 # Server
 from lightning_fedfisher.errors import MergeError

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,121 +13,113 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
 from typing_extensions import override
 
 from lightning_fedfisher.curvature.summary import summarize_curvature
-from lightning_fedfisher.distributed.strategies import require_whole_model
+from lightning_fedfisher.distributed.processes import Shard
+from lightning_fedfisher.distributed.strategies import require_whole_model, sum_over_ranks
 from lightning_fedfisher.extraction.batches import Forward
-from lightning_fedfisher.extraction.extract import (
-    ExtractedCurvature,
-    check_options,
-    extract_curvature,
-)
+from lightning_fedfisher.extraction.extract import extract_curvature
 from lightning_fedfisher.extraction.fisher_types import FisherType
 from lightning_fedfisher.extraction.layer_report import CurvatureType
-from lightning_fedfisher.extraction.sampling import (
-    MaxSamples,
-    Shard,
-    check_max_samples,
-    most_samples,
-    partition_samples,
-)
+from lightning_fedfisher.extraction.options import ExtractionOptions
+from lightning_fedfisher.extraction.result import ExtractedCurvature
+from lightning_fedfisher.extraction.sampling import MaxSamples, most_samples, partition_samples
 from lightning_fedfisher.layers import find_layers
 from lightning_fedfisher.tracking.wandb_run import log_update, progress_log, warn_of_used_runs
 from lightning_fedfisher.update.client_update import ClientUpdate
 
 _PREFIX = "fedfisher"
 # Two at least, so that a sample whose logits depend on another is noticed.
-_REHEARSED = 2
+_REHEARSED_SAMPLES = 2
 
 
 class FedFisherCallback(Callback):
     """Turns a finished fit into a `ClientUpdate`: the weights and the curvature around them.
 
-    With no arguments it works: once the training ends, normally or early, it extracts the curvature
+    It works without arguments. Once the training ends, normally or early, it extracts the curvature
     over every twelfth training sample (at least 300), each once, and rank 0 writes
     ``<log dir or default_root_dir>/fedfisher/update.safetensors``. Before the training it rehearses
-    that on two samples, so that what cannot be extracted is refused at once. Weights, gradients,
-    modes and random states stay as they are. After an exception or Ctrl-C nothing is written; under
-    ``fast_dev_run`` one batch is extracted and nothing written.
-
-    Example::
-
-        trainer = Trainer(callbacks=[FedFisherCallback()])
-        trainer.fit(module, train_loader)
+    the extraction on two samples, so that a model that is not supported is refused at once.
+    Weights, gradients, modes and random states stay as they are. After an exception or Ctrl-C
+    nothing is written. Under ``fast_dev_run`` one batch is extracted and nothing is written.
 
     Attributes:
-        update: the update as it is sent; None until the fit has ended.
-        path: the file written; None until then.
-        seconds: wall-clock time the extraction took; None until then.
+        update: The update as it is sent; None until the fit has ended.
+        path: The file that was written; None until the fit has ended, and under ``fast_dev_run``.
+        seconds: Wall-clock time that the extraction took; None until the fit has ended.
+
+    Example:
+        >>> callback = FedFisherCallback(curvature="ekfac")
+        >>> trainer = Trainer(callbacks=[callback], logger=False, enable_checkpointing=False)
+        >>> callback.update is None  # until trainer.fit(module, train_loader) has ended
+        True
     """
 
     def __init__(
         self,
         output: str | os.PathLike[str] | None = None,
         *,
-        curvature: CurvatureType = "kfac",
-        fisher: FisherType = "normalised",
-        likelihood: str = "categorical",
-        max_samples: MaxSamples = "auto",
+        curvature: CurvatureType = ExtractionOptions.curvature,
+        fisher: FisherType = ExtractionOptions.fisher,
+        likelihood: str = ExtractionOptions.likelihood,
+        max_samples: MaxSamples = ExtractionOptions.max_samples,
         batch_size: int | None = None,
         dataloader: Iterable[Any] | None = None,
         num_samples: int | None = None,
         forward: Forward | None = None,
-        draws: int = 1,
-        seed: int = 0,
+        draws: int = ExtractionOptions.draws,
+        seed: int = ExtractionOptions.seed,
         upload_budget: float | None = 1.0,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        """Checks the options; see `extract_curvature` for those not told here.
+        """Checks and keeps the options.
 
         Args:
-            output: file to write; under the trainer's log directory if None.
-            curvature: kind of curvature; ``"identity"`` sends the weights alone.
+            output: File to write; None puts it under the trainer's log directory.
+            curvature: Kind of curvature; ``"identity"`` sends the weights alone. For this and the
+                options not explained here, see `ExtractionOptions`.
             fisher: Fisher type.
-            likelihood: of the labels given the logits.
-            max_samples: average over a seeded random subset of this size; ``"auto"`` takes every
-                twelfth sample but no fewer than 300, None takes all.
-            batch_size: samples a batch; the loader's own if None.
-            dataloader: the client's samples, if not those behind the training loader, for example
-                without its augmentation.
-            num_samples: training samples the client holds, its weight in the merge; counted if
-                None, which takes a map-style data set.
-            forward: maps ``(module, batch)`` to logits, or ``(logits, labels)``; needed where
-                batches are not ``(x, y)`` or the module's output is not its logits.
-            draws: directions a sample for the Fisher types that draw.
-            seed: of the subset and of the Monte-Carlo draws.
-            upload_budget: most bytes of the file, in multiples of what FedAvg sends; weights and
-                curvature are rounded to fit (see `ClientUpdate.compressed`). None rounds nothing.
-                Updates of up to 16 KiB are never rounded.
-            metadata: anything to send along, as strings.
+            likelihood: Name of the likelihood of the labels given the logits.
+            max_samples: Most samples to average over: a number takes a seeded random subset,
+                ``"auto"`` takes every twelfth sample but at least 300, None takes all.
+            batch_size: Number of samples in a batch; None keeps the loader's own.
+            dataloader: The client's samples, if they are not those behind the training loader, for
+                example to extract without its augmentation; None takes the training loader.
+            num_samples: Number of training samples the client holds, which is its weight in the
+                merge; None counts them, which takes a map-style data set.
+            forward: Function that maps ``(module, batch)`` to logits, or to ``(logits, labels)``.
+                It is needed if batches are not ``(x, y)`` or the module's output is not its logits.
+            draws: Number of directions drawn for each sample, for the Fisher types that draw.
+            seed: Seed of the subset and of all draws.
+            upload_budget: Most bytes of the file, in multiples of what FedAvg sends. Weights and
+                curvature are rounded to fit (see `ClientUpdate.compressed`). None rounds nothing,
+                and neither does any budget if the update takes up to 16 KiB.
+            metadata: Further text to send along, by names; None sends none.
 
         Raises:
-            ValueError: if an option is unknown or out of range.
+            ValueError: If an option is unknown or out of range.
         """
-        check_options(curvature, fisher, likelihood)
-        check_max_samples(max_samples)
-        counts = {"num_samples": num_samples, "batch_size": batch_size, "draws": draws}
-        for name, value in counts.items():
-            if value is not None and not (isinstance(value, int) and value >= 1):
-                raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
+        self._options = ExtractionOptions(
+            curvature=curvature,
+            fisher=fisher,
+            likelihood=likelihood,
+            max_samples=max_samples,
+            batch_size=batch_size,
+            forward=forward,
+            draws=draws,
+            seed=seed,
+        )
+        if num_samples is not None and not (isinstance(num_samples, int) and num_samples >= 1):
+            raise ValueError(f"num_samples must be a whole number, at least 1, got {num_samples!r}")
         if upload_budget is not None and not 0 < upload_budget < math.inf:
             raise ValueError(f"upload_budget must be greater than 0, got {upload_budget!r}")
         for item in (metadata or {}).items():
             if not all(isinstance(part, str) for part in item):
                 raise ValueError(f"metadata must map strings to strings, got {item}")
         self._output = None if output is None else Path(output)
-        self._curvature: CurvatureType = curvature
-        self._fisher: FisherType = fisher
-        self._likelihood: str = likelihood
-        self._max_samples = max_samples
-        self._batch_size = batch_size
         self._dataloader = dataloader
         self._num_samples = num_samples
-        self._forward = forward
-        self._draws = draws
-        self._seed = seed
         self._upload_budget = upload_budget
         self._metadata = dict(metadata or {})
         self.update: ClientUpdate | None = None
@@ -137,7 +130,9 @@ class FedFisherCallback(Callback):
     @override
     def state_key(self) -> str:
         return self._generate_state_key(
-            output=str(self._output), curvature=self._curvature, fisher=self._fisher
+            output=str(self._output),
+            curvature=self._options.curvature,
+            fisher=self._options.fisher,
         )
 
     @override
@@ -167,8 +162,9 @@ class FedFisherCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Refused before the hours of training rather than after them.
         loader = self._loader(trainer)
-        counted = partition_samples(loader, shard=_shard(trainer)).population is not None
-        bounded = self._max_samples is not None or self._curvature == "identity"
+        shard = Shard(trainer.global_rank, trainer.world_size)
+        counted = partition_samples(loader, shard=shard).population is not None
+        bounded = self._options.max_samples is not None or self._options.curvature == "identity"
         if not counted and not (bounded and self._num_samples):
             raise ValueError(
                 "samples of an iterable cannot be counted, and it may have no end: pass "
@@ -177,7 +173,7 @@ class FedFisherCallback(Callback):
         find_layers(pl_module)
         warn_of_used_runs(trainer.loggers)
         if counted:  # a rehearsal; an iterable might not start anew
-            rehearsed = self._extract(trainer, pl_module, max_samples=_REHEARSED)
+            rehearsed = self._extract(trainer, pl_module, _REHEARSED_SAMPLES)
             self._update_of(pl_module, rehearsed)
             rank_zero_info(f"FedFisherCallback will extract\n{rehearsed.report}")
 
@@ -185,7 +181,7 @@ class FedFisherCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         dry = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
         one_batch = getattr(self._loader(trainer), "batch_size", None) or 1
-        most = self._max_samples
+        most = self._options.max_samples
         if self._num_samples and most == "auto":
             # What an iterable cannot tell.
             most = most_samples(most, self._num_samples)
@@ -227,16 +223,10 @@ class FedFisherCallback(Callback):
         return extract_curvature(
             pl_module,
             self._loader(trainer),
-            self._curvature,
-            fisher=self._fisher,
-            likelihood=self._likelihood,
+            options=self._options,
             max_samples=max_samples,
-            batch_size=self._batch_size,
-            seed=self._seed,
-            draws=self._draws,
-            forward=self._forward,
             prepare=trainer.strategy.batch_to_device,
-            shard=_shard(trainer),
+            shard=Shard(trainer.global_rank, trainer.world_size, partial(sum_over_ranks, trainer)),
             progress=trainer.progress_bar_callback is not None,
             on_progress=on_progress,
         )
@@ -256,17 +246,20 @@ class FedFisherCallback(Callback):
         rank_zero_info(f"FedFisherCallback wrote {self.path}")
 
     def _log(self, trainer: Trainer, extracted: ExtractedCurvature) -> None:
-        if not trainer.is_global_zero or self.path is None or not trainer.loggers:
+        if not trainer.is_global_zero or not trainer.loggers:
             return
-        written = ClientUpdate.open(self.path)
+        assert self.update is not None
+        assert self.path is not None
+        written = copy(self.update)  # the same tensors, under the name of the file
+        written.source = str(self.path)
         metrics = {
             "extraction_seconds": extracted.seconds,
             "curvature_samples": float(extracted.num_samples),
-            "upload_bytes": float(written.upload_bytes),
+            "upload_bytes": float(self.path.stat().st_size),
         }
         prefix = self._prefix(trainer)
         curvature = []
-        if self._curvature != "identity":  # which says nothing
+        if self._options.curvature != "identity":  # which says nothing
             # Of several callbacks' curvature, one has its eigenvalues shown.
             describe = partial(summarize_curvature, spectrum=prefix == _PREFIX)
             curvature = [describe(name, block) for name, block in extracted.blocks.items()]
@@ -274,20 +267,12 @@ class FedFisherCallback(Callback):
         log_update(trainer.loggers, prefix, written, curvature, metrics, trainer.global_step)
 
     def _prefix(self, trainer: Trainer) -> str:
-        """Of what is logged: further callbacks beside the first have names of their own."""
+        """The start of all logged names: further callbacks beside the first have their own."""
         first = next(c for c in _callbacks(trainer) if isinstance(c, FedFisherCallback))
-        return _PREFIX if first is self else f"{_PREFIX}/{self._curvature}-{self._fisher}"
+        own = f"{_PREFIX}/{self._options.curvature}-{self._options.fisher}"
+        return _PREFIX if first is self else own
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return callbacks
-
-
-def _shard(trainer: Trainer) -> Shard:
-    def total(tensor: Tensor) -> Tensor:
-        reduced = trainer.strategy.reduce(tensor, reduce_op="sum")
-        assert isinstance(reduced, Tensor)
-        return reduced
-
-    return Shard(trainer.global_rank, trainer.world_size, total)

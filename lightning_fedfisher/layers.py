@@ -1,9 +1,10 @@
 """Layers: which parameters form one unit of curvature, and how they become one matrix.
 
-A layer is the unit of everything that follows: curvature is a block per layer, the merge is a
-separate problem per layer, a server rank owns whole layers. A weight of shape ``(out, *rest)`` is
-the matrix ``(out, prod(rest))``; a bias of shape ``(out,)`` is its last column (the homogeneous
-coordinate of Martens & Grosse, 2015). Parameters that fit no such pair form a layer each.
+A layer is the unit of all that follows: curvature has one block for each layer, the merge is a
+separate problem for each layer, and a rank of the server owns whole layers. A weight of shape
+``(out, *rest)`` is a matrix of shape ``(out, prod(rest))``, and a bias of shape ``(out,)`` is its
+last column (the homogeneous coordinate of Martens & Grosse, 2015). A parameter that fits no such
+pair forms a layer of its own.
 """
 
 from __future__ import annotations
@@ -24,11 +25,20 @@ Activation = Literal["identity", "relu"]
 
 @dataclass(frozen=True)
 class Layer:
-    """Parameters that share one curvature block.
+    """Parameters that share one block of curvature: a weight and its bias, or one parameter.
 
     Attributes:
-        name: the module's path, or the parameter's own name where it stands alone.
-        parameters: name and shape of each parameter; a weight first, then its bias.
+        name: Path of the module that holds them, or the parameter's own name if the module holds
+            parameters of several layers.
+        parameters: Name and shape of each parameter; a weight first, then its bias.
+
+    Example:
+        >>> layer = Layer("fc", (("fc.weight", (2, 3)), ("fc.bias", (2,))))
+        >>> layer.shape, layer.inputs, layer.parameter_names
+        ((2, 4), 3, ('fc.weight', 'fc.bias'))
+        >>> layer.join({"fc.weight": torch.zeros(2, 3), "fc.bias": torch.ones(2)})
+        tensor([[0., 0., 0., 1.],
+                [0., 0., 0., 1.]])
     """
 
     name: str
@@ -46,33 +56,33 @@ class Layer:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and columns of the layer's matrix, the bias column included."""
+        """Number of rows and columns of the layer's matrix, the bias column included."""
         rows = self._rows(self.parameters[0][1])
         return rows, sum(math.prod(shape) // rows for _, shape in self.parameters)
 
     @property
     def inputs(self) -> int:
-        """Columns without the bias."""
+        """Number of columns without that of the bias."""
         _, columns = self.shape
         return columns - (len(self.parameters) - 1)
 
     def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Writes the layer's parameters as one matrix.
+        """Joins the layer's parameters to one matrix.
 
         Args:
-            tensors: parameters by name; others are ignored.
+            tensors: Parameters by name; those of other layers are ignored.
 
         Returns:
-            A matrix of shape ``self.shape``; a bias is the last column.
+            A matrix of shape ``self.shape``, with the bias as its last column.
         """
         rows = self.shape[0]
         return torch.cat([tensors[name].reshape(rows, -1) for name in self.parameter_names], dim=1)
 
     def split(self, matrix: Tensor) -> dict[str, Tensor]:
-        """Takes a matrix apart into parameters: the inverse of `join`.
+        """Splits a matrix into the layer's parameters: the inverse of `join`.
 
         Args:
-            matrix: of shape ``self.shape``.
+            matrix: A matrix of shape ``self.shape``.
 
         Returns:
             The parameters by name, each in its own shape and memory.
@@ -92,14 +102,19 @@ class Layer:
 
 @dataclass(frozen=True)
 class Source:
-    """The layer whose outputs another layer reads, one block of input columns for each of them.
+    """The layer whose outputs another layer reads.
 
-    A block is one column between linear layers, the kernel's positions before a convolution, and
-    the feature map's where it was flattened. Pooling and dropout in between are not recorded.
+    Each output of the layer that is read feeds a block of the reader's input columns: one column
+    between linear layers, the kernel's positions before a convolution, and the positions of the
+    feature map if it was flattened. Pooling and dropout in between are not recorded.
 
     Attributes:
-        layer: name of the layer that is read.
-        activation: what its outputs go through before they are.
+        layer: Name of the layer that is read.
+        activation: What its outputs go through before they are read.
+
+    Example:
+        >>> Source("conv1", "relu")
+        Source(layer='conv1', activation='relu')
     """
 
     layer: str
@@ -107,20 +122,26 @@ class Source:
 
 
 def find_layers(model: nn.Module) -> tuple[Layer, ...]:
-    """Groups the trained parameters of a model into layers, each parameter exactly once.
+    """Groups a model's trained parameters into layers, one block of curvature each.
 
-    A parameter that several modules share is one parameter, under its first name (`aliases` has
-    the others). A frozen one belongs to no layer: it is the same on all clients and is not merged.
+    Every trained parameter belongs to exactly one layer. A parameter that several modules share is
+    one parameter, under its first name (`aliases` has the others). A frozen parameter belongs to no
+    layer: it is the same on all clients and is not merged.
 
     Args:
-        model: any module; nothing about it is changed.
+        model: Any module. It is not changed.
 
     Returns:
         The layers, in the order of ``model.named_parameters()``.
 
     Raises:
-        UnsupportedModelError: if parameters are empty or not yet initialised, share a part of their
+        UnsupportedModelError: If parameters are empty or not yet initialised, share a part of their
             memory, or if none is trained; all are named at once.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1, bias=False))
+        >>> {layer.name: layer.shape for layer in find_layers(model)}
+        {'0': (2, 4), '2': (1, 2)}
     """
     offenders = _unusable(model)
     if not any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
@@ -146,13 +167,19 @@ def find_layers(model: nn.Module) -> tuple[Layer, ...]:
 
 
 def aliases(model: nn.Module) -> dict[str, str]:
-    """Further names of parameters and buffers that several modules share.
+    """Finds the further names of parameters and buffers that several modules share.
 
     Args:
-        model: any module.
+        model: Any module. It is not changed.
 
     Returns:
-        The first name of a parameter or buffer, by each of its others.
+        The first name of a parameter or buffer, by each of its other names.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> model[1].weight = model[0].weight
+        >>> aliases(model)
+        {'1.weight': '0.weight'}
     """
     first = {
         id(tensor): name
@@ -165,10 +192,18 @@ def aliases(model: nn.Module) -> dict[str, str]:
 
 
 def frozen_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that are not trained, by name.
+    """Finds the parameters that are not trained.
 
     Args:
-        model: any module.
+        model: Any module. It is not changed.
+
+    Returns:
+        The parameters by name.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).requires_grad_(False)
+        >>> list(frozen_parameters(model))
+        ['0.weight', '0.bias', '1.weight', '1.bias']
     """
     return {name: p for name, p in model.named_parameters() if not p.requires_grad}
 
@@ -177,7 +212,7 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def _pairs(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """Biases by their weights: as many entries as the weight has rows, and a name that tells."""
+    """Finds the bias of each weight: it has one entry for each row, and a name that matches."""
     pairs = {}
     for name, shape in shapes.items():
         path, _, leaf = name.rpartition(".")
@@ -188,7 +223,7 @@ def _pairs(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
 
 
 def _title(name: str) -> str:
-    """The module's path, for its only layer; else the parameter's own name."""
+    """Names a layer by its module if the parameter is a ``weight``, else by the parameter."""
     path, _, leaf = name.rpartition(".")
     return path if path and leaf == "weight" else name
 

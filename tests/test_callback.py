@@ -189,6 +189,37 @@ def test_every_logger_hears_of_the_extraction(tmp_path):
         assert logger.metrics["fedfisher/trace/network.0"] > 0
 
 
+def test_rehearsal_and_extraction_copy_the_weights_once_each(tmp_path, monkeypatch):
+    copied, original = [], nn.Parameter.__deepcopy__
+
+    def counting(parameter, memo):
+        copied.append(tuple(parameter.shape))
+        return original(parameter, memo)
+
+    monkeypatch.setattr(nn.Parameter, "__deepcopy__", counting)
+    model = fit(tmp_path, FedFisherCallback())
+    assert copied == 2 * [tuple(p.shape) for p in model.parameters()]
+
+
+def test_the_file_is_not_read_again_to_log_it(tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(ClientUpdate, "open", lambda path: opened.append(path))
+    logged = {}
+
+    def log_update(loggers, prefix, update, curvature, metrics, step):
+        logged.update(update=update, metrics=metrics)
+
+    monkeypatch.setattr("lightning_fedfisher.callback.log_update", log_update)
+    callback = FedFisherCallback(metadata={"site": "a"})
+    fit(tmp_path, callback, logger=CSVLogger(tmp_path))
+    monkeypatch.undo()
+    assert not opened
+    read, update = ClientUpdate.open(callback.path), logged["update"]
+    assert (update.source, update.digest) == (read.source, read.digest)
+    assert logged["metrics"]["upload_bytes"] == read.upload_bytes == update.upload_bytes
+    assert callback.update.source == "this update"
+
+
 def test_two_callbacks_write_two_files_and_never_the_same(tmp_path):
     one = FedFisherCallback(tmp_path / "one.safetensors")
     two = FedFisherCallback(tmp_path / "two.safetensors", curvature="diagonal", fisher="exact")

@@ -27,9 +27,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_fedfisher._utils.files import atomic_write
-from lightning_fedfisher._utils.progress import is_rank_zero
 from lightning_fedfisher.cli.parser import parser
 from lightning_fedfisher.curvature.registry import KINDS
+from lightning_fedfisher.distributed.processes import is_rank_zero
 from lightning_fedfisher.merge.compatibility import check_model, check_updates
 from lightning_fedfisher.merge.memory_budget import peak_bytes
 from lightning_fedfisher.merge.outliers import outliers_as_sent

@@ -1,13 +1,12 @@
-"""Kinds of curvature: what one layer's Fisher information can look like.
+"""What every kind of curvature can do: a Fisher information matrix as an operator on weights.
 
-Every merge method of this package minimises the same quadratic,
-``sum_k p_k <W - W_k, F_k (W - W_k)>``, and differs only in the kind of ``F_k``. A kind knows how to
-apply itself, how to raise itself to a power, what is left of it on either side of the matrix, its
-diagonal and trace, and how to write itself out densely. Nothing else in the package branches on the
-kind.
+All merge methods of this package minimise the same quadratic,
+``sum_k p_k <W - W_k, F_k (W - W_k)>`` over clients ``k``, and differ only in the kind of ``F_k``. A
+kind knows how to multiply, to raise itself to a power, to invert itself, its trace, and how to
+write itself out densely. Nothing else in the package branches on the kind.
 
-A layer's weights are a matrix ``W`` of shape ``(out, in)``, the bias being its last column. Dense
-matrices act on ``W`` flattened row by row. All kinds are immutable.
+The weights of a layer are a matrix ``W`` of shape ``(rows, columns)``, whose last column is the
+bias. A dense curvature acts on ``W`` flattened row by row. All kinds are immutable.
 """
 
 from __future__ import annotations
@@ -24,184 +23,201 @@ from typing_extensions import override
 from lightning_fedfisher.curvature.input_map import InputMap
 from lightning_fedfisher.curvature.linalg import (
     PseudoInverse,
-    frobenius,
-    require_positive,
-    unchanged,
+    frobenius_norm,
+    identity_map,
+    require_positive_exponent,
 )
 
 TensorRole = Literal["factor", "values", "basis"]
 """What a tensor of a curvature is: a positive semi-definite matrix, eigenvalues, or a basis."""
 
 InputSide = Literal["rows", "columns"]
-"""The side of a layer's matrix that its inputs meet."""
+"""The side of a layer's matrix that belongs to its inputs."""
 
 
 class Curvature(ABC):
-    """A symmetric positive semi-definite operator on one layer's weight matrix.
+    """A symmetric positive semi-definite operator on the weight matrix of one layer.
 
-    Subclasses are frozen dataclasses whose tensors are exactly what a client sends.
+    Subclasses are frozen dataclasses. Their tensors are what a client sends.
+
+    Example:
+        >>> from lightning_fedfisher.curvature import Kronecker
+        >>> curvature = Kronecker(row_factor=torch.eye(2), column_factor=2 * torch.eye(3))
+        >>> curvature.shape, float(curvature.trace())
+        ((2, 3), 12.0)
+        >>> curvature.power(0.5).power(2).apply(torch.ones(2, 3))
+        tensor([[2.0000, 2.0000, 2.0000],
+                [2.0000, 2.0000, 2.0000]])
     """
 
     kind: ClassVar[str]
+    """Name of the kind in an update file, a key of `KINDS`."""
     tensor_roles: ClassVar[Mapping[str, TensorRole]] = {}
     """What each of its tensors is, by field name."""
     elementwise: ClassVar[bool] = False
-    """Whether the operator is its own diagonal, so that sums of it invert entry by entry."""
+    """Whether the operator is diagonal, so that sums of operators invert entry by entry."""
     inputs_on: ClassVar[InputSide | None] = None
-    """The side of the matrix on which it holds the second moments of the layer's inputs.
+    """The side of the matrix on which the operator holds second moments of the layer's inputs.
 
-    None if it does not hold them. With EKFAC's own spectrum they are those of inputs weighted by
-    their gradients.
+    None if it does not hold them. EKFAC holds those of inputs weighted by their gradients.
     """
 
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int]:
-        """Shape ``(out, in)`` of the weight matrix it acts on."""
+        """Shape ``(rows, columns)`` of the weight matrix that the operator acts on."""
 
     @abstractmethod
     def apply(self, matrix: Tensor) -> Tensor:
         """Multiplies a weight matrix by the curvature.
 
         Args:
-            matrix: of shape ``(out, in)``.
+            matrix: A tensor of shape ``(rows, columns)``.
 
         Returns:
-            ``F @ matrix``, of shape ``(out, in)``.
+            ``F W`` as a tensor of the same shape.
         """
 
     @abstractmethod
     def power(self, exponent: float) -> Curvature:
-        """Raises the spectrum to a positive power; zero eigenvalues stay zero.
+        """Raises the operator to a positive power; zero eigenvalues stay zero.
 
         Args:
-            exponent: greater than zero.
+            exponent: The power, greater than zero.
 
         Returns:
             A curvature of the same kind.
+
+        Raises:
+            ValueError: If the exponent is not greater than zero.
         """
 
     @abstractmethod
     def pseudo_inverse(self, rcond: float) -> PseudoInverse:
-        """Prepares to solve with the operator where it is not singular.
+        """Prepares to solve systems with the operator where it is not singular.
 
         Args:
-            rcond: eigenvalues up to this share of the largest (for a Kronecker product, of either
-                factor) count as zero.
+            rcond: Eigenvalues up to this fraction of the largest one count as zero. For a Kronecker
+                product this holds for each factor by itself.
 
         Returns:
-            The pseudo-inverse, and the projection onto the directions that are left.
+            The pseudo-inverse, with the projection onto the directions that it inverts.
         """
 
     @abstractmethod
     def average_over_columns(self) -> Curvature:
-        """Averages over the input side, so that all inputs of an output count the same.
+        """Averages over the columns, so that all weights of a row count the same.
 
         Returns:
-            ``P x I / in`` with ``P`` the partial trace over the inputs; a curvature of the same
-            kind and trace.
+            ``kron(P, I) / columns``, where ``P`` is the partial trace over the columns: a curvature
+            of the same kind and trace.
         """
 
     def of_inputs(self) -> Curvature:
-        """The second moment of the inputs alone, as RegMean weighs them.
+        """Takes the second moment of the layer's inputs alone, which is RegMean's curvature.
 
         Returns:
-            ``W A``, or ``A W`` where inputs are on the rows, if the kind holds the inputs' second
-            moment ``A``; else the identity.
+            The operator ``W A``, or ``A W`` where inputs are on the rows, if the kind holds the
+            second moment ``A`` of the inputs. Otherwise the identity.
         """
         return Identity(self.shape)
 
     def with_inputs(self, change: InputMap) -> Curvature:
-        """The operator for other inputs, which the present ones are mapped to.
+        """Gives the operator of the same layer behind other inputs, linear in the present ones.
 
         Args:
-            change: ``S``, from the present inputs to the others.
+            change: The map ``S`` from the present inputs to the others.
 
         Returns:
-            ``V -> F(V S) S'``, of the same kind, to be applied and averaged.
+            The operator ``W -> F(W S) S'``, of the same kind. It may be applied and averaged, but
+            not raised to a power.
 
         Raises:
-            TypeError: unless the kind holds its inputs' second moments on the columns
+            TypeError: Unless the kind holds the second moments of its inputs on the columns
                 (`inputs_on`).
         """
         self._refuse_inputs()
 
     def _refuse_inputs(self) -> NoReturn:
+        """Raises the error of `with_inputs`."""
         raise TypeError(
             f"{self.kind} curvature does not hold the second moments of its inputs on its columns"
         )
 
     @abstractmethod
     def diagonal(self) -> Tensor:
-        """Diagonal of the operator, as a matrix of shape ``(out, in)``."""
+        """Computes the diagonal of the operator, of shape ``(rows, columns)``."""
 
     def trace(self) -> Tensor:
-        """Sum of the eigenvalues, a scalar."""
+        """Computes the sum of the eigenvalues, a scalar."""
         return self.diagonal().sum()
 
     def eigenvalues(self) -> Tensor:
-        """All eigenvalues, in no particular order, of shape ``(out, in)``."""
+        """Computes all eigenvalues, in no particular order, of shape ``(rows, columns)``."""
         return self.diagonal()
 
     def norm(self) -> Tensor:
-        """Root of the sum of the eigenvalues' squares, a scalar in float64."""
-        return frobenius(self.eigenvalues())
+        """Computes the Frobenius norm of the operator, a scalar in float64."""
+        return frobenius_norm(self.eigenvalues())
 
     @abstractmethod
     def sensitivities(self) -> dict[str, float]:
-        """How far its square root moves when the roots of its tensors do.
+        """Tells how far the operator's square root moves when one of its tensors does.
 
-        The root of a factor or of eigenvalues is their square root; a basis is its own.
+        Errors are those of the square root of a factor or of eigenvalues, and of a basis itself.
 
         Returns:
-            By field name, ``||d F^(1/2)||^2`` to first order for a unit error in an entry of the
-            tensor's root, in the mean over entries.
+            By field name, ``||d F^(1/2)||^2`` to first order for an error of 1 in one entry of the
+            tensor, averaged over its entries.
         """
 
     def dense(self) -> Tensor:
-        """The operator as an ``(out * in, out * in)`` matrix, for small layers and tests."""
+        """Writes the operator out as a matrix of shape ``(rows * columns, rows * columns)``."""
         diagonal = self.diagonal()
         basis = torch.eye(diagonal.numel(), dtype=diagonal.dtype, device=diagonal.device)
         return torch.stack([self.apply(row.view(self.shape)).flatten() for row in basis], dim=1)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that define the operator, by field name."""
+        """Gives the tensors that define the operator, by field name."""
         return {name: getattr(self, name) for name in self.tensor_shapes(self.shape)}
 
     @classmethod
-    def mean(cls, curvatures: Iterable[Curvature], shares: Sequence[float]) -> Curvature:
-        """One curvature that stands for a weighted sum of others, and that can be inverted.
+    def mean(cls, curvatures: Iterable[Curvature], client_weights: Sequence[float]) -> Curvature:
+        """Averages curvatures into one that can be inverted.
 
-        Every defining tensor is averaged. That is the sum itself where the kind is linear in its
-        tensors, and close to it where it is not. They are gone through once, one at a time.
+        Every tensor is averaged. That gives the average of the operators if the kind is linear in
+        its tensors, and an approximation of it otherwise.
 
         Args:
-            curvatures: of this kind, on weight matrices of one shape.
-            shares: weights that sum to one.
+            curvatures: Curvatures of this kind and one shape, gone through once, one at a time.
+            client_weights: Weight of each curvature. They sum to one.
 
         Returns:
-            The mean.
+            The average.
+
+        Raises:
+            ValueError: If there are not as many weights as curvatures.
         """
         means: dict[str, Tensor] = {}
-        for share, curvature in zip(shares, curvatures, strict=True):
+        for weight, curvature in zip(client_weights, curvatures, strict=True):
             shape = curvature.shape
             for name, tensor in curvature.tensors().items():
-                means[name] = means.get(name, torch.zeros_like(tensor)) + share * tensor
+                means[name] = means.get(name, torch.zeros_like(tensor)) + weight * tensor
         return cls.from_tensors(means, shape)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Self:
-        """Rebuilds the operator from `tensors`.
+        """Builds an operator from its tensors.
 
         Args:
-            tensors: by field name.
-            shape: of the weight matrix it must act on.
+            tensors: Its tensors by field name, as `tensors` gives them.
+            shape: Shape ``(rows, columns)`` of the weight matrix that it must act on.
 
         Returns:
-            The curvature.
+            A curvature of this kind.
 
         Raises:
-            ValueError: if a tensor is missing, unknown or of the wrong shape.
+            ValueError: If a tensor is missing, unknown or of the wrong shape.
         """
         expected = cls.tensor_shapes(shape)
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -214,22 +230,46 @@ class Curvature(ABC):
 
     @classmethod
     def _build(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Self:
+        """Builds an operator from tensors that were checked."""
         return cls(**tensors)
 
     @classmethod
     @abstractmethod
     def tensor_shapes(cls, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-        """Shape of each tensor for a weight matrix of the given shape, in field order."""
+        """Gives the shape of each tensor that the operator needs.
+
+        Args:
+            shape: Shape ``(rows, columns)`` of the weight matrix.
+
+        Returns:
+            Shapes by field name, in the order of the fields.
+        """
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Self:
-        """Moves the operator to a device and floating type."""
+        """Moves the operator to a device and floating type.
+
+        Args:
+            device: The device.
+            dtype: The floating type.
+
+        Returns:
+            A curvature of the same kind.
+        """
         moved = {name: tensor.to(device, dtype) for name, tensor in self.tensors().items()}
         return type(self).from_tensors(moved, self.shape)
 
 
 @dataclass(frozen=True, eq=False)
 class Identity(Curvature):
-    """``F W = W``: every weight counts the same. The curvature of FedAvg."""
+    """The identity ``F W = W``, by which every weight counts the same: the curvature of FedAvg.
+
+    Attributes:
+        size: Shape ``(rows, columns)`` of the weight matrix.
+
+    Example:
+        >>> Identity((1, 2)).apply(torch.tensor([[3.0, 4.0]]))
+        tensor([[3., 4.]])
+    """
 
     size: tuple[int, int]
     kind: ClassVar[str] = "identity"
@@ -246,13 +286,13 @@ class Identity(Curvature):
 
     @override
     def power(self, exponent: float) -> Identity:
-        require_positive(exponent)
+        require_positive_exponent(exponent)
         return self
 
     @override
     def pseudo_inverse(self, rcond: float) -> PseudoInverse:
         ones = torch.ones(self.size)
-        return PseudoInverse(unchanged, unchanged, ones, ones)
+        return PseudoInverse(identity_map, identity_map, ones, ones)
 
     @override
     def average_over_columns(self) -> Identity:

@@ -1,4 +1,4 @@
-"""Dense curvature: the full matrix of a layer, for tiny layers, theory and tests."""
+"""Curvature written out as a full matrix, for tiny layers, theory and tests."""
 
 from __future__ import annotations
 
@@ -13,22 +13,28 @@ from typing_extensions import override
 from lightning_fedfisher.curvature.base import Curvature, TensorRole
 from lightning_fedfisher.curvature.linalg import (
     PseudoInverse,
-    eigen,
-    eigenvalues,
-    frobenius,
-    reciprocal,
-    require_positive,
+    frobenius_norm,
+    pseudo_reciprocal,
+    require_positive_exponent,
+    symmetric_eigendecomposition,
+    symmetric_eigenvalues,
     symmetric_power,
 )
 
 
 @dataclass(frozen=True, eq=False)
 class Dense(Curvature):
-    """``F`` in full: for two-layer theory, tiny layers and as the oracle of every other kind.
+    """The full matrix ``F`` of a layer, which every other kind approximates.
 
     Attributes:
-        matrix: of shape ``(out * in, out * in)``, acting on ``W`` flattened row by row.
-        size: shape ``(out, in)`` of ``W``.
+        matrix: A tensor of shape ``(rows * columns, rows * columns)``, which acts on the weights
+            flattened row by row.
+        size: Shape ``(rows, columns)`` of the weight matrix.
+
+    Example:
+        >>> curvature = Dense(torch.tensor([[2.0, 1.0], [1.0, 2.0]]), size=(1, 2))
+        >>> curvature.apply(torch.tensor([[1.0, 0.0]]))
+        tensor([[2., 1.]])
     """
 
     matrix: Tensor
@@ -47,16 +53,16 @@ class Dense(Curvature):
 
     @override
     def power(self, exponent: float) -> Dense:
-        require_positive(exponent)
+        require_positive_exponent(exponent)
         return Dense(symmetric_power(self.matrix, exponent), self.size)
 
     @override
     def pseudo_inverse(self, rcond: float) -> PseudoInverse:
-        values, basis = eigen(self.matrix)
+        values, basis = symmetric_eigendecomposition(self.matrix)
         return PseudoInverse(
             lambda matrix: basis.mT @ matrix.flatten(),
-            lambda turned: (basis @ turned).view(self.size),
-            *reciprocal(values, rcond),
+            lambda coordinates: (basis @ coordinates).view(self.size),
+            *pseudo_reciprocal(values, rcond),
         )
 
     @override
@@ -68,11 +74,11 @@ class Dense(Curvature):
 
     @override
     def eigenvalues(self) -> Tensor:
-        return eigenvalues(self.matrix).view(self.size)
+        return symmetric_eigenvalues(self.matrix).view(self.size)
 
     @override
     def norm(self) -> Tensor:
-        return frobenius(self.matrix)
+        return frobenius_norm(self.matrix)
 
     @override
     def diagonal(self) -> Tensor:

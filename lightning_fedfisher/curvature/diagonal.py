@@ -1,4 +1,4 @@
-"""Diagonal curvature: a number for every weight, as in Fisher merging."""
+"""Diagonal curvature: one number for every weight, as in Fisher merging."""
 
 from __future__ import annotations
 
@@ -12,18 +12,25 @@ from typing_extensions import override
 from lightning_fedfisher.curvature.base import Curvature, TensorRole
 from lightning_fedfisher.curvature.linalg import (
     PseudoInverse,
-    reciprocal,
-    require_positive,
-    unchanged,
+    identity_map,
+    pseudo_reciprocal,
+    require_positive_exponent,
 )
 
 
 @dataclass(frozen=True, eq=False)
 class Diagonal(Curvature):
-    """``F W = D * W``: a curvature of its own for every weight, none between them.
+    """The operator ``F W = D * W``, with a curvature for every weight and none between two of them.
+
+    (Matena & Raffel, 2022, "Merging Models with Fisher-Weighted Averaging".)
 
     Attributes:
-        values: ``D``, of shape ``(out, in)``.
+        values: ``D``, of shape ``(rows, columns)``.
+
+    Example:
+        >>> import torch
+        >>> Diagonal(torch.tensor([[1.0, 2.0]])).apply(torch.tensor([[3.0, 4.0]]))
+        tensor([[3., 8.]])
     """
 
     values: Tensor
@@ -43,12 +50,12 @@ class Diagonal(Curvature):
 
     @override
     def power(self, exponent: float) -> Diagonal:
-        require_positive(exponent)
+        require_positive_exponent(exponent)
         return Diagonal(self.values.clamp_min(0).pow(exponent))
 
     @override
     def pseudo_inverse(self, rcond: float) -> PseudoInverse:
-        return PseudoInverse(unchanged, unchanged, *reciprocal(self.values, rcond))
+        return PseudoInverse(identity_map, identity_map, *pseudo_reciprocal(self.values, rcond))
 
     @override
     def average_over_columns(self) -> Diagonal:

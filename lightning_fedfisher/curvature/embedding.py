@@ -1,7 +1,8 @@
-"""Kinds of curvature of embeddings: K-FAC and EKFAC whose factor over tokens is diagonal.
+"""K-FAC and EKFAC of embeddings, whose factor over tokens is diagonal.
 
-An embedding's matrix has a row for each token. As one position looks up one token, its factor over
-tokens is diagonal, and is kept so: a vocabulary squared would fit no file.
+The matrix of an embedding has a row for each token. One position reads one token, so the second
+moment of the inputs is diagonal, and is stored as a vector: a matrix with as many rows and columns
+as there are tokens would fit into no file.
 """
 
 from __future__ import annotations
@@ -15,18 +16,30 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_fedfisher.curvature.base import InputSide, TensorRole
-from lightning_fedfisher.curvature.kronecker import Eigenbased, Factored, without_small
-from lightning_fedfisher.curvature.linalg import eigen, eigenvalues, frobenius, symmetric_power
+from lightning_fedfisher.curvature.kronecker import Eigenbased, Factored
+from lightning_fedfisher.curvature.linalg import (
+    frobenius_norm,
+    symmetric_eigendecomposition,
+    symmetric_eigenvalues,
+    symmetric_power,
+    zero_small_values,
+)
 
 
 @dataclass(frozen=True, eq=False)
 class EmbeddingKronecker(Factored):
-    """``F W = diag(t) W A``: K-FAC of an embedding, whose factor over tokens is diagonal.
+    """The operator ``F W = diag(t) W G``: K-FAC of an embedding.
 
     Attributes:
-        row_values: ``t``, how often each token is looked up at a position, ``(out,)``.
-        column_factor: ``A``, second moment of the gradients at the embedding's output, of shape
-            ``(in, in)``.
+        row_values: ``t``, the frequency of each token at a position, of shape ``(rows,)``.
+        column_factor: ``G``, the second moment of the gradients at the embedding's output, of shape
+            ``(columns, columns)``.
+
+    Example:
+        >>> curvature = EmbeddingKronecker(torch.tensor([0.25, 0.75]), 2 * torch.eye(1))
+        >>> curvature.apply(torch.ones(2, 1))
+        tensor([[0.5000],
+                [1.5000]])
     """
 
     row_values: Tensor
@@ -70,18 +83,20 @@ class EmbeddingKronecker(Factored):
         return {"row_values": (rows,), "column_factor": (columns, columns)}
 
     @override
-    def eigen(self, rcond: float = 0.0) -> EmbeddingEigenKronecker:
-        values, basis = eigen(self.column_factor)
-        spectrum = torch.outer(without_small(self.row_values, rcond), without_small(values, rcond))
+    def eigendecompose(self, rcond: float = 0.0) -> EmbeddingEigenKronecker:
+        values, basis = symmetric_eigendecomposition(self.column_factor)
+        spectrum = torch.outer(
+            zero_small_values(self.row_values, rcond), zero_small_values(values, rcond)
+        )
         return EmbeddingEigenKronecker(basis, spectrum)
 
     @override
     def eigenvalues(self) -> Tensor:
-        return torch.outer(self.row_values, eigenvalues(self.column_factor))
+        return torch.outer(self.row_values, symmetric_eigenvalues(self.column_factor))
 
     @override
     def norm(self) -> Tensor:
-        return frobenius(self.row_values) * frobenius(self.column_factor)
+        return frobenius_norm(self.row_values) * frobenius_norm(self.column_factor)
 
     @override
     def trace(self) -> Tensor:
@@ -100,11 +115,18 @@ class EmbeddingKronecker(Factored):
 
 @dataclass(frozen=True, eq=False)
 class EmbeddingEigenKronecker(Eigenbased):
-    """``F W = (S * (W V)) V'``: EKFAC of an embedding, whose basis over tokens is the identity.
+    """The operator ``F W = (S * (W V)) V'``: EKFAC of an embedding, without a basis over tokens.
 
     Attributes:
-        column_basis: ``V``, orthogonal, ``(in, in)``.
-        spectrum: ``S``, second moment of the gradient's entries in that basis, ``(out, in)``.
+        column_basis: ``V``, orthogonal, of shape ``(columns, columns)``.
+        spectrum: ``S``, the eigenvalues, of shape ``(rows, columns)``: second moments of the
+            gradient's entries in that basis.
+
+    Example:
+        >>> curvature = EmbeddingEigenKronecker(torch.eye(1), torch.tensor([[0.5], [1.5]]))
+        >>> curvature.apply(torch.ones(2, 1))
+        tensor([[0.5000],
+                [1.5000]])
     """
 
     column_basis: Tensor
@@ -122,8 +144,8 @@ class EmbeddingEigenKronecker(Eigenbased):
         return matrix @ self.column_basis
 
     @override
-    def from_eigenbasis(self, turned: Tensor) -> Tensor:
-        return turned @ self.column_basis.mT
+    def from_eigenbasis(self, coordinates: Tensor) -> Tensor:
+        return coordinates @ self.column_basis.mT
 
     @override
     def diagonal(self) -> Tensor:

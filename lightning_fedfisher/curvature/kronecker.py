@@ -1,4 +1,4 @@
-"""Kinds of curvature with a Kronecker form: K-FAC and EKFAC."""
+"""Curvature as a Kronecker product of two factors, K-FAC, and with other eigenvalues, EKFAC."""
 
 from __future__ import annotations
 
@@ -15,50 +15,52 @@ from lightning_fedfisher.curvature.base import Curvature, InputSide, TensorRole
 from lightning_fedfisher.curvature.input_map import InputMap
 from lightning_fedfisher.curvature.linalg import (
     PseudoInverse,
-    eigen,
-    eigenvalues,
-    frobenius,
-    reciprocal,
-    require_positive,
+    frobenius_norm,
+    pseudo_reciprocal,
+    require_positive_exponent,
+    symmetric_eigendecomposition,
+    symmetric_eigenvalues,
     symmetric_power,
+    zero_small_values,
 )
 
 
 class Factored(Curvature):
-    """A Kronecker product, by a factor on either side."""
+    """A Kronecker product, stored as one factor on either side of the weight matrix."""
 
     @abstractmethod
-    def eigen(self, rcond: float = 0.0) -> Eigenbased:
-        """The same operator by its eigenbases and spectrum.
+    def eigendecompose(self, rcond: float = 0.0) -> Eigenbased:
+        """Writes the operator by its eigenvectors and eigenvalues.
 
         Args:
-            rcond: a factor's eigenvalues up to this share of its largest become zero.
+            rcond: Eigenvalues of a factor up to this fraction of its largest one become zero.
 
         Returns:
-            The operator.
+            The same operator as the corresponding kind with an eigenbasis.
         """
 
     @abstractmethod
     def _powered(self, exponent: float) -> Self:
-        """The product of the factors' powers."""
+        """Raises both factors to a power."""
 
     @override
     def power(self, exponent: float) -> Self:
-        require_positive(exponent)
+        require_positive_exponent(exponent)
         return self if exponent == 1 else self._powered(exponent)
 
     @override
     def pseudo_inverse(self, rcond: float) -> PseudoInverse:
-        # Either factor is cut by itself: what both sides see little of is still seen.
-        return self.eigen(rcond).pseudo_inverse(0.0)
+        # Each factor by itself: a direction that is small on both sides does not count as zero.
+        return self.eigendecompose(rcond).pseudo_inverse(0.0)
 
 
 class Eigenbased(Curvature):
-    """A spectrum in a Kronecker product of eigenbases.
+    """Eigenvalues in a Kronecker product of eigenbases.
 
     Attributes:
-        column_basis: orthogonal, ``(in, in)``.
-        spectrum: of shape ``(out, in)``.
+        column_basis: Eigenvectors of the column factor, of shape ``(columns, columns)``.
+        spectrum: The eigenvalues, of shape ``(rows, columns)``.
+        factored: The kind with the factors that the eigenbases are of.
     """
 
     column_basis: Tensor
@@ -67,15 +69,15 @@ class Eigenbased(Curvature):
 
     @abstractmethod
     def to_eigenbasis(self, matrix: Tensor) -> Tensor:
-        """From a weight matrix to its coordinates in the bases."""
+        """Maps a weight matrix to its coordinates in the eigenbases."""
 
     @abstractmethod
-    def from_eigenbasis(self, turned: Tensor) -> Tensor:
-        """From coordinates to the weight matrix."""
+    def from_eigenbasis(self, coordinates: Tensor) -> Tensor:
+        """Maps coordinates in the eigenbases to the weight matrix."""
 
     @abstractmethod
     def kronecker(self) -> Factored:
-        """A Kronecker product of the same traces over either side."""
+        """Approximates the operator by a Kronecker product with the same partial traces."""
 
     @property
     @override
@@ -89,13 +91,13 @@ class Eigenbased(Curvature):
 
     @override
     def power(self, exponent: float) -> Self:
-        require_positive(exponent)
+        require_positive_exponent(exponent)
         return self.with_spectrum(self.spectrum.clamp_min(0).pow(exponent))
 
     @override
     def pseudo_inverse(self, rcond: float) -> PseudoInverse:
         return PseudoInverse(
-            self.to_eigenbasis, self.from_eigenbasis, *reciprocal(self.spectrum, rcond)
+            self.to_eigenbasis, self.from_eigenbasis, *pseudo_reciprocal(self.spectrum, rcond)
         )
 
     @override
@@ -105,7 +107,8 @@ class Eigenbased(Curvature):
 
     @override
     def sensitivities(self) -> dict[str, float]:
-        # A basis U meets the root on both sides: twice, and once more where they meet each other.
+        # In U S^(1/2) U' an error of the basis U occurs on both sides: two terms, and a third where
+        # the two errors share an index.
         trace = float(self.spectrum.sum())
         sizes = {
             name: len(self.tensors()[name]) for name in self.tensor_roles if name != "spectrum"
@@ -119,22 +122,37 @@ class Eigenbased(Curvature):
 
     @classmethod
     @override
-    def mean(cls, curvatures: Iterable[Curvature], shares: Sequence[float]) -> Curvature:
-        # Bases cannot be averaged; the closest Kronecker products can.
-        return cls.factored.mean((c.kronecker() for c in curvatures if isinstance(c, cls)), shares)
+    def mean(cls, curvatures: Iterable[Curvature], client_weights: Sequence[float]) -> Curvature:
+        # Bases cannot be averaged, but Kronecker products with the same partial traces can.
+        return cls.factored.mean(
+            (c.kronecker() for c in curvatures if isinstance(c, cls)), client_weights
+        )
 
     def with_spectrum(self, spectrum: Tensor) -> Self:
-        """The operator with another spectrum in the same basis."""
+        """Gives the operator with other eigenvalues in the same basis.
+
+        Args:
+            spectrum: The eigenvalues, of shape ``(rows, columns)``.
+
+        Returns:
+            A curvature of the same kind.
+        """
         return self.from_tensors({**self.tensors(), "spectrum": spectrum}, self.shape)
 
 
 @dataclass(frozen=True, eq=False)
 class Kronecker(Factored):
-    """``F W = G W A``: K-FAC of a layer ``y = W x`` (Martens & Grosse, 2015).
+    """The operator ``F W = G W A``: K-FAC of a layer ``y = W x`` (Martens & Grosse, 2015).
 
     Attributes:
-        row_factor: ``G``, second moment of the gradients at the outputs, ``(rows, rows)``.
-        column_factor: ``A``, second moment of the inputs, ``(columns, columns)``.
+        row_factor: ``G``, the second moment of the gradients at the outputs, of shape
+            ``(rows, rows)``.
+        column_factor: ``A``, the second moment of the inputs, of shape ``(columns, columns)``.
+
+    Example:
+        >>> curvature = Kronecker(torch.tensor([[2.0]]), torch.tensor([[1.0, 0.5], [0.5, 1.0]]))
+        >>> curvature.apply(torch.tensor([[1.0, 0.0]]))
+        tensor([[2., 1.]])
     """
 
     row_factor: Tensor
@@ -163,22 +181,27 @@ class Kronecker(Factored):
         )
 
     @override
-    def eigen(self, rcond: float = 0.0) -> EigenKronecker:
+    def eigendecompose(self, rcond: float = 0.0) -> EigenKronecker:
         return EigenKronecker(*self._bases_and_spectrum(rcond))
 
     def _bases_and_spectrum(self, rcond: float) -> tuple[Tensor, Tensor, Tensor]:
-        row_values, row_basis = eigen(self.row_factor)
-        values, column_basis = eigen(self.column_factor)
-        spectrum = torch.outer(without_small(row_values, rcond), without_small(values, rcond))
+        """Computes the row basis, the column basis and the eigenvalues."""
+        row_values, row_basis = symmetric_eigendecomposition(self.row_factor)
+        values, column_basis = symmetric_eigendecomposition(self.column_factor)
+        spectrum = torch.outer(
+            zero_small_values(row_values, rcond), zero_small_values(values, rcond)
+        )
         return row_basis, column_basis, spectrum
 
     @override
     def eigenvalues(self) -> Tensor:
-        return torch.outer(eigenvalues(self.row_factor), eigenvalues(self.column_factor))
+        return torch.outer(
+            symmetric_eigenvalues(self.row_factor), symmetric_eigenvalues(self.column_factor)
+        )
 
     @override
     def norm(self) -> Tensor:
-        return frobenius(self.row_factor) * frobenius(self.column_factor)
+        return frobenius_norm(self.row_factor) * frobenius_norm(self.column_factor)
 
     @override
     def trace(self) -> Tensor:
@@ -196,9 +219,9 @@ class Kronecker(Factored):
 
     @override
     def with_inputs(self, change: InputMap) -> Self:
-        back = change.transposed
-        half = back.on_columns(self.column_factor)
-        return type(self)(self.row_factor, back.on_columns(half.mT))
+        transposed = change.transposed
+        half = transposed.on_columns(self.column_factor)
+        return type(self)(self.row_factor, transposed.on_columns(half.mT))
 
     @override
     def diagonal(self) -> Tensor:
@@ -206,7 +229,7 @@ class Kronecker(Factored):
 
     @override
     def sensitivities(self) -> dict[str, float]:
-        # The norm of a product is that of its factors, and a root's squared is a trace.
+        # The squared norm of a product of roots is the product of theirs, which are traces.
         outputs, inputs = self.row_factor.trace(), self.column_factor.trace()
         return {"row_factor": float(inputs), "column_factor": float(outputs)}
 
@@ -219,14 +242,21 @@ class Kronecker(Factored):
 
 @dataclass(frozen=True, eq=False)
 class EigenKronecker(Eigenbased):
-    """``F W = U (S * (U' W V)) V'``: EKFAC, K-FAC's eigenbases with a spectrum of its own.
+    """The operator ``F W = U (S * (U' W V)) V'``: EKFAC, K-FAC with corrected eigenvalues.
 
-    (George et al., 2018.)
+    (George et al., 2018, "Fast Approximate Natural Gradient Descent in a Kronecker-factored
+    Eigenbasis".)
 
     Attributes:
-        row_basis: ``U``, orthogonal, ``(out, out)``.
-        column_basis: ``V``, orthogonal, ``(in, in)``.
-        spectrum: ``S``, second moment of the gradient's entries in that basis, ``(out, in)``.
+        row_basis: ``U``, orthogonal, of shape ``(rows, rows)``.
+        column_basis: ``V``, orthogonal, of shape ``(columns, columns)``.
+        spectrum: ``S``, the eigenvalues, of shape ``(rows, columns)``: second moments of the
+            gradient's entries in that basis.
+
+    Example:
+        >>> curvature = EigenKronecker(torch.eye(1), torch.eye(2), torch.tensor([[2.0, 3.0]]))
+        >>> curvature.apply(torch.tensor([[1.0, 1.0]]))
+        tensor([[2., 3.]])
     """
 
     row_basis: Tensor
@@ -246,8 +276,8 @@ class EigenKronecker(Eigenbased):
         return self.row_basis.mT @ matrix @ self.column_basis
 
     @override
-    def from_eigenbasis(self, turned: Tensor) -> Tensor:
-        return self.row_basis @ turned @ self.column_basis.mT
+    def from_eigenbasis(self, coordinates: Tensor) -> Tensor:
+        return self.row_basis @ coordinates @ self.column_basis.mT
 
     @override
     def of_inputs(self) -> Kronecker:
@@ -255,9 +285,9 @@ class EigenKronecker(Eigenbased):
 
     @override
     def with_inputs(self, change: InputMap) -> Self:
-        # The basis is orthogonal no more: powers come before.
+        # The basis is not orthogonal any more, so powers must be taken before.
         basis = change.transposed.on_columns(self.column_basis.mT).mT
-        # In the order in which it would come back from disk, lest rounding differ.
+        # In the memory layout that it would have if read from disk, so that rounding is the same.
         return type(self)(self.row_basis, basis.contiguous(), self.spectrum)
 
     @override
@@ -286,18 +316,24 @@ class EigenKronecker(Eigenbased):
 
 @dataclass(frozen=True, eq=False)
 class TransposedKronecker(Kronecker):
-    """``F W = A W G``: K-FAC of a layer ``y = W' x``, as a transposed convolution is.
+    """The operator ``F W = A W G``: K-FAC of a layer ``y = W' x``, as of a transposed convolution.
 
     Attributes:
-        row_factor: ``A``, second moment of the inputs, ``(rows, rows)``.
-        column_factor: ``G``, second moment of the gradients at the outputs, ``(columns, columns)``.
+        row_factor: ``A``, the second moment of the inputs, of shape ``(rows, rows)``.
+        column_factor: ``G``, the second moment of the gradients at the outputs, of shape
+            ``(columns, columns)``.
+
+    Example:
+        >>> inputs = torch.tensor([[3.0]])
+        >>> TransposedKronecker(inputs, torch.eye(2)).of_inputs().row_factor
+        tensor([[3.]])
     """
 
     kind: ClassVar[str] = "transposed_kronecker"
     inputs_on: ClassVar[InputSide | None] = "rows"
 
     @override
-    def eigen(self, rcond: float = 0.0) -> TransposedEigenKronecker:
+    def eigendecompose(self, rcond: float = 0.0) -> TransposedEigenKronecker:
         return TransposedEigenKronecker(*self._bases_and_spectrum(rcond))
 
     @override
@@ -311,7 +347,12 @@ class TransposedKronecker(Kronecker):
 
 @dataclass(frozen=True, eq=False)
 class TransposedEigenKronecker(EigenKronecker):
-    """``F W = U (S * (U' W V)) V'``: EKFAC of a layer ``y = W' x``, whose inputs meet the rows."""
+    """EKFAC of a layer ``y = W' x``, whose inputs belong to the rows of its matrix.
+
+    Example:
+        >>> TransposedEigenKronecker(torch.eye(1), torch.eye(1), torch.ones(1, 1)).inputs_on
+        'rows'
+    """
 
     kind: ClassVar[str] = "transposed_ekfac"
     inputs_on: ClassVar[InputSide | None] = "rows"
@@ -320,16 +361,3 @@ class TransposedEigenKronecker(EigenKronecker):
     @override
     def with_inputs(self, change: InputMap) -> Self:
         return self._refuse_inputs()
-
-
-def without_small(values: Tensor, rcond: float) -> Tensor:
-    """Eigenvalues of which the small ones are zero.
-
-    Args:
-        values: not negative, of shape ``(n,)``.
-        rcond: share of the largest up to which they are small.
-
-    Returns:
-        Of the same shape.
-    """
-    return torch.where(values > rcond * values.max(), values, 0.0)

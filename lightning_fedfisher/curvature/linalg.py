@@ -1,4 +1,4 @@
-"""Eigenvalues of curvature: powers and inverses of what may be singular."""
+"""Linear algebra of symmetric positive semi-definite matrices that may be singular."""
 
 from __future__ import annotations
 
@@ -11,13 +11,22 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PseudoInverse:
-    """How to solve with an operator that may be singular, in coordinates that make it diagonal.
+    """Solves systems with an operator that may be singular, in a basis that makes it diagonal.
 
     Attributes:
-        to_eigenbasis: from a weight matrix to its orthogonal coordinates.
-        from_eigenbasis: from coordinates to the weight matrix.
-        inverse: of the eigenvalues, by coordinate; zero where they count as zero.
-        support: one where they do not, and zero where they do.
+        to_eigenbasis: Maps a weight matrix to its coordinates in an orthogonal basis.
+        from_eigenbasis: Maps coordinates back to the weight matrix.
+        inverse: Reciprocal of each eigenvalue, in the shape of the coordinates. Zero for those that
+            count as zero.
+        support: One for each eigenvalue that does not count as zero, and zero for the others.
+
+    Example:
+        >>> from lightning_fedfisher.curvature import Diagonal
+        >>> pseudo_inverse = Diagonal(torch.tensor([[4.0, 0.0]])).pseudo_inverse(rcond=0.0)
+        >>> pseudo_inverse.solve(torch.tensor([[1.0, 1.0]]))
+        tensor([[0.2500, 0.0000]])
+        >>> pseudo_inverse.project(torch.tensor([[3.0, 5.0]]))
+        tensor([[3., 0.]])
     """
 
     to_eigenbasis: Callable[[Tensor], Tensor]
@@ -26,40 +35,97 @@ class PseudoInverse:
     support: Tensor
 
     def solve(self, matrix: Tensor) -> Tensor:
-        """The pseudo-inverse times a weight matrix."""
+        """Multiplies a weight matrix by the pseudo-inverse of the operator.
+
+        Args:
+            matrix: A tensor of shape ``(rows, columns)``.
+
+        Returns:
+            A tensor of the same shape.
+        """
         return self.from_eigenbasis(self.inverse * self.to_eigenbasis(matrix))
 
     def project(self, matrix: Tensor) -> Tensor:
-        """A weight matrix's part in directions that are not singular."""
+        """Takes the part of a weight matrix in directions that do not count as singular.
+
+        Args:
+            matrix: A tensor of shape ``(rows, columns)``.
+
+        Returns:
+            A tensor of the same shape.
+        """
         return self.from_eigenbasis(self.support * self.to_eigenbasis(matrix))
 
 
-def require_positive(exponent: float) -> None:
-    """Refuses powers that are not greater than zero."""
+def require_positive_exponent(exponent: float) -> None:
+    """Refuses powers that are not greater than zero.
+
+    Args:
+        exponent: The power.
+
+    Raises:
+        ValueError: If it is zero, negative or not a number.
+    """
     if not exponent > 0:
         raise ValueError(f"the power of a curvature must be greater than 0, got {exponent}")
 
 
-def reciprocal(spectrum: Tensor, rcond: float) -> tuple[Tensor, Tensor]:
+def pseudo_reciprocal(values: Tensor, rcond: float) -> tuple[Tensor, Tensor]:
     """Inverts the eigenvalues that do not count as zero.
 
     Args:
-        spectrum: of any shape.
-        rcond: share of the largest up to which they do.
+        values: Eigenvalues, of any shape.
+        rcond: Eigenvalues up to this fraction of the largest one count as zero.
 
     Returns:
-        The inverse with zeros in the other places, and ones and zeros for which is which.
+        Two tensors of the same shape: the reciprocals, with zeros for eigenvalues that count as
+        zero, and a mask of ones and zeros that tells which do not.
+
+    Example:
+        >>> pseudo_reciprocal(torch.tensor([2.0, 1e-9]), rcond=1e-6)
+        (tensor([0.5000, 0.0000]), tensor([1., 0.]))
     """
-    support = spectrum > rcond * spectrum.max().clamp_min(0)
-    return torch.where(support, 1 / spectrum, 0.0), support.to(spectrum.dtype)
+    support = values > rcond * values.max().clamp_min(0)
+    return torch.where(support, 1 / values, 0.0), support.to(values.dtype)
 
 
-def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors of a symmetric positive semi-definite matrix.
+def zero_small_values(values: Tensor, rcond: float) -> Tensor:
+    """Sets small eigenvalues to zero.
 
-    Only what rounding made negative is cut off. Cutting small eigenvalues as well would leave
-    directions in which one client resists less than rounding and another pulls. In float64, so that
-    an input that is always zero keeps a row that is. What is diagonal already is left as it is.
+    Args:
+        values: Eigenvalues that are not negative, of shape ``(n,)``.
+        rcond: Eigenvalues up to this fraction of the largest one are small.
+
+    Returns:
+        A tensor of the same shape.
+
+    Example:
+        >>> zero_small_values(torch.tensor([2.0, 0.1]), rcond=0.05)
+        tensor([2., 0.])
+    """
+    return torch.where(values > rcond * values.max(), values, 0.0)
+
+
+def symmetric_eigendecomposition(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Finds eigenvalues and eigenvectors of a symmetric positive semi-definite matrix.
+
+    It works in float64, so that the row of an input that is always zero stays zero. Rows and
+    columns without any entry off the diagonal are left as they are. Only eigenvalues that rounding
+    made negative become zero: if small ones did as well, directions would be left in which one
+    client resists less than rounding while another moves the weights.
+
+    Args:
+        matrix: A tensor of shape ``(n, n)``.
+
+    Returns:
+        The eigenvalues, of shape ``(n,)`` and not negative, and the eigenvectors, one in each
+        column of a matrix of shape ``(n, n)``. Both have the dtype of the matrix.
+
+    Example:
+        >>> values, vectors = symmetric_eigendecomposition(torch.tensor([[2.0, 0.0], [0.0, 1.0]]))
+        >>> values, vectors
+        (tensor([2., 1.]), tensor([[1., 0.],
+                [0., 1.]]))
     """
     values = matrix.diagonal().double()
     coupled = matrix.count_nonzero(dim=1) > (values != 0)
@@ -75,31 +141,45 @@ def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return values.clamp_min(0).to(matrix.dtype), vectors.to(matrix.dtype)
 
 
-def eigenvalues(matrix: Tensor) -> Tensor:
-    """Eigenvalues of a symmetric positive semi-definite matrix, not negative, ascending.
+def symmetric_eigenvalues(matrix: Tensor) -> Tensor:
+    """Finds the eigenvalues of a symmetric positive semi-definite matrix, in float64.
 
     Args:
-        matrix: of shape ``(n, n)``.
+        matrix: A tensor of shape ``(n, n)``.
 
     Returns:
-        Of shape ``(n,)``, found in float64.
+        The eigenvalues in ascending order, of shape ``(n,)``. Those that rounding made negative
+        are zero.
     """
     values: Tensor = torch.linalg.eigvalsh(matrix.double())
     return values.clamp_min(0).to(matrix.dtype)
 
 
-def frobenius(tensor: Tensor) -> Tensor:
-    """Root of the sum of squares, in float64, where squares neither overflow nor vanish."""
+def symmetric_power(matrix: Tensor, exponent: float) -> Tensor:
+    """Raises a symmetric positive semi-definite matrix to a positive power.
+
+    Args:
+        matrix: A tensor of shape ``(n, n)``.
+        exponent: The power; 0.5 gives the square root.
+
+    Returns:
+        A tensor of the same shape.
+
+    Example:
+        >>> symmetric_power(torch.tensor([[4.0, 0.0], [0.0, 9.0]]), 0.5)
+        tensor([[2., 0.],
+                [0., 3.]])
+    """
+    values, vectors = symmetric_eigendecomposition(matrix.double())
+    return ((vectors * values.pow(exponent)) @ vectors.mT).to(matrix.dtype)
+
+
+def frobenius_norm(tensor: Tensor) -> Tensor:
+    """Computes the root of the sum of squares, in float64, where squares do not overflow."""
     norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.float64)
     return norm
 
 
-def symmetric_power(matrix: Tensor, exponent: float) -> Tensor:
-    """A power of a symmetric positive semi-definite matrix."""
-    values, vectors = eigen(matrix.double())
-    return ((vectors * values.pow(exponent)) @ vectors.mT).to(matrix.dtype)
-
-
-def unchanged(matrix: Tensor) -> Tensor:
-    """The change of basis of an operator that is diagonal already."""
+def identity_map(matrix: Tensor) -> Tensor:
+    """Gives a matrix back: the change of basis of an operator that is diagonal already."""
     return matrix

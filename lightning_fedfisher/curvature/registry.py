@@ -1,6 +1,6 @@
 """Every kind of curvature, by the name under which an update file records it.
 
-Add a kind here: a class, and a row of `KINDS`.
+To add a kind, write a subclass of `Curvature`, and add it to `KINDS`.
 """
 
 from __future__ import annotations
@@ -32,12 +32,22 @@ KINDS: dict[str, type[Curvature]] = {
         Dense,
     )
 }
-"""Every kind, by the name under which an update file records it."""
+"""Every kind of curvature, by the name under which an update file records it.
 
-EIGENBASED: dict[str, str] = {
+Example:
+    >>> KINDS["ekfac"].__name__
+    'EigenKronecker'
+"""
+
+EIGEN_CORRECTED: dict[str, str] = {
     cls.factored.kind: name for name, cls in KINDS.items() if issubclass(cls, Eigenbased)
 }
-"""The eigenvalue-corrected kind (EKFAC) of each kind with Kronecker factors (K-FAC)."""
+"""The kind that EKFAC uses, by the kind with the factors that K-FAC uses.
+
+Example:
+    >>> EIGEN_CORRECTED["kronecker"]
+    'ekfac'
+"""
 
 _FACTORED = tuple(name for name, cls in KINDS.items() if issubclass(cls, Factored))
 
@@ -45,7 +55,12 @@ KINDS_OF: dict[str, tuple[str, ...]] = {
     "identity": (Identity.kind,),
     "diagonal": (Diagonal.kind,),
     "kfac": (*_FACTORED, Diagonal.kind),
-    "ekfac": (*EIGENBASED.values(), Diagonal.kind),
+    "ekfac": (*EIGEN_CORRECTED.values(), Diagonal.kind),
     "dense": (Dense.kind,),
 }
-"""The kinds that layers may get, by the curvature that an extraction is asked for."""
+"""The kinds of block that layers may get, by the curvature that an extraction is asked for.
+
+Example:
+    >>> KINDS_OF["diagonal"]
+    ('diagonal',)
+"""

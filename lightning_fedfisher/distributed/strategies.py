@@ -1,4 +1,4 @@
-"""Which Lightning strategies keep the whole model in every process, as curvature needs it."""
+"""What Lightning strategies do for this package: keep the whole model, and add tensors up."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch import Tensor
 
 
 def require_whole_model(trainer: Trainer, who: str) -> None:
-    """Refuses strategies that shard the model or lose the result, before any hour is spent.
+    """Refuses strategies that shard the model or lose the result, before training begins.
 
     Args:
-        trainer: the trainer about to start.
-        who: what cannot run under them, for the message.
+        trainer: The trainer that is about to start.
+        who: Name of the class that cannot run under such a strategy, for the message.
 
     Raises:
-        ValueError: if the strategy shards weights over processes, or starts them by itself.
+        ValueError: If the strategy shards weights over processes, or spawns or forks them.
     """
     sharding: tuple[type[Strategy], ...] = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
     if isinstance(trainer.strategy, sharding):
@@ -40,8 +40,8 @@ def sum_over_ranks(trainer: Trainer, tensor: Tensor) -> Tensor:
     """Adds a tensor up over all processes of a trainer.
 
     Args:
-        trainer: The running trainer.
-        tensor: This process's tensor; a reduction may change it in place.
+        trainer: The running trainer. Every process must call this with a tensor of the same shape.
+        tensor: A tensor on the trainer's device. The reduction may work in place.
 
     Returns:
         The sum, on every process.

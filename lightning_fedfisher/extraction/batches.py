@@ -1,40 +1,35 @@
-"""The copy of a model that is run, and how logits and labels are got from it.
-
-The user's module is never touched: everything runs on a deep copy in eval mode, in float32 or
-better, with every random state put back afterwards.
-"""
+"""Logits and labels of a batch, and batches of some of its samples."""
 
 from __future__ import annotations
 
-import copy
-import random
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_fedfisher.errors import UnsupportedModelError
 
 Forward = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Tensor]]
+"""Maps ``(module, batch)`` to logits, or to ``(logits, labels)``."""
 
-# Largest difference between a sample's logits in two batches, relative to the largest.
+# How far a sample's logits may differ in two batches, relative to the largest logit. Rounding in
+# float32 stays far below it; a normalisation by batch statistics does not.
 _ROUNDING = 1e-3
+# Where a batch that is a mapping may keep its labels.
 _LABEL_KEYS = ("label", "labels", "target", "targets", "y")
 
 
-class Runner:
-    """Gets logits and labels of a batch from a model."""
+class BatchRunner:
+    """Runs a model on batches of any form, and gets their logits and labels."""
 
     def __init__(self, forward: Forward | None, prepare: Callable[[Any], Any] | None) -> None:
         """Keeps what the user gave.
 
         Args:
-            forward: maps ``(module, batch)`` to logits, or to ``(logits, labels)``.
-            prepare: applied to each batch first.
+            forward: Function that maps ``(module, batch)`` to logits, or to ``(logits, labels)``.
+                None stands for batches ``(x, y)`` and logits ``module(x)``.
+            prepare: Function applied to each batch first; None leaves it as the loader gives it.
         """
         self._forward = forward
         self._prepare = prepare
@@ -43,11 +38,11 @@ class Runner:
         """Moves a batch to the model's device and precision.
 
         Args:
-            model: to be run.
-            batch: from the loader.
+            model: The model that will be run on it.
+            batch: A batch as the loader gives it.
 
         Returns:
-            The batch.
+            A batch of the same form. Floating-point tensors have the dtype of the parameters.
         """
         like = next(model.parameters())
 
@@ -58,17 +53,17 @@ class Runner:
         return apply_to_collection(batch, Tensor, move)
 
     def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | None]:
-        """Logits and labels of a batch.
+        """Runs the model on a batch.
 
         Args:
-            model: to run.
-            batch: from `prepare`.
+            model: The model to run.
+            batch: A batch from `prepare`.
 
         Returns:
-            Logits, and labels where the batch's form tells.
+            The logits, and the labels; None if the form of the batch does not tell where they are.
 
         Raises:
-            ValueError: if the batch or the output is unusable.
+            ValueError: If the batch or the model's output is unusable.
         """
         forward = self._forward
         if forward is None:
@@ -93,94 +88,41 @@ class Runner:
         return logits, labels
 
     def logits(self, model: nn.Module, batch: Any) -> Tensor:
-        """Logits alone."""
+        """Runs the model on a batch from `prepare`, and returns its logits alone."""
         return self(model, batch)[0]
 
 
-def replicate(model: nn.Module, buffers: Mapping[str, Tensor]) -> nn.Module:
-    """A copy to work on, in eval mode and at least float32; hooks and graphs die with it.
-
-    Args:
-        model: to copy.
-        buffers: values to give it, by name.
-
-    Returns:
-        The copy.
-    """
-    try:
-        replica = copy.deepcopy(model)
-    except RuntimeError as error:
-        error.add_note(
-            "Curvature is extracted on a deep copy of the module, and it cannot be copied. Most "
-            "often a tensor that still hangs in a graph is kept as an attribute: detach it."
-        )
-        raise
-    replica.zero_grad(set_to_none=True)
-    for name, buffer in buffers.items():
-        replica.get_buffer(name).copy_(buffer)
-    for module in replica.modules():
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            module.sparse = False  # whose gradients know few operations
-    low_precision = {p.dtype for p in replica.parameters()} & {torch.float16, torch.bfloat16}
-    return (replica.float() if low_precision else replica).eval()
-
-
-@contextmanager
-def isolated(model: nn.Module) -> Iterator[None]:
-    """Gradients on, autocast off, and every random state put back afterwards.
-
-    Args:
-        model: tells the device.
-
-    Yields:
-        Nothing.
-    """
-    device = next(model.parameters()).device
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    cuda = [device] if device.type == "cuda" else []
-    # cuDNN's recurrent layers have no backward pass in eval mode.
-    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    cudnn = torch.backends.cudnn.enabled and not recurrent
-    try:
-        with (
-            torch.backends.cudnn.flags(enabled=cudnn),
-            torch.random.fork_rng(cuda),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast(device.type, enabled=False),
-        ):
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-
-
 def map_samples(batch: Any, samples: int, change: Callable[[Tensor], Tensor]) -> Any:
-    """Changes what of a batch runs over its samples.
+    """Changes those tensors of a batch that run over its samples.
 
     Args:
-        batch: of any form.
-        samples: how many there are.
-        change: applied to every tensor that has as many entries.
+        batch: A batch of any form.
+        samples: Number of samples in it.
+        change: Function applied to every tensor with as many entries in its first dimension.
 
     Returns:
-        The batch of the same form.
+        A batch of the same form; everything else in it is the same.
+
+    Example:
+        >>> import torch
+        >>> map_samples({"x": torch.arange(3), "scale": torch.ones(2)}, 3, lambda x: x[:1])
+        {'x': tensor([0]), 'scale': tensor([1., 1.])}
     """
 
-    def mine(tensor: Tensor) -> Tensor:
+    def change_samples(tensor: Tensor) -> Tensor:
         return change(tensor) if tensor.ndim and len(tensor) == samples else tensor
 
-    return apply_to_collection(batch, Tensor, mine)
+    return apply_to_collection(batch, Tensor, change_samples)
 
 
 class MixedSamplesError(UnsupportedModelError):
-    """The logits of a sample are not its own."""
+    """The logits of a sample depend on more than the sample, so that it has no curvature."""
 
     def __init__(self, detail: object = "") -> None:
-        """Says so.
+        """Writes the message.
 
         Args:
-            detail: what gave it away, if that is worth telling.
+            detail: What gave it away, added to the message; empty if there is nothing to add.
         """
         because = f" ({detail})" if detail else ""
         super().__init__(
@@ -193,15 +135,15 @@ class MixedSamplesError(UnsupportedModelError):
 
 
 def require_same_logits(again: Tensor, logits: Tensor, rows: Tensor | slice) -> None:
-    """Refuses logits of some samples that differ from those within the whole batch.
+    """Refuses a model whose logits of some samples differ from those within the whole batch.
 
     Args:
-        again: of some samples without the others.
-        logits: of the whole batch.
-        rows: which samples.
+        again: Logits of some samples that were run without the others, of shape ``(rows, *)``.
+        logits: Logits of the whole batch, of shape ``(samples, *)``.
+        rows: The samples that were run again.
 
     Raises:
-        MixedSamplesError: if they differ by more than rounding.
+        MixedSamplesError: If they differ by more than rounding, or in number.
     """
     before = logits[rows]
     if len(again) != len(before):
@@ -216,7 +158,7 @@ def _forward_pair(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
 
 
 def _labels_of(batch: Any) -> Tensor | None:
-    """The labels of a batch, where its form tells; Fisher types that need none go without."""
+    """Finds the labels of a batch; None if its form does not tell where they are."""
     found: Any = None
     if isinstance(batch, Mapping):
         found = next((batch[key] for key in _LABEL_KEYS if key in batch), None)

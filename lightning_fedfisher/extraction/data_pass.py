@@ -1,18 +1,18 @@
-"""One sweep over a client's samples: what is back-propagated, on what copy of the model.
+"""One pass over a client's samples: which directions are back-propagated, on which copy of a model.
 
-`second_moments` and `diagonal` only add up; this file decides what. The user's module is never
-touched: everything runs on a deep copy in eval mode, in float32 or better.
+The backends and accumulators only add up; this file decides what they are given. The user's module
+is never touched: everything runs on one deep copy in eval mode, in float32 or better.
 
 The exact Fisher takes up to one backward pass for each sample and class. On a trained model most of
-them carry next to nothing. So a batch's logits tell first how many directions each of its samples
-needs, and samples that need about as many are then run together.
+them carry next to nothing. So the logits of a batch tell first how many directions each of its
+samples needs, and samples that need about as many are then run together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,131 +22,118 @@ from torch.utils.checkpoint import CheckpointError
 from tqdm import tqdm
 
 from lightning_fedfisher.curvature.base import Curvature
-from lightning_fedfisher.curvature.diagonal import Diagonal
+from lightning_fedfisher.distributed.processes import Shard
 from lightning_fedfisher.errors import UnsupportedModelError
 from lightning_fedfisher.extraction.accumulators.model_sums import ModelAccumulator
 from lightning_fedfisher.extraction.backends.backpack import (
     BackpackDiagonal,
     BackpackError,
-    why_not,
+    why_unsupported,
 )
-from lightning_fedfisher.extraction.batches import (
-    Runner,
-    map_samples,
-    replicate,
-    require_same_logits,
-)
-from lightning_fedfisher.extraction.fisher_types import (
-    Directions,
-    FisherType,
-    residual_directions,
-)
+from lightning_fedfisher.extraction.batches import BatchRunner, map_samples, require_same_logits
+from lightning_fedfisher.extraction.fisher_types import Directions, residual_directions
 from lightning_fedfisher.extraction.layer_report import CurvatureType, LayerReport
-from lightning_fedfisher.extraction.sampling import PREVIEW, SamplePartition, Shard
+from lightning_fedfisher.extraction.model_copy import copy_around_parameters, copy_model
+from lightning_fedfisher.extraction.options import ExtractionOptions
+from lightning_fedfisher.extraction.sampling import PREVIEW, SamplePartition
 from lightning_fedfisher.extraction.tracing.model_trace import ModelTrace, ModelTracer
 from lightning_fedfisher.layers import Layer
 
 Found = dict[CurvatureType, tuple[dict[str, Curvature], tuple[LayerReport, ...]]]
-"""Blocks by layer name and treatments, by kind."""
+"""Blocks by layer name and the layers' reports, by kind of curvature."""
 
-
-@dataclass(frozen=True)
-class FisherOptions:
-    """The likelihood and the Fisher type of an extraction.
-
-    Attributes:
-        name: of the likelihood.
-        fisher: Fisher type.
-        draws: directions a sample, for the types that draw.
-        tolerance: share of each batch's trace that the exact type may leave out.
-    """
-
-    name: str
-    fisher: FisherType
-    draws: int
-    tolerance: float
+# Samples run together, with all their directions, may hold three quarters of what a batch with one
+# direction a sample holds, its inputs and one gradient each: the batch itself is held beside them.
+_HELD_SHARE = 3 / 4
+_HELD_BY_ONE_DIRECTION = 2
 
 
 class DataPass:
-    """Runs a copy of the model over samples and adds up second moments.
+    """Runs a copy of the model over samples and adds up second moments of gradients.
 
     Attributes:
-        count: samples that were run.
-        trace: sum of the squared lengths of all directions.
-        discarded: part of it that was left out.
-        survey: of the model, once run.
+        count: Number of samples that were run; after `finish`, over all processes.
+        trace: Sum of the squared lengths of all directions; after `finish`, over all processes.
+        discarded: Part of `trace` that belongs to directions left out.
+        model_trace: What a forward pass of a few samples told about the model, once `run`.
     """
 
-    survey: ModelTrace
+    model_trace: ModelTrace
 
     def __init__(
         self,
         model: nn.Module,
-        buffers: Mapping[str, Tensor],
         layers: Sequence[Layer],
-        kinds: Sequence[CurvatureType],
-        likelihood: FisherOptions,
-        runner: Runner,
-        seed: int,
+        curvatures: Sequence[CurvatureType],
+        options: ExtractionOptions,
+        *,
+        shard: Shard,
+        prepare: Callable[[Any], Any] | None,
+        bar: tqdm[Any],
+        on_progress: Callable[[int, int | None], None] | None,
     ) -> None:
         """Keeps the arguments; runs nothing.
 
         Args:
-            model: to copy.
-            buffers: to give the copy.
-            layers: of the model.
-            kinds: of curvature, none of them the identity.
-            likelihood: with the Fisher type.
-            runner: gets logits from the model.
-            seed: of all draws.
+            model: The user's model, of which a copy is run.
+            layers: Layers of the model.
+            curvatures: Kinds of curvature wanted, none of them the identity.
+            options: Options of the extraction, except for its kind of curvature.
+            shard: The place of this process among several.
+            prepare: Function applied to each batch first, or None.
+            bar: Progress bar, shown or not.
+            on_progress: Function that is told after each batch how many samples of this process
+                are done, and of how many, or None.
         """
-        self._model, self._buffers, self._layers = model, buffers, layers
-        self._kinds, self._likelihood, self._runner = kinds, likelihood, runner
-        self._seed = seed
-        self.count = 0
-        self.trace = self.discarded = 0.0
+        self._model, self._layers, self._curvatures = model, layers, tuple(curvatures)
+        self._options, self._shard = options, shard
+        self._runner = BatchRunner(options.forward, prepare)
+        self._bar, self._on_progress = bar, on_progress
+        # Under DDP running statistics differ, and those of rank 0 are sent.
+        self._buffers: Mapping[str, Tensor] = (
+            {name: shard.first(buffer) for name, buffer in model.named_buffers()}
+            if shard.world_size > 1
+            else {}
+        )
+        self.count, self.trace, self.discarded = 0, 0.0, 0.0
+        self._copy: nn.Module | None = None
         self._sums: ModelAccumulator | BackpackDiagonal | None = None
-        self._replica: nn.Module | None = None
-        self._why_not_backpack = ""
+        # Why BackPACK does not collect a diagonal; empty as long as it may.
+        self._backpack_problem = ""
 
-    def run(self, samples: SamplePartition, max_samples: int | None, bar: tqdm[Any]) -> None:
+    def run(self, samples: SamplePartition) -> None:
         """Runs all samples from the start, in smaller batches if memory does not suffice.
 
         Args:
-            samples: this process's share.
-            max_samples: where to stop if the samples cannot tell.
-            bar: of progress.
+            samples: The samples of this process.
         """
 
-        def attempt(dealt: SamplePartition) -> None:
-            self._sums = None
-            self.survey = self._survey(dealt)
+        def attempt(samples: SamplePartition) -> None:
             try:
-                self._begin(self.survey)
-                self._pass(dealt, max_samples, bar)
+                self._start(samples)
+                self._pass(samples)
+                return
             except BackpackError as error:
-                self._why_not_backpack = str(error)
-                attempt(dealt)
+                self._backpack_problem = str(error)
+            # BackPACK cannot be taken off the copy again: a new copy goes on without it.
+            self._start(samples)
+            self._pass(samples)
 
-        self._samples = _until_it_fits(samples, attempt)
-        self._max_samples, self._bar = max_samples, bar
+        self._samples = _halve_until_it_fits(samples, attempt)
 
-    def finish(self, shard: Shard) -> Found:
+    def finish(self) -> Found:
         """Adds up over processes and divides, with a second pass first if one is needed.
 
-        Args:
-            shard: this process's place.
-
         Returns:
-            Blocks by layer name and treatments, by kind.
+            Blocks by layer name and the layers' reports, by kind of curvature.
 
         Raises:
-            ValueError: if there were no samples.
+            ValueError: If there were no samples.
         """
-        sums = self._sums
+        sums, shard = self._sums, self._shard
         assert sums is not None
-        assert self._replica is not None
-        device = next(self._replica.parameters()).device
+        assert self._copy is not None
+        device = next(self._copy.parameters()).device
         numbers = torch.tensor([self.count, self.trace, self.discarded], dtype=torch.float64)
         if device.type == "mps":  # which has no float64
             numbers = numbers.float()
@@ -154,34 +141,29 @@ class DataPass:
         count = int(totals[0])
         if count == 0:
             raise ValueError("the client holds no samples: there is no curvature to extract")
-        if isinstance(sums, BackpackDiagonal):
-            blocks: dict[str, Curvature] = {
-                name: Diagonal(shard.total(s["values"]) / count) for name, s in sums.sums.items()
-            }
-            treatments = tuple(LayerReport(layer, "diagonal", "backpack") for layer in self._layers)
-            found: Found = {"diagonal": (blocks, treatments)}
-        else:
-            if "ekfac" in self._kinds:
-                self._correct(sums, shard, count)
-            found = {
-                kind: (sums.finish(kind, shard.total, count), self._treatments(sums, kind))
-                for kind in self._kinds
-            }
+        if isinstance(sums, ModelAccumulator) and "ekfac" in self._curvatures:
+            self._correct(sums, count)
+        found = {
+            kind: (sums.finish(kind, shard.total, count), self._layer_reports(kind))
+            for kind in self._curvatures
+        }
         self.count, (self.trace, self.discarded) = count, totals[1:]
         return found
 
-    def _treatments(self, sums: ModelAccumulator, kind: CurvatureType) -> tuple[LayerReport, ...]:
-        treatments = sums.treatments(kind)
-        if not self._why_not_backpack:
-            return treatments
-        because = f"not by BackPACK, as {self._why_not_backpack}"
-        return tuple(replace(t, reason=t.reason or because) for t in treatments)
+    def _layer_reports(self, kind: CurvatureType) -> tuple[LayerReport, ...]:
+        """How each layer's curvature came about, and why BackPACK did not collect it if asked."""
+        assert self._sums is not None
+        reports = self._sums.layer_reports(kind)
+        if not self._backpack_problem:
+            return reports
+        because = f"not by BackPACK, as {self._backpack_problem}"
+        return tuple(replace(report, reason=report.reason or because) for report in reports)
 
-    def _correct(self, sums: ModelAccumulator, shard: Shard, count: int) -> None:
-        """Turns factors into eigenbases and finds their spectra, in a second pass if need be."""
-        sums.turn(shard.total, shard.first, count)
+    def _correct(self, sums: ModelAccumulator, count: int) -> None:
+        """Finds the eigenbases of the factors and their spectra, in a second pass if need be."""
+        sums.find_eigenbases(self._shard.total, self._shard.first, count)
         if not sums.needs_second_pass:
-            sums.correct_kept()
+            sums.add_kept()
             return
         if not self._samples.again:
             raise ValueError(
@@ -189,29 +171,43 @@ class DataPass:
                 'pass a DataLoader or a list of batches, or curvature="kfac"'
             )
 
-        def attempt(dealt: SamplePartition) -> None:
+        def attempt(samples: SamplePartition) -> None:
             sums.begin_second_pass()
-            self._pass(dealt, self._max_samples, self._bar)
+            self._pass(samples)
 
-        _until_it_fits(self._samples, attempt)
+        _halve_until_it_fits(self._samples, attempt)
 
-    def _survey(self, samples: SamplePartition) -> ModelTrace:
-        """What one forward pass of a few samples tells about the model."""
-        # A copy of its own, lest what the model remembers of this pass is there in the next.
-        replica = replicate(self._model, self._buffers)
-        batch = self._runner.prepare(replica, samples.preview())
+    def _start(self, samples: SamplePartition) -> None:
+        """Copies the model, traces it, and chooses what adds up."""
+        self._sums = self._copy = None  # whose memory is free for the next ones
+        copied = self._copy = copy_model(self._model, self._buffers)
+        # Traced on a copy around the same parameters, because what the model remembers of that
+        # forward pass, in a buffer or a cache, must not be there in the next one.
+        traced = self.model_trace = self._trace_model(copy_around_parameters(copied), samples)
+        if self._curvatures == ("diagonal",) and not self._backpack_problem:
+            self._backpack_problem = why_unsupported(copied, self._layers, traced)
+            if not self._backpack_problem:
+                self._sums = BackpackDiagonal(copied, self._layers)
+                return
+        self._sums = ModelAccumulator(
+            copied, self._layers, traced, self._curvatures, self._runner.logits
+        )
+
+    def _trace_model(self, model: nn.Module, samples: SamplePartition) -> ModelTrace:
+        """Finds out what one forward pass of a few samples tells about the model."""
+        batch = self._runner.prepare(model, samples.preview())
         if samples.count is None:  # the preview is a whole batch
-            batch = self._few(replica, batch)
-        surveyor = ModelTracer(replica, self._layers)
-        with surveyor:
-            logits = self._runner.logits(replica, batch)
+            batch = self._few(model, batch)
+        tracer = ModelTracer(model, self._layers)
+        with tracer.watch():
+            logits = self._runner.logits(model, batch)
         if not logits.requires_grad:
             raise ValueError(
                 "the model's output is no tensor with a gradient: pass `forward` to return its "
                 "logits, and compute them outside torch.no_grad()"
             )
-        survey = surveyor.survey(logits)
-        if len(survey.unreached) == len(self._layers):
+        traced = tracer.trace(logits)
+        if len(traced.unreached) == len(self._layers):
             raise UnsupportedModelError(
                 [
                     "no layer of the module's copy has a part in the logits: its forward pass is "
@@ -219,75 +215,69 @@ class DataPass:
                     "or runs without gradients; fit it uncompiled, or define forward in the class"
                 ]
             )
-        if survey.unreached:
+        if traced.unreached:
             raise UnsupportedModelError(
                 [
                     f"{name}: no gradient reaches it from the logits (it is detached, its output "
                     "is not used, or reentrant checkpointing hides it): make it a part of them, "
                     "freeze it, or take it out of the module"
-                    for name in sorted(survey.unreached)
+                    for name in sorted(traced.unreached)
                 ]
             )
-        return survey
+        return traced
 
-    def _few(self, replica: nn.Module, batch: Any) -> Any:
-        """The first samples of a batch, where it can be cut: a survey runs each on its own."""
+    def _few(self, model: nn.Module, batch: Any) -> Any:
+        """Takes the first samples of a batch, if it can be cut: tracing runs each on its own."""
         with torch.no_grad():
-            samples = len(self._runner.logits(replica, batch))
+            samples = len(self._runner.logits(model, batch))
             few = map_samples(batch, samples, lambda tensor: tensor[:PREVIEW])
-            fits = samples > PREVIEW and len(self._runner.logits(replica, few)) == PREVIEW
+            fits = samples > PREVIEW and len(self._runner.logits(model, few)) == PREVIEW
         return few if fits else batch
 
-    def _begin(self, survey: ModelTrace) -> None:
-        replica = self._replica = replicate(self._model, self._buffers)
-        if tuple(self._kinds) == ("diagonal",) and not self._why_not_backpack:
-            self._why_not_backpack = why_not(replica, self._layers, survey) or ""
-            if not self._why_not_backpack:
-                self._sums = BackpackDiagonal(replica, self._layers)
-                return
-        self._sums = ModelAccumulator(
-            replica, self._layers, survey, self._kinds, self._runner.logits
-        )
-
-    def _pass(self, samples: SamplePartition, max_samples: int | None, bar: tqdm[Any]) -> None:
-        assert self._replica is not None
-        bar.reset(samples.count)
-        uniforms = samples.uniforms(self._seed)
+    def _pass(self, samples: SamplePartition) -> None:
+        """Runs every batch once, and adds up from zero."""
+        assert self._copy is not None
+        own = None if samples.indices is None else len(samples.indices)
+        most = self._options.max_samples
+        stop = most if samples.count is None and isinstance(most, int) else None
+        self._bar.reset(own)
+        uniforms = samples.uniforms(self._options.seed)
         self.count, self.trace, self.discarded = 0, 0.0, 0.0
         for batch in samples.batches:
-            batch = self._runner.prepare(self._replica, batch)
-            n = self._batch(batch, uniforms)
+            n = self._batch(self._runner.prepare(self._copy, batch), uniforms)
             self.count += n
-            if samples.indices is not None and self.count > len(samples.indices):
+            if own is not None and self.count > own:
                 raise ValueError(
                     "the model gives more rows of logits than there are samples: pass `forward` to "
                     "return one row for each sample"
                 )
-            bar.update(n)
-            if samples.count is None and max_samples is not None and self.count >= max_samples:
+            self._bar.update(n)
+            if self._on_progress is not None:
+                self._on_progress(self.count, own)
+            if stop is not None and self.count >= stop:
                 break
 
     def _batch(self, batch: Any, uniforms: Callable[[int, int], Tensor]) -> int:
-        """Runs one batch with all its directions."""
-        likelihood = self._likelihood
-        # Where the number of directions depends on the logits, these are looked at beforehand.
-        beforehand = likelihood.fisher == "exact" or likelihood.draws > 1
+        """Runs one batch with all its directions, and returns its number of samples."""
+        options = self._options
+        # Where the number of directions depends on the logits, these are computed beforehand.
+        beforehand = options.fisher == "exact" or options.draws > 1
         with torch.no_grad() if beforehand else nullcontext():
             logits, labels = self._forward(batch)
         samples = len(logits)
         directions = residual_directions(
             logits,
             labels,
-            likelihood.fisher,
-            likelihood.name,
+            options.fisher,
+            options.likelihood,
             draw=lambda n: uniforms(samples, n),
-            draws=likelihood.draws,
-            tolerance=likelihood.tolerance,
+            draws=options.draws,
+            tolerance=options.tolerance,
         )
         self.trace += directions.trace
         self.discarded += directions.discarded
         if beforehand:
-            for rows in _alike(directions, samples):
+            for rows in _similar_samples(directions):
                 self._some(batch, logits, directions, rows)
         else:
             self._backward(batch, logits, [directions.first])
@@ -313,34 +303,26 @@ class DataPass:
             ) from error
 
     def _forward(self, batch: Any) -> tuple[Tensor, Tensor | None]:
-        assert self._replica is not None
-        watch = (
-            self._sums.collector.anew()
-            if isinstance(self._sums, ModelAccumulator)
-            else nullcontext()
-        )
-        try:
-            with watch:
-                return self._runner(self._replica, batch)
-        except RuntimeError as error:
-            if "BackwardHookFunction" in str(error):
-                raise BackpackError("an output is changed in place") from error
-            raise
+        assert self._copy is not None
+        assert self._sums is not None
+        with self._sums.watch():
+            return self._runner(self._copy, batch)
 
 
-def _alike(directions: Directions, samples: int) -> Iterator[Tensor]:
-    """Samples with about as many directions, few enough for all their gradients to be kept."""
+def _similar_samples(directions: Directions) -> Iterator[Tensor]:
+    """Samples with about as many directions, few enough for all their gradients to be held."""
     counts = directions.counts
+    budget = _HELD_SHARE * _HELD_BY_ONE_DIRECTION * len(counts)
     levels = counts.float().log2().ceil().int()
     for level in range(int(levels.max()) + 1):
         indices = (levels == level).nonzero().squeeze(1)
         if len(indices) == 0:
             continue
-        most = int(counts[indices].max())
-        yield from torch.split(indices, max(1, 3 * samples // (2 * (most + 1))))
+        held = 1 + int(counts[indices].max())  # of each sample, its inputs and all its gradients
+        yield from torch.split(indices, max(1, int(budget // held)))
 
 
-def _until_it_fits(
+def _halve_until_it_fits(
     samples: SamplePartition, attempt: Callable[[SamplePartition], None]
 ) -> SamplePartition:
     """Tries with ever smaller batches for as long as memory does not suffice."""

@@ -1,4 +1,4 @@
-"""How each layer is treated: which moments of its gradient are summed, and by which way."""
+"""Reports which block of curvature each layer got, which backend computed it, and why."""
 
 from __future__ import annotations
 
@@ -6,68 +6,90 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from lightning_fedfisher.curvature.registry import EIGENBASED
+from lightning_fedfisher.curvature.registry import EIGEN_CORRECTED
 from lightning_fedfisher.extraction.layer_types.base import LayerType
 from lightning_fedfisher.layers import Layer
 
 CurvatureType = Literal["identity", "diagonal", "kfac", "ekfac", "dense"]
 CURVATURE_TYPES: tuple[CurvatureType, ...] = get_args(CurvatureType)
 
+_NAMED_LAYERS = 3  # in a line of `format_layer_reports`, so that a line stays a line
+
 
 @dataclass(frozen=True)
 class LayerReport:
-    """How the curvature of one layer came about.
+    """Tells how the curvature of one layer was computed.
 
     Attributes:
-        layer: the layer.
-        kind: of its curvature block, a key of `KINDS`.
-        way: ``hooks`` (its calls were watched), ``torch.func`` (each sample ran alone) or
-            ``backpack``; ``none`` for the identity.
-        reason: why not the kind or the way asked for; empty if it is.
+        layer: The layer.
+        kind: Kind of its block, a key of `lightning_fedfisher.curvature.KINDS`.
+        backend: ``"hooks"`` if the calls of the layer were watched, ``"torch.func"`` if each sample
+            ran alone, ``"backpack"``, or ``"none"`` for the identity, which needs no samples.
+        reason: Why the layer did not get the kind of block that was asked for, or not by the first
+            choice of backend. Empty if it did.
+
+    Example:
+        >>> LayerReport(Layer("fc", (("fc.weight", (2, 3)),)), "kronecker", "hooks").reason
+        ''
     """
 
     layer: Layer
     kind: str
-    way: str
+    backend: str
     reason: str = ""
 
 
-def kind_of(curvature: CurvatureType, operations: Sequence[LayerType] | None) -> str:
-    """The kind of block a layer gets.
+def block_kind(curvature: CurvatureType, layer_types: Sequence[LayerType] | None) -> str:
+    """Decides which kind of block a layer gets.
 
     Args:
-        curvature: asked for.
-        operations: what the layer's calls do; None if they are not known.
+        curvature: Curvature that the extraction was asked for.
+        layer_types: What each call of the layer computes. None if that is not known.
 
     Returns:
-        A key of `KINDS`.
+        A key of `lightning_fedfisher.curvature.KINDS`. It is ``"diagonal"`` if Kronecker factors
+        were asked for and the layer has none.
+
+    Example:
+        >>> from lightning_fedfisher.extraction.layer_types.linear import Linear
+        >>> block_kind("kfac", [Linear(has_bias=True)]), block_kind("kfac", None)
+        ('kronecker', 'diagonal')
     """
     if curvature not in ("kfac", "ekfac"):
         return curvature
-    (kind, *others) = {operation.kind for operation in operations or ()} or {"diagonal"}
+    (kind, *others) = {layer_type.kind for layer_type in layer_types or ()} or {"diagonal"}
     if others:
         return "diagonal"
-    return EIGENBASED.get(kind, kind) if curvature == "ekfac" else kind
+    return EIGEN_CORRECTED.get(kind, kind) if curvature == "ekfac" else kind
 
 
-def describe(treatments: Iterable[LayerReport]) -> str:
-    """A table of treatments: how many layers and weights, of which kind, which way, and why.
+def format_layer_reports(reports: Iterable[LayerReport]) -> str:
+    """Writes the reports of a model's layers as text.
 
     Args:
-        treatments: of a model's layers.
+        reports: One report for each layer.
 
     Returns:
-        One line for each combination.
+        One line for each combination of kind, backend and reason, with the number of layers and
+        weights and the names of the first layers.
+
+    Example:
+        >>> layer = Layer("fc", (("fc.weight", (2, 3)), ("fc.bias", (2,))))
+        >>> print(format_layer_reports([LayerReport(layer, "kronecker", "hooks")]))
+        kronecker (hooks): 1 layer, 8 weights: fc
     """
     alike: dict[tuple[str, str, str], list[Layer]] = {}
-    for treatment in treatments:
-        key = treatment.kind, treatment.way, treatment.reason
-        alike.setdefault(key, []).append(treatment.layer)
+    for report in reports:
+        key = report.kind, report.backend, report.reason
+        alike.setdefault(key, []).append(report.layer)
     lines = []
-    for (kind, way, reason), layers in alike.items():
+    for (kind, backend, reason), layers in alike.items():
         weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
-        few = ", ".join(layer.name for layer in layers[:3]) + (", ..." if len(layers) > 3 else "")
+        names = ", ".join(layer.name for layer in layers[:_NAMED_LAYERS])
+        names += ", ..." if len(layers) > _NAMED_LAYERS else ""
         why = f"; {reason}" if reason else ""
         plural = "s" if len(layers) > 1 else ""
-        lines.append(f"{kind} ({way}{why}): {len(layers)} layer{plural}, {weights} weights: {few}")
+        lines.append(
+            f"{kind} ({backend}{why}): {len(layers)} layer{plural}, {weights} weights: {names}"
+        )
     return "\n".join(lines)

@@ -1,7 +1,7 @@
 """Which samples the curvature is averaged over: seeded, unpadded, each exactly once.
 
-The training loader of a Lightning run shuffles, drops, and under DDP pads. Curvature must not: it
-is a mean over the samples themselves, and the same number on one process and on many.
+The training loader of a Lightning run shuffles, drops samples, and under DDP pads. Curvature must
+not: it is a mean over the samples themselves, and the same number on one process and on many.
 """
 
 from __future__ import annotations
@@ -24,24 +24,30 @@ from torch.utils.data import (
     SubsetRandomSampler,
 )
 
-MaxSamples = int | Literal["auto"] | None
-"""How many samples at most: so many, every twelfth but no fewer than 300, or all."""
+from lightning_fedfisher.distributed.processes import Shard
 
-# Samples looked at beforehand.
+MaxSamples = int | Literal["auto"] | None
+"""Most samples to average over: a number, "auto" (a twelfth, but at least 300), or None (all)."""
+
 PREVIEW = 4
-# From here on the merged accuracy gains less than half a point from all samples (see the recipes'
-# curvature study), and a twelfth of them costs less than a quarter of an epoch.
-_SHARE, _FEWEST = 12, 300
+"""Number of samples that are run before the data pass, to trace the model."""
+
+# "auto" takes one in so many samples, and at least so many. From here on the merged accuracy gains
+# less than half a point from all samples (see the recipes' curvature study), and a twelfth of them
+# costs less than a quarter of an epoch.
+_AUTO_FRACTION, _AUTO_FEWEST = 12, 300
+# Tracing tells samples apart, which takes two of them.
+_FEWEST_TRACED = 2
 
 
 def check_max_samples(max_samples: object) -> None:
-    """Refuses what is no `MaxSamples`.
+    """Refuses a value that is not a `MaxSamples`.
 
     Args:
-        max_samples: as asked for.
+        max_samples: Value that a user gave.
 
     Raises:
-        ValueError: if it is neither a number from 1, ``"auto"`` nor None.
+        ValueError: If it is neither a whole number from 1, ``"auto"`` nor None.
     """
     counted = type(max_samples) is int and max_samples >= 1
     if not counted and max_samples not in (None, "auto"):
@@ -49,55 +55,39 @@ def check_max_samples(max_samples: object) -> None:
 
 
 def most_samples(max_samples: MaxSamples, population: int) -> int:
-    """How many of a client's samples its curvature is averaged over.
+    """Tells how many of a client's samples its curvature is averaged over.
 
     Args:
-        max_samples: as asked for.
-        population: samples the client holds.
+        max_samples: Most samples to use, as the user gave it.
+        population: Number of samples the client holds.
 
     Returns:
-        At most the population.
+        A number of samples, at most the population.
+
+    Example:
+        >>> most_samples("auto", 60_000), most_samples("auto", 100), most_samples(None, 7)
+        (5000, 100, 7)
     """
     if max_samples == "auto":
-        max_samples = max(_FEWEST, population // _SHARE)
+        max_samples = max(_AUTO_FEWEST, population // _AUTO_FRACTION)
     return population if max_samples is None else min(max_samples, population)
 
 
 @dataclass(frozen=True)
-class Shard:
-    """This process's place among those that extract together.
-
-    Attributes:
-        rank: index of this process.
-        world_size: number of processes.
-        total: adds a tensor up over all processes.
-    """
-
-    rank: int = 0
-    world_size: int = 1
-    total: Callable[[Tensor], Tensor] = lambda tensor: tensor
-
-    def first(self, tensor: Tensor) -> Tensor:
-        """The first process's tensor, on every process."""
-        if self.world_size == 1:
-            return tensor
-        # A sum of one term and zeros is exact.
-        return self.total(tensor.clone() if self.rank == 0 else torch.zeros_like(tensor))
-
-
-@dataclass(frozen=True)
 class SamplePartition:
-    """This process's share of the samples.
+    """The samples of this process, in batches.
 
     Attributes:
-        batches: the share, as batches of the loader's own form.
-        preview: gives a few samples as one batch, the same on every process.
-        count: samples over all processes; None if the loader cannot tell beforehand.
-        population: samples the client holds, before ``max_samples``; None if it cannot be told.
-        indices: places of this share within the ``count`` samples; None with ``count``.
-        again: whether `batches` can be run through more than once.
-        batch_size: samples a batch; None if that is not in our hands.
-        rebatch: the same samples in batches of another size.
+        batches: Batches of the loader's own form.
+        preview: Function that gives a few samples as one batch, the same on every process.
+        count: Number of samples over all processes; None if the loader cannot tell beforehand.
+        population: Number of samples the client holds, before ``max_samples`` applies; None if the
+            loader cannot tell.
+        indices: Places of this process's samples among all ``count`` of them; None with ``count``.
+        again: Whether `batches` can be read more than once.
+        batch_size: Number of samples in a batch; None if the loader decides.
+        rebatch: Function that gives the same samples in batches of another size; None if the
+            loader decides.
     """
 
     batches: Iterable[Any]
@@ -110,14 +100,14 @@ class SamplePartition:
     rebatch: Callable[[int], SamplePartition] | None = None
 
     def uniforms(self, seed: int) -> Callable[[int, int], Tensor]:
-        """Seeded uniform draws that belong to samples, not to batches or processes.
+        """Makes a source of uniform draws that belong to samples, not to batches or processes.
 
         Args:
-            seed: of the draws.
+            seed: Seed of all draws.
 
         Returns:
-            A function from a batch's number of samples and a number ``n`` to its draws, of shape
-            ``(samples, n)``, to be called for one batch after the other.
+            A function from the number of samples in a batch and a number ``n`` to draws of shape
+            ``(samples, n)``. It is to be called once for each batch, in their order.
         """
         generators: Iterator[np.random.Generator]
         if self.indices is None:
@@ -140,31 +130,37 @@ def partition_samples(
     seed: int = 0,
     shard: Shard | None = None,
 ) -> SamplePartition:
-    """Deals the samples behind a loader to processes, without shuffling, dropping or padding.
+    """Partitions the samples behind a loader over processes, without shuffling or padding.
 
-    A `DataLoader` over a map-style data set is read anew by index. Any other iterable of batches is
-    read as it comes, on one process only.
+    A `DataLoader` over a map-style data set is read anew, by index. Any other iterable of batches
+    is read as it comes, on one process only.
 
     Args:
-        dataloader: the client's samples.
-        max_samples: take a seeded random subset of this size (see `most_samples`). An iterable
-            has no subset; who reads it stops after so many.
-        batch_size: samples a batch; the loader's own if None.
-        seed: of the subset.
-        shard: this process's place; a single process if None.
+        dataloader: The client's samples.
+        max_samples: Number of samples in a seeded random subset that is taken of them (see
+            `most_samples`). An iterable without indices has no subset; whoever reads it stops after
+            so many.
+        batch_size: Number of samples in a batch; None keeps the loader's own.
+        seed: Seed of the subset.
+        shard: The place of this process among several; None stands for a single process.
 
     Returns:
-        This process's share.
+        The samples of this process. Every sample belongs to exactly one process.
 
     Raises:
-        ValueError: if there are no samples, or it cannot be told which the client trains on.
+        ValueError: If there are no samples, or the loader hides which ones the client trains on.
+
+    Example:
+        >>> loader = DataLoader(list(range(5)), batch_size=2, shuffle=True)
+        >>> [batch.tolist() for batch in partition_samples(loader, shard=Shard(0, 2)).batches]
+        [[0, 2], [4]]
     """
     shard = shard or Shard()
     check_max_samples(max_samples)
     if not _is_map_style(dataloader):
         if shard.world_size > 1:
             raise ValueError(
-                "an iterable without indices cannot be dealt to several processes: pass "
+                "an iterable without indices cannot be partitioned over processes: pass "
                 "`dataloader=` a DataLoader over a map-style data set"
             )
         stream = _Stream(dataloader)
@@ -190,12 +186,12 @@ def partition_samples(
             timeout=dataloader.timeout,
             generator=torch.Generator().manual_seed(seed),
         )
-        looked_at = min(PREVIEW, max(2, size or 1))
+        previewed = min(PREVIEW, max(_FEWEST_TRACED, size or 1))
         few = DataLoader(
             dataloader.dataset,
-            batch_size=looked_at,
+            batch_size=previewed,
             # A lone sample twice, so that one can be told from another.
-            sampler=(chosen * 2)[:looked_at],
+            sampler=(chosen * 2)[:previewed],
             collate_fn=dataloader.collate_fn,
             generator=torch.Generator().manual_seed(seed),
         )
@@ -213,7 +209,7 @@ def partition_samples(
 
 
 class _Stream:
-    """An iterable of batches whose first can be looked at beforehand."""
+    """An iterable of batches whose first batch can be read beforehand and is not lost."""
 
     def __init__(self, batches: Iterable[Any]) -> None:
         self._batches = batches
@@ -255,7 +251,7 @@ def _batch_sampler(dataloader: DataLoader[Any]) -> BatchSampler:
 
 
 def _trained_indices(dataloader: DataLoader[Any], sampler: Iterable[Any]) -> list[int]:
-    """Indices of the samples the loader trains on, each once, whatever its order and padding."""
+    """Finds the samples the loader trains on, each once, whatever its order and padding."""
     size = len(dataloader.dataset)  # type: ignore[arg-type]
     whole = type(sampler) in (SequentialSampler, DistributedSampler) or (
         type(sampler) is RandomSampler and not sampler.replacement

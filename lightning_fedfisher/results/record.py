@@ -15,9 +15,13 @@ from typing import Any, Literal
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
 from lightning_fedfisher._utils.files import atomic_write
+from lightning_fedfisher.curvature.summary import CurvatureSummary
 
 FILE_NAME = "record.json"
 """What a record is called in the folder of a federation."""
+
+LayerCurvature = CurvatureSummary
+"""What a record holds of a client's curvature of one layer."""
 
 _SCHEMA: Literal[1] = 1
 _TOLD = 5  # things that are wrong with a file
@@ -38,24 +42,6 @@ class ModelScore:
     nll: float
     calibration_error: float
     confusion: list[list[int]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class LayerCurvature:
-    """What a client's curvature of one layer says.
-
-    Attributes:
-        layer: its name.
-        trace: sum of the eigenvalues: how much the loss minds a change of the layer.
-        effective_rank: ``(sum of the eigenvalues)^2 / sum of their squares``: in how many
-            directions; from 1 to the number of weights.
-        spectrum: eigenvalues at evenly spaced ranks, largest first; empty if not computed.
-    """
-
-    layer: str
-    trace: float
-    effective_rank: float
-    spectrum: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_fedfisher._utils.environment import provenance
-from lightning_fedfisher._utils.progress import is_rank_zero
+from lightning_fedfisher.distributed.processes import is_rank_zero
 from lightning_fedfisher.merge.influence_cap import MEASURES
 from lightning_fedfisher.results.record import FederationRecord, LayerCurvature, ModelScore
 from lightning_fedfisher.update.client_update import ClientUpdate

@@ -312,7 +312,7 @@ def test_kronecker_factors_are_cut_each_by_itself(lookup):
     _close(prepared.project(weights), (projector @ weights.flatten()).view(SHAPE), 1e-8)
     # Of another kind the operator has one spectrum, and that is cut.
     whole = Dense(_reference_dense(curvature), SHAPE).pseudo_inverse(2e-3).project(weights)
-    spectral = curvature.eigen().pseudo_inverse(2e-3).project(weights)
+    spectral = curvature.eigendecompose().pseudo_inverse(2e-3).project(weights)
     above = basis @ torch.diag((products > 2e-3 * 3).double().flatten()) @ basis.T
     _close(whole, (above @ weights.flatten()).view(SHAPE), 1e-8)
     _close(spectral, whole, 1e-8)
@@ -429,7 +429,7 @@ def test_with_inputs_is_the_operator_for_other_inputs(kind, singular, units, bia
 
 @every_kind
 def test_mean_goes_through_a_generator_once_and_one_at_a_time(kind):
-    shares, alive, most = [0.5, 0.3, 0.2], [], []
+    client_weights, alive, most = [0.5, 0.3, 0.2], [], []
 
     def read():
         for seed in range(3):
@@ -439,8 +439,8 @@ def test_mean_goes_through_a_generator_once_and_one_at_a_time(kind):
             yield curvature
             del curvature
 
-    expected = KINDS[kind].mean([_make(kind, seed=seed) for seed in range(3)], shares)
-    mean = KINDS[kind].mean(read(), shares)
+    expected = KINDS[kind].mean([_make(kind, seed=seed) for seed in range(3)], client_weights)
+    mean = KINDS[kind].mean(read(), client_weights)
     assert len(alive) == 3  # a generator that was begun twice would have been empty
     assert max(most) <= 2  # the one just read and the one about to go
     assert torch.equal(_reference_dense(mean), _reference_dense(expected))
@@ -455,15 +455,17 @@ def test_mean_needs_a_share_for_each(kind, clients):
 
 @every_kind
 def test_mean_averages_every_tensor(kind):
-    curvatures, shares = [_make(kind, seed=seed) for seed in range(3)], [0.5, 0.3, 0.2]
-    mean = KINDS[kind].mean(curvatures, shares)
+    curvatures, client_weights = [_make(kind, seed=seed) for seed in range(3)], [0.5, 0.3, 0.2]
+    mean = KINDS[kind].mean(curvatures, client_weights)
     if "ekfac" in kind:
         # Bases cannot be averaged: the nearest Kronecker products are.
         curvatures = [curvature.kronecker() for curvature in curvatures]
     assert type(mean) is type(curvatures[0])
     assert mean.shape == SHAPE
     for name, tensor in mean.tensors().items():
-        expected = sum(p * c.tensors()[name] for p, c in zip(shares, curvatures, strict=True))
+        expected = sum(
+            p * c.tensors()[name] for p, c in zip(client_weights, curvatures, strict=True)
+        )
         _close(tensor, expected)
 
 
@@ -471,7 +473,7 @@ def test_mean_averages_every_tensor(kind):
 @singular_or_not
 def test_an_eigendecomposition_is_the_same_operator(kind, singular):
     curvature = _make(kind, singular)
-    turned = curvature.eigen()
+    turned = curvature.eigendecompose()
     assert turned.kind == kind.replace("kronecker", "ekfac")
     _close(_reference_dense(turned), _reference_dense(curvature))
 
@@ -479,7 +481,7 @@ def test_an_eigendecomposition_is_the_same_operator(kind, singular):
 @pytest.mark.parametrize("kind", ["kronecker", "embedding_kronecker"])
 def test_the_kronecker_product_of_an_eigendecomposition_is_the_first(kind):
     curvature = _make(kind)
-    back = curvature.eigen().kronecker()
+    back = curvature.eigendecompose().kronecker()
     assert type(back) is type(curvature)
     _close(_reference_dense(back), _reference_dense(curvature))
 
@@ -504,9 +506,9 @@ def test_a_spectrum_of_zeros_has_a_kronecker_product_of_zeros():
 
 @pytest.mark.parametrize("kind", ["identity", "diagonal", "dense"])
 def test_mean_is_the_weighted_sum_where_the_kind_is_linear(kind):
-    curvatures, shares = [_make(kind, seed=seed) for seed in range(3)], [0.5, 0.3, 0.2]
-    expected = sum(p * _reference_dense(c) for p, c in zip(shares, curvatures, strict=True))
-    _close(_reference_dense(KINDS[kind].mean(curvatures, shares)), expected)
+    curvatures, client_weights = [_make(kind, seed=seed) for seed in range(3)], [0.5, 0.3, 0.2]
+    expected = sum(p * _reference_dense(c) for p, c in zip(client_weights, curvatures, strict=True))
+    _close(_reference_dense(KINDS[kind].mean(curvatures, client_weights)), expected)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "ekfac" not in kind])

@@ -27,11 +27,11 @@ from torch.utils.data import (
 )
 
 from lightning_fedfisher.curvature.dense import Dense
+from lightning_fedfisher.distributed.processes import Shard
 from lightning_fedfisher.errors import UnsupportedModelError
 from lightning_fedfisher.extraction.accumulators import model_sums as second_moments
 from lightning_fedfisher.extraction.extract import extract_curvature, extract_curvatures
 from lightning_fedfisher.extraction.fisher_types import FISHER_TYPES
-from lightning_fedfisher.extraction.sampling import Shard
 from lightning_fedfisher.layers import find_layers
 
 CLASSES, SAMPLES, BATCH = 3, 7, 3
@@ -740,13 +740,13 @@ def test_attention_is_the_linear_maps_it_is_made_of(net, kind):
 
 def test_a_subclass_that_ends_in_a_known_function_is_seen():
     extracted = _extract(_net("scaled"), _data(VECTOR))
-    assert [treatment.way for treatment in extracted.treatments] == ["hooks", "hooks"]
+    assert [report.backend for report in extracted.layer_reports] == ["hooks", "hooks"]
     assert "kronecker (hooks): 2 layers, 43 weights: 0, 2" in extracted.report
 
 
 def test_the_report_says_how_each_layer_was_treated_and_why():
     extracted = _extract(_net("normed and grouped"), _data(IMAGE))
-    treated = {t.layer.name: (t.kind, t.way, t.reason) for t in extracted.treatments}
+    treated = {t.layer.name: (t.kind, t.backend, t.reason) for t in extracted.layer_reports}
     assert treated["head"] == ("kronecker", "hooks", "")
     assert treated["second"][:2] == treated["norm"][:2] == ("diagonal", "hooks")
     assert "grouped convolution" in treated["second"][2]
@@ -754,17 +754,17 @@ def test_the_report_says_how_each_layer_was_treated_and_why():
     for words in ("kronecker (hooks)", "a grouped convolution has no", "norm", "head"):
         assert words in extracted.report
     unknown = _extract(_net("recurrent"), _data(SEQUENCE))
-    assert {t.layer.name: t.way for t in unknown.treatments} == {
+    assert {t.layer.name: t.backend for t in unknown.layer_reports} == {
         "cell.weight_ih_l0": "torch.func",
         "cell.weight_hh_l0": "torch.func",
         "head": "hooks",
     }
     whole = _extract(_net("lenet"), _data(IMAGE), "diagonal")
-    assert {t.way for t in whole.treatments} == {"backpack"}
+    assert {t.backend for t in whole.layer_reports} == {"backpack"}
     other = _extract(_net("circular"), _data(IMAGE), "diagonal")
-    assert {t.way for t in other.treatments} == {"hooks"}
+    assert {t.backend for t in other.layer_reports} == {"hooks"}
     assert "not by BackPACK, as 0 has padding_mode='circular'" in other.report
-    assert len(_extract(_net("lenet"), _data(IMAGE), "identity").treatments) == 3
+    assert len(_extract(_net("lenet"), _data(IMAGE), "identity").layer_reports) == 3
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1683,7 +1683,7 @@ def test_a_plain_batch_sampler_is_read():
 
 def test_an_iterable_on_two_processes():
     batches = list(DataLoader(_vectors(), batch_size=2))
-    with pytest.raises(ValueError, match="cannot be dealt to several processes"):
+    with pytest.raises(ValueError, match="cannot be partitioned over processes"):
         _extract(nn.Linear(4, 3), batches, shard=Shard(0, 2))
 
 

@@ -1,4 +1,4 @@
-"""Samples are dealt seeded, unpadded and each exactly once, and draws belong to samples."""
+"""Samples are partitioned seeded, unpadded and each exactly once, and draws belong to samples."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_fedfisher.extraction.sampling import Shard, most_samples, partition_samples
+from lightning_fedfisher.distributed.processes import Shard
+from lightning_fedfisher.extraction.sampling import most_samples, partition_samples
 
 SAMPLES = 21
 
@@ -30,12 +31,12 @@ class _Numbers(Dataset):
         return torch.tensor(int(index))
 
 
-def _read(dealt):
-    return [batch.tolist() for batch in dealt.batches]
+def _read(partition):
+    return [batch.tolist() for batch in partition.batches]
 
 
-def _flat(dealt):
-    return [number for batch in _read(dealt) for number in batch]
+def _flat(partition):
+    return [number for batch in _read(partition) for number in batch]
 
 
 def _loader(**options):
@@ -57,10 +58,10 @@ def _loader(**options):
     ids=["plain", "shuffled", "drop_last", "sequential", "random", "distributed", "list", "range"],
 )
 def test_every_sample_once_and_in_order(options):
-    dealt = partition_samples(_loader(**options))
-    assert _flat(dealt) == list(range(SAMPLES))
-    assert [len(batch) for batch in _read(dealt)] == [4, 4, 4, 4, 4, 1]
-    assert dealt.count == dealt.population == SAMPLES
+    partition = partition_samples(_loader(**options))
+    assert _flat(partition) == list(range(SAMPLES))
+    assert [len(batch) for batch in _read(partition)] == [4, 4, 4, 4, 4, 1]
+    assert partition.count == partition.population == SAMPLES
 
 
 @pytest.mark.parametrize(
@@ -69,14 +70,14 @@ def test_every_sample_once_and_in_order(options):
     ids=["subset sampler", "list", "tuple"],
 )
 def test_a_subset_of_the_samples(sampler):
-    dealt = partition_samples(_loader(sampler=sampler))
-    assert _flat(dealt) == [2, 5, 9]
-    assert dealt.count == dealt.population == 3
+    partition = partition_samples(_loader(sampler=sampler))
+    assert _flat(partition) == [2, 5, 9]
+    assert partition.count == partition.population == 3
 
 
 def test_a_subset_given_as_a_tensor_holds_each_sample_once():
-    dealt = partition_samples(_loader(sampler=SubsetRandomSampler(torch.tensor([9, 2, 9, 5]))))
-    assert _flat(dealt) == [2, 5, 9]
+    partition = partition_samples(_loader(sampler=SubsetRandomSampler(torch.tensor([9, 2, 9, 5]))))
+    assert _flat(partition) == [2, 5, 9]
 
 
 @pytest.mark.parametrize(
@@ -109,8 +110,8 @@ def test_max_samples_is_seeded_and_within_the_population():
     subsets = [
         partition_samples(_loader(sampler=sampler), max_samples=6, seed=seed) for seed in (0, 0, 1)
     ]
-    assert {(dealt.count, dealt.population) for dealt in subsets} == {(6, 15)}
-    first, again, other = (_flat(dealt) for dealt in subsets)
+    assert {(partition.count, partition.population) for partition in subsets} == {(6, 15)}
+    first, again, other = (_flat(partition) for partition in subsets)
     assert first == again == sorted(set(first))
     assert len(first) == 6
     assert set(first) <= set(range(3, 18))
@@ -180,10 +181,10 @@ def _iterable(form):
 
 @pytest.mark.parametrize("form", ["list", "generator", "stream"])
 def test_other_iterables_are_read_as_they_come(form):
-    dealt = partition_samples(_iterable(form), max_samples=3)
-    assert (dealt.count, dealt.population, dealt.indices) == (None, None, None)
-    assert _flat(dealt) == list(range(SAMPLES))
-    with pytest.raises(ValueError, match="several processes"):
+    partition = partition_samples(_iterable(form), max_samples=3)
+    assert (partition.count, partition.population, partition.indices) == (None, None, None)
+    assert _flat(partition) == list(range(SAMPLES))
+    with pytest.raises(ValueError, match="cannot be partitioned over processes"):
         partition_samples(_iterable(form), shard=Shard(0, 2))
 
 
@@ -194,8 +195,10 @@ def test_draws_belong_to_samples(max_samples, world_size, sizes):
     count = max_samples or SAMPLES
     rows = np.stack([np.random.default_rng((7, place)).random(2) for place in range(count)])
     for rank in range(world_size):
-        dealt = partition_samples(_loader(), max_samples=max_samples, shard=Shard(rank, world_size))
-        uniforms, drawn = dealt.uniforms(7), []
+        partition = partition_samples(
+            _loader(), max_samples=max_samples, shard=Shard(rank, world_size)
+        )
+        uniforms, drawn = partition.uniforms(7), []
         left = len(range(rank, count, world_size))
         while left:
             size = min(left, sizes[len(drawn) % len(sizes)])
@@ -229,50 +232,50 @@ def test_draws_of_an_iterable_are_seeded_and_fresh_for_every_sample():
 
 
 def test_another_batch_size_gives_the_same_samples_and_draws():
-    dealt = partition_samples(_loader(), max_samples=10, shard=Shard(1, 2))
-    smaller = dealt.rebatch(2)
-    assert (dealt.batch_size, smaller.batch_size) == (4, 2)
+    partition = partition_samples(_loader(), max_samples=10, shard=Shard(1, 2))
+    smaller = partition.rebatch(2)
+    assert (partition.batch_size, smaller.batch_size) == (4, 2)
     assert [len(batch) for batch in _read(smaller)] == [2, 2, 1]
-    assert _flat(smaller) == _flat(dealt)
-    assert torch.equal(smaller.uniforms(7)(5, 3), dealt.uniforms(7)(5, 3))
+    assert _flat(smaller) == _flat(partition)
+    assert torch.equal(smaller.uniforms(7)(5, 3), partition.uniforms(7)(5, 3))
     assert (smaller.count, smaller.population, smaller.indices) == (10, 21, range(1, 10, 2))
 
 
 def test_an_iterable_has_no_other_batch_size():
-    dealt = partition_samples(list(_loader()))
-    assert dealt.rebatch is None
-    assert dealt.batch_size is None
+    partition = partition_samples(list(_loader()))
+    assert partition.rebatch is None
+    assert partition.batch_size is None
 
 
 @pytest.mark.parametrize("shard", [Shard(0, 1), Shard(0, 3), Shard(2, 3)])
 def test_every_process_previews_the_same_samples(shard):
-    dealt = partition_samples(_loader(sampler=range(5, 19)), shard=shard)
+    partition = partition_samples(_loader(sampler=range(5, 19)), shard=shard)
     for _ in range(2):
-        assert dealt.preview().tolist() == [5, 6, 7, 8]
+        assert partition.preview().tolist() == [5, 6, 7, 8]
     assert partition_samples(_loader(sampler=[3, 1]), shard=shard).preview().tolist() == [
         1,
         3,
         1,
         3,
     ]
-    assert _flat(dealt) == list(range(5, 19))[shard.rank :: shard.world_size]
+    assert _flat(partition) == list(range(5, 19))[shard.rank :: shard.world_size]
 
 
 @pytest.mark.parametrize("form", ["list", "generator", "stream"])
 def test_a_preview_takes_no_sample_away(form):
-    dealt = partition_samples(_iterable(form))
-    assert dealt.preview().tolist() == [0, 1, 2, 3]
-    assert _flat(dealt) == list(range(SAMPLES))
-    assert dealt.again == (form != "generator")
-    assert _flat(dealt) == (list(range(SAMPLES)) if dealt.again else [])
+    partition = partition_samples(_iterable(form))
+    assert partition.preview().tolist() == [0, 1, 2, 3]
+    assert _flat(partition) == list(range(SAMPLES))
+    assert partition.again == (form != "generator")
+    assert _flat(partition) == (list(range(SAMPLES)) if partition.again else [])
 
 
 @pytest.mark.parametrize("form", ["list", "generator", "stream"])
 def test_a_second_preview_takes_no_sample_away_either(form):
-    dealt = partition_samples(_iterable(form))
+    partition = partition_samples(_iterable(form))
     for _ in range(2):
-        assert dealt.preview().tolist() == [0, 1, 2, 3]
-    assert _flat(dealt) == list(range(SAMPLES))
+        assert partition.preview().tolist() == [0, 1, 2, 3]
+    assert _flat(partition) == list(range(SAMPLES))
 
 
 def test_an_empty_iterable_has_no_preview():

@@ -16,8 +16,8 @@ from lightning_fedfisher.curvature.dense import Dense
 from lightning_fedfisher.curvature.diagonal import Diagonal
 from lightning_fedfisher.curvature.embedding import EmbeddingEigenKronecker, EmbeddingKronecker
 from lightning_fedfisher.curvature.kronecker import EigenKronecker, Kronecker
-from lightning_fedfisher.extraction.extract import CURVATURE_TYPES
 from lightning_fedfisher.extraction.fisher_types import FISHER_TYPES
+from lightning_fedfisher.extraction.layer_report import CURVATURE_TYPES
 from lightning_fedfisher.merge.layer_loader import LayerLoader
 from lightning_fedfisher.merge.methods import METHODS
 from lightning_fedfisher.merge.objective import Quadratic

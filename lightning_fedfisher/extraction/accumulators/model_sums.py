@@ -1,213 +1,252 @@
-"""The sums of one extraction: what a pass over the samples adds up, for all kinds asked for."""
+"""The sums of one extraction: all layers of a model, for all curvatures asked for at once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_fedfisher.curvature.base import Curvature
 from lightning_fedfisher.curvature.kronecker import Eigenbased, Factored
-from lightning_fedfisher.curvature.registry import EIGENBASED, KINDS
-from lightning_fedfisher.extraction.accumulators.kronecker import (
-    Accumulator,
-    DenseAccumulator,
-    DiagonalAccumulator,
-    EmbeddingAccumulator,
-    GradientAccumulator,
-    KroneckerAccumulator,
-    SpectrumAccumulator,
-    written,
-)
-from lightning_fedfisher.extraction.backends.output_gradients import GradientCollector
-from lightning_fedfisher.extraction.backends.per_sample import FunctionalGradients
-from lightning_fedfisher.extraction.layer_report import CurvatureType, LayerReport, kind_of
+from lightning_fedfisher.curvature.registry import EIGEN_CORRECTED, KINDS
+from lightning_fedfisher.extraction.accumulators.base import Accumulator, GradientAccumulator
+from lightning_fedfisher.extraction.accumulators.dense import DenseAccumulator
+from lightning_fedfisher.extraction.accumulators.diagonal import DiagonalAccumulator
+from lightning_fedfisher.extraction.accumulators.embedding import EmbeddingAccumulator
+from lightning_fedfisher.extraction.accumulators.kronecker import KroneckerAccumulator
+from lightning_fedfisher.extraction.accumulators.per_sample_gradients import materialized_gradients
+from lightning_fedfisher.extraction.accumulators.spectrum import SpectrumAccumulator
+from lightning_fedfisher.extraction.backends.output_gradients import OutputGradients
+from lightning_fedfisher.extraction.backends.per_sample import PerSampleGradients
+from lightning_fedfisher.extraction.layer_report import CurvatureType, LayerReport, block_kind
 from lightning_fedfisher.extraction.tracing.model_trace import ModelTrace
-from lightning_fedfisher.extraction.tracing.recorder import LayerCall
+from lightning_fedfisher.extraction.tracing.recorder import LayerCall, LayerCallRecorder
 from lightning_fedfisher.layers import Layer
 
-# Uses kept for the eigenvalue correction before it takes a second pass instead.
-_KEPT_BYTES = 2**30
-_ACCUMULATORS: dict[str, type[Accumulator]] = {
+ACCUMULATORS: Mapping[str, type[Accumulator]] = {
+    "diagonal": DiagonalAccumulator,
+    "dense": DenseAccumulator,
     "kronecker": KroneckerAccumulator,
     "transposed_kronecker": KroneckerAccumulator,
     "embedding_kronecker": EmbeddingAccumulator,
-    "diagonal": DiagonalAccumulator,
-    "dense": DenseAccumulator,
 }
-# The factors whose eigenbases an eigenvalue-corrected kind stands in.
-_FACTORS = {corrected: factored for factored, corrected in EIGENBASED.items()}
+"""The accumulator of each kind of curvature. EKFAC's are made from those of its factors."""
 
-Total = Callable[[Tensor], Tensor]
+# Bytes of calls and gradients that are kept for EKFAC, to be used once the eigenbases are known. If
+# there are more, the samples are run a second time instead.
+_KEPT_BYTES = 2**30
+# The kind of the factors in whose eigenbases each eigenvalue-corrected kind is.
+_FACTORED = {corrected: factored for factored, corrected in EIGEN_CORRECTED.items()}
+
+Reduce = Callable[[Tensor], Tensor]
 
 
 class ModelAccumulator:
-    """Sums of second moments over samples, for one or more kinds of curvature at once.
+    """Sums over samples for every layer of a model and one or more kinds of curvature.
 
     Attributes:
-        needs_second_pass: whether the samples must be run again, after `turn`.
+        needs_second_pass: Whether the samples must be run again after `find_eigenbases`.
+
+    Example:
+        >>> import torch
+        >>> from lightning_fedfisher.extraction.tracing import ModelTracer
+        >>> from lightning_fedfisher.layers import find_layers
+        >>> model, batch = nn.Linear(2, 2, bias=False), torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+        >>> layers = find_layers(model)
+        >>> tracer = ModelTracer(model, layers)
+        >>> with tracer.watch():
+        ...     trace = tracer.trace(model(batch))
+        >>> sums = ModelAccumulator(model, layers, trace, ["diagonal"], lambda m, batch: m(batch))
+        >>> with sums.watch():
+        ...     logits = model(batch)
+        >>> sums.backward(batch, logits, [torch.ones(2, 2)])
+        >>> sums.finish("diagonal", lambda tensor: tensor, count=2)["weight"].diagonal()
+        tensor([[0.5000, 2.0000],
+                [0.5000, 2.0000]])
     """
 
     def __init__(
         self,
         model: nn.Module,
         layers: Sequence[Layer],
-        survey: ModelTrace,
+        trace: ModelTrace,
         curvatures: Sequence[CurvatureType],
         logits_of: Callable[[nn.Module, Any], Tensor],
     ) -> None:
         """Starts at zero.
 
         Args:
-            model: a throw-away copy in eval mode.
-            layers: of the model.
-            survey: of the model.
-            curvatures: kinds asked for.
-            logits_of: maps the model and a batch to logits.
+            model: A copy of the model in eval mode. Its parameters stop requiring gradients.
+            layers: All layers of the model.
+            trace: What a traced forward pass showed about the model.
+            curvatures: Curvatures that will be asked for.
+            logits_of: Maps the model and a batch to logits, samples first.
         """
         self._layers = layers
-        self._survey = survey
+        self._trace = trace
         parameters = dict(model.named_parameters())
-        self._moments: dict[tuple[str, str], Accumulator] = {}
+        self._accumulators: dict[tuple[str, str], Accumulator] = {}
         for layer in layers:
             for kind in {self._kind(c, layer) for c in curvatures}:
-                base = _FACTORS.get(kind, kind)
+                factored = _FACTORED.get(kind, kind)
                 like = parameters[layer.parameter_names[0]].detach()
-                self._moments.setdefault(
-                    (layer.name, base), _ACCUMULATORS[base](layer, KINDS[base], like)
+                self._accumulators.setdefault(
+                    (layer.name, factored), ACCUMULATORS[factored](layer, KINDS[factored], like)
                 )
         self._kept: list[tuple[Layer, Sequence[LayerCall | Tensor], int]] = []
         self._kept_bytes = 0
-        # By layer name, the kind of the factors; in the order in which all processes reduce them.
+        # Kind of the factors by layer name, in the order in which all processes reduce them.
         self._corrected = {
-            layer.name: _FACTORS[kind]
+            layer.name: _FACTORED[kind]
             for layer in layers
-            if "ekfac" in curvatures and (kind := self._kind("ekfac", layer)) in _FACTORS
+            if "ekfac" in curvatures and (kind := self._kind("ekfac", layer)) in _FACTORED
         }
         self._bases: dict[str, Eigenbased] = {}
         self._spectra: dict[str, SpectrumAccumulator] = {}
         self.needs_second_pass = False
         self._samples = 0
-        self.collector = GradientCollector(model, layers, survey, self._add)
-        others = [layer for layer in layers if layer.name not in survey.operations]
-        self._functional = FunctionalGradients(model, others, logits_of) if others else None
+        self._output_gradients = OutputGradients(model, layers, trace, self._add)
+        others = [layer for layer in layers if layer.name not in trace.layer_types]
+        self._per_sample = PerSampleGradients(model, others, logits_of) if others else None
 
-    def treatments(self, curvature: CurvatureType) -> tuple[LayerReport, ...]:
-        """How each layer is treated for a kind of curvature."""
-        found = []
-        for layer in self._layers:
-            kind, way = self._kind(curvature, layer), "hooks"
-            reason = self._survey.unseen.get(layer.name, "")
-            if reason:
-                way = "torch.func"
-            elif kind == "diagonal" and curvature != "diagonal":
-                title = self._survey.operations[layer.name][0].title
-                reason = f"{title} has no Kronecker factors"
-            found.append(LayerReport(layer, kind, way, reason))
-        return tuple(found)
+    def watch(self) -> LayerCallRecorder:
+        """Forgets the last forward pass, and gives the context manager to run the next one in."""
+        return self._output_gradients.watch()
 
     def backward(self, batch: Any, logits: Tensor, directions: Sequence[Tensor]) -> None:
-        """Back-propagates directions and adds their second moments.
+        """Back-propagates directions and adds up the second moments of their gradients.
 
         Args:
-            batch: that was run, all of its samples for the first time.
-            logits: of the forward pass that `collector` just watched.
-            directions: of the logits' shape: all that these samples have.
+            batch: The batch that was run, none of whose samples was run before.
+            logits: Result of the forward pass inside `watch`.
+            directions: Gradients at the logits, each of their shape: all that these samples have.
         """
         self._samples = len(logits)
-        self.collector.backward(logits, directions)
-        if self._functional is not None and not self._spectra:
+        self._output_gradients.backward(logits, directions)
+        if self._per_sample is not None and not self._spectra:
             for direction in directions:
-                for gradients in self._functional(batch, logits.detach(), direction):
+                for gradients in self._per_sample(batch, logits.detach(), direction):
                     for name, gradient in gradients.items():
-                        for moments in self._of(name):
-                            assert isinstance(moments, GradientAccumulator)
-                            moments.add_gradients(gradient)
+                        for accumulator in self._accumulators_of(name):
+                            assert isinstance(accumulator, GradientAccumulator)
+                            accumulator.add_gradients(gradient)
 
-    def _of(self, name: str) -> list[Accumulator]:
-        return [moments for (owner, _), moments in self._moments.items() if owner == name]
+    def find_eigenbases(self, total: Reduce, first: Reduce, count: int) -> None:
+        """Turns the factors of EKFAC into eigenbases, and starts their eigenvalues at zero.
 
-    def _add(self, layer: Layer, uses: Sequence[LayerCall]) -> None:
+        Args:
+            total: Adds a tensor up over all processes.
+            first: Gives every process the tensor of rank 0.
+            count: Number of samples of all processes together.
+        """
+        for name, kind in self._corrected.items():
+            factors = _finish(self._accumulators[name, kind], total, count)
+            assert isinstance(factors, Factored)
+            basis = factors.eigendecompose()
+            # Eigenbases are not unique, and all processes must use the same.
+            same = {field: first(tensor) for field, tensor in basis.tensors().items()}
+            self._bases[name] = type(basis).from_tensors(same, basis.shape)
+        self.begin_second_pass()
+
+    def add_kept(self) -> None:
+        """Adds what was kept for EKFAC to its eigenvalues, instead of a second pass."""
+        while self._kept:
+            layer, kept, samples = self._kept.pop()
+            spectrum = self._spectra[layer.name]
+            gradients = [item for item in kept if isinstance(item, Tensor)]
+            for chunk in gradients:
+                spectrum.add_gradients(chunk)
+            if not gradients:
+                spectrum.add([call for call in kept if isinstance(call, LayerCall)], samples)
+
+    def begin_second_pass(self) -> None:
+        """Starts EKFAC's eigenvalues at zero; from now on `backward` adds to nothing else."""
+        self._spectra = {name: SpectrumAccumulator(basis) for name, basis in self._bases.items()}
+
+    def finish(self, curvature: CurvatureType, total: Reduce, count: int) -> dict[str, Curvature]:
+        """Turns the sums into one kind of curvature.
+
+        Args:
+            curvature: One of the curvatures asked for.
+            total: Adds a tensor up over all processes.
+            count: Number of samples of all processes together.
+
+        Returns:
+            The block of every layer, by layer name.
+        """
+        blocks: dict[str, Curvature] = {}
+        for layer in self._layers:
+            kind = self._kind(curvature, layer)
+            blocks[layer.name] = _finish(
+                self._spectra[layer.name]
+                if kind in _FACTORED
+                else self._accumulators[layer.name, kind],
+                total,
+                count,
+            )
+        return blocks
+
+    def layer_reports(self, curvature: CurvatureType) -> tuple[LayerReport, ...]:
+        """Tells how each layer's block of a kind of curvature is computed.
+
+        Args:
+            curvature: One of the curvatures asked for.
+
+        Returns:
+            One report for each layer, in their order.
+        """
+        reports = []
+        for layer in self._layers:
+            kind, backend = self._kind(curvature, layer), "hooks"
+            reason = self._trace.unseen.get(layer.name, "")
+            if reason:
+                backend = "torch.func"
+            elif kind == "diagonal" and curvature != "diagonal":
+                title = self._trace.layer_types[layer.name][0].title
+                reason = f"{title} has no Kronecker factors"
+            reports.append(LayerReport(layer, kind, backend, reason))
+        return tuple(reports)
+
+    def _kind(self, curvature: CurvatureType, layer: Layer) -> str:
+        """Gives the kind of a layer's block."""
+        return block_kind(curvature, self._trace.layer_types.get(layer.name))
+
+    def _accumulators_of(self, name: str) -> list[Accumulator]:
+        """Gives the accumulators of a layer, one for each kind of block it gets."""
+        return [a for (owner, _), a in self._accumulators.items() if owner == name]
+
+    def _add(self, layer: Layer, calls: Sequence[LayerCall]) -> None:
+        """Adds the calls of a layer, once all their gradients have come back."""
         if self._spectra:
             if layer.name in self._spectra:
-                self._spectra[layer.name].add(uses, self._samples)
+                self._spectra[layer.name].add(calls, self._samples)
             return
-        owned = self._of(layer.name)
+        accumulators = self._accumulators_of(layer.name)
         keeps = layer.name in self._corrected and not self.needs_second_pass
-        wants = keeps or any(isinstance(moments, GradientAccumulator) for moments in owned)
-        gradients = written(uses, self._samples, layer.shape) if wants else None
-        for moments in owned:
-            if gradients is None or not isinstance(moments, GradientAccumulator):
-                moments.add(uses, self._samples)
+        wants = keeps or any(isinstance(a, GradientAccumulator) for a in accumulators)
+        gradients = materialized_gradients(calls, self._samples, layer.shape) if wants else None
+        for accumulator in accumulators:
+            if gradients is None or not isinstance(accumulator, GradientAccumulator):
+                accumulator.add(calls, self._samples)
             else:
-                for part in gradients:
-                    moments.add_gradients(part)
+                for chunk in gradients:
+                    accumulator.add_gradients(chunk)
         if keeps:
-            self._keep(layer, uses if gradients is None else gradients)
+            self._keep(layer, calls if gradients is None else gradients)
 
-    def _keep(self, layer: Layer, what: Sequence[LayerCall] | Sequence[Tensor]) -> None:
-        """Keeps uses or gradients for the eigenvalue correction, or gives up all of them."""
-        self._kept.append((layer, list(what), self._samples))
-        for item in what:
-            tensors = (item,) if isinstance(item, Tensor) else (item.inputs, item.gradient)
+    def _keep(self, layer: Layer, items: Sequence[LayerCall] | Sequence[Tensor]) -> None:
+        """Keeps calls or gradients for EKFAC, or drops all of them for a second pass."""
+        self._kept.append((layer, list(items), self._samples))
+        for item in items:
+            tensors = (item,) if isinstance(item, Tensor) else (item.inputs, item.gradients)
             self._kept_bytes += sum(t.numel() * t.element_size() for t in tensors)
         if self._kept_bytes > _KEPT_BYTES:
             self._kept.clear()
             self.needs_second_pass = True
 
-    def turn(self, total: Total, first: Total, count: int) -> None:
-        """Turns the factors into eigenbases, and starts their spectra at zero.
 
-        Args:
-            total: adds a tensor up over all processes.
-            first: the first process's tensor, on every process.
-            count: samples over all processes.
-        """
-        for name, kind in self._corrected.items():
-            factors = _finished(self._moments[name, kind], total, count)
-            assert isinstance(factors, Factored)
-            basis = factors.eigen()
-            # Bases are not unique: all processes must stand in the same.
-            same = {part: first(tensor) for part, tensor in basis.tensors().items()}
-            self._bases[name] = type(basis).from_tensors(same, basis.shape)
-        self.begin_second_pass()
-
-    def correct_kept(self) -> None:
-        """Adds the spectra of what was kept."""
-        while self._kept:
-            layer, what, samples = self._kept.pop()
-            spectrum = self._spectra[layer.name]
-            gradients = [item for item in what if isinstance(item, Tensor)]
-            for part in gradients:
-                spectrum.add_gradients(part)
-            if not gradients:
-                spectrum.add([u for u in what if isinstance(u, LayerCall)], samples)
-
-    def begin_second_pass(self) -> None:
-        """Starts the spectra at zero: what is back-propagated from now on is added to them."""
-        self._spectra = {name: SpectrumAccumulator(basis) for name, basis in self._bases.items()}
-
-    def finish(self, curvature: CurvatureType, total: Total, count: int) -> dict[str, Curvature]:
-        """The curvature of every layer.
-
-        Args:
-            curvature: one of the kinds asked for.
-            total: adds a tensor up over all processes.
-            count: samples over all processes.
-        """
-        blocks: dict[str, Curvature] = {}
-        for layer in self._layers:
-            kind = self._kind(curvature, layer)
-            corrected = kind in _FACTORS
-            moments = self._spectra[layer.name] if corrected else self._moments[layer.name, kind]
-            blocks[layer.name] = _finished(moments, total, count)
-        return blocks
-
-    def _kind(self, curvature: CurvatureType, layer: Layer) -> str:
-        return kind_of(curvature, self._survey.operations.get(layer.name))
-
-
-def _finished(moments: Accumulator, total: Total, count: int) -> Curvature:
-    """The curvature from all processes; of copies, because a reduction may work in place."""
-    return moments.finish({name: total(t.clone()) for name, t in moments.sums.items()}, count)
+def _finish(accumulator: Accumulator, total: Reduce, count: int) -> Curvature:
+    """Reduces copies of the sums, because a reduction may work in place, and makes a curvature."""
+    sums = {name: total(tensor.clone()) for name, tensor in accumulator.sums.items()}
+    return accumulator.finish(sums, count)

@@ -1,4 +1,4 @@
-"""Ways to per-sample gradients: hooks on outputs, `torch.func`, BackPACK.
+"""Three ways to per-sample gradients: hooks on outputs, `torch.func`, and BackPACK.
 
-May import: layer_types, tracing, layers, errors.
+May import: tracing, layer_types, curvature, layers, errors.
 """

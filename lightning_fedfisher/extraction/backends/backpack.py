@@ -1,14 +1,16 @@
-"""The diagonal Fisher through BackPACK, for the models it supports.
+"""Computes the diagonal Fisher by BackPACK, for the models it supports.
 
-The only file that imports BackPACK (Dangel et al., 2020). Its first-order extension is enough for
-every Fisher type, because a Fisher is the second moment of back-propagated residual directions, and
-it works wherever a layer's own gradient does: behind any activation, residual or concatenation.
+This is the only file that imports BackPACK (Dangel et al., 2020). Its first-order extension is
+enough for all Fisher types, since a Fisher is the second moment of back-propagated directions.
+
+`BackpackDiagonal` stands in for `ModelAccumulator` where the diagonal alone is asked for.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +19,9 @@ from backpack.context import CTX
 from backpack.extensions import SumGradSquared
 from torch import Tensor, nn
 
+from lightning_fedfisher.curvature.base import Curvature
+from lightning_fedfisher.curvature.diagonal import Diagonal
+from lightning_fedfisher.extraction.layer_report import CurvatureType, LayerReport
 from lightning_fedfisher.extraction.layer_types.conv_geometry import ConvGeometry
 from lightning_fedfisher.extraction.tracing.model_trace import ModelTrace
 from lightning_fedfisher.layers import Layer
@@ -26,30 +31,30 @@ _SUPPORTED = (nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, *_CONVO
 
 
 class BackpackError(RuntimeError):
-    """BackPACK turns out not to support the model after all."""
+    """Says that BackPACK does not support a model, which showed only when it ran."""
 
 
-def why_not(model: nn.Module, layers: Sequence[Layer], survey: ModelTrace) -> str | None:
-    """Why BackPACK has no right per-sample gradients of a model, or None if it has.
+def why_unsupported(model: nn.Module, layers: Sequence[Layer], trace: ModelTrace) -> str:
+    """Tells why BackPACK would give wrong per-sample gradients for a model, or none.
 
     Args:
-        model: in eval mode.
-        layers: of the model.
-        survey: of the same model.
+        model: The model in eval mode.
+        layers: All layers of the model.
+        trace: What a traced forward pass showed about the model.
 
     Returns:
-        The first reason found.
+        The first reason found. Empty if BackPACK supports the model.
     """
     for layer in layers:
         module = model.get_submodule(layer.module_name)
         kind = type(module)
-        if layer.name in survey.unseen:
-            return f"{layer.name}: {survey.unseen[layer.name]}"
+        if layer.name in trace.unseen:
+            return f"{layer.name}: {trace.unseen[layer.name]}"
         supported = any(isinstance(module, t) and kind.forward is t.forward for t in _SUPPORTED)
-        whole = {name for name, _ in module.named_parameters()}
-        if not supported or len(whole) != len(layer.parameters):
+        whole = len(list(module.parameters())) == len(layer.parameters)
+        if not supported or not whole:
             return f"{layer.name} is a {kind.__name__}"
-        if layer.name not in survey.plain:
+        if layer.name not in trace.plain:
             return (
                 f"{layer.name} runs more than once, or on an input that is of another precision or "
                 "does not have samples first"
@@ -59,62 +64,103 @@ def why_not(model: nn.Module, layers: Sequence[Layer], survey: ModelTrace) -> st
                 return f"{layer.name} has padding_mode={module.padding_mode!r}"
             if any(before != after for before, after in _padding(module)):
                 return f"{layer.name} has uneven padding"
-    return None
+    return ""
 
 
 class BackpackDiagonal:
-    """Sums of squared per-sample gradients that BackPACK saves on each parameter.
-
-    Attributes:
-        sums: for each layer the tensor ``values``, additive over batches and processes.
-    """
+    """Sums of the squared per-sample gradients that BackPACK saves on each parameter."""
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer]) -> None:
-        """Extends the layers' modules.
+        """Extends the modules of the layers.
 
         Args:
-            model: a throw-away copy in eval mode: BackPACK cannot be taken off again.
-            layers: the layers to collect.
+            model: A copy of the model in eval mode, to be thrown away, because what BackPACK does
+                to a module cannot be undone.
+            layers: All layers of the model.
         """
         self._layers = layers
         self._parameters = dict(model.named_parameters())
-        # A module that changes its input in place would invalidate BackPACK's backward hooks.
+        self._sums = {
+            layer.name: torch.zeros_like(layer.join(self._parameters)).detach() for layer in layers
+        }
         for module in model.modules():
+            # A change of an input in place would make BackPACK's backward hooks fail.
             if getattr(module, "inplace", False):
                 module.inplace = False  # type: ignore[assignment]
+            # BackPACK reads numbers only, and would take "same" or "valid" wrongly.
             if isinstance(module, _CONVOLUTIONS):
-                # BackPACK would read a padding given as a word wrongly.
                 module.padding = tuple(before for before, _ in _padding(module))
         known = len(CTX.hook_handles)
         for layer in layers:
             extend(model.get_submodule(layer.module_name))
-        # BackPACK keeps every handle it ever made, for good; these die with the copy.
+        # BackPACK keeps the handles of all hooks it ever made, and with them every extended model.
         del CTX.hook_handles[known:]
-        self.sums = {
-            layer.name: {"values": torch.zeros_like(layer.join(self._parameters)).detach()}
-            for layer in layers
-        }
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Gives the context manager to run a forward pass in.
+
+        Raises:
+            BackpackError: If an output of a layer is changed in place.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            # PyTorch has no type for this error: its own full backward hooks, which BackPACK uses,
+            # do not allow a change in place of what they return.
+            if "BackwardHookFunction" not in str(error):
+                raise
+            raise BackpackError("an output is changed in place") from error
 
     def backward(self, batch: Any, logits: Tensor, directions: Sequence[Tensor]) -> None:
-        """Back-propagates directions and adds what they leave on each parameter.
+        """Back-propagates directions and adds up the squares of their per-sample gradients.
 
         Args:
-            batch: not needed.
-            logits: of the batch whose forward pass just ran.
-            directions: of the logits' shape.
+            batch: The batch that was run; not needed.
+            logits: Result of the forward pass inside `watch`.
+            directions: Gradients at the logits, each of their shape.
+
+        Raises:
+            BackpackError: If a parameter is used without its module.
         """
         for index, direction in enumerate(directions):
             more = index + 1 < len(directions)
             with backpack(SumGradSquared(), retain_graph=more), warnings.catch_warnings():
-                # A first layer's hook fires without gradients at its input, which it does not need.
+                # The first layer's hook fires without gradients at its input, which need none.
                 warnings.filterwarnings("ignore", "Full backward hook is firing")
-                # A sum over samples, so that BackPACK's fields carry no 1 / samples.
+                # A plain sum over samples, so that nothing is divided by their number.
                 torch.autograd.backward(logits, direction, retain_graph=more)
             for layer in self._layers:
-                self.sums[layer.name]["values"] += layer.join(self._take(layer))
+                self._sums[layer.name] += layer.join(self._take(layer))
+
+    def finish(
+        self, curvature: CurvatureType, total: Callable[[Tensor], Tensor], count: int
+    ) -> dict[str, Curvature]:
+        """Turns the sums into a curvature.
+
+        Args:
+            curvature: Always ``"diagonal"``.
+            total: Adds a tensor up over all processes.
+            count: Number of samples of all processes together.
+
+        Returns:
+            The block of every layer, by layer name.
+        """
+        return {name: Diagonal(total(values) / count) for name, values in self._sums.items()}
+
+    def layer_reports(self, curvature: CurvatureType) -> tuple[LayerReport, ...]:
+        """Tells that all layers are computed by BackPACK.
+
+        Args:
+            curvature: Always ``"diagonal"``.
+
+        Returns:
+            One report for each layer, in their order.
+        """
+        return tuple(LayerReport(layer, curvature, "backpack") for layer in self._layers)
 
     def _take(self, layer: Layer) -> dict[str, Tensor]:
-        """Takes what was saved off the layer's parameters, by parameter name."""
+        """Takes what BackPACK saved off the parameters of a layer, by parameter name."""
         taken = {}
         for name in layer.parameter_names:
             parameter = self._parameters[name]
@@ -126,6 +172,7 @@ class BackpackDiagonal:
 
 
 def _padding(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[tuple[int, int], ...]:
-    """Zeros before and after, in each spatial dimension, where the padding may be a word."""
-    window = ConvGeometry.of(module.kernel_size, module.stride, module.padding, module.dilation)
-    return window.padding
+    """Gives the zeros before and after each spatial dimension, in numbers."""
+    return ConvGeometry.from_arguments(
+        module.kernel_size, module.stride, module.padding, module.dilation
+    ).padding

@@ -1,21 +1,21 @@
-"""Gradients at the outputs of watched calls, delivered layer by layer while they come back."""
+"""Collects gradients at the outputs of a layer's calls by hooks: the backend of known layers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
 
 from lightning_fedfisher.extraction.layer_types.base import LayerType
-from lightning_fedfisher.extraction.layer_types.registry import FunctionCall
-from lightning_fedfisher.extraction.tracing.model_trace import BatchAxis, ModelTrace
+from lightning_fedfisher.extraction.tracing.batch_axis import BatchAxis
+from lightning_fedfisher.extraction.tracing.model_trace import ModelTrace
 from lightning_fedfisher.extraction.tracing.recorder import (
     LayerCall,
     LayerCallRecorder,
+    WatchedCall,
     edges_to_leaves,
 )
 from lightning_fedfisher.layers import Layer
@@ -26,63 +26,72 @@ _DIFFERENT = (
     "forward passes of different batches call different layers, or in another order: which samples "
     "a layer has seen cannot be told"
 )
-_Arrived = dict[int, tuple[LayerType, Tensor, list[Tensor]]]  # by the call's place
+# What came back to the calls of one layer, by the place of the call in the forward pass: what it
+# computes, its input, and a gradient for each direction so far.
+_Arrived = dict[int, tuple[LayerType, Tensor, list[Tensor]]]
 
 
-def _uses(arrived: _Arrived) -> list[LayerCall]:
-    """Uses whose gradients are complete, or that no further gradient reaches."""
-    return [
-        LayerCall(operation, inputs, torch.stack(gradients))
-        for operation, inputs, gradients in arrived.values()
-    ]
+class OutputGradients:
+    """Gives the calls of each layer with their gradients, as soon as a backward pass has them.
 
-
-class GradientCollector(LayerCallRecorder):
-    """Delivers every layer's uses with the gradients of a backward pass, as soon as complete."""
+    Example:
+        >>> from lightning_fedfisher.extraction.tracing import ModelTracer
+        >>> from lightning_fedfisher.layers import find_layers
+        >>> model, batch = nn.Linear(2, 1), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> layers = find_layers(model)
+        >>> tracer = ModelTracer(model, layers)
+        >>> with tracer.watch():
+        ...     trace = tracer.trace(model(batch))
+        >>> collector = OutputGradients(model, layers, trace, lambda layer, calls: print(calls))
+        >>> with collector.watch():
+        ...     logits = model(batch)
+        >>> collector.backward(logits, [torch.tensor([[1.0], [5.0]])])
+        [LayerCall(layer_type=Linear(has_bias=True), inputs=tensor([[1., 2.],
+                [3., 4.]]), gradients=tensor([[[1.],
+                 [5.]]]))]
+    """
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[Layer], survey: ModelTrace, deliver: Deliver
+        self, model: nn.Module, layers: Sequence[Layer], trace: ModelTrace, deliver: Deliver
     ) -> None:
-        """Takes the parameters out of the graph.
+        """Takes the parameters out of the autograd graph.
 
         Args:
-            model: a throw-away copy: its parameters stop requiring gradients.
-            layers: of the model; those that the survey saw fully are collected.
-            survey: of the same model.
-            deliver: called with each layer and its uses, once for each backward pass.
+            model: A copy of the model. Its parameters stop requiring gradients.
+            layers: Layers of the model. Those in `trace.layer_types` are collected.
+            trace: What a traced forward pass showed about the model.
+            deliver: Called with each layer and its calls, once for each `backward`.
         """
-        super().__init__(model, layers)
-        # Gradients at the outputs are all that is needed: back-propagation to the weights is
-        # a third of the work of a training step, and is never asked for.
+        # Gradients at the outputs are all that is needed. Gradients of the weights would be a third
+        # of the work of a training step.
         model.requires_grad_(False)
+        self._recorder = LayerCallRecorder(model, layers, self._on_layer_call)
         self._dtype = next(model.parameters()).dtype
-        self._expected_calls, self._layouts = survey.calls, survey.layouts
-        self._seen = survey.operations.keys()
+        self._trace = trace
         self._deliver = deliver
-        self.anew()
+        self._forget()
 
-    def anew(self) -> Self:
-        """Forgets the last forward pass; to be entered for the next."""
-        self._calls = 0
-        self._expected: dict[str, int] = {}
-        self._arrived: dict[str, tuple[Layer, _Arrived]] = {}
-        self._complete: dict[str, int] = {}
-        self._samples = self._directions = 0
-        return self
+    def watch(self) -> LayerCallRecorder:
+        """Forgets the last forward pass, and gives the context manager to run the next one in."""
+        self._forget()
+        return self._recorder
 
     def backward(self, logits: Tensor, directions: Sequence[Tensor]) -> None:
-        """Back-propagates directions through the forward pass just watched, one by one.
+        """Back-propagates directions through the forward pass that was just watched.
 
         Args:
-            logits: its result, samples first.
-            directions: of the logits' shape.
+            logits: Its result, samples first.
+            directions: Gradients at the logits, each of their shape. Each takes a backward pass.
+
+        Raises:
+            ValueError: If the forward pass did not call the same layers as the traced one.
         """
-        if self._calls != len(self._layouts):
+        if self._calls != len(self._trace.calls):
             raise ValueError(_DIFFERENT)
         self._samples, self._directions = len(logits), len(directions)
-        leaves = _leaves(logits)
+        leaves = list({id(leaf): leaf for _, leaf in edges_to_leaves(logits)}.values())
         for index, direction in enumerate(directions if leaves else ()):
-            # The result is not looked at: the hooks that run on the way collect what is needed.
+            # Only the hooks that run on the way matter, and not the result.
             torch.autograd.grad(
                 logits,
                 leaves,
@@ -90,68 +99,76 @@ class GradientCollector(LayerCallRecorder):
                 retain_graph=index + 1 < len(directions),
                 allow_unused=True,
             )
-        for layer, uses in self._arrived.values():  # no gradient reaches some of their uses
-            self._deliver(layer, _uses(uses))
-        self.anew()
+        for layer, arrived in self._arrived.values():  # no gradient reaches some of their calls
+            self._deliver(layer, _layer_calls(arrived))
+        self._forget()
 
-    @override
-    def _follow(
-        self,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        call: FunctionCall,
-        uses: list[tuple[Layer, LayerType]],
-    ) -> Any:
-        output = func(*args, **kwargs)
-        names = tuple(layer.name for layer, _ in uses)
-        if self._expected_calls[self._calls : self._calls + 1] != (names,):
+    def _forget(self) -> None:
+        """Starts anew, before a forward pass."""
+        self._calls = 0  # so far
+        self._expected: dict[str, int] = {}  # calls of each layer
+        self._arrived: dict[str, tuple[Layer, _Arrived]] = {}
+        self._complete: dict[str, int] = {}  # gradients of each layer
+        self._samples = self._directions = 0
+
+    def _on_layer_call(self, call: WatchedCall) -> Any:
+        """Makes a call, and hooks its output if it is one to be collected."""
+        output, place = call.run(), self._calls
+        if self._trace.calls[place : place + 1] != (call.layer_names,):
             raise ValueError(_DIFFERENT)
-        layout, place = self._layouts[self._calls], self._calls
         self._calls += 1
-        uses = [(layer, operation) for layer, operation in uses if layer.name in self._seen]
-        if layout is None or not uses:
+        batch_axis = self._trace.batch_axes[place]
+        layers = [
+            (layer, layer_type)
+            for layer, layer_type in call.layers
+            if layer.name in self._trace.layer_types
+        ]
+        if batch_axis is None or not layers:
             return output
         if not output.requires_grad:
             # A clone, because an in-place activation must not write to a leaf.
             output = output.detach().requires_grad_().clone()
-        for layer, _ in uses:
+        for layer, _ in layers:
             self._expected[layer.name] = self._expected.get(layer.name, 0) + 1
-        inputs = call.inputs.detach()
-        # On the tensor rather than the module: it then sees the gradient before any in-place
-        # change of the output.
-        output.register_hook(partial(self._arrive, place, layout, inputs, uses))
+        inputs = call.arguments.inputs.detach()
+        # On the tensor rather than on the module, so that the gradient is the one at the output
+        # before any change in place.
+        output.register_hook(partial(self._arrive, place, batch_axis, inputs, layers))
         return output
 
     def _arrive(
         self,
         place: int,
-        layout: BatchAxis,
+        batch_axis: BatchAxis,
         inputs: Tensor,
-        uses: list[tuple[Layer, LayerType]],
+        layers: Sequence[tuple[Layer, LayerType]],
         gradient: Tensor,
     ) -> None:
-        if not layout.fits(inputs, self._samples):
-            names = ", ".join(layer.name for layer, _ in uses)
+        """Takes a gradient at the output of a call, and delivers layers that have all of theirs."""
+        if not batch_axis.fits(inputs, self._samples):
+            names = ", ".join(layer.name for layer, _ in layers)
             raise ValueError(
                 f"the input of {names} has shape {tuple(inputs.shape)} for {self._samples} "
                 "samples: its samples were found elsewhere in the first batch"
             )
-        inputs = layout.samples_first(inputs, self._samples)
-        gradient = layout.samples_first(gradient, self._samples).to(self._dtype)
-        if inputs.is_floating_point():  # in less where the model opens autocast itself
+        inputs = batch_axis.samples_first(inputs, self._samples)
+        gradient = batch_axis.samples_first(gradient, self._samples).to(self._dtype)
+        if inputs.is_floating_point():  # of lower precision where the model opens autocast itself
             inputs = inputs.to(self._dtype)
-        for layer, operation in uses:
+        for layer, layer_type in layers:
             _, arrived = self._arrived.setdefault(layer.name, (layer, {}))
-            _, _, gradients = arrived.setdefault(place, (operation, inputs, []))
+            _, _, gradients = arrived.setdefault(place, (layer_type, inputs, []))
             gradients.append(gradient)
-            done = self._complete.get(layer.name, 0) + 1
-            self._complete[layer.name] = done
-            if done == self._expected[layer.name] * self._directions:
-                self._deliver(layer, _uses(arrived))
+            complete = self._complete.get(layer.name, 0) + 1
+            self._complete[layer.name] = complete
+            if complete == self._expected[layer.name] * self._directions:
+                self._deliver(layer, _layer_calls(arrived))
                 del self._arrived[layer.name]
 
 
-def _leaves(output: Tensor) -> list[Tensor]:
-    """What a tensor depends on at the start of its graph."""
-    return list({id(leaf): leaf for _, leaf in edges_to_leaves(output)}.values())
+def _layer_calls(arrived: _Arrived) -> list[LayerCall]:
+    """Puts the gradients of each call together."""
+    return [
+        LayerCall(layer_type, inputs, torch.stack(gradients))
+        for layer_type, inputs, gradients in arrived.values()
+    ]

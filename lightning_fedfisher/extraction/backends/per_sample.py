@@ -1,8 +1,8 @@
-"""Per-sample gradients of any parameters, by running the model on each sample alone.
+"""Computes per-sample gradients by `torch.func`: the backend of parameters used in unknown ways.
 
-The way for parameters whose use is not known (see `uses`): class tokens, positions, layer scales,
-recurrent weights, tied weights. All samples run at once through `torch.func.vmap`, or one after the
-other where the model does something that has no batched form.
+The model is run on each sample alone. That works for every parameter: class tokens, position
+embeddings, layer scales, recurrent weights, tied weights. All samples run at once by
+`torch.func.vmap`, or one after the other if the model does something that has no batched form.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
-from torch.overrides import TorchFunctionMode
+from torch.overrides import BaseTorchFunctionMode
 
 from lightning_fedfisher.errors import UnsupportedModelError
 from lightning_fedfisher.extraction.batches import (
@@ -24,12 +24,21 @@ from lightning_fedfisher.extraction.batches import (
 )
 from lightning_fedfisher.layers import Layer
 
-# Numbers of gradients held at a time.
-_CHUNK = 2**25
+# Entries of the per-sample gradients that are held at a time: 128 MB in float32.
+_CHUNK_NUMEL = 2**25
 
 
-class FunctionalGradients:
-    """Per-sample gradients of some layers of a model."""
+class PerSampleGradients:
+    """Per-sample gradients of some layers of a model.
+
+    Example:
+        >>> from lightning_fedfisher.layers import find_layers
+        >>> model, batch = nn.Linear(2, 1), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> gradients = PerSampleGradients(model, find_layers(model), lambda m, batch: m(batch))
+        >>> (found,) = gradients(batch, model(batch).detach(), torch.ones(2, 1))
+        >>> {name: tensor.tolist() for name, tensor in found.items()}
+        {'weight': [[[1.0, 2.0, 1.0]], [[3.0, 4.0, 1.0]]]}
+    """
 
     def __init__(
         self,
@@ -40,11 +49,11 @@ class FunctionalGradients:
         """Keeps the model; changes nothing.
 
         Args:
-            model: in eval mode.
-            layers: whose gradients are wanted.
-            logits_of: maps the model and a batch to logits, samples first.
+            model: The model in eval mode.
+            layers: Layers whose gradients are wanted.
+            logits_of: Maps the model and a batch to logits, samples first.
         """
-        self._whole = _Whole(model, logits_of)
+        self._module = _LogitsModule(model, logits_of)
         self._layers = layers
         parameters = dict(model.named_parameters())
         self._parameters = {
@@ -57,18 +66,18 @@ class FunctionalGradients:
     def __call__(
         self, batch: Any, logits: Tensor, directions: Tensor
     ) -> Iterator[dict[str, Tensor]]:
-        """Gradients of ``<logits, direction>``, sample by sample.
+        """Computes the gradient of ``<logits, direction>`` for each sample.
 
         Args:
-            batch: whose tensors run over samples first.
-            logits: of the whole batch, to compare with.
-            directions: of the logits' shape.
+            batch: A batch whose tensors run over samples first.
+            logits: Logits of the whole batch, to compare with those of each sample alone.
+            directions: A tensor of the shape of the logits, with one direction for each sample.
 
         Yields:
-            ``(samples, out, in)`` by layer name, for some samples after the others.
+            Tensors of shape ``(samples, rows, columns)`` by layer name, chunk by chunk of samples.
 
         Raises:
-            MixedSamplesError: if a sample's logits depend on the others of its batch.
+            MixedSamplesError: If a sample's logits depend on the other samples of its batch.
         """
         samples = len(logits)
         tensors: list[Tensor] = []
@@ -84,12 +93,12 @@ class FunctionalGradients:
         ) -> tuple[Tensor, Tensor]:
             remaining = iter(own)
             one = map_samples(batch, samples, lambda _: next(remaining).unsqueeze(0))
-            result = functional_call(self._whole, dict(parameters), (one,))
+            result = functional_call(self._module, dict(parameters), (one,))
             if len(result) != 1:
                 raise MixedSamplesError
             return (result[0] * direction).sum(), result[0].detach()
 
-        step = max(1, _CHUNK // sum(p.numel() for p in self._parameters.values()))
+        step = max(1, _CHUNK_NUMEL // sum(p.numel() for p in self._parameters.values()))
         for start in range(0, samples, step):
             here = slice(start, start + step)
             found, alone = self._run(scalar, [t[here] for t in tensors], directions[here])
@@ -111,7 +120,7 @@ class FunctionalGradients:
         tensors: Sequence[Tensor],
         directions: Tensor,
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Gradients and logits of some samples: all at once, or one by one if that cannot be."""
+        """Computes gradients and logits of some samples, one by one if not all at once."""
         if self._batched:
             every = vmap(grad(scalar, has_aux=True), in_dims=(None, 0, 0), randomness="different")
             try:
@@ -142,24 +151,8 @@ class FunctionalGradients:
         return stacked, torch.stack(logits)
 
 
-class _SlowPath(TorchFunctionMode):
-    """Changes nothing, but keeps attention from its fast path over nested tensors.
-
-    These have no per-sample gradients, and modules leave that path where a mode is active.
-    """
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        return func(*args, **(kwargs or {}))
-
-
-class _Whole(nn.Module):
-    """A model and how to get logits from it, as one module."""
+class _LogitsModule(nn.Module):
+    """A model and the way to get logits from it, as one module."""
 
     def __init__(self, model: nn.Module, logits_of: Callable[[nn.Module, Any], Tensor]) -> None:
         super().__init__()
@@ -167,5 +160,8 @@ class _Whole(nn.Module):
         self._logits_of = logits_of
 
     def forward(self, batch: Any) -> Tensor:
-        with _SlowPath():
+        # Attention has a fast path over nested tensors, which have no per-sample gradients. It is
+        # not taken where a mode is active, even one that changes nothing. The switch of
+        # `torch.backends.mha` would do the same for all threads of the process.
+        with BaseTorchFunctionMode():
             return self._logits_of(self.model, batch)

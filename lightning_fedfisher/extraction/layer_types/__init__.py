@@ -1,4 +1,22 @@
-"""How a call of each type of layer becomes a gradient.
+"""The types of layer whose weights are understood: how a call of each becomes gradients.
 
-Add a layer type here: one file, and a row of the registry. May import: layers, errors.
+To add one, write one file and add a row to `READERS` (see `registry`). May import: errors.
 """
+
+from lightning_fedfisher.extraction.layer_types.base import (
+    FunctionCall,
+    KroneckerLayer,
+    LayerType,
+    SparseLayer,
+)
+from lightning_fedfisher.extraction.layer_types.registry import READERS, open_attention, read_call
+
+__all__ = [
+    "READERS",
+    "FunctionCall",
+    "KroneckerLayer",
+    "LayerType",
+    "SparseLayer",
+    "open_attention",
+    "read_call",
+]

@@ -1,14 +1,24 @@
-"""What a call does with a layer's weights, as far as its gradient goes.
+"""What every type of layer tells: how one of its calls turns into per-sample gradients.
 
-A call of a linear map with matrix ``W`` (the bias its last column) has for each sample the gradient
-``rows @ columns'``. For a Linear the rows are the gradients at its outputs and the columns its
-inputs, over all positions; for a convolution the columns are patches of the input; for a transposed
-convolution the rows are its inputs and the columns patches of the gradient; an embedding has tokens
-for rows. Normalisations have a gradient for each channel alone.
+The matrix ``W`` of a layer has shape ``(rows, columns)``, its bias being the last column. For one
+sample, the gradient of the loss with respect to ``W`` is a sum over positions ``t`` (pixels or
+tokens; a plain vector has one) of the outer products ``r_t c_t'``. Each layer type says what ``r``
+and ``c`` are:
 
-Inputs run over samples first, or over ``samples * frames`` with the frames of a sample next to each
-other. Gradients have one dimension before that: several may have been back-propagated through the
-same forward pass.
+======================  ==================================  ================================
+layer type              ``r``, one entry a row               ``c``, one entry a column
+======================  ==================================  ================================
+Linear                  gradient at the output               input
+Convolution             gradient at the output               patch of the input
+TransposedConvolution   input                                patch of the gradient
+Embedding               which token, as a unit vector        gradient at the output
+======================  ==================================  ================================
+
+The scale of a normalisation has no such product: each of its entries has a gradient of its own.
+
+Two conventions hold in all layer types. The first dimension of inputs runs over samples, or over
+``samples * frames`` with the frames of one sample next to each other. Gradients have one more
+dimension, before that one: several directions may be back-propagated through one forward pass.
 """
 
 from __future__ import annotations
@@ -20,342 +30,266 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from typing_extensions import override
-
-from lightning_fedfisher.extraction.layer_types.conv_geometry import ConvGeometry
 
 
 class LayerType(ABC):
-    """One use of a layer in a forward pass."""
+    """What one call of a layer computes, as far as the gradient of its weights needs it.
+
+    Subclass this for a layer without Kronecker factors: it then gets an exact diagonal block.
+    Subclass `KroneckerLayer` where the gradient is a product of two sides, and `SparseLayer` where
+    most of its rows are zero.
+
+    Example:
+        A parameter that every feature is multiplied by, as in ``x * scale``:
+
+        >>> class Scale(LayerType):
+        ...     title = "a scale"
+        ...
+        ...     def per_sample_gradients(self, inputs, gradients, samples):
+        ...         return (gradients * inputs).transpose(0, 1).flatten(0, 1).unsqueeze(2)
+        >>> inputs, gradients = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.ones(1, 2, 2)
+        >>> Scale().per_sample_gradients(inputs, gradients, samples=2).tolist()
+        [[[1.0], [2.0]], [[3.0], [4.0]]]
+    """
 
     title: ClassVar[str] = ""
-    """What to call it in a report, where it has no Kronecker factors."""
+    """Name in reports that say why a layer has no Kronecker factors, such as "a scale or shift"."""
 
     kind: ClassVar[str] = "diagonal"
-    """Kind of curvature that K-FAC gives it: a key of `lightning_fedfisher.curvature.KINDS`."""
+    """Kind of block that a K-FAC extraction gives the layer: a key of `curvature.KINDS`."""
 
-    def leading(self, dimensions: int) -> int:
-        """How many first dimensions of an input may run over samples.
+    def sample_axes(self, ndim: int) -> int:
+        """Counts the leading dimensions of an input among which samples may be.
 
         Args:
-            dimensions: the input has.
+            ndim: Number of dimensions of the input.
+
+        Returns:
+            A number from 1 to ``ndim``. 1 if samples can only be in the first dimension.
         """
         return 1
 
-    @abstractmethod
-    def per_sample(self, inputs: Tensor, gradient: Tensor, samples: int) -> Tensor:
-        """Gradient of each sample with respect to the layer's matrix.
+    def channel_axis(self, ndim: int) -> int | None:
+        """Finds the dimension of inputs and outputs that the layer's matrix maps.
 
         Args:
-            inputs: of the call.
-            gradient: those at its output, ``(directions, *output.shape)``.
-            samples: how many there are.
+            ndim: Number of dimensions of the input.
 
         Returns:
-            Of shape ``(samples * directions, out, in)``, in any order of the first.
+            The index of the dimension, or None if the layer does not map outputs of other layers
+            to outputs of its own by its matrix.
+        """
+        return None
+
+    def is_outer_product(self, inputs: Tensor, samples: int) -> bool:
+        """Tells whether the gradient of one sample is the outer product of just two vectors.
+
+        Args:
+            inputs: Input of the call.
+            samples: Number of samples in it.
+        """
+        return False
+
+    @abstractmethod
+    def per_sample_gradients(self, inputs: Tensor, gradients: Tensor, samples: int) -> Tensor:
+        """Computes the gradient of each sample with respect to the layer's matrix.
+
+        Args:
+            inputs: Input of the call, of shape ``(samples * frames, ...)``.
+            gradients: Gradients at its output, of shape ``(directions, *output.shape)``.
+            samples: Number of samples.
+
+        Returns:
+            A tensor of shape ``(samples * directions, rows, columns)``. Its first dimension may be
+            in any order, because only sums over it are ever needed.
         """
 
-    def unfolded(self, inputs: Tensor, gradient: Tensor) -> int:
-        """About how many numbers the call's inputs and gradient grow to on the way."""
-        return max(inputs.numel(), gradient.numel())
+    def peak_numel(self, inputs: Tensor, gradients: Tensor) -> int:
+        """Estimates the size of the largest intermediate tensor of a call.
+
+        Args:
+            inputs: Input of the call.
+            gradients: Gradients at its output, of shape ``(directions, *output.shape)``.
+
+        Returns:
+            A number of entries; chunks of samples are chosen by it.
+        """
+        return max(inputs.numel(), gradients.numel())
 
 
 class KroneckerLayer(LayerType):
-    """A use whose gradient is ``rows @ columns'``."""
+    """A call whose per-sample gradient is a sum over positions of outer products.
+
+    One side of the products comes from the call's input, the other from the gradient at its output.
+    The second moments of the two sides are the factors of K-FAC.
+    """
 
     kind: ClassVar[str] = "kronecker"
+
     inputs_are_rows: ClassVar[bool] = False
-    """Whether rows come from the inputs and columns from the gradient, rather than vice versa."""
+    """Whether the rows of the layer's matrix belong to its inputs, rather than to its outputs."""
 
     @abstractmethod
-    def from_inputs(self, inputs: Tensor, samples: int) -> Tensor:
-        """What the inputs contribute: ``(samples, features, positions)``."""
-
-    def positions(self, inputs: Tensor, gradient: Tensor) -> int:
-        """How often the layer is applied, over all samples.
+    def unfold_inputs(self, inputs: Tensor, samples: int) -> Tensor:
+        """Arranges the input of a call by position.
 
         Args:
-            inputs: of the call.
-            gradient: one at its output.
+            inputs: Input of the call, of shape ``(samples * frames, ...)``.
+            samples: Number of samples.
 
         Returns:
-            The number of positions.
+            A tensor of shape ``(samples, features, positions)``; a feature of ones is the last if
+            the matrix has a bias column.
+        """
+
+    @abstractmethod
+    def unfold_gradient(self, gradient: Tensor, samples: int) -> Tensor:
+        """Arranges a gradient at the output of a call by position.
+
+        Args:
+            gradient: One gradient, of the output's shape ``(samples * frames, ...)``.
+            samples: Number of samples.
+
+        Returns:
+            A tensor of shape ``(samples, features, positions)``.
+        """
+
+    def unfold_gradients(self, gradients: Tensor, samples: int) -> Tensor:
+        """Arranges the gradients of all directions by position.
+
+        Args:
+            gradients: Gradients at the output, of shape ``(directions, *output.shape)``.
+            samples: Number of samples.
+
+        Returns:
+            A tensor of shape ``(directions * samples, features, positions)``.
+        """
+        return self.unfold_gradient(gradients.flatten(0, 1), len(gradients) * samples)
+
+    def count_positions(self, inputs: Tensor, gradient: Tensor) -> int:
+        """Counts how often the layer's matrix is applied, over all samples together.
+
+        Args:
+            inputs: Input of the call.
+            gradient: One gradient at its output.
+
+        Returns:
+            The number of positions of one sample, times the number of samples.
         """
         per_channel = inputs if self.inputs_are_rows else gradient
         return per_channel.numel() // per_channel.shape[1]
 
+    def unfold_both(self, inputs: Tensor, gradients: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+        """Arranges both sides of a call by position, sample by sample.
+
+        Args:
+            inputs: Input of the call.
+            gradients: Gradients at its output, of shape ``(directions, *output.shape)``.
+            samples: Number of samples.
+
+        Returns:
+            The inputs, of shape ``(samples, features, positions)``, and the gradients, of shape
+            ``(samples, directions * features, positions)``.
+        """
+        unfolded = self.unfold_gradients(gradients, samples)
+        if len(gradients) > 1:
+            unfolded = unfolded.view(len(gradients), samples, *unfolded.shape[1:])
+            unfolded = unfolded.transpose(0, 1).flatten(1, 2)
+        return self.unfold_inputs(inputs, samples), unfolded
+
+    def outer_products(self, inputs: Tensor, gradients: Tensor, directions: int) -> Tensor:
+        """Multiplies the two sides into per-sample gradients.
+
+        Args:
+            inputs: Unfolded inputs, of shape ``(samples, features, positions)``.
+            gradients: Unfolded gradients, of shape ``(samples, directions * features, positions)``.
+            directions: Number of directions.
+
+        Returns:
+            A tensor of shape ``(samples * directions, rows, columns)``.
+        """
+        products = (gradients @ inputs.mT).reshape(len(inputs) * directions, -1, inputs.shape[1])
+        return products.mT if self.inputs_are_rows else products
+
+    @override
+    def per_sample_gradients(self, inputs: Tensor, gradients: Tensor, samples: int) -> Tensor:
+        unfolded, unfolded_gradients = self.unfold_both(inputs, gradients, samples)
+        return self.outer_products(unfolded, unfolded_gradients, len(gradients))
+
+
+class SparseLayer(LayerType):
+    """A call whose per-sample gradient has few rows that are not zero, as of an embedding.
+
+    Such gradients are never written out as a whole.
+    """
+
     @abstractmethod
-    def from_one(self, gradient: Tensor, samples: int) -> Tensor:
-        """What one gradient contributes: ``(samples, features, positions)``."""
-
-    def from_gradient(self, gradient: Tensor, samples: int) -> Tensor:
-        """What the gradients contribute: ``(directions * samples, features, positions)``."""
-        return self.from_one(gradient.flatten(0, 1), len(gradient) * samples)
-
-    def sides(self, inputs: Tensor, gradient: Tensor, samples: int) -> tuple[Tensor, Tensor]:
-        """Both sides, the directions of a sample stacked on the side of the gradient.
+    def nonzero_rows(
+        self, inputs: Tensor, gradients: Tensor, samples: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Finds the rows of per-sample gradients that may not be zero.
 
         Args:
-            inputs: of the call.
-            gradient: those at its output.
-            samples: how many there are.
+            inputs: Input of the call, of shape ``(samples, ...)``.
+            gradients: Gradients at the output, of shape ``(directions, *output.shape)``.
+            samples: Number of samples.
 
         Returns:
-            ``(samples, features, positions)`` from the inputs, and
-            ``(samples, directions * features, positions)`` from the gradients.
+            Three tensors with an entry for each such row: the number of the pair of direction and
+            sample whose gradient it is part of, its place in the matrix, and its entries, of shape
+            ``(columns,)``. Rows of the same pair at the same place are to be added.
         """
-        given = self.from_gradient(gradient, samples)
-        if len(gradient) > 1:
-            given = given.view(len(gradient), samples, *given.shape[1:])
-            given = given.transpose(0, 1).flatten(1, 2)
-        return self.from_inputs(inputs, samples), given
-
-    def product(self, given: Tensor, inputs: Tensor, directions: int) -> Tensor:
-        """Per-sample gradients from the two sides.
-
-        Args:
-            given: ``(samples, directions * features, positions)``, from the gradients.
-            inputs: ``(samples, features, positions)``, from the inputs.
-            directions: how many there are.
-
-        Returns:
-            ``(samples * directions, out, in)``.
-        """
-        gradients = (given @ inputs.mT).reshape(len(inputs) * directions, -1, inputs.shape[1])
-        return gradients.mT if self.inputs_are_rows else gradients
-
-    @override
-    def per_sample(self, inputs: Tensor, gradient: Tensor, samples: int) -> Tensor:
-        seen, given = self.sides(inputs, gradient, samples)
-        return self.product(given, seen, len(gradient))
 
 
 @dataclass(frozen=True)
-class Linear(KroneckerLayer):
-    """``y = x W'``, at any positions between sample and feature.
+class FunctionCall:
+    """The arguments of a call of a `torch.nn.functional` function, and what it does with them.
+
+    Weight and bias are apart because either may be trained without the other, or belong to another
+    layer.
 
     Attributes:
-        bias: whether the matrix has a bias column.
+        inputs: Input of the call.
+        weight: Weight it was given, or None.
+        bias: Bias it was given, or None.
+        weight_type: Builds the layer type of the weight, given whether its matrix has the bias as
+            its last column. None if the call is not understood in this form.
+        bias_type: Layer type of a bias that is a layer of its own. None if there is no bias.
     """
 
-    bias: bool
-
-    @override
-    def leading(self, dimensions: int) -> int:
-        return dimensions - 1
-
-    @override
-    def positions(self, inputs: Tensor, gradient: Tensor) -> int:
-        return inputs.numel() // inputs.shape[-1]
-
-    @override
-    def from_inputs(self, inputs: Tensor, samples: int) -> Tensor:
-        return _with_ones(inputs.reshape(samples, -1, inputs.shape[-1]), 2, self.bias).mT
-
-    @override
-    def from_one(self, gradient: Tensor, samples: int) -> Tensor:
-        return gradient.reshape(samples, -1, gradient.shape[-1]).mT
+    inputs: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    weight_type: Callable[[bool], LayerType] | None
+    bias_type: LayerType | None
 
 
-@dataclass(frozen=True)
-class Convolution(KroneckerLayer):
-    """A convolution without groups, in any number of dimensions.
+def append_ones(tensor: Tensor, dim: int) -> Tensor:
+    """Appends one slice of ones along a dimension: the input that a bias column is multiplied by.
 
-    Attributes:
-        window: how it slides.
-        bias: whether the matrix has a bias column.
+    Args:
+        tensor: Any tensor.
+        dim: Dimension that grows by one.
+
+    Returns:
+        A new tensor.
     """
-
-    window: ConvGeometry
-    bias: bool
-
-    @override
-    def from_inputs(self, inputs: Tensor, samples: int) -> Tensor:
-        patches = _with_ones(self.window.patches(inputs), 0, self.bias)
-        return patches.reshape(len(patches), samples, -1).transpose(0, 1)
-
-    @override
-    def from_one(self, gradient: Tensor, samples: int) -> Tensor:
-        return _channels(gradient, samples)
-
-    @override
-    def unfolded(self, inputs: Tensor, gradient: Tensor) -> int:
-        return inputs.numel() * self.window.growth
-
-
-@dataclass(frozen=True)
-class GroupedConvolution(LayerType):
-    """A convolution whose output channels see only the input channels of their group.
-
-    Attributes:
-        window: how it slides.
-        bias: whether the matrix has a bias column.
-        groups: how many.
-    """
-
-    window: ConvGeometry
-    bias: bool
-    groups: int
-    title: ClassVar[str] = "a grouped convolution"
-
-    @override
-    def per_sample(self, inputs: Tensor, gradient: Tensor, samples: int) -> Tensor:
-        patches = self.window.patches(inputs)
-        columns = patches.reshape(self.groups, len(patches) // self.groups, samples, -1)
-        columns = _with_ones(columns, 1, self.bias).permute(2, 0, 3, 1)
-        by_channel = _channels(gradient.flatten(0, 1), len(gradient) * samples)
-        rows = by_channel.reshape(len(gradient), samples, self.groups, -1, by_channel.shape[2])
-        return (rows @ columns).flatten(2, 3).flatten(0, 1)
-
-    @override
-    def unfolded(self, inputs: Tensor, gradient: Tensor) -> int:
-        return inputs.numel() * self.window.growth
-
-
-@dataclass(frozen=True)
-class TransposedConvolution(KroneckerLayer):
-    """A transposed convolution without groups; its matrix is ``(inputs, outputs * elements)``.
-
-    Attributes:
-        window: how the convolution it transposes slides, over the output.
-        places: positions of the input, in each dimension.
-    """
-
-    window: ConvGeometry
-    places: tuple[int, ...]
-    kind: ClassVar[str] = "transposed_kronecker"
-    inputs_are_rows: ClassVar[bool] = True
-
-    @override
-    def from_inputs(self, inputs: Tensor, samples: int) -> Tensor:
-        return _channels(inputs, samples)
-
-    @override
-    def from_one(self, gradient: Tensor, samples: int) -> Tensor:
-        # What output padding adds at the far end is the end of no further window.
-        sizes = [
-            (n - 1) * s + d * (k - 1) + 1 - before
-            for n, s, d, k, (before, _) in zip(
-                self.places,
-                self.window.stride,
-                self.window.dilation,
-                self.window.kernel,
-                self.window.padding,
-                strict=True,
-            )
-        ]
-        sides = [
-            side
-            for size, now in reversed(list(zip(sizes, gradient.shape[2:], strict=True)))
-            for side in (0, size - now)
-        ]
-        reached = functional.pad(gradient, sides)
-        before = tuple((before, 0) for before, _ in self.window.padding)
-        window = ConvGeometry(self.window.kernel, self.window.stride, before, self.window.dilation)
-        patches = window.patches(reached)
-        return patches.reshape(len(patches), samples, -1).transpose(0, 1)
-
-    @override
-    def unfolded(self, inputs: Tensor, gradient: Tensor) -> int:
-        return gradient.numel() * self.window.growth
-
-
-@dataclass(frozen=True)
-class ScaleShift(LayerType):
-    """The scale and shift after a normalisation, or a shift alone, of each feature.
-
-    Attributes:
-        normalised: gives the scaled quantity from the input; None where there is no scale.
-        shift: whether there is one.
-        features: shape of the scale or shift.
-        trailing: whether features are the last dimensions rather than the one after the batch.
-    """
-
-    normalised: Callable[[Tensor], Tensor] | None
-    shift: bool
-    features: tuple[int, ...]
-    trailing: bool
-    title: ClassVar[str] = "a scale or shift"
-
-    @override
-    def leading(self, dimensions: int) -> int:
-        return dimensions - len(self.features) if self.trailing else 1
-
-    @override
-    def per_sample(self, inputs: Tensor, gradient: Tensor, samples: int) -> Tensor:
-        columns = []
-        if self.normalised is not None:
-            columns.append(self._sums(gradient * self.normalised(inputs), samples))
-        if self.shift:
-            columns.append(self._sums(gradient, samples))
-        count = len(gradient) * samples
-        # One parameter of any shape is a matrix by its first dimension; two stand side by side.
-        together = columns[0] if len(columns) == 1 else torch.stack(columns, dim=2)
-        return together.reshape(count, self.features[0], -1)
-
-    def _sums(self, tensor: Tensor, samples: int) -> Tensor:
-        count = len(tensor) * samples
-        if self.trailing:
-            return tensor.reshape(count, -1, *self.features).sum(1)
-        return _channels(tensor.flatten(0, 1), count).sum(2)
-
-
-@dataclass(frozen=True)
-class Embedding(LayerType):
-    """An embedding: the rows are tokens, so a sample's gradient has few that are not zero.
-
-    Attributes:
-        tokens: how many rows the matrix has.
-        padding: a token whose row gets no gradient; None if there is none.
-    """
-
-    tokens: int
-    padding: int | None
-    kind: ClassVar[str] = "embedding_kronecker"
-
-    @override
-    def leading(self, dimensions: int) -> int:
-        return dimensions
-
-    @override
-    def per_sample(self, inputs: Tensor, gradient: Tensor, samples: int) -> Tensor:
-        owners, tokens, rows = self.rows(inputs, gradient, samples)
-        count = len(gradient) * samples
-        whole = rows.new_zeros(count * self.tokens, rows.shape[1])
-        whole.index_add_(0, owners * self.tokens + tokens, rows)
-        return whole.view(count, self.tokens, -1)
-
-    def rows(self, inputs: Tensor, gradient: Tensor, samples: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The rows looked up, but for padding.
-
-        Args:
-            inputs: the tokens.
-            gradient: those at the output.
-            samples: how many there are.
-
-        Returns:
-            The owner (a sample in a direction), the token and the gradient ``(rows, in)`` of each.
-        """
-        tokens, count = inputs.reshape(-1).repeat(len(gradient)), len(gradient) * samples
-        owners = torch.arange(count, device=tokens.device).repeat_interleave(len(tokens) // count)
-        flat = gradient.reshape(len(tokens), -1)
-        if self.padding is None:
-            return owners, tokens, flat
-        real = tokens != self.padding
-        return owners[real], tokens[real], flat[real]
-
-
-def _with_ones(tensor: Tensor, dim: int, wanted: bool) -> Tensor:
-    if not wanted:
-        return tensor
     shape = list(tensor.shape)
     shape[dim] = 1
     return torch.cat([tensor, tensor.new_ones(shape)], dim=dim)
 
 
-def _channels(tensor: Tensor, samples: int) -> Tensor:
-    """From ``(samples * frames, channels, ...)`` to ``(samples, channels, frames * positions)``."""
+def flatten_positions(tensor: Tensor, samples: int) -> Tensor:
+    """Arranges images, or any tensor with channels in its second dimension, by position.
+
+    Args:
+        tensor: A tensor of shape ``(samples * frames, channels, ...)``.
+        samples: Number of samples.
+
+    Returns:
+        A tensor of shape ``(samples, channels, frames * positions)``.
+    """
     frames = len(tensor) // samples
     flat = tensor.reshape(samples, frames, tensor.shape[1], -1)
     return flat.squeeze(1) if frames == 1 else flat.transpose(1, 2).flatten(2)

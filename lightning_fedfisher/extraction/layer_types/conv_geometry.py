@@ -1,4 +1,4 @@
-"""How a convolution slides over its input."""
+"""Kernel size, stride, padding and dilation of a convolution, and its patches (im2col)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,20 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class ConvGeometry:
-    """How a convolution slides, in each spatial dimension.
+    """Kernel size, stride, padding and dilation of a convolution, in each spatial dimension.
 
     Attributes:
-        kernel: size.
-        stride: between positions.
-        padding: zeros before and after.
-        dilation: between a kernel's elements.
+        kernel: Kernel size.
+        stride: Distance between neighbouring positions of the kernel.
+        padding: Zeros before and after the input.
+        dilation: Distance between neighbouring elements of the kernel.
+
+    Example:
+        >>> import torch
+        >>> geometry = ConvGeometry.from_arguments(kernel=[2], stride=1, padding=0, dilation=1)
+        >>> geometry.unfold(torch.tensor([[[1.0, 2.0, 3.0]]])).squeeze(1)
+        tensor([[1., 2.],
+                [2., 3.]])
     """
 
     kernel: tuple[int, ...]
@@ -28,23 +35,24 @@ class ConvGeometry:
     dilation: tuple[int, ...]
 
     @classmethod
-    def of(
+    def from_arguments(
         cls,
         kernel: Sequence[int],
         stride: int | Sequence[int],
         padding: int | str | Sequence[int],
         dilation: int | Sequence[int],
     ) -> Self:
-        """Reads the arguments of a convolution.
+        """Reads the arguments of a convolution as `torch.nn.functional.conv2d` takes them.
 
         Args:
-            kernel: size, in each dimension.
-            stride: one for all dimensions, or one for each.
-            padding: the same, or ``"same"`` or ``"valid"``.
-            dilation: as the stride.
+            kernel: Kernel size in each spatial dimension.
+            stride: One number for all dimensions, or one for each.
+            padding: Zeros on either side: one number for all dimensions, one for each, ``"same"``
+                or ``"valid"``.
+            dilation: One number for all dimensions, or one for each.
 
         Returns:
-            How it slides.
+            The geometry, with every number written out.
         """
         dilations = _spatial(dilation, len(kernel))
         if isinstance(padding, str):
@@ -58,22 +66,29 @@ class ConvGeometry:
         return cls(tuple(kernel), _spatial(stride, len(kernel)), sides, dilations)
 
     @property
-    def growth(self) -> int:
-        """How many times an image is seen, at most."""
+    def overlap(self) -> int:
+        """Number of patches that an entry of the input is part of, about and at least 1."""
         return max(1, math.prod(self.kernel) // math.prod(self.stride))
 
-    def patches(self, image: Tensor) -> Tensor:
-        """What each position sees: ``(channels * elements, batch, positions)``."""
+    def unfold(self, image: Tensor) -> Tensor:
+        """Copies out the patch that the kernel covers at each of its positions.
+
+        Args:
+            image: A tensor of shape ``(batch, channels, *spatial)``.
+
+        Returns:
+            A tensor of shape ``(channels * kernel elements, batch, positions)``.
+        """
         sides = [side for pair in reversed(self.padding) for side in pair]
         image = functional.pad(image, sides).contiguous()
         batch, channels, *sizes = image.shape
         steps = image.stride()[2:]
-        places = [
+        positions = [
             (size - d * (k - 1) - 1) // s + 1
             for size, k, s, d in zip(sizes, self.kernel, self.stride, self.dilation, strict=True)
         ]
-        seen = image.as_strided(
-            (channels, *self.kernel, batch, *places),
+        patches = image.as_strided(
+            (channels, *self.kernel, batch, *positions),
             (
                 image.stride(1),
                 *(step * d for step, d in zip(steps, self.dilation, strict=True)),
@@ -81,11 +96,11 @@ class ConvGeometry:
                 *(step * s for step, s in zip(steps, self.stride, strict=True)),
             ),
         )
-        return seen.reshape(channels * math.prod(self.kernel), batch, -1)
+        return patches.reshape(channels * math.prod(self.kernel), batch, -1)
 
 
 def _spatial(value: int | Sequence[int], dimensions: int) -> tuple[int, ...]:
-    """A number for each spatial dimension."""
+    """Repeats a number for each spatial dimension."""
     if isinstance(value, int):
         return (value,) * dimensions
     return tuple(value) * (dimensions if len(value) == 1 else 1)

@@ -1,4 +1,19 @@
-"""One watched forward pass: which calls use which layers, and what feeds what.
+"""One watched forward pass: which calls use which layers, and whose outputs each layer reads.
 
 May import: layer_types, layers, errors.
 """
+
+from lightning_fedfisher.extraction.tracing.batch_axis import BatchAxis, find_batch_axis
+from lightning_fedfisher.extraction.tracing.dataflow import Dataflow
+from lightning_fedfisher.extraction.tracing.model_trace import ModelTrace, ModelTracer
+from lightning_fedfisher.extraction.tracing.recorder import LayerCall, LayerCallRecorder
+
+__all__ = [
+    "BatchAxis",
+    "Dataflow",
+    "LayerCall",
+    "LayerCallRecorder",
+    "ModelTrace",
+    "ModelTracer",
+    "find_batch_axis",
+]

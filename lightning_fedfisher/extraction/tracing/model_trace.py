@@ -1,255 +1,223 @@
-"""What a forward pass of a few samples tells: which layers are seen, and where samples are."""
+"""Learns about a model from one forward pass of a few samples: which calls use which layers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
-from typing_extensions import override
 
-from lightning_fedfisher.extraction.layer_types.base import Convolution, LayerType, Linear
-from lightning_fedfisher.extraction.layer_types.registry import FunctionCall
+from lightning_fedfisher.extraction.layer_types.base import LayerType
+from lightning_fedfisher.extraction.tracing.batch_axis import BatchAxis, find_batch_axis
 from lightning_fedfisher.extraction.tracing.dataflow import Dataflow
-from lightning_fedfisher.extraction.tracing.recorder import LayerCallRecorder, edges_to_leaves
+from lightning_fedfisher.extraction.tracing.recorder import (
+    LayerCallRecorder,
+    WatchedCall,
+    edges_to_leaves,
+)
 from lightning_fedfisher.layers import Layer, Source
 
 
 @dataclass(frozen=True)
-class BatchAxis:
-    """Where the samples are in the input of a call.
-
-    Attributes:
-        axis: the dimension that runs over samples.
-        folded: empty if it runs over samples alone; ``outer`` if over ``samples * frames`` with the
-            frames of a sample next to each other, ``inner`` if over ``frames * samples``.
-    """
-
-    axis: int
-    folded: Literal["", "outer", "inner"] = ""
-
-    def fits(self, tensor: Tensor, samples: int) -> bool:
-        """Whether a tensor can have this layout."""
-        size = tensor.shape[self.axis] if tensor.ndim > self.axis else 0
-        return size % samples == 0 if self.folded else size == samples
-
-    def samples_first(self, tensor: Tensor, samples: int) -> Tensor:
-        """The tensor with samples, or ``samples * frames``, in the first dimension."""
-        if self.folded == "inner":
-            apart = tensor.reshape(-1, samples, *tensor.shape[1:])
-            return apart.transpose(0, 1).flatten(0, 1)
-        return tensor.movedim(self.axis, 0)
-
-
-@dataclass(frozen=True)
 class ModelTrace:
-    """What a forward pass showed.
+    """What a forward pass showed about a model.
 
     Attributes:
-        calls: the layers that each call uses, in their order.
-        layouts: of each call; None if it is not to be followed.
-        operations: of each layer that is fully seen, by layer name, one for each of its calls.
-        unseen: why each other layer is not, by layer name.
-        unreached: layers that the logits do not depend on.
-        plain: layers with one call, whose input has samples first and the weight's precision.
-        fed_by: of layers with one call that read another such layer's outputs, by layer name.
-        output_layer: name of the layer whose outputs are the logits; empty if there is none.
+        calls: Names of the layers that each call uses, call by call in the order of the pass.
+        batch_axes: Where the samples are in the input of each call. None if that is not known, and
+            the call is therefore of no use.
+        layer_types: By name of each layer whose calls are all understood, what each of them
+            computes.
+        unseen: By name of each other layer, why its calls are not understood.
+        unreached: Names of layers that the logits do not depend on. If there are any, nothing but
+            this and `unseen` is filled in.
+        plain: Names of layers that are called once, on an input that has its samples in the first
+            dimension and the precision of the weight.
+        fed_by: By name of a layer that is called once and reads the outputs of another such layer,
+            that other layer.
+        output_layer: Name of the layer whose outputs are the logits. Empty if there is none.
     """
 
-    calls: tuple[tuple[str, ...], ...]
-    layouts: tuple[BatchAxis | None, ...]
-    operations: Mapping[str, tuple[LayerType, ...]]
-    unseen: Mapping[str, str]
-    unreached: tuple[str, ...]
-    plain: frozenset[str]
-    fed_by: Mapping[str, Source]
-    output_layer: str
+    calls: tuple[tuple[str, ...], ...] = ()
+    batch_axes: tuple[BatchAxis | None, ...] = ()
+    layer_types: Mapping[str, tuple[LayerType, ...]] = field(default_factory=dict)
+    unseen: Mapping[str, str] = field(default_factory=dict)
+    unreached: tuple[str, ...] = ()
+    plain: frozenset[str] = frozenset()
+    fed_by: Mapping[str, Source] = field(default_factory=dict)
+    output_layer: str = ""
 
 
-class ModelTracer(LayerCallRecorder):
-    """Finds out, from one forward pass, which layers are fully seen and where samples are."""
+class ModelTracer:
+    """Traces one forward pass of a model.
+
+    Example:
+        >>> from lightning_fedfisher.layers import find_layers
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> tracer = ModelTracer(model, find_layers(model))
+        >>> with tracer.watch():
+        ...     logits = model(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        >>> trace = tracer.trace(logits)
+        >>> trace.calls, trace.output_layer
+        ((('0',), ('2',)), '2')
+        >>> trace.fed_by["2"]
+        Source(layer='0', activation='relu')
+    """
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer]) -> None:
-        """Learns the parameters; changes nothing.
+        """Learns which parameters belong to which layer; changes nothing.
 
         Args:
-            model: all its parameters in question require gradients.
-            layers: to watch.
+            model: The model. The parameters of `layers` require gradients.
+            layers: Layers of the model to watch.
         """
-        super().__init__(model, layers)
-        self._layers = layers
+        self._model, self._layers = model, layers
         self._parameters = dict(model.named_parameters())
-        self._calls: list[tuple[FunctionCall, list[tuple[Layer, LayerType]], list[Tensor]]] = []
+        self._owners = {
+            id(self._parameters[name]): layer for layer in layers for name in layer.parameter_names
+        }
+        self._dataflow = Dataflow()
+        # Each call of the pass, with a list that gradients at its output are put into.
+        self._calls: list[tuple[WatchedCall, list[Tensor]]] = []
         self._aliases: set[Node] = set()
-        self._flow = Dataflow()
         self._sources: dict[str, Source | None] = {}
 
-    @override
-    def _pass_by(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Any:
-        return self._flow.run(func, args, kwargs)
+    def watch(self) -> LayerCallRecorder:
+        """Gives the context manager inside which the forward pass must run, once."""
+        # Not kept: the graph of the pass would live on in a cycle of references.
+        return LayerCallRecorder(self._model, self._layers, self._on_layer_call, self._dataflow.run)
 
-    @override
-    def _follow(
-        self,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        call: FunctionCall,
-        uses: list[tuple[Layer, LayerType]],
-    ) -> Any:
-        # Views of the parameters: by them, the graph tells this use from others.
-        used = {layer.name for layer, _ in uses}
-        own = {
-            id(p)
-            for p in (call.weight, call.bias)
-            if id(p) in self._owner and self._owner[id(p)][0].name in used
-        }
+    def trace(self, logits: Tensor) -> ModelTrace:
+        """Describes the forward pass that was watched.
 
-        def alias(value: Any) -> Any:
-            if id(value) not in own:
-                return value
-            view = value.view_as(value)
-            self._aliases.add(view.grad_fn)
-            return view
-
-        output = func(*map(alias, args), **{name: alias(value) for name, value in kwargs.items()})
-        came_back: list[Tensor] = []
-        output.register_hook(came_back.append)
-        self._calls.append((call, uses, came_back))
-        self._connect(call, uses, output)
-        return output
-
-    def _connect(
-        self, call: FunctionCall, uses: list[tuple[Layer, LayerType]], output: Tensor
-    ) -> None:
-        """Notes whose outputs a layer reads, and that these are its own."""
-        for layer, operation in uses:
-            axis = _channels(operation, call.inputs.ndim)
-            again = layer.name in self._sources
-            source = None if axis is None or again else self._flow.source(call.inputs, axis)
-            self._sources[layer.name] = source
-            # With a bias that belongs to another layer, or to none, the outputs are not its own.
-            whole = call.bias is None or self._owner.get(id(call.bias), (None, 0))[0] is layer
-            if axis is not None and whole:
-                self._flow.begin(output, layer.name, axis)
-
-    def survey(self, logits: Tensor) -> ModelTrace:
-        """Reads the graph of the forward pass that was watched.
+        Runs one backward pass for each sample.
 
         Args:
-            logits: its result, samples first.
+            logits: Result of the forward pass, samples first, in the autograd graph.
 
         Returns:
-            What it showed.
+            What the pass showed.
         """
         unseen, unreached = self._used_otherwise(logits)
         if unreached:
-            return ModelTrace((), (), {}, unseen, tuple(unreached), frozenset(), {}, "")
-        trained = [p for p in self._parameters.values() if p.requires_grad]
-        # Any direction that singles out nothing: one sample's gradient shows where it is.
-        direction = torch.cos(torch.arange(logits[0].numel(), device=logits.device) + 1.0)
-        hits: list[list[Tensor | None]] = []
-        for sample in logits:
-            for _, _, came_back in self._calls:
-                came_back.clear()
-            scalar = (sample.flatten() * direction.to(logits)).sum()
-            torch.autograd.grad(scalar, trained, allow_unused=True, retain_graph=True)
-            hits.append([back[0] != 0 if back else None for _, _, back in self._calls])
-        layouts: list[BatchAxis | None] = []
-        operations: dict[str, list[LayerType]] = {}
-        for place, (call, uses, _) in enumerate(self._calls):
-            leading = uses[0][1].leading(call.inputs.ndim)
-            layout = _layout(call.inputs.shape[:leading], [hit[place] for hit in hits])
-            layouts.append(layout)
-            for layer, operation in uses:
-                operations.setdefault(layer.name, []).append(operation)
-                if layout is None:
+            return ModelTrace(unseen=unseen, unreached=unreached)
+        batch_axes = self._find_batch_axes(logits)
+        found: dict[str, list[LayerType]] = {}
+        for (call, _), batch_axis in zip(self._calls, batch_axes, strict=True):
+            for layer, layer_type in call.layers:
+                found.setdefault(layer.name, []).append(layer_type)
+                if batch_axis is None:
                     unseen.setdefault(layer.name, "its samples cannot be told apart")
-        for name, found_operations in operations.items():
-            if len({type(operation) for operation in found_operations}) > 1:
+        for name, types in found.items():
+            if len({type(layer_type) for layer_type in types}) > 1:
                 unseen.setdefault(name, "it is shared by unlike operations")
         for layer in self._layers:
-            if layer.name not in operations:
+            if layer.name not in found:
                 unseen.setdefault(layer.name, "no known operation uses it")
-        seen = {name: tuple(ops) for name, ops in operations.items() if name not in unseen}
+        layer_types = {name: tuple(t) for name, t in found.items() if name not in unseen}
+        once = {name for name, types in layer_types.items() if len(types) == 1}
         plain = {
-            layer.name
-            for (call, uses, _), layout in zip(self._calls, layouts, strict=True)
-            for layer, _ in uses
-            if layout == BatchAxis(0)
-            and len(seen.get(layer.name, ())) == 1
-            and call.weight is not None
-            and call.weight.dtype == call.inputs.dtype
+            name
+            for (call, _), batch_axis in zip(self._calls, batch_axes, strict=True)
+            for name in call.layer_names
+            if name in once and batch_axis == BatchAxis(0) and _has_precision_of_weight(call)
         }
-        calls = tuple(tuple(layer.name for layer, _ in uses) for _, uses, _ in self._calls)
-        once = {name for name, operations in seen.items() if len(operations) == 1}
         fed_by = {
             name: source
             for name, source in self._sources.items()
             if source is not None and {name, source.layer} <= once
         }
-        head = self._flow.head(logits)
+        output_layer = self._dataflow.find_output_layer(logits)
         return ModelTrace(
-            calls,
-            tuple(layouts),
-            seen,
-            unseen,
-            tuple(unreached),
-            frozenset(plain),
-            fed_by,
-            head if head in once else "",
+            calls=tuple(call.layer_names for call, _ in self._calls),
+            batch_axes=batch_axes,
+            layer_types=layer_types,
+            unseen=unseen,
+            plain=frozenset(plain),
+            fed_by=fed_by,
+            output_layer=output_layer if output_layer in once else "",
         )
 
-    def _used_otherwise(self, logits: Tensor) -> tuple[dict[str, str], list[str]]:
-        """Layers that the logits depend on by calls not watched, and layers they do not at all."""
-        layer_of = {key: layer for key, (layer, _) in self._owner.items()}
+    def _on_layer_call(self, call: WatchedCall) -> Any:
+        """Makes a call on views of its parameters, and hooks its output."""
+        used = {layer.name for layer, _ in call.layers}
+        owned = {
+            id(parameter)
+            for parameter in (call.arguments.weight, call.arguments.bias)
+            if (owner := self._owners.get(id(parameter))) is not None and owner.name in used
+        }
+
+        def alias(argument: Any) -> Any:
+            if id(argument) not in owned:
+                return argument
+            # In the graph, the view tells this use of the parameter from uses that are not watched.
+            view = argument.view_as(argument)
+            self._aliases.add(view.grad_fn)
+            return view
+
+        output = call.run(alias)
+        came_back: list[Tensor] = []
+        output.register_hook(came_back.append)
+        self._calls.append((call, came_back))
+        self._connect(call, output)
+        return output
+
+    def _connect(self, call: WatchedCall, output: Tensor) -> None:
+        """Notes whose outputs a call reads, and that what it returns are outputs of its layer."""
+        inputs, bias = call.arguments.inputs, call.arguments.bias
+        for layer, layer_type in call.layers:
+            axis = layer_type.channel_axis(inputs.ndim)
+            again = layer.name in self._sources
+            source = None if axis is None or again else self._dataflow.find_source(inputs, axis)
+            self._sources[layer.name] = source
+            # With a bias that belongs to another layer, or to none, the outputs are not its own.
+            whole = bias is None or self._owners.get(id(bias)) is layer
+            if axis is not None and whole:
+                self._dataflow.mark_output(output, layer.name, axis)
+
+    def _find_batch_axes(self, logits: Tensor) -> tuple[BatchAxis | None, ...]:
+        """Finds where the samples are in the input of each call."""
+        trained = [p for p in self._parameters.values() if p.requires_grad]
+        # A combination of the logits in which no terms cancel: the gradient of one sample's then
+        # reaches every place that belongs to the sample.
+        direction = torch.cos(torch.arange(logits[0].numel(), device=logits.device) + 1.0)
+        hits: list[list[Tensor | None]] = [[] for _ in self._calls]
+        for sample in logits:
+            for _, came_back in self._calls:
+                came_back.clear()
+            scalar = (sample.flatten() * direction.to(logits)).sum()
+            torch.autograd.grad(scalar, trained, allow_unused=True, retain_graph=True)
+            for hit, (_, came_back) in zip(hits, self._calls, strict=True):
+                hit.append(came_back[0] != 0 if came_back else None)
+        found = []
+        for hit, (call, _) in zip(hits, self._calls, strict=True):
+            shape = call.arguments.inputs.shape
+            _, layer_type = call.layers[0]
+            found.append(find_batch_axis(shape[: layer_type.sample_axes(len(shape))], hit))
+        return tuple(found)
+
+    def _used_otherwise(self, logits: Tensor) -> tuple[dict[str, str], tuple[str, ...]]:
+        """Finds layers used by calls that were not watched, and layers that logits do not need."""
         unseen: dict[str, str] = {}
         reached: set[int] = set()
         for node, leaf in edges_to_leaves(logits):
-            if id(leaf) in layer_of:
+            owner = self._owners.get(id(leaf))
+            if owner is not None:
                 reached.add(id(leaf))
                 if node not in self._aliases:
-                    unseen[layer_of[id(leaf)].name] = "it is used by an operation that is not known"
-        unreached = [layer.name for leaf, layer in layer_of.items() if leaf not in reached]
-        return unseen, list(dict.fromkeys(unreached))
+                    unseen[owner.name] = "it is used by an operation that is not known"
+        unreached = tuple(
+            layer.name
+            for layer in self._layers
+            if any(id(self._parameters[name]) not in reached for name in layer.parameter_names)
+        )
+        return unseen, unreached
 
 
-def _channels(operation: LayerType, dimensions: int) -> int | None:
-    """The dimension of a call's inputs and outputs that its layer's matrix maps."""
-    if isinstance(operation, Linear):
-        return dimensions - 1
-    return 1 if isinstance(operation, Convolution) else None
-
-
-def _layout(leading: Sequence[int], hits: Sequence[Tensor | None]) -> BatchAxis | None:
-    """Where the samples are in a call's input.
-
-    Args:
-        leading: sizes of the dimensions that may run over samples.
-        hits: for each sample, where the gradient of its logits at the call's output is not zero.
-
-    Returns:
-        The only layout that is possible by the sizes and by every sample; None if there are none or
-        several.
-    """
-    samples = len(hits)
-    possible = [BatchAxis(axis) for axis, size in enumerate(leading) if size == samples]
-    if leading and leading[0] > samples and leading[0] % samples == 0:
-        possible += [BatchAxis(0, "outer"), BatchAxis(0, "inner")]
-    for sample, hit in enumerate(hits):
-        if hit is not None and len(possible) > 0:
-            possible = [layout for layout in possible if _only(layout, hit, sample, samples)]
-    return possible[0] if len(possible) == 1 else None
-
-
-def _only(layout: BatchAxis, hit: Tensor, sample: int, samples: int) -> bool:
-    """Whether nothing but one sample's part is hit."""
-    first = layout.samples_first(hit, samples)
-    frames = len(first) // samples
-    mine = first[sample * frames : (sample + 1) * frames]
-    return int(mine.sum()) == int(first.sum())
+def _has_precision_of_weight(call: WatchedCall) -> bool:
+    """Tells whether a call has a weight, of the same precision as its input."""
+    weight = call.arguments.weight
+    return weight is not None and weight.dtype == call.arguments.inputs.dtype

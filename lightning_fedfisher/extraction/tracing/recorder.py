@@ -1,14 +1,13 @@
-"""Which calls use which parameters in a forward pass, seen from the functions themselves.
+"""Watches which function calls use which parameters during a forward pass.
 
-Modules end in a handful of functions (`torch.nn.functional.linear`, ``conv2d``, ``layer_norm``,
-...), and these are watched instead of the modules: so a module called twice, a weight shared by two
-modules or used without its module, and attention that calls no submodule, are all seen alike.
-What is not seen is noticed, from the graph, and left to another way (see `functional_gradients`).
+All modules end in a handful of functions (`torch.nn.functional.linear`, ``conv2d``, ``layer_norm``,
+...). Watching these instead of modules handles alike a module that is called twice, a weight that
+two modules share or that is used without its module, and attention, which calls no submodules.
+Parameters that are used in any other way are found in the autograd graph (`edges_to_leaves`).
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,52 +17,126 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from lightning_fedfisher.extraction.layer_types.base import LayerType
-from lightning_fedfisher.extraction.layer_types.registry import (
-    FunctionCall,
-    open_attention,
-    read_call,
-)
+from lightning_fedfisher.extraction.layer_types.base import FunctionCall, LayerType
+from lightning_fedfisher.extraction.layer_types.registry import open_attention, read_call
 from lightning_fedfisher.layers import Layer
 
 
 @dataclass(frozen=True)
 class LayerCall:
-    """One use of a layer in a forward pass, with the gradient that came back.
+    """One call of a layer in a forward pass, with the gradients that came back to its output.
 
     Attributes:
-        operation: what the call does.
-        inputs: of the call, samples first.
-        gradient: those that came back to its output, ``(directions, *output.shape)``.
+        layer_type: What the call computes.
+        inputs: Input of the call, of shape ``(samples * frames, ...)``.
+        gradients: Gradients at its output, of shape ``(directions, *output.shape)``.
+
+    Example:
+        >>> from lightning_fedfisher.extraction.layer_types.linear import Linear
+        >>> call = LayerCall(Linear(has_bias=True), torch.ones(4, 2), torch.ones(1, 4, 3))
+        >>> call.select(0, 2, samples=4).inputs.shape
+        torch.Size([2, 2])
     """
 
-    operation: LayerType
+    layer_type: LayerType
     inputs: Tensor
-    gradient: Tensor
+    gradients: Tensor
 
-    def part(self, start: int, stop: int, samples: int) -> LayerCall:
-        """The use by some of the samples."""
+    def select(self, start: int, stop: int, samples: int) -> LayerCall:
+        """Takes a range of samples.
+
+        Args:
+            start: First sample.
+            stop: The sample after the last.
+            samples: Number of samples that the call has.
+
+        Returns:
+            The same call of these samples alone.
+        """
         frames = len(self.inputs) // samples
         here = slice(start * frames, stop * frames)
-        return LayerCall(self.operation, self.inputs[here], self.gradient[:, here])
+        return LayerCall(self.layer_type, self.inputs[here], self.gradients[:, here])
+
+
+@dataclass(frozen=True)
+class WatchedCall:
+    """A function call that is about to be made and that uses parameters of watched layers.
+
+    Attributes:
+        func: The function.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        arguments: The same arguments by their meaning.
+        layers: Each layer that the call uses, with what it computes for this layer.
+    """
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    arguments: FunctionCall
+    layers: tuple[tuple[Layer, LayerType], ...]
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """Names of the layers that the call uses."""
+        return tuple(layer.name for layer, _ in self.layers)
+
+    def run(self, replace: Callable[[Any], Any] = lambda argument: argument) -> Any:
+        """Makes the call.
+
+        Args:
+            replace: Applied to each argument first.
+
+        Returns:
+            What the function returns.
+        """
+        kwargs = {name: replace(value) for name, value in self.kwargs.items()}
+        return self.func(*map(replace, self.args), **kwargs)
+
+
+def run_unwatched(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Makes a call and returns what the function returns."""
+    return func(*args, **kwargs)
 
 
 class LayerCallRecorder(TorchFunctionMode):
-    """Watches the calls of one forward pass after another.
+    """A context manager that shows every function call inside it to a handler, which makes it.
 
-    A context manager: calls inside it are watched.
+    Example:
+        >>> from lightning_fedfisher.layers import find_layers
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+        >>> seen = []
+        >>> def note(call):
+        ...     seen.append(call.layer_names)
+        ...     return call.run()
+        >>> with LayerCallRecorder(model, find_layers(model), note):
+        ...     _ = model(torch.ones(1, 2))
+        >>> seen
+        [('0',), ('2',)]
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[Layer]) -> None:
-        """Learns the parameters; changes nothing.
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        on_layer_call: Callable[[WatchedCall], Any],
+        on_other_call: Callable[
+            [Callable[..., Any], Sequence[Any], Mapping[str, Any]], Any
+        ] = run_unwatched,
+    ) -> None:
+        """Learns which parameter belongs to which layer; changes nothing.
 
         Args:
-            model: the model to run.
-            layers: to watch, with their parameters' names.
+            model: The model that will be run.
+            layers: Layers of the model to watch.
+            on_layer_call: Makes a call that uses watched layers, and returns its output.
+            on_other_call: Makes any other call, given function and arguments, and returns its
+                output. By default nothing else is done.
         """
         super().__init__()
+        self._on_layer_call, self._on_other_call = on_layer_call, on_other_call
         parameters = dict(model.named_parameters())
-        self._owner = {
+        self._owners = {
             id(parameters[name]): (layer, place)
             for layer in layers
             for place, name in enumerate(layer.parameter_names)
@@ -82,51 +155,40 @@ class LayerCallRecorder(TorchFunctionMode):
                 return open_attention(*args, **kwargs)
         if not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        call = read_call(func, args, kwargs)
-        uses = [] if call is None else self._uses(call)
-        if call is None or not uses:
-            return self._pass_by(func, args, kwargs)
-        return self._follow(func, args, kwargs, call, uses)
+        arguments = read_call(func, args, kwargs)
+        layers = () if arguments is None else self._layers_of(arguments)
+        if arguments is None or not layers:
+            return self._on_other_call(func, args, kwargs)
+        return self._on_layer_call(WatchedCall(func, args, kwargs, arguments, layers))
 
-    def _pass_by(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Any:
-        """Makes a call that uses no layer, and returns its output."""
-        return func(*args, **kwargs)
-
-    def _uses(self, call: FunctionCall) -> list[tuple[Layer, LayerType]]:
-        weight, bias = self._owner.get(id(call.weight)), self._owner.get(id(call.bias))
+    def _layers_of(self, call: FunctionCall) -> tuple[tuple[Layer, LayerType], ...]:
+        """Finds the layers that a call uses as a whole: both parameters of one, or its only one."""
+        weight, bias = self._owners.get(id(call.weight)), self._owners.get(id(call.bias))
         if weight and bias and weight[0] is bias[0]:
-            if (weight[1], bias[1]) == (0, 1) and call.operation is not None:
-                return [(weight[0], call.operation(True))]
-            return []
-        uses = []
-        if weight and call.operation is not None and len(weight[0].parameters) == 1:
-            uses.append((weight[0], call.operation(False)))
-        if bias and call.shift is not None and len(bias[0].parameters) == 1:
-            uses.append((bias[0], call.shift))
-        return uses
-
-    @abstractmethod
-    def _follow(
-        self,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        call: FunctionCall,
-        uses: list[tuple[Layer, LayerType]],
-    ) -> Any:
-        """Makes a call that uses layers, and returns its output."""
+            if (weight[1], bias[1]) == (0, 1) and call.weight_type is not None:
+                return ((weight[0], call.weight_type(True)),)
+            return ()
+        used = []
+        if weight and call.weight_type is not None and len(weight[0].parameters) == 1:
+            used.append((weight[0], call.weight_type(False)))
+        if bias and call.bias_type is not None and len(bias[0].parameters) == 1:
+            used.append((bias[0], call.bias_type))
+        return tuple(used)
 
 
 def edges_to_leaves(output: Tensor) -> Iterator[tuple[Any, Tensor]]:
-    """Every edge of a graph that ends in a leaf.
+    """Walks through an autograd graph and finds every edge that ends in a leaf.
 
     Args:
-        output: the root of the graph.
+        output: The root of the graph.
 
     Yields:
-        The node the edge comes from, and the leaf.
+        The node that an edge comes from, and the leaf tensor that it ends in.
+
+    Example:
+        >>> weight = torch.ones(2, requires_grad=True)
+        >>> [leaf is weight for _, leaf in edges_to_leaves((2 * weight).sum())]
+        [True]
     """
     pending: list[Any] = [output.grad_fn]
     visited: set[Any] = set()

@@ -1007,7 +1007,7 @@ def test_every_trained_parameter_is_covered_once_and_reported(net):
     model, data, _ = _setting(net)
     found = _extract(model, data, "kfac")
     _check_coverage(model, found)
-    kinds = {treatment.layer.name: treatment.kind for treatment in found.treatments}
+    kinds = {report.layer.name: report.kind for report in found.layer_reports}
     assert {name for name, kind in kinds.items() if kind == "diagonal"} == set(NETS[net].exact)
 
 
@@ -1016,17 +1016,17 @@ def _check_coverage(model, found):
     assert Counter(found.parameter_names) == Counter(trained)
     layers = [layer.name for layer in found.layers]
     assert sorted(found.blocks) == sorted(layers)
-    assert [treatment.layer.name for treatment in found.treatments] == layers
-    for treatment in found.treatments:
-        assert treatment.kind == found.blocks[treatment.layer.name].kind
+    assert [report.layer.name for report in found.layer_reports] == layers
+    for report in found.layer_reports:
+        assert report.kind == found.blocks[report.layer.name].kind
     weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
     *lines, last = found.report.splitlines()
     none = "no output layer: the logits are no layer's outputs"
     assert last == (f"output layer: {found.output_layer}" if found.output_layer else none)
     assert sum(int(line.split(" weights")[0].split()[-1]) for line in lines) == weights
-    assert {line.split(" (")[0] for line in lines} == {t.kind for t in found.treatments}
-    for treatment in found.treatments:
-        assert any(treatment.way in line and treatment.reason in line for line in lines)
+    assert {line.split(" (")[0] for line in lines} == {t.kind for t in found.layer_reports}
+    for report in found.layer_reports:
+        assert any(report.backend in line and report.reason in line for line in lines)
 
 
 @pytest.mark.parametrize("net", ["linear", "layer norm", "class token", "attention by hand"])
@@ -1539,9 +1539,9 @@ def test_real_models(name, kind):
     found = _extract(model, data, kind, fisher="normalised")
     _check_coverage(model, found)
     diagonal = 0
-    for layer, treatment in zip(found.layers, found.treatments, strict=True):
+    for layer, report in zip(found.layers, found.layer_reports, strict=True):
         alone = any(word in layer.name for word in real.functional)
-        assert (treatment.way == "torch.func") == alone, layer.name
+        assert (report.backend == "torch.func") == alone, layer.name
         block = found.blocks[layer.name]
         assert all(bool(tensor.isfinite().all()) for tensor in block.tensors().values())
         if block.kind == "diagonal":

@@ -20,11 +20,11 @@ def survey(forward, modules, *shape):
     """What a forward pass of some samples shows; the modules are layers 0, 1, ..."""
     torch.manual_seed(0)
     model = nn.ModuleList(modules).eval()
-    surveyor = ModelTracer(model, find_layers(model))
+    tracer = ModelTracer(model, find_layers(model))
     x = torch.randn(shape)
-    with surveyor:
+    with tracer.watch():
         logits = forward(model, x)
-    return surveyor.survey(logits)
+    return tracer.trace(logits)
 
 
 def sources(*arguments):
@@ -485,10 +485,10 @@ def test_plain_torchvision_models_are_chains(make, size, chain):
     names += ["classifier." + n for n in classifier.split()]
     layers = find_layers(model)
     assert [layer.name for layer in layers] == names
-    surveyor = ModelTracer(model.eval(), layers)
-    with surveyor:
+    tracer = ModelTracer(model.eval(), layers)
+    with tracer.watch():
         logits = model(_images(size, 2))
-    seen = surveyor.survey(logits)
+    seen = tracer.trace(logits)
     assert seen.fed_by == {
         reader: Source(read, "relu") for read, reader in itertools.pairwise(names)
     }
@@ -500,10 +500,10 @@ def test_plain_torchvision_models_are_chains(make, size, chain):
 
 def test_a_residual_model_has_no_sources_but_a_head():
     model = torchvision.models.resnet18(num_classes=4).eval()
-    surveyor = ModelTracer(model, find_layers(model))
-    with surveyor:
+    tracer = ModelTracer(model, find_layers(model))
+    with tracer.watch():
         logits = model(_images(32))
-    seen = surveyor.survey(logits)
+    seen = tracer.trace(logits)
     assert (dict(seen.fed_by), seen.output_layer) == ({}, "fc")
 
 

@@ -1,0 +1,54 @@
+"""Which of several processes this one is, and how their tensors are added up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_only
+from torch import Tensor
+
+
+def is_rank_zero() -> bool:
+    """Tells whether this is the process of rank 0, or the only one.
+
+    Example:
+        >>> is_rank_zero()
+        True
+    """
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The place of this process among those that extract curvature together.
+
+    Attributes:
+        rank: Index of this process, from 0.
+        world_size: Number of processes.
+        total: Function that adds a tensor up over all processes, and gives the sum to each of
+            them. It may work in place.
+
+    Example:
+        >>> Shard().first(torch.ones(2))
+        tensor([1., 1.])
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    total: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+    def first(self, tensor: Tensor) -> Tensor:
+        """Gives every process the tensor of rank 0.
+
+        Args:
+            tensor: A tensor of the same shape on every process.
+
+        Returns:
+            The tensor of rank 0, bit for bit.
+        """
+        if self.world_size == 1:
+            return tensor
+        # A sum of one term and zeros is exact.
+        return self.total(tensor.clone() if self.rank == 0 else torch.zeros_like(tensor))

@@ -1,0 +1,116 @@
+"""Convolutions in one, two and three dimensions, with and without groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_fedfisher.extraction.layer_types.base import (
+    FunctionCall,
+    KroneckerLayer,
+    LayerType,
+    append_ones,
+    flatten_positions,
+)
+from lightning_fedfisher.extraction.layer_types.conv_geometry import ConvGeometry
+from lightning_fedfisher.extraction.layer_types.scale_shift import lone_bias
+
+
+@dataclass(frozen=True)
+class Convolution(KroneckerLayer):
+    """A convolution without groups, in any number of spatial dimensions.
+
+    Attributes:
+        geometry: Kernel size, stride, padding and dilation.
+        has_bias: Whether the last column of the matrix is a bias.
+
+    Example:
+        >>> import torch
+        >>> geometry = ConvGeometry.from_arguments(kernel=[2], stride=1, padding=0, dilation=1)
+        >>> inputs, gradients = torch.tensor([[[1.0, 2.0, 3.0]]]), torch.ones(1, 1, 1, 2)
+        >>> Convolution(geometry, has_bias=True).per_sample_gradients(inputs, gradients, samples=1)
+        tensor([[[3., 5., 2.]]])
+    """
+
+    geometry: ConvGeometry
+    has_bias: bool
+
+    @override
+    def channel_axis(self, ndim: int) -> int | None:
+        return 1
+
+    @override
+    def unfold_inputs(self, inputs: Tensor, samples: int) -> Tensor:
+        patches = self.geometry.unfold(inputs)
+        patches = append_ones(patches, 0) if self.has_bias else patches
+        return patches.reshape(len(patches), samples, -1).transpose(0, 1)
+
+    @override
+    def unfold_gradient(self, gradient: Tensor, samples: int) -> Tensor:
+        return flatten_positions(gradient, samples)
+
+    @override
+    def peak_numel(self, inputs: Tensor, gradients: Tensor) -> int:
+        return inputs.numel() * self.geometry.overlap
+
+
+@dataclass(frozen=True)
+class GroupedConvolution(LayerType):
+    """A convolution whose output channels see only the input channels of their own group.
+
+    Its gradient is a product within each group, but not as a whole, so it has no Kronecker factors.
+
+    Attributes:
+        geometry: Kernel size, stride, padding and dilation.
+        has_bias: Whether the last column of the matrix is a bias.
+        groups: Number of groups.
+    """
+
+    geometry: ConvGeometry
+    has_bias: bool
+    groups: int
+    title: ClassVar[str] = "a grouped convolution"
+
+    @override
+    def per_sample_gradients(self, inputs: Tensor, gradients: Tensor, samples: int) -> Tensor:
+        patches = self.geometry.unfold(inputs)
+        columns = patches.reshape(self.groups, len(patches) // self.groups, samples, -1)
+        columns = append_ones(columns, 1) if self.has_bias else columns
+        columns = columns.permute(2, 0, 3, 1)
+        by_channel = flatten_positions(gradients.flatten(0, 1), len(gradients) * samples)
+        rows = by_channel.reshape(len(gradients), samples, self.groups, -1, by_channel.shape[2])
+        return (rows @ columns).flatten(2, 3).flatten(0, 1)
+
+    @override
+    def peak_numel(self, inputs: Tensor, gradients: Tensor) -> int:
+        return inputs.numel() * self.geometry.overlap
+
+
+def read_convolution(
+    inputs: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> FunctionCall | None:
+    """Reads the arguments of `torch.nn.functional.conv1d`, ``conv2d`` and ``conv3d``.
+
+    Returns:
+        The call, or None if its input has no batch dimension.
+    """
+    if inputs.ndim != weight.ndim:
+        return None
+    geometry = ConvGeometry.from_arguments(weight.shape[2:], stride, padding, dilation)
+
+    def weight_type(has_bias: bool) -> LayerType:
+        if groups == 1:
+            return Convolution(geometry, has_bias)
+        return GroupedConvolution(geometry, has_bias, groups)
+
+    return FunctionCall(inputs, weight, bias, weight_type, lone_bias(bias, trailing=False))

@@ -1,0 +1,104 @@
+"""The copy of a model that extraction runs, isolated from the user's module and random state.
+
+The user's module is never touched: everything runs on a deep copy in eval mode, in float32 or
+better, with every random state put back afterwards.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def copy_model(model: nn.Module, buffers: Mapping[str, Tensor]) -> nn.Module:
+    """Copies a model to work on, in eval mode and at least float32.
+
+    Args:
+        model: Any module. It is not changed.
+        buffers: Values that the copy's buffers get in place of the model's, by buffer name.
+
+    Returns:
+        The copy. Hooks and graphs of the extraction die with it.
+
+    Raises:
+        RuntimeError: If the module cannot be copied, with a note that says why that matters.
+
+    Example:
+        >>> model = nn.Linear(2, 1).to(torch.bfloat16).train()
+        >>> copied = copy_model(model, {})
+        >>> copied.weight.dtype, copied.training, model.training
+        (torch.float32, False, True)
+    """
+    try:
+        copied = copy.deepcopy(model)
+    except RuntimeError as error:
+        error.add_note(
+            "Curvature is extracted on a deep copy of the module, and it cannot be copied. Most "
+            "often a tensor that still hangs in a graph is kept as an attribute: detach it."
+        )
+        raise
+    copied.zero_grad(set_to_none=True)
+    for name, buffer in buffers.items():
+        copied.get_buffer(name).copy_(buffer)
+    for module in copied.modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            module.sparse = False  # whose gradients know few operations
+    low_precision = {p.dtype for p in copied.parameters()} & {torch.float16, torch.bfloat16}
+    return (copied.float() if low_precision else copied).eval()
+
+
+def copy_around_parameters(model: nn.Module) -> nn.Module:
+    """Copies all of a model but its parameters, which the model and its copy share.
+
+    What a forward pass of the copy leaves in buffers and in any other attribute of a module (a
+    cache, a counter) is unknown to the model, at no price in memory or time to speak of.
+
+    Args:
+        model: A module whose forward pass does not write to its parameters. It is not changed.
+
+    Returns:
+        The copy, which holds the same `torch.nn.Parameter` objects.
+
+    Example:
+        >>> model = nn.BatchNorm1d(2)
+        >>> copied = copy_around_parameters(model)
+        >>> copied.weight is model.weight, copied.running_mean is model.running_mean
+        (True, False)
+    """
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+
+
+@contextmanager
+def isolated(model: nn.Module) -> Iterator[None]:
+    """Switches gradients on and autocast off, and puts every random state back afterwards.
+
+    Args:
+        model: The model that is run inside; it tells the device.
+
+    Yields:
+        None.
+    """
+    device = next(model.parameters()).device
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    cuda = [device] if device.type == "cuda" else []
+    # cuDNN's recurrent layers have no backward pass in eval mode.
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    cudnn = torch.backends.cudnn.enabled and not recurrent
+    try:
+        with (
+            torch.backends.cudnn.flags(enabled=cudnn),
+            torch.random.fork_rng(cuda),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(device.type, enabled=False),
+        ):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)

@@ -1,0 +1,100 @@
+"""The options of an extraction: their meaning, their defaults, and which values are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TypedDict
+
+from lightning_fedfisher.extraction.batches import Forward
+from lightning_fedfisher.extraction.fisher_types import FISHER_TYPES, FisherType
+from lightning_fedfisher.extraction.layer_report import CURVATURE_TYPES, CurvatureType
+from lightning_fedfisher.extraction.sampling import MaxSamples, check_max_samples
+from lightning_fedfisher.likelihoods.registry import LIKELIHOODS
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractionOptions:
+    """What curvature is extracted, and over which samples.
+
+    Attributes:
+        curvature: Kind of curvature: ``"identity"`` (none, no pass over the samples at all),
+            ``"diagonal"``, ``"kfac"``, ``"ekfac"`` or ``"dense"``. A layer without Kronecker
+            factors gets an exact diagonal instead of ``"kfac"`` or ``"ekfac"``.
+        fisher: Fisher type: ``"normalised"``, ``"exact"``, ``"mc"`` or ``"empirical"`` (see
+            `fisher_types`).
+        likelihood: Name of the likelihood of the labels given the logits: ``"categorical"`` (any
+            number of positions after the classes, unobserved ones labelled -100), ``"bernoulli"``
+            or ``"gaussian"``, or any other key of `LIKELIHOODS`.
+        max_samples: Most samples to average over. A number takes a seeded random subset of this
+            size, ``"auto"`` takes every twelfth sample but at least 300, and None takes all. Of an
+            iterable without indices, a number takes the first samples, rounded up to whole batches,
+            and ``"auto"`` takes all.
+        batch_size: Number of samples in a batch; None keeps the loader's own. It is halved, with a
+            warning, for as long as memory does not suffice.
+        seed: Seed of the subset and of all draws.
+        draws: Number of directions that are drawn for each sample, for the Fisher types that draw.
+        tolerance: Share of each batch's trace, from 0 to below 1, that the exact Fisher type may
+            leave out to save backward passes.
+        forward: Function that maps ``(module, batch)`` to logits, or to ``(logits, labels)``. None
+            stands for batches ``(x, y)`` and logits ``module(x)``.
+
+    Raises:
+        ValueError: If options are unknown or out of range; all are named at once.
+
+    Example:
+        >>> ExtractionOptions(fisher="exact").curvature
+        'kfac'
+        >>> ExtractionOptions(curvature="hessian", draws=0)
+        Traceback (most recent call last):
+            ...
+        ValueError: curvature='hessian' is not one of identity, diagonal, kfac, ekfac, dense; \
+draws must be at least 1, a whole number, got 0
+    """
+
+    curvature: CurvatureType = "kfac"
+    fisher: FisherType = "normalised"
+    likelihood: str = "categorical"
+    max_samples: MaxSamples = "auto"
+    batch_size: int | None = None
+    seed: int = 0
+    draws: int = 1
+    tolerance: float = 5e-6
+    forward: Forward | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses what is unknown or out of range, all at once."""
+        known: tuple[tuple[str, str, Collection[str]], ...] = (
+            ("curvature", self.curvature, CURVATURE_TYPES),
+            ("fisher", self.fisher, FISHER_TYPES),
+            ("likelihood", self.likelihood, LIKELIHOODS),
+        )
+        offenders = [
+            f"{name}={given!r} is not one of {', '.join(choices)}"
+            for name, given, choices in known
+            if given not in choices
+        ]
+        try:
+            check_max_samples(self.max_samples)
+        except ValueError as error:
+            offenders.append(str(error))
+        for name, count in (("batch_size", self.batch_size), ("draws", self.draws)):
+            if count is not None and not (isinstance(count, int) and count >= 1):
+                offenders.append(f"{name} must be at least 1, a whole number, got {count!r}")
+        if not 0 <= self.tolerance < 1:
+            offenders.append(f"tolerance must lie in [0, 1), got {self.tolerance}")
+        if offenders:
+            raise ValueError("; ".join(offenders))
+
+
+class OptionOverrides(TypedDict, total=False):
+    """The fields of `ExtractionOptions` that a call may change, each by a keyword of its name."""
+
+    fisher: FisherType
+    likelihood: str
+    max_samples: MaxSamples
+    batch_size: int | None
+    seed: int
+    draws: int
+    tolerance: float
+    forward: Forward | None

@@ -1,0 +1,33 @@
+"""Ranks: which process this is, and what the process of rank 0 has."""
+
+import subprocess
+import sys
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_only
+
+from lightning_fedfisher.distributed.processes import Shard, is_rank_zero
+
+
+def test_rank_zero_is_what_lightning_says(monkeypatch):
+    for rank in (0, 3):
+        monkeypatch.setattr(rank_zero_only, "rank", rank, raising=False)
+        assert is_rank_zero() == (rank == 0)
+    monkeypatch.delattr(rank_zero_only, "rank")
+    assert is_rank_zero()
+
+
+def test_first_is_the_tensor_of_rank_zero():
+    tensors = [torch.tensor([0.1, -3.0]), torch.tensor([7.0, 1e30])]
+    passed = [Shard(rank, 2, lambda t: t).first(tensor) for rank, tensor in enumerate(tensors)]
+    assert torch.equal(sum(passed), tensors[0])
+    assert torch.equal(tensors[1], torch.tensor([7.0, 1e30]))  # a reduction may work in place
+
+
+def test_processes_need_no_lightning():
+    code = (
+        "import sys, lightning_fedfisher.distributed.processes as p; "
+        "assert p.is_rank_zero(); "
+        "assert 'lightning_fedfisher.distributed.strategies' not in p.__dict__"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
