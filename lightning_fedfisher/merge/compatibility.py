@@ -15,7 +15,8 @@ from lightning_fedfisher._utils.progress import is_rank_zero, progress_bar
 from lightning_fedfisher.errors import MergeError, UpdateError
 from lightning_fedfisher.layers import aliases
 from lightning_fedfisher.merge.methods import MergeMethod
-from lightning_fedfisher.update.client_update import ClientUpdate, frozen_at
+from lightning_fedfisher.update.architecture import frozen_at
+from lightning_fedfisher.update.client_update import ClientUpdate
 from lightning_fedfisher.update.file_format import digest
 
 UpdateSource = str | os.PathLike[str] | ClientUpdate

@@ -26,7 +26,7 @@ from lightning_fedfisher.curvature.diagonal import Diagonal
 from lightning_fedfisher.errors import UpdateError
 from lightning_fedfisher.merge.methods import METHODS, MethodName
 from lightning_fedfisher.update.client_update import ClientUpdate
-from lightning_fedfisher.update.tensor_checks import flaw
+from lightning_fedfisher.update.tensor_checks import find_problem
 
 _BY_LAYER = ("information", "pull", "weights")
 
@@ -144,7 +144,9 @@ def _require_sums(
         if shapes.get(name) != found.get(name):
             should = shapes.get(name, "absent")
             offenders.append(f"{name} should be {should}, is {found.get(name, 'absent')}")
-        elif reason := flaw(total[name], "values" if name.startswith("information/") else None):
+        elif reason := find_problem(
+            total[name], "values" if name.startswith("information/") else None
+        ):
             offenders.append(f"{name} {reason}")
         elif name in ("share", "samples") and not total[name] > 0:
             offenders.append(f"{name} must be greater than 0")
