@@ -258,12 +258,14 @@ class _FileState(NamedTuple):
     inode: int
     size: int
     modified_ns: int
+    changed_ns: int
 
     @classmethod
     def of(cls, file: FileIO) -> _FileState:
         """Asks for the state of an open file."""
         status = os.fstat(file.fileno())
-        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        times = status.st_mtime_ns, status.st_ctime_ns
+        return cls(status.st_dev, status.st_ino, status.st_size, *times)
 
     def is_settled(self) -> bool:
         """Whether another write would show: the last was longer ago than a file's clock ticks."""
