@@ -56,7 +56,7 @@ def path(tmp_path):
 
 
 @QUIET
-@given(specs=SPECS, metadata=st.dictionaries(NAMES, NAMES, max_size=2))
+@given(specs=SPECS, metadata=st.dictionaries(NAMES, NAMES, min_size=1, max_size=2))
 def test_a_size_is_foretold_to_the_byte_and_what_is_written_is_read(specs, metadata, path):
     data = save(_zeros(specs), metadata)
     assert layout_size(specs, metadata) == len(data)
