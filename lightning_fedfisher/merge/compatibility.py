@@ -16,7 +16,8 @@ from lightning_fedfisher.distributed.processes import is_rank_zero
 from lightning_fedfisher.errors import MergeError, UpdateError
 from lightning_fedfisher.layers import aliases
 from lightning_fedfisher.merge.methods import MergeMethod
-from lightning_fedfisher.update.client_update import ClientUpdate, frozen_at
+from lightning_fedfisher.update.architecture import frozen_at
+from lightning_fedfisher.update.client_update import ClientUpdate
 from lightning_fedfisher.update.file_format import digest
 
 UpdateSource = str | os.PathLike[str] | ClientUpdate
