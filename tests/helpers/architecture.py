@@ -22,7 +22,7 @@ class Import:
     Attributes:
         source: the module that imports, below the package: `merge.solvers`, or `__init__`.
         target: what it imports: written like `source` if `ours`, else its full name.
-        when: "always", or later: "in a function", or never: "for types".
+        when: "always", or later: "in a function" or "by name", in a string; or never: "for types".
         line: where in the file.
         ours: whether it is a module of the package.
     """
@@ -73,11 +73,17 @@ class Package:
         return ast.get_docstring(ast.parse(self.sources[module])) or ""
 
     def imports(self) -> list[Import]:
-        """Every import of every module, those in functions and those for types among them."""
+        """Every import of every module, whenever it is done."""
         return [found for module in self.sources for found in self._imports_of(module)]
 
     def _imports_of(self, module: str) -> Iterator[Import]:
-        for node, when in _statements(ast.parse(self.sources[module]), "always"):
+        tree = ast.parse(self.sources[module])
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                target = self._below(node.value)
+                if target in self.sources and target != TOP:
+                    yield Import(module, target, "by name", node.lineno, True)
+        for node, when in _statements(tree, "always"):
             names = [alias.name for alias in node.names]
             if isinstance(node, ast.ImportFrom):
                 base = self._base(module, node)
