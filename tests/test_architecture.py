@@ -303,6 +303,7 @@ def test_rooms_and_contracts_need_one_another():
     [
         ("A room.\n\nMay import: nothing of this package.\n", []),
         ("A room. May import: anything.", ANYTHING),
+        ("A room. May import: everything.", ANYTHING),
         ("A room.\n\nMay import: a, b_c,\n_d and `e.f`. Needs x.", ["a", "b_c", "_d", "e.f"]),
         ("A room.", None),
     ],

@@ -22,7 +22,7 @@ class Import:
     Attributes:
         source: the module that imports, below the package: `merge.solvers`, or `__init__`.
         target: what it imports: written like `source` if `ours`, else its full name.
-        when: "always", or later: "in a function" or "by name", in a string; or never: "for types".
+        when: "always", or later: "in a function" or "by name"; or never: "for types".
         line: where in the file.
         ours: whether it is a module of the package.
     """
@@ -79,9 +79,9 @@ class Package:
     def _imports_of(self, module: str) -> Iterator[Import]:
         tree = ast.parse(self.sources[module])
         for node in ast.walk(tree):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                target = self._below(node.value)
-                if target in self.sources and target != TOP:
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+                name = getattr(node.args[0], "value", "") if node.args else ""
+                if (target := self._below(str(name))) is not None:
                     yield Import(module, target, "by name", node.lineno, True)
         for node, when in _statements(tree, "always"):
             names = [alias.name for alias in node.names]
@@ -170,7 +170,7 @@ def statement(docstring: str) -> list[str] | str | None:
     if match is None:
         return None
     entries = [word.strip(" `\n") for word in re.split(r",|\band\b", match[1])]
-    if entries == [ANYTHING]:
+    if entries in ([ANYTHING], ["everything"]):
         return ANYTHING
     return [] if entries == ["nothing of this package"] else [word for word in entries if word]
 
