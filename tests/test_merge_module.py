@@ -3,10 +3,8 @@
 import copy
 import csv
 import dataclasses
-import json
 import re
 import tempfile
-import textwrap
 import warnings
 from functools import partial
 from pathlib import Path
@@ -21,10 +19,13 @@ from helpers.federation import (
     tiny_model,
     tiny_updates,
 )
+from helpers.merging import assert_same, merge
+from helpers.merging import interrupted as _interrupted
+from helpers.merging import resumed as _resumed
+from helpers.merging import with_header as _with_header
 from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from oracles import merge as oracle
-from test_callback import run_ddp
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet18
@@ -67,18 +68,6 @@ def updates(tmp_path_factory):
         method: tiny_updates(root / method, curvature=curvature, fisher=fisher)
         for method, (curvature, fisher) in NEEDS.items()
     }
-
-
-def merge(updates, root, val=None, trainer=(), **options):
-    module = FisherMergeModule(updates, **options)
-    quiet_trainer(root, **{"max_epochs": -1} | dict(trainer)).fit(module, val_dataloaders=val)
-    return module
-
-
-def assert_same(state, other, **tolerances):
-    assert state.keys() == other.keys()
-    for name, tensor in state.items():
-        torch.testing.assert_close(tensor, other[name], **tolerances)
 
 
 # To the bit, but for what is carried over by maps that are the identity up to rounding.
@@ -344,24 +333,6 @@ def test_a_resumed_merge_gives_the_same_model(updates, tmp_path):
     assert_same(module.merged_state_dict(), whole.merged_state_dict(), rtol=0, atol=0)
 
 
-def _interrupted(clients, root, epochs, val=None, **options):
-    """A merge that was stopped after some sweeps, and its checkpoint."""
-    checkpoint = ModelCheckpoint(root / "kept", save_last=True)
-    trainer = {"callbacks": [checkpoint], "enable_checkpointing": True, "max_epochs": epochs}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*has not converged")
-        module = merge(clients, root, val, trainer=trainer, **options)
-    return module, checkpoint.last_model_path
-
-
-def _resumed(path, clients, root, val=None, **options):
-    module = FisherMergeModule(clients, **options)
-    quiet_trainer(root, max_epochs=-1).fit(
-        module, val_dataloaders=val, ckpt_path=path, weights_only=True
-    )
-    return module
-
-
 @pytest.fixture
 def read(monkeypatch):
     """Indices of the layers whose problems are read, as they are."""
@@ -426,15 +397,6 @@ def test_a_checkpoint_of_another_merge_is_refused(updates, tmp_path):
         with pytest.raises(ValueError, match=r"is of another merge.* same updates.* same method"):
             _resumed(path, others, tmp_path, method=method)
     _resumed(path, clients, tmp_path)
-
-
-def _with_header(update, **changes):
-    """The same update in memory with another header."""
-    tensors = {f"parameters/{name}": tensor for name, tensor in update.parameters.items()}
-    tensors |= {f"buffers/{name}": tensor for name, tensor in update.buffers.items()}
-    for name, block in update.blocks.items():
-        tensors |= {f"curvature/{name}/{part}": t for part, t in block.tensors().items()}
-    return ClientUpdate(dataclasses.replace(update.header, **changes), tensors, update.source)
 
 
 def _loaded(update):
@@ -1379,78 +1341,3 @@ def test_every_rank_prepares_its_share_and_the_owner_gets_all_in_order(ranks, ow
     for ours, theirs in zip(received, curvatures, strict=True):
         assert torch.equal(ours.tensors["values"], theirs.values)
     assert [item.label for item in received] == [0, 1, 2, 3, 4]
-
-
-DDP_SCRIPT = """
-import json, sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-import torch
-from helpers.federation import quiet_trainer, tiny_loader, tiny_model
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning_fedfisher import FisherMergeModule
-
-root, method, devices = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-budget = int(sys.argv[4]) if len(sys.argv) > 4 else 2**30
-checkpoint = ModelCheckpoint(root / "kept", save_last=True)
-module = FisherMergeModule(
-    sorted((root / method).glob("*.safetensors")), method=method, model=tiny_model(),
-    memory_budget=budget,
-)
-trainer = quiet_trainer(
-    root, max_epochs=-1, devices=devices, strategy="ddp", use_distributed_sampler=False,
-    callbacks=[checkpoint], enable_checkpointing=True,
-)
-trainer.fit(module, val_dataloaders=tiny_loader(seed=50, samples=40, shuffle=False))
-if trainer.is_global_zero:
-    torch.save(module.merged_state_dict(), root / "merged.pt")
-    torch.save([module.influence, module.distances], root / "clients.pt")
-    (root / "history.json").write_text(json.dumps(module.history))
-"""
-
-
-def test_more_processes_than_layers_finish(tmp_path):
-    torch.manual_seed(0)
-    data = TensorDataset(torch.randn(12, 4), torch.arange(12) % 3)
-    models = [nn.Linear(4, 3) for _ in range(2)]
-    for index, model in enumerate(models):
-        _update_of(model, data, "kfac").save(tmp_path / "fedfisher" / f"{index}.safetensors")
-    script = tmp_path / "merge.py"
-    text = textwrap.dedent(DDP_SCRIPT.format(tests=str(Path(__file__).parent)))
-    text = text.replace("model=tiny_model()", "model=None")
-    text = re.sub(r"trainer\.fit\(module, .*\)", "trainer.fit(module)", text)
-    script.write_text(text)
-    run_ddp(str(script), str(tmp_path), "fedfisher", "2")
-    alone = merge(sorted((tmp_path / "fedfisher").glob("*")), tmp_path)
-    together = torch.load(tmp_path / "merged.pt", weights_only=True)
-    assert_same(together, alone.merged_state_dict(), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("method", "devices", "budget"),
-    [
-        ("fedfisher", 2, 2**30),
-        ("fedfisher", 3, 2**30),
-        ("fedfisher_kfac", 3, 2**30),
-        ("fedfisher", 2, 0),
-    ],
-)
-def test_processes_do_not_change_the_result(updates, method, devices, budget, tmp_path):
-    clients = updates[method]
-    for index, client in enumerate(clients):
-        client.save(tmp_path / method / f"{index}.safetensors")
-    script = tmp_path / "merge.py"
-    script.write_text(textwrap.dedent(DDP_SCRIPT.format(tests=str(Path(__file__).parent))))
-    run_ddp(str(script), str(tmp_path), method, str(devices), str(budget))
-    loader = tiny_loader(seed=50, samples=40, shuffle=False)
-    alone = merge(clients, tmp_path, loader, method=method, model=tiny_model())
-    together = torch.load(tmp_path / "merged.pt", weights_only=True)
-    assert_same(together, alone.merged_state_dict(), rtol=1e-5, atol=1e-6)
-    influence, distances = torch.load(tmp_path / "clients.pt", weights_only=True)
-    assert influence.any(dim=2).all()
-    assert distances.all()
-    torch.testing.assert_close(influence, alone.influence, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(distances, alone.distances, rtol=1e-3, atol=1e-6)
-    history = json.loads((tmp_path / "history.json").read_text())
-    for ours, theirs in zip(alone.history, history, strict=True):
-        assert theirs == pytest.approx(ours, rel=1e-3)

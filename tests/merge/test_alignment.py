@@ -5,18 +5,17 @@ Here clients are further apart than training takes them, so that it matters.
 
 import dataclasses
 import math
-import re
-import textwrap
 import warnings
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from helpers.federation import quiet_trainer
+from helpers.merging import assert_same, merge
+from helpers.merging import interrupted as _interrupted
+from helpers.merging import resumed as _resumed
+from helpers.merging import with_header as _with_header
 from oracles import merge as oracle
-from test_callback import run_ddp
-from test_merge_module import DDP_SCRIPT, _interrupted, _resumed, _with_header, assert_same, merge
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -469,16 +468,3 @@ def test_two_merges_by_one_module_are_alike(tmp_path):
         quiet_trainer(tmp_path, max_epochs=-1).fit(module, ckpt_path=path, weights_only=True)
         fresh = _resumed(path, clients, tmp_path, max_iterations=1)
     assert_same(module.merged_state_dict(), fresh.merged_state_dict(), rtol=0, atol=0)
-
-
-def test_processes_do_not_change_an_aligned_merge(tmp_path):
-    clients = _clients("convolutional")
-    for index, client in enumerate(clients):
-        client.save(tmp_path / "fedfisher" / f"{index}.safetensors")
-    text = textwrap.dedent(DDP_SCRIPT.format(tests=str(Path(__file__).parents[1])))
-    text = text.replace("model=tiny_model()", "model=None")
-    text = re.sub(r"trainer\.fit\(module, .*\)", "trainer.fit(module)", text)
-    (tmp_path / "merge.py").write_text(text)
-    run_ddp(str(tmp_path / "merge.py"), str(tmp_path), "fedfisher", "2")
-    together = torch.load(tmp_path / "merged.pt", weights_only=True)
-    assert_same(together, merge(clients, tmp_path).merged_state_dict(), rtol=1e-5, atol=1e-6)
