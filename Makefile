@@ -7,13 +7,15 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/python recipes/cifar_resnet.py
 
-# On matrices as small as those of the tests, threads that wait for a busy core cost more than they do.
+# A process for each core, up to eight, and one thread in each: on matrices as small as those of the
+# tests, threads that wait for a busy core cost more than they do. `make test JOBS=0` uses no others.
+JOBS ?= auto
 test: export OMP_NUM_THREADS ?= 1
 test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --maxprocesses 8 --dist worksteal
 
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -12,8 +12,8 @@ class FedFisherError(ValueError):
     """A model, an update or a merge is refused; the message names all that is wrong with it.
 
     Attributes:
-        offenders: one line for each thing refused, with the reason and, where there is one, a
-            remedy.
+        offenders: One line for each thing that is refused, with the reason and, where there is one,
+            a remedy.
 
     Example:
         >>> try:
@@ -24,11 +24,11 @@ class FedFisherError(ValueError):
     """
 
     def __init__(self, heading: str, offenders: Sequence[str]) -> None:
-        """Writes one message.
+        """Writes one message of all reasons.
 
         Args:
-            heading: what is refused, the first line of the message.
-            offenders: one line for each reason.
+            heading: First line of the message, which says what is refused.
+            offenders: One line for each reason.
         """
         self.offenders = tuple(offenders)
         super().__init__("\n".join([heading, *(f"  - {offender}" for offender in offenders)]))
@@ -41,21 +41,32 @@ class UnsupportedModelError(FedFisherError):
         """Lists every parameter or module refused.
 
         Args:
-            offenders: one line for each, with the reason and remedy.
+            offenders: One line for each, with the reason and remedy.
         """
         super().__init__("The curvature of this model cannot be extracted as asked:", offenders)
 
 
 class UpdateError(FedFisherError):
-    """An update cannot be used: it is corrupt, not finite, or contradicts itself."""
+    """An update cannot be used: it is corrupt, not finite, or contradicts itself.
+
+    Attributes:
+        source: The file, or a phrase for an update in memory.
+        offenders: One line for each tensor or field that is refused, with the reason.
+
+    Example:
+        >>> error = UpdateError("client.safetensors", ["parameters/weight is missing"])
+        >>> error.source, error.offenders
+        ('client.safetensors', ('parameters/weight is missing',))
+    """
 
     def __init__(self, source: str, offenders: Sequence[str]) -> None:
         """Lists every tensor or field refused.
 
         Args:
-            source: the file, or a word for an update in memory.
-            offenders: one line for each, with the reason.
+            source: The file, or a phrase for an update in memory.
+            offenders: One line for each, with the reason.
         """
+        self.source = source
         super().__init__(f"{source} is not a usable client update:", offenders)
 
 
@@ -66,7 +77,7 @@ class MergeError(FedFisherError):
         """Lists every update refused.
 
         Args:
-            offenders: one line for each, with the reason.
+            offenders: One line for each, with the reason.
         """
         super().__init__("These updates cannot be merged:", offenders)
 
@@ -78,6 +89,6 @@ class BudgetError(FedFisherError):
         """Says what does not fit.
 
         Args:
-            reason: how large it is and how large it may be, with the remedy.
+            reason: How large it is and how large it may be, with the remedy.
         """
         super().__init__(reason, ())

@@ -1,22 +1,17 @@
-"""FisherMergeModule: the server. Batches are layers, epochs are sweeps of the solvers.
+"""FisherMergeModule: the server on a Lightning Trainer.
 
-The merge is a separate problem for each layer, so a Lightning `Trainer` runs it with the parts it
-has: the train loader yields this rank's layers, a training step advances one layer's solver, and at
-the end of each sweep the ranks put the global model together. Nothing is exchanged in between. With
-a method that aligns, a layer is begun once the layer whose outputs it reads is solved.
-
-Memory is bounded by a budget: a layer is not begun while those in work leave no room for it, and
-one that is too large by itself is worked on from disk.
+The merge is a separate problem for each layer, so a `Trainer` runs it with the parts it has: the
+train loader yields this rank's layers, a training step advances one layer's solver, and at the end
+of each epoch the ranks put the global model together. Nothing is exchanged in between. All that the
+server knows of merging is in the room `merge`, which needs no Trainer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from functools import cached_property, partial
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -25,52 +20,50 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_fedfisher._utils.text import client_names
-from lightning_fedfisher.distributed.assignment import IDLE, Sweep, SweepCounter, deal
-from lightning_fedfisher.distributed.strategies import require_whole_model
-from lightning_fedfisher.merge import layer_state as layer_status
-from lightning_fedfisher.merge.buffers import merge_buffers
-from lightning_fedfisher.merge.checkpoint import fingerprint
-from lightning_fedfisher.merge.compatibility import UpdateSource, check_model, open_updates
-from lightning_fedfisher.merge.influence_cap import unusual
-from lightning_fedfisher.merge.layer_loader import LayerProblems
-from lightning_fedfisher.merge.layer_state import DONE
-from lightning_fedfisher.merge.methods import METHODS, MergeMethod, MethodName
-from lightning_fedfisher.merge.solvers import Solver
-from lightning_fedfisher.merge.validation import Validation
+from lightning_fedfisher.distributed.assignment import assign_layers
+from lightning_fedfisher.distributed.strategies import require_whole_model, sum_over_ranks
+from lightning_fedfisher.merge.checkpoint import load_state, save_state
+from lightning_fedfisher.merge.compatibility import UpdateSource, check_model
+from lightning_fedfisher.merge.layer_state import by_layer
+from lightning_fedfisher.merge.merger import Merger
+from lightning_fedfisher.merge.methods import MergeMethod
+from lightning_fedfisher.merge.options import DEFAULT_MEMORY_BUDGET, MergeOptions
+from lightning_fedfisher.merge.result import MergeResult
+from lightning_fedfisher.merge.validation import Validation, require_one_loader
 from lightning_fedfisher.tracking.wandb_run import define_merge_axes, log_merge
 
-_CHECKPOINT_KEY = "lightning_fedfisher_merge_2"  # counts what is saved
+_CHECKPOINT_KEY = "lightning_fedfisher_merge"
+
+IDLE = -1
+"""In place of a layer's index: a batch in which a rank has nothing to do."""
 
 
 class FisherMergeModule(LightningModule):
     """Merges client updates into one model on a Lightning `Trainer`.
 
-    Example::
-
-        merge = FisherMergeModule(["client-0.safetensors", "client-1.safetensors"])
-        Trainer(max_epochs=-1).fit(merge)
-        torch.save(merge.merged_state_dict(), "merged.pt")
-
     It stops the trainer by itself once every layer is solved, so ``max_epochs=-1`` is right. Under
-    ``strategy="ddp"`` ranks own whole layers, dealt by cost, and the result does not depend on
+    ``strategy="ddp"`` ranks own whole layers, assigned by cost, and the result does not depend on
     their number. A merge resumed from a checkpoint (``Trainer.fit(merge, ckpt_path=...)``) keeps
-    the layers that were solved, and ends in the same model.
+    the layers that were solved, and ends in the same model. `merge_updates` does the same in one
+    process without a Trainer.
 
-    After every sweep it logs ``objective``, ``residual`` (the largest of any layer) and
+    After every epoch it logs ``objective``, ``residual`` (the largest of any layer) and
     ``iterations`` (the most of any layer), and both for each layer as ``residual/NAME`` and
-    ``iterations/NAME``.
-
-    With a validation loader of ``(x, y)`` batches and a `model`, accuracy and negative
-    log-likelihood of the global model are logged after every sweep.
+    ``iterations/NAME``. With a validation loader of ``(x, y)`` batches and a `model`, the scores of
+    the global model are logged as well: ``val_nll``, and ``val_accuracy`` where the clients'
+    likelihood has one.
 
     Attributes:
-        updates: the opened updates, in the order given.
-        problems: what is read of them: shares, an estimate of memory, each layer's problem.
-        max_influence: what a client may weigh, as a multiple of what the median client does.
-        influence: what each client weighs in each layer, as multiples of what the median client
-            does: ``(layers, clients, 3)``, its information, distance and pull (see `influence`).
-        history: one dictionary a sweep: ``iterations``, ``objective`` (of the layers begun),
-            ``residual`` and, with a validation loader, ``val_accuracy`` (percent) and ``val_nll``.
+        updates: The opened updates, in the order given.
+        layers: The layers of the clients' model.
+        method: Name of the merge method.
+        merger: The merge itself, as it stands.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> merge = FisherMergeModule(["a.safetensors", "b.safetensors"])  # doctest: +SKIP
+        >>> Trainer(max_epochs=-1).fit(merge)  # doctest: +SKIP
+        >>> torch.save(merge.merged_state_dict(), "merged.pt")  # doctest: +SKIP
     """
 
     def __init__(
@@ -78,109 +71,99 @@ class FisherMergeModule(LightningModule):
         updates: Sequence[UpdateSource],
         *,
         model: nn.Module | None = None,
-        method: MethodName | MergeMethod = "fedfisher",
+        method: str | MergeMethod = "fedfisher",
         keep_best: bool | None = None,
         max_iterations: int | None = None,
         max_influence: float | None = None,
         skip_invalid: bool = False,
-        memory_budget: int = 2**30,
+        memory_budget: int = DEFAULT_MEMORY_BUDGET,
     ) -> None:
         """Opens and checks all updates.
 
         Args:
-            updates: update files or `ClientUpdate` objects, one for each client.
-            model: loaded with the result when the fit ends, and used for validation; optional.
-            method: name of the merge method, a key of `METHODS`, or a row of your own.
-            keep_best: return the iterate best on the validation loader rather than the last one.
-                As the method has it if None: the published methods do, ours does not.
-            max_iterations: solver steps a layer at most; the method's own if None.
-            max_influence: what a client may weigh in a layer, as a multiple of what the median
-                client does (see `influence`). As the method has it if None: 10 for ours, infinite
-                for the published ones. 2 resists clients that are hostile.
-            skip_invalid: merge without the updates that would be refused, and warn of them.
-            memory_budget: bytes of clients' curvature and weights to hold at a time; beyond it,
-                layers wait for their turn, and the curvature of one that exceeds it alone is kept
-                on disk, in the folder for temporary files, as are alignments. Where the best
-                iterate is looked for on a validation loader, all layers move at once, and it
-                bounds each of them, not their sum.
+            updates: Update files or `ClientUpdate` objects, one for each client.
+            model: A model that is loaded with the result when the fit ends, and that validation
+                runs; None if there is no need for either.
+            method: Name of the merge method, a key of `METHODS`, or a row of your own.
+            keep_best: Whether to return the iterate that is best on the validation loader rather
+                than the last one. None leaves that to the method: the published ones do.
+            max_iterations: Solver steps to make for a layer at most; the method's own if None.
+            max_influence: What a client may weigh in a layer, as a multiple of what the median
+                client weighs (see `influence_cap`). None leaves that to the method: 10 for ours, no
+                bound for the published ones. 2 resists clients that are hostile.
+            skip_invalid: Whether to merge without the updates that would be refused, and warn.
+            memory_budget: Bytes of clients' weights and curvature to hold at a time. Beyond it,
+                layers wait for their turn, and what exceeds it alone is offloaded to disk. Where
+                the best iterate is looked for on a validation loader, all layers move at once, and
+                it bounds each of them, not their sum.
 
         Raises:
-            MergeError: naming every update that is missing, corrupt, of another architecture, or
-                without the curvature the method needs.
-            ValueError: if the method is unknown or the model does not fit the updates.
+            MergeError: If updates are missing, corrupt, of different models, or without the
+                curvature that the method needs; all are named.
+            ValueError: If an option is out of range or the model does not fit the updates.
         """
         super().__init__()
-        if not isinstance(method, MergeMethod) and method not in METHODS:
-            raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
         self.automatic_optimization = False
-        self._method = method if isinstance(method, MergeMethod) else METHODS[method]
-        self.method = "custom" if isinstance(method, MergeMethod) else method
-        self._keep_best = self._method.keeps_best if keep_best is None else keep_best
-        if max_iterations is not None and max_iterations < 1:
-            raise ValueError(f"max_iterations must be at least 1, got {max_iterations}")
-        self._max_iterations = max_iterations or self._method.iterations
-        if max_influence is not None:
-            if not max_influence >= 1:
-                raise ValueError(f"max_influence must be at least 1, got {max_influence}")
-            self._method = replace(self._method, max_influence=float(max_influence))
-        self.max_influence = self._method.max_influence
-        self.updates = open_updates(updates, self._method, self.method, skip_invalid)
-        self.layers = self.updates[0].layers
-        self.problems = LayerProblems(self.updates, self._method, memory_budget)
+        options = MergeOptions(
+            method, keep_best, max_iterations, max_influence, skip_invalid, memory_budget
+        )
+        self.merger = Merger.open(updates, options)
+        self.updates, self.layers = self.merger.updates, self.merger.layers
+        self.method, self.max_influence = options.row.name, options.row.max_influence
         # Parameters, so that checkpoints hold them and DDP takes the module. Buffers or submodules
         # would be overwritten by rank 0's, so the model stays outside the module tree.
-        self.merged = nn.ParameterList(
-            nn.Parameter(self.problems.average(layer)) for layer in self.layers
-        )
-        self._merged_buffers = merge_buffers(self.updates, self.max_influence)
-        self._dtypes = {n: dtype for n, (_, dtype) in self.updates[0].specs.items()}
+        self.merged = nn.ParameterList(nn.Parameter(matrix) for matrix in self.merger.merged)
+        self.merger.merged = list(self.merged)
         self._target: list[nn.Module] = [] if model is None else [model]
         if model is not None:
             check_model(model, self.merged_state_dict(), self.updates[0].header.frozen)
         self._validation: Validation | None = None
         self._turns = 0
-        self._forget()
-
-    def _forget(self) -> None:
-        """Starts a merge with nothing solved."""
-        self.problems.forget()
-        self._solvers: dict[int, Solver] = {}
-        self._progress: dict[int, tuple[Tensor, list[float]]] = {}
-        self._status = layer_status.waiting(len(self.layers), len(self.updates))
-        self.influence = self.problems.weighed.clone()
-        self._best: tuple[float, list[Tensor]] | None = None
-        self.history: list[dict[str, float]] = []
-        self._validation_samples = 0
         self._ended = False
 
-    @cached_property
-    def _fingerprint(self) -> str:  # when a checkpoint asks for it: it may hash all updates
-        known = METHODS.get(cast(MethodName, self.method)) == self._method
-        return fingerprint(self.method if known else self._method, self.updates)
+    @property
+    def result(self) -> MergeResult:
+        """The merged model and how it came about, as the merge stands."""
+        return self.merger.result()
 
     def merged_state_dict(self) -> dict[str, Tensor]:
-        """The merged model: parameters and buffers by name, as the clients named them.
+        """The merged parameters and buffers by name, as the clients named them.
 
         Returns:
-            Tensors on the CPU, in the clients' own dtypes. Before the fit, the average. Parameters
-            that the clients had frozen are not among them: the model brings its own.
+            Tensors on the CPU, in the clients' own dtypes; the clients' average before the fit.
+            Parameters that the clients had frozen are not among them: the model brings its own.
         """
-        return {name: tensor.cpu() for name, tensor in self._state().items()}
+        return {name: tensor.cpu() for name, tensor in self.merger.state_dict().items()}
 
     @property
     def distances(self) -> Tensor:
         """How far each layer was moved from each client, in the client's own Fisher norm.
 
         Returns:
-            ``<W - W_k, F_k (W - W_k)>^(1/2)`` with the curvature as merged, where the layer's
-            solver ended, ``(layers, clients)``; zero for layers that are not solved.
+            ``<W - W_k, F_k (W - W_k)>^(1/2)`` with the curvature as merged, of shape
+            ``(layers, clients)``; zeros for layers that are not done.
         """
-        return self._status[:, layer_status.DISTANCES].clone()
+        return self.merger.distances
+
+    @property
+    def influence(self) -> Tensor:
+        """What each client weighs in each layer, as multiples of what the median client weighs.
+
+        Returns:
+            Its information, distance and pull (see `influence_cap`), of shape
+            ``(layers, clients, 3)``.
+        """
+        return self.merger.influence
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """For each epoch ``iterations``, ``objective``, ``residual`` and the validation scores."""
+        return self.merger.history
 
     @property
     def server_labels(self) -> int:
         """Labelled samples that decided which iterate is returned."""
-        return self._validation_samples if self._keep_best else 0
+        return self.merger.server_labels
 
     @override
     def setup(self, stage: str) -> None:
@@ -191,78 +174,61 @@ class FisherMergeModule(LightningModule):
                 'use Trainer(precision="32-true")'
             )
         if stage == TrainerFn.FITTING:
-            self._forget()
-            self._set_merged([self.problems.average(layer) for layer in self.layers])
+            self._ended = False
+            self.merger.restart()
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[_CHECKPOINT_KEY] = {
-            "fingerprint": self._fingerprint,
-            "status": self._status,
-            "max_iterations": self._max_iterations,
-            "history": self.history,
-            "best": self._best,
-            "validation_samples": self._validation_samples,
-            "influence": self.influence,
-        }
+        checkpoint[_CHECKPOINT_KEY] = save_state(self.merger)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint.get(_CHECKPOINT_KEY, {})
-        if saved.get("fingerprint") != self._fingerprint:
-            raise ValueError(
-                "the checkpoint is of another merge, or an earlier version's: resume it with the "
-                "same updates, in the same order, and the same method"
-            )
-        self._status, self.history = saved["status"].cpu(), list(saved["history"])
-        self.influence = saved["influence"].cpu()
-        if saved["max_iterations"] != self._max_iterations:
-            # What ended for want of iterations begins anew, with all that waits for it.
-            ended = self._status[:, DONE] == layer_status.ENDED
-            needs = map(self.problems.needs, range(len(self.layers)))
-            self._status[[bool(ended[needed].any()) for needed in needs]] = 0
-        self._best, self._validation_samples = saved["best"], saved["validation_samples"]
+        load_state(self.merger, checkpoint.get(_CHECKPOINT_KEY, {}))
 
     @override
     def configure_optimizers(self) -> Optimizer:
-        return SweepCounter(self.merged)
+        return _EpochCounter(self.merged)
 
     @override
-    def train_dataloader(self) -> Sweep:
-        hands = deal([layer.shape for layer in self.layers], self.trainer.world_size)
-        self._turns = max(map(len, hands))
-        return Sweep(hands[self.trainer.global_rank], self._turns)
+    def train_dataloader(self) -> _LayerBatches:
+        shapes = [layer.shape for layer in self.layers]
+        assigned = assign_layers(shapes, self.trainer.world_size)
+        self._turns = max(map(len, assigned))
+        return _LayerBatches(assigned[self.trainer.global_rank], self._turns)
 
     @override
     def on_train_start(self) -> None:
         if self.trainer.num_training_batches < self._turns:
             raise ValueError(
-                "a sweep takes every layer, and limit_train_batches or fast_dev_run cuts it short: "
-                "leave them out"
+                "an epoch takes every layer, and limit_train_batches or fast_dev_run cuts it "
+                "short: leave them out"
             )
         define_merge_axes(self.trainer.loggers)
-        ranks = self.trainer.world_size
-        if ranks > 1:
-            left = (self._status[:, DONE] == 0).nonzero().flatten().tolist()
-            self.problems.prepare_all(left, self.trainer.global_rank, ranks, self.device)
+        self.merger.move_to(self.device)
+        if self.trainer.world_size > 1:
+            self.merger.prepare(self.trainer.global_rank, self.trainer.world_size)
 
     @override
     def on_validation_start(self) -> None:
         if not self._target:
             raise ValueError("a validation loader needs a model to run: pass model=...")
-        loaders = self.trainer.val_dataloaders
+        require_one_loader(self.trainer.val_dataloaders)
+        self.merger.move_to(self.device)
         # A new one each time: it may have been on another device, and a metric that was reset in
         # inference mode could not be updated outside it.
-        self._validation = Validation(self._target[0], self._state(), loaders, self.device)
+        state, likelihood = self.merger.state_dict(), self.merger.likelihood
+        self._validation = Validation(self._target[0], state, likelihood, self.device)
 
     @override
     def training_step(self, batch: int, batch_idx: int) -> None:
         if batch != IDLE:
-            self._advance(batch)
+            # A method that looks for its best iterate moves all layers at once.
+            judged = self.merger.method.keeps_best and self.trainer.enable_validation
+            self.merger.advance(batch, at_once=bool(judged))
         if batch_idx + 1 == self._turns:
             optimizer = self.optimizers()
             assert not isinstance(optimizer, list)
-            optimizer.step(self._gather)
+            optimizer.step(self._finish_epoch)
 
     @override
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -277,17 +243,13 @@ class FisherMergeModule(LightningModule):
         if self.trainer.sanity_checking:
             return
         self.log_dict(scores, prog_bar=True, batch_size=1, sync_dist=True)
-        if not self.history or self.trainer.state.fn != TrainerFn.FITTING:
-            return  # no sweep is complete, or this is no fit
-        self._validation_samples = samples
-        self.history[-1] |= scores
-        accuracy = scores["val_accuracy"]
-        if self._best is None or accuracy > self._best[0]:
-            self._best = accuracy, [matrix.detach().cpu().clone() for matrix in self.merged]
+        # Before the first epoch is complete, or outside a fit, there is nothing to choose from.
+        if self.history and self.trainer.state.fn == TrainerFn.FITTING:
+            self.merger.judge(scores, samples)
 
     @override
     def on_train_epoch_end(self) -> None:
-        self.trainer.should_stop = self.trainer.should_stop or bool(self._status[:, DONE].all())
+        self.trainer.should_stop = self.trainer.should_stop or self.merger.done
 
     @override
     def on_fit_end(self) -> None:
@@ -301,100 +263,49 @@ class FisherMergeModule(LightningModule):
         clients = client_names([update.source for update in self.updates])
         layers, step = [layer.name for layer in self.layers], self.trainer.global_step
         log_merge(self.trainer.loggers, layers, clients, self.distances, self.influence, step)
-        for complaint in (
-            layer_status.unsolved(self.layers, self._status, self._method.converges),
-            unusual(self.influence, clients, layers, self.max_influence),
-        ):
-            if complaint:
-                rank_zero_warn(complaint)
-        if self._keep_best and self._best is not None:
-            self._set_merged(self._best[1])
-        self.problems.forget()
-        self._solvers.clear()
-        self._progress.clear()
+        for warning in self.merger.warnings:
+            rank_zero_warn(warning)
+        self.merger.take_best()
+        self.merger.release()
         if self._target:
             # What is missing are parameters that no client trained; they stay.
             self._target[0].load_state_dict(self.merged_state_dict(), strict=False)
 
-    def _state(self) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = {}
-        for layer, matrix in zip(self.layers, self.merged, strict=True):
-            for name, tensor in layer.split(matrix.detach()).items():
-                state[name] = tensor.to(self._dtypes[name])
-        state |= {n: t.to(self.device) for n, t in self._merged_buffers.items()}
-        shared = self.updates[0].header.aliases
-        return state | {name: state[first] for name, first in shared.items()}
-
-    @torch.no_grad()
-    def _advance(self, index: int) -> None:
-        """Moves one layer's solver by a sweep's iterations, and lets go of it when it is done."""
-        layer, none = self.layers[index], [0.0] * len(self.updates)
-        if index in self._progress and self._progress[index][1][DONE]:
-            return
-        if self._status[index, DONE]:  # before the merge was interrupted
-            self._progress[index] = self._merged(index), self._status[index].tolist()
-            return
-        if index not in self._solvers:
-            if not self._may_begin(index):
-                self._progress[index] = self._merged(index), [0.0, 0.0, 1.0, *none, 0.0]
-                return
-            problem = self.problems.read(index, self.device, list(self.merged))
-            self._solvers[index] = self._method.solver(problem)
-        solver = self._solvers[index]
-        solver.advance(min(self._method.sweep, self._max_iterations - solver.iterations))
-        if not torch.isfinite(solver.weights).all():
-            raise ValueError(
-                f"the merge of layer {layer.name} left the finite numbers within "
-                f"{solver.iterations} iterations: some client's curvature is too large, or none"
-            )
-        done = 0.0
-        if solver.finished or solver.iterations >= self._max_iterations:
-            done = layer_status.CONVERGED if solver.converged else layer_status.ENDED
-        distances = solver.problem.distances(solver.weights) if done else none
-        status = [float(solver.iterations), *solver.look(), *distances, done]
-        self._progress[index] = solver.weights.to(self.merged[index].dtype), status
-        if done:
-            del self._solvers[index]
-
-    def _may_begin(self, index: int) -> bool:
-        before = self.problems.waits_for(index)
-        if before is not None and not self._status[before, DONE]:
-            return False
-        # A method that looks for its best iterate moves all layers at once.
-        looks = self._keep_best and self.trainer.enable_validation
-        return looks or self.problems.fits(index, self._solvers)
-
-    @torch.no_grad()
-    def _gather(self) -> None:
-        """Puts the global model together: each layer from the rank that owns it."""
-        status = torch.zeros_like(self._status)
-        for index, (_, numbers) in self._progress.items():
-            status[index] = torch.tensor(numbers, dtype=torch.float64)
-        matrices = []
-        for index, matrix in enumerate(self.merged):
-            own = self._progress[index][0] if index in self._progress else None
-            # A sum of one term and zeros is exact.
-            matrices.append(self._total(torch.zeros_like(matrix) if own is None else own.clone()))
-        self._set_merged(matrices)
-        self._status = self._total(status.to(self.device)).cpu()
-        weighed = self._total(self.problems.weighed.to(self.device, copy=True)).cpu()
-        # Layers that were solved before an interruption are not read again.
-        self.influence = torch.where(weighed.any(dim=2, keepdim=True), weighed, self.influence)
-        self.history.append(layer_status.summary(self._status))
+    def _finish_epoch(self) -> None:
+        self.merger.finish_epoch(partial(sum_over_ranks, self.trainer))
         log = partial(self.log_dict, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
         log(self.history[-1], prog_bar=True)
-        if self.loggers:  # the price of each of many names is that of a small layer
-            log(layer_status.by_layer(self.layers, self._status))
+        if self.loggers:  # each of many names costs as much as a small layer
+            log(by_layer([layer.name for layer in self.layers], self.merger.states))
 
-    def _merged(self, index: int) -> Tensor:
-        matrix: Tensor = self.merged[index]
-        return matrix.detach().clone()
 
-    def _total(self, tensor: Tensor) -> Tensor:
-        total = self.trainer.strategy.reduce(tensor, reduce_op="sum")
-        assert isinstance(total, Tensor)
-        return total
+class _EpochCounter(Optimizer):
+    """An optimizer that runs the closure it is given, so that Lightning counts epochs as steps.
 
-    def _set_merged(self, matrices: Sequence[Tensor]) -> None:
-        for matrix, value in zip(self.merged, matrices, strict=True):
-            matrix.data.copy_(value)
+    Checkpoints, loggers and progress bars go by that count, and it must be the same on every rank.
+    """
+
+    def __init__(self, parameters: nn.ParameterList) -> None:
+        super().__init__(list(parameters), {})
+
+    @override
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        return None if closure is None else closure()
+
+
+class _LayerBatches:
+    """The indices of one rank's layers, as batches. A `DataLoader` would sample or repeat them.
+
+    Lightning exchanges a signal at every batch, so all ranks take the same number; a rank with
+    fewer layers has idle ones. They come first, then the cheaper layers, because the other ranks
+    wait for rank 0's signal at the start of a batch.
+    """
+
+    def __init__(self, owned: Sequence[int], turns: int) -> None:
+        self._turns = [IDLE] * (turns - len(owned)) + list(owned)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._turns)
+
+    def __len__(self) -> int:
+        return len(self._turns)

@@ -1,15 +1,10 @@
 """FedFisherCallback: when it extracts, what it writes, and that it changes nothing else."""
 
 import copy
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import pytest
 import torch
 from helpers.federation import (
-    NormedClassifier,
     TinyClassifier,
     quiet_trainer,
     tiny_data,
@@ -379,72 +374,3 @@ def test_a_client_of_one_class_has_curvature(tmp_path):
     callback = FedFisherCallback()
     fit(tmp_path, callback, loader=DataLoader(only, batch_size=8), max_epochs=20)
     assert all(block.trace() > 0 for block in callback.update.blocks.values())
-
-
-DDP_SCRIPT = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from helpers.federation import NormedClassifier, TinyClassifier
-from helpers.federation import quiet_trainer, tiny_loader, tiny_model
-from lightning_fedfisher import FedFisherCallback
-
-root = Path(sys.argv[1])
-callbacks = [
-    FedFisherCallback(root / f"{{kind}}-{{fisher}}.safetensors", curvature=kind, fisher=fisher)
-    for kind, fisher in (("kfac", "normalised"), ("kfac", "mc"), ("diagonal", "exact"))
-]
-trainer = quiet_trainer(root, callbacks=callbacks, devices=2, strategy="ddp")
-trainer.fit(tiny_model(learning_rate=0.0), tiny_loader(samples=21))
-"""
-
-
-def run_ddp(script: str, *arguments: str) -> None:
-    """Runs a script under 2-process DDP, and says so if a worker hangs."""
-    command = [sys.executable, script, *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
-    except subprocess.TimeoutExpired:
-        pytest.fail("a DDP worker hung")
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-BUFFERS_SCRIPT = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from helpers.federation import NormedClassifier, quiet_trainer, tiny_loader
-from lightning_fedfisher import FedFisherCallback
-
-root = Path(sys.argv[1])
-callback = FedFisherCallback(root / "update.safetensors", curvature="diagonal", fisher="exact")
-trainer = quiet_trainer(root, callbacks=[callback], devices=2, strategy="ddp")
-trainer.fit(NormedClassifier(), tiny_loader(samples=21))
-"""
-
-
-def test_two_processes_extract_with_the_buffers_that_are_sent(tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(textwrap.dedent(BUFFERS_SCRIPT.format(tests=str(Path(__file__).parent))))
-    run_ddp(str(script), str(tmp_path))
-    update = ClientUpdate.open(tmp_path / "update.safetensors")
-    model = NormedClassifier()
-    model.load_state_dict(update.parameters | update.buffers)
-    alone = extract_curvature(model, tiny_loader(samples=21), "diagonal", fisher="exact")
-    for name, block in update.blocks.items():
-        torch.testing.assert_close(block.diagonal(), alone.blocks[name].diagonal())
-
-
-def test_two_processes_see_an_odd_number_of_samples_once_each(tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(textwrap.dedent(DDP_SCRIPT.format(tests=str(Path(__file__).parent))))
-    run_ddp(str(script), str(tmp_path))
-    for path in tmp_path.glob("*.safetensors"):
-        kind, fisher = path.stem.split("-")
-        update = ClientUpdate.open(path)
-        assert update.num_samples == update.header.curvature_samples == 21
-        alone = extract_curvature(tiny_model(), tiny_loader(samples=21), kind, fisher=fisher)
-        for name, block in update.blocks.items():
-            for part, tensor in block.tensors().items():
-                torch.testing.assert_close(tensor, alone.blocks[name].tensors()[part])
-    assert len(list(tmp_path.glob("*.safetensors"))) == 3

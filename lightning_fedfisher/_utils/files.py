@@ -10,10 +10,10 @@ from pathlib import Path
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Writes a file so that a reader sees the old one or the whole new one.
+    """Replaces a file in one step, so that a reader sees the old one or the whole new one.
 
     Args:
-        path: of the file; missing folders are made.
+        path: Path of the file; missing folders are made.
 
     Yields:
         A temporary path to write to. It replaces `path` when the block ends, and is removed if the

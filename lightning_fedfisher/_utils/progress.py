@@ -1,4 +1,4 @@
-"""Progress bars of the server: on the first process, on a terminal, where it takes a while."""
+"""Progress bars for what takes a while: on rank 0, and on a terminal only."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from tqdm import tqdm
 _T = TypeVar("_T")
 
 
-def progress_bar(items: Iterable[_T], title: str, total: int | None = None) -> Iterable[_T]:
-    """Goes through items with a bar that appears after two seconds.
+def progress_bar(items: Iterable[_T], title: str, total: int | None = None) -> tqdm[_T]:
+    """Goes through items with a progress bar that appears after two seconds.
 
     Args:
-        items: anything that is slow to go through.
-        title: what is done.
-        total: how many there are, where they cannot tell.
+        items: Anything that is slow to go through.
+        title: A few words on what is done.
+        total: Number of items, where they cannot tell it themselves.
 
     Returns:
-        The items.
+        The bar, which yields the items.
     """
     # None: shown on a terminal only.
     silent = None if getattr(rank_zero_only, "rank", 0) == 0 else True

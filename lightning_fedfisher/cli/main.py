@@ -14,7 +14,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
@@ -28,14 +27,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_fedfisher._utils.files import atomic_write
-from lightning_fedfisher._utils.progress import progress_bar
 from lightning_fedfisher.cli.parser import parser
 from lightning_fedfisher.curvature.registry import KINDS
 from lightning_fedfisher.distributed.processes import is_rank_zero
-from lightning_fedfisher.merge.compatibility import check_model, examine
-from lightning_fedfisher.merge.influence_cap import USUAL, unusual
-from lightning_fedfisher.merge.layer_loader import LayerProblems
-from lightning_fedfisher.merge.methods import METHODS
+from lightning_fedfisher.merge.compatibility import check_model, check_updates
+from lightning_fedfisher.merge.memory_budget import peak_bytes
+from lightning_fedfisher.merge.outliers import outliers_as_sent
 from lightning_fedfisher.merge_module import FisherMergeModule
 from lightning_fedfisher.results.from_merge import describe_federation
 from lightning_fedfisher.results.model_card import model_card
@@ -143,7 +140,7 @@ def _facts(update: ClientUpdate) -> dict[str, Any]:
 
 def _verify(flags: Namespace) -> int:
     files, model = _expanded(flags.files), _made(flags.model)
-    examined = examine(files)
+    examined = check_updates(files)
     for found in examined:
         if found.update and model and not found.offenders:
             try:
@@ -161,22 +158,9 @@ def _verify(flags: Namespace) -> int:
                 print("\n".join(f"         {_printable(line)}" for line in reason.splitlines()))
     usable = [found.update for found in examined if found.update and not found.offenders]
     print(f"{len(usable)} of {len(examined)} updates are usable")
-    if len(usable) > 1 and (told := _unusual(usable)):
+    if len(usable) > 1 and (told := outliers_as_sent(usable)):
         _complain(f"warning: {told}")
     return 0 if len(usable) == len(examined) else _BAD
-
-
-def _unusual(updates: Sequence[ClientUpdate]) -> str:
-    """Which clients weigh far more than the median one, by their curvature as it was sent."""
-    as_sent = replace(METHODS["fisher_merge"], curvatures=())
-    problems = LayerProblems(updates, as_sent, memory_budget=2**30)
-    for index in progress_bar(range(len(updates[0].layers)), "weigh"):
-        problems.read(index, torch.device("cpu"), [])
-    names = [layer.name for layer in updates[0].layers]
-    clients = [update.source for update in updates]
-    # The default method works with roots of the curvature and of the samples.
-    usual = (USUAL**2, USUAL, USUAL**2)
-    return unusual(problems.weighed, clients, names, usual=usual)
 
 
 def _merge(flags: Namespace) -> int:
@@ -225,9 +209,9 @@ def _merge(flags: Namespace) -> int:
             # Copied: in this format the names of a shared parameter may not share memory.
             save_file({n: t.cpu().clone().contiguous() for n, t in state.items()}, partial)
         with atomic_write(card) as partial:
-            partial.write_text(model_card(merge, output.name, ["fedfisher", *sys.argv[1:]]))
+            partial.write_text(model_card(merge.result, output.name, ["fedfisher", *sys.argv[1:]]))
         config = {name: value for name, value in flags.items() if name != "config"}
-        describe_federation(merge, output.name, seconds, config).save(record)
+        describe_federation(merge.result, output.name, seconds, config).save(record)
         print(f"{output}: {len(merge.updates)} updates merged by {merge.method}; {card} tells more")
     return 0
 
@@ -238,10 +222,11 @@ def _tell_plan(merge: FisherMergeModule, flags: Namespace, outputs: Sequence[Pat
         f"would merge {len(merge.updates)} updates, {len(merge.layers)} layers of {weights:,} "
         f"weights, by {merge.method} on {flags.devices} x {flags.accelerator}"
     )
-    for update, share in zip(merge.updates, merge.problems.shares, strict=True):
-        told = f"  {update.source}: {update.num_samples} samples, a share of {100 * share:.1f}%"
+    for update, client in zip(merge.updates, merge.result.clients, strict=True):
+        told = f"  {update.source}: {update.num_samples} samples, weight {100 * client.weight:.1f}%"
         print(_printable(told))
-    print(f"memory: about {merge.problems.peak_bytes / 1e6:,.1f} MB a process, beside Python's own")
+    peak = peak_bytes(merge.updates, merge.merger.loader.budget)
+    print(f"memory: about {peak / 1e6:,.1f} MB a process, beside Python's own")
     print(f"would write {', '.join(map(str, outputs))}")
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from jsonargparse import ArgumentParser
 
 from lightning_fedfisher import __version__
-from lightning_fedfisher.merge.methods import MethodName
+from lightning_fedfisher.merge.methods import METHODS
+from lightning_fedfisher.merge.options import DEFAULT_MEMORY_BUDGET
 
 _MODEL = "module.path:factory, a function without arguments that makes the model to check against"
 
@@ -44,7 +45,7 @@ def parser(description: str | None) -> ArgumentParser:
     merge.add_argument("--config", action="config", help="YAML file of flags")
     merge.add_argument("files", type=str, nargs="+", help="update files, or quoted patterns")
     merge.add_argument("--output", type=str, required=True, help="file to write: NAME.safetensors")
-    merge.add_argument("--method", type=MethodName, default="fedfisher", help="merge method")
+    merge.add_argument("--method", choices=list(METHODS), default="fedfisher", help="merge method")
     merge.add_argument("--model", type=str | None, help=_MODEL)
     merge.add_argument("--accelerator", type=str, default="auto", help="Lightning accelerator")
     merge.add_argument("--devices", type=int, default=1, help="devices, or processes on a CPU")
@@ -56,7 +57,10 @@ def parser(description: str | None) -> ArgumentParser:
     )
     merge.add_argument("--max-iterations", type=int | None, help="solver steps a layer at most")
     merge.add_argument(
-        "--memory-budget", type=int, default=2**30, help="bytes of curvature to hold at a time"
+        "--memory-budget",
+        type=int,
+        default=DEFAULT_MEMORY_BUDGET,
+        help="bytes of curvature to hold at a time",
     )
     merge.add_argument(
         "--skip-invalid", action="store_true", help="go on without updates that are refused"

@@ -4,7 +4,7 @@ A kind multiplies, inverts, averages and describes itself (`Curvature`); `KINDS`
 May import: nothing of this package.
 """
 
-from lightning_fedfisher.curvature.base import Curvature, Identity, InputSide, TensorRole
+from lightning_fedfisher.curvature.base import Curvature, Identity
 from lightning_fedfisher.curvature.dense import Dense
 from lightning_fedfisher.curvature.diagonal import Diagonal
 from lightning_fedfisher.curvature.embedding import EmbeddingEigenKronecker, EmbeddingKronecker
@@ -32,10 +32,8 @@ __all__ = [
     "EmbeddingKronecker",
     "Identity",
     "InputMap",
-    "InputSide",
     "Kronecker",
     "PseudoInverse",
-    "TensorRole",
     "TransposedEigenKronecker",
     "TransposedKronecker",
     "summarize_curvature",

@@ -26,6 +26,10 @@ class CurvatureSummary:
             directions in which it does, between 1 and the number of weights. 0 if there is no
             curvature.
         spectrum: Eigenvalues at evenly spaced ranks, the largest first. Empty if not computed.
+
+    Example:
+        >>> CurvatureSummary("fc", trace=4.0, effective_rank=1.6).spectrum
+        []
     """
 
     layer: str

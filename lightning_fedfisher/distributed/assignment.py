@@ -1,96 +1,55 @@
-"""Which rank works on which layer in which turn."""
+"""Which rank works on which layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
-
-from torch import nn
-from torch.optim import Optimizer
-from typing_extensions import override
-
-IDLE = -1
-"""In place of a layer's index; Lightning would pass over a batch that is None."""
+from collections.abc import Sequence
 
 
-class SweepCounter(Optimizer):
-    """Runs the closure it is given: an optimizer, so that Lightning counts sweeps as steps.
+def assign_layers(shapes: Sequence[tuple[int, int]], ranks: int) -> list[list[int]]:
+    """Assigns layers to ranks by what a solver step costs, the costliest to the least busy first.
 
-    Checkpoints, loggers and progress bars go by that count, and it must be the same on every rank.
-    """
-
-    def __init__(self, parameters: nn.ParameterList) -> None:
-        """Takes the merged matrices, and never changes them by itself.
-
-        Args:
-            parameters: the merged matrices.
-        """
-        super().__init__(list(parameters), {})
-
-    @override
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        return None if closure is None else closure()
-
-
-class Sweep:
-    """The layers of one rank. No `DataLoader`: it must neither be sampled nor filled with copies.
-
-    Lightning exchanges a signal at every batch, so all ranks take the same number; a rank with
-    fewer layers has idle turns. They come first, then the cheaper layers, because the other
-    ranks wait for rank 0's signal at the start of a turn.
-    """
-
-    def __init__(self, owned: Sequence[int], turns: int) -> None:
-        """Fills up with idle turns.
-
-        Args:
-            owned: indices of the rank's layers, the cheapest first.
-            turns: how many every rank has.
-        """
-        self._turns = [IDLE] * (turns - len(owned)) + list(owned)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._turns)
-
-    def __len__(self) -> int:
-        return len(self._turns)
-
-
-def deal(shapes: Sequence[tuple[int, int]], ranks: int) -> list[list[int]]:
-    """Deals layers to ranks by the cost of a step: the costliest first, each to the least busy.
+    (Longest processing time first; Graham, 1969.)
 
     Args:
-        shapes: of the layers' matrices.
-        ranks: how many processes there are.
+        shapes: Shapes of the layers' matrices.
+        ranks: Number of processes.
 
     Returns:
-        The layers of each rank, the cheapest first.
+        For each rank the indices of its layers, the cheapest first.
+
+    Example:
+        >>> assign_layers([(2, 2), (9, 9), (3, 3)], ranks=2)
+        [[1], [0, 2]]
     """
     costs = _costs(shapes)
-    hands: list[list[int]] = [[] for _ in range(ranks)]
+    assigned: list[list[int]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
     for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         rank = loads.index(min(loads))
-        hands[rank].append(index)
+        assigned[rank].append(index)
         loads[rank] += costs[index]
-    return [hand[::-1] for hand in hands]
+    return [indices[::-1] for indices in assigned]
 
 
 def oversized_layers(shapes: Sequence[tuple[int, int]], ranks: int) -> dict[int, int]:
-    """The layers that cost more than a rank's share of all: no rank has more than one of them.
+    """Finds the layers that cost more than an equal part of all: no rank has two of them.
 
     Args:
-        shapes: of the layers' matrices.
-        ranks: how many processes there are.
+        shapes: Shapes of the layers' matrices.
+        ranks: Number of processes.
 
     Returns:
-        By their indices, the ranks they are dealt to.
+        By the index of such a layer, the rank it is assigned to.
+
+    Example:
+        >>> oversized_layers([(2, 2), (9, 9), (3, 3)], ranks=2)
+        {1: 0}
     """
-    costs, hands = _costs(shapes), deal(shapes, ranks)
+    costs = _costs(shapes)
     return {
         index: rank
-        for rank, hand in enumerate(hands)
-        for index in hand
+        for rank, indices in enumerate(assign_layers(shapes, ranks))
+        for index in indices
         if costs[index] * ranks > sum(costs)
     }
 

@@ -1,4 +1,4 @@
-"""What becomes of the buffers: they have no curvature, and are no part of the quadratic."""
+"""What becomes of buffers such as BatchNorm's statistics: they have no curvature."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_fedfisher.merge.influence_cap import hold_values
+from lightning_fedfisher.merge.influence_cap import cap_values
 from lightning_fedfisher.merge.objective import average
 from lightning_fedfisher.update.client_update import ClientUpdate
 
@@ -17,11 +17,13 @@ from lightning_fedfisher.update.client_update import ClientUpdate
 def merge_buffers(
     updates: Sequence[ClientUpdate], max_influence: float = math.inf
 ) -> dict[str, Tensor]:
-    """Counters by maximum, running variances by the law of total variance, the rest by average.
+    """Merges buffers: BatchNorm's variances by the law of total variance, others by their average.
+
+    Whole numbers, which are counters or indices, become the largest of them.
 
     Args:
-        updates: of all clients, found to belong together.
-        max_influence: what a client's number of samples, and the distance of its values from the
+        updates: The updates of all clients, found to belong together.
+        max_influence: What a client's number of samples, and the distance of its values from the
             median, may be, as a multiple of the median client's.
 
     Returns:
@@ -29,25 +31,29 @@ def merge_buffers(
     """
     samples = [float(update.num_samples) for update in updates]
     clients = [update.buffers for update in updates]
-    hold = partial(hold_values, samples, most=max_influence)
+    capped = partial(cap_values, samples, max_influence=max_influence)
     merged: dict[str, Tensor] = {}
     for name, first in clients[0].items():
         values = [buffers[name] for buffers in clients]
-        location = name.removesuffix("running_var") + "running_mean"
         if not first.is_floating_point():
-            ordered = torch.stack(values).sort(dim=0).values
-            usual = ordered[(len(values) - 1) // 2]
-            # Where most agree, as on an index, nobody else decides.
-            agreed = 2 * (ordered == usual).sum(dim=0) > len(values)
-            merged[name] = torch.where(agreed, usual, ordered[-1])
+            merged[name] = _merge_counts(values)
             continue
         # In float64, where no difference of two numbers overflows.
-        found = average(*hold([value.double() for value in values]))
+        found = average(*capped([value.double() for value in values]))
+        location = name.removesuffix("running_var") + "running_mean"
         if name.endswith("running_var") and location in clients[0]:
-            shares, means = hold([buffers[location].double() for buffers in clients])
-            pooled = average(shares, means)
-            spread = average(shares, [(mean - pooled).square() for mean in means])
+            weights, means = capped([buffers[location].double() for buffers in clients])
+            center = average(weights, means)
+            spread = average(weights, [(mean - center).square() for mean in means])
             found = found.clamp_min(0) + spread
         limits = torch.finfo(first.dtype)
         merged[name] = found.clamp(limits.min, limits.max).to(first.dtype)
     return merged
+
+
+def _merge_counts(values: Sequence[Tensor]) -> Tensor:
+    """The largest of whole numbers; where most clients agree, as on an index, theirs."""
+    ordered = torch.stack(list(values)).sort(dim=0).values
+    usual = ordered[(len(values) - 1) // 2]
+    agreed = 2 * (ordered == usual).sum(dim=0) > len(values)
+    return torch.where(agreed, usual, ordered[-1])

@@ -1,58 +1,88 @@
-"""What tells one merge from another, so that a checkpoint is resumed by its own."""
+"""What a checkpoint of a merge holds, and whether it belongs to this merge."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
-from functools import partial
-from types import CodeType, FunctionType
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch
+
+from lightning_fedfisher.merge.layer_state import LayerState, Progress
+from lightning_fedfisher.merge.merger import Merger
 from lightning_fedfisher.merge.methods import MergeMethod
 from lightning_fedfisher.update.client_update import ClientUpdate
 
+# What a resumed merge may change, or a method of one's own cannot show.
+_NOT_COMPARED = {"transform", "solver", "max_iterations", "keeps_best"}
 
-def fingerprint(method: str | MergeMethod, updates: Sequence[ClientUpdate]) -> str:
+
+def fingerprint(method: MergeMethod, updates: Sequence[ClientUpdate]) -> str:
     """Tells one merge from another, alike in every process.
 
     Args:
-        method: its name, or a row of one's own, told by its fields: a function by its name, code
-            and the numbers and words it carries, any other object by its type.
-        updates: of all clients, in order, told by what is sent, without the metadata; hashes those
-            in memory.
+        method: The merge method, told by its name and numbers.
+        updates: The updates of all clients in their order, told by what is sent without the
+            metadata; updates in memory are hashed.
 
     Returns:
-        In hexadecimal.
+        SHA-256 in hexadecimal.
     """
+    fields = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+    told = {name: value for name, value in fields.items() if name not in _NOT_COMPARED}
     clients = [
         [dataclasses.asdict(update.header) | {"metadata": {}}, dict(update.digests)]
         for update in updates
     ]
-    text = json.dumps([_described(method), clients], sort_keys=True)
+    text = json.dumps([told, clients], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _described(part: object) -> object:
-    if part is None or isinstance(part, str | int | float):
-        return part
-    if isinstance(part, tuple):
-        return [_described(item) for item in part]
-    if isinstance(part, MergeMethod):
-        fields = dataclasses.fields(part)
-        return {field.name: _described(getattr(part, field.name)) for field in fields}
-    if isinstance(part, partial):
-        keywords = {name: _described(value) for name, value in part.keywords.items()}
-        return [_described(part.func), _described(part.args), keywords]
-    if isinstance(part, CodeType):
-        return [part.co_code.hex(), *part.co_names, _described(part.co_consts)]
-    if isinstance(part, FunctionType):
-        carried = [cell.cell_contents for cell in part.__closure__ or ()]
-        carried = [value for value in carried if isinstance(value, str | int | float)]
-        defaults = (part.__defaults__, *(part.__kwdefaults__ or {}).items())
-        return [_name(part), _described(part.__code__), _described(defaults), carried]
-    return _name(part if isinstance(part, type) else type(part))
+def save_state(merger: Merger) -> dict[str, Any]:
+    """What a checkpoint has to hold beside the merged matrices.
+
+    Args:
+        merger: The merge in work.
+
+    Returns:
+        Numbers, words and tensors, which load with ``weights_only=True``.
+    """
+    return {
+        "fingerprint": fingerprint(merger.method, merger.updates),
+        "states": torch.stack([state.to_row() for state in merger.states]),
+        "max_iterations": merger.method.max_iterations,
+        "history": merger.history,
+        "best": merger.best,
+        "validation_samples": merger.validation_samples,
+        "influence": merger.influence,
+    }
 
 
-def _name(part: type | FunctionType) -> str:
-    return f"{part.__module__}.{part.__qualname__}"
+def load_state(merger: Merger, saved: Mapping[str, Any]) -> None:
+    """Goes on where `save_state` left off; the merged matrices are restored elsewhere.
+
+    Args:
+        merger: A merge of the same updates by the same method.
+        saved: What `save_state` returned.
+
+    Raises:
+        ValueError: If it is of another merge.
+    """
+    if saved.get("fingerprint") != fingerprint(merger.method, merger.updates):
+        raise ValueError(
+            "the checkpoint is of another merge, or of another version: resume it with the same "
+            "updates, in the same order, and the same method"
+        )
+    merger.states = [LayerState.from_row(row) for row in saved["states"].cpu()]
+    merger.history, merger.influence = list(saved["history"]), saved["influence"].cpu()
+    if saved["max_iterations"] != merger.method.max_iterations:
+        # A layer that ran out of iterations begins anew, with all that wait for it.
+        stopped = [state.progress is Progress.STOPPED for state in merger.states]
+        waiting = LayerState.waiting(len(merger.updates))
+        merger.states = [
+            waiting if any(stopped[i] for i in merger.loader.alignments.ancestors(index)) else state
+            for index, state in enumerate(merger.states)
+        ]
+    merger.best, merger.validation_samples = saved["best"], saved["validation_samples"]

@@ -1,4 +1,4 @@
-"""Admission to a merge: which updates are usable, and which belong together."""
+"""Which updates are usable, which belong together, and which model they fit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from lightning_fedfisher.distributed.processes import is_rank_zero
 from lightning_fedfisher.errors import MergeError, UpdateError
 from lightning_fedfisher.layers import aliases
 from lightning_fedfisher.merge.methods import MergeMethod
-from lightning_fedfisher.update.client_update import ClientUpdate, frozen_at
+from lightning_fedfisher.update.architecture import frozen_at
+from lightning_fedfisher.update.client_update import ClientUpdate
 from lightning_fedfisher.update.file_format import digest
 
 UpdateSource = str | os.PathLike[str] | ClientUpdate
@@ -27,9 +28,9 @@ class CheckedUpdate:
     """What was found out about one source.
 
     Attributes:
-        source: the file, or a word for an update in memory.
-        update: None if it cannot be opened.
-        offenders: reasons to refuse it; none if it is usable.
+        source: The file, or a word for an update in memory.
+        update: The opened update; None if it cannot be opened.
+        offenders: Reasons to refuse it; none if it is usable.
     """
 
     source: str
@@ -38,26 +39,25 @@ class CheckedUpdate:
 
 
 def open_updates(
-    sources: Sequence[UpdateSource], method: MergeMethod, name: str, skip_invalid: bool = False
+    sources: Sequence[UpdateSource], method: MergeMethod, skip_invalid: bool = False
 ) -> list[ClientUpdate]:
     """Opens every update, reads it once, and refuses all bad ones together.
 
-    Of several processes only the first reads all: it starts before the others, or takes them with
-    it. What they read later is checked against the same digests.
+    Only rank 0 reads every tensor: it starts before the other ranks, or stops them with it. What
+    they read later is checked against the same digests.
 
     Args:
-        sources: update files or `ClientUpdate` objects, one for each client.
-        method: the merge method they are for.
-        name: of the method, for messages.
-        skip_invalid: leave bad ones out, with a warning, as long as there is a good one. All
-            processes read all of them then, to leave out the same.
+        sources: Update files or `ClientUpdate` objects, one for each client.
+        method: The merge method they are for.
+        skip_invalid: Whether to leave bad ones out, with a warning, as long as there is a good one.
+            All ranks read all of them then, to leave out the same.
 
     Returns:
         The updates, in the order given.
 
     Raises:
-        MergeError: naming every update that is missing, corrupt, of another model, or without the
-            curvature the method needs.
+        MergeError: Naming every update that is missing, corrupt, of another model, or without the
+            curvature that the method needs.
     """
     if isinstance(sources, str | os.PathLike):
         raise MergeError([f"{sources!s} is one path: pass a list of update files"])
@@ -65,42 +65,41 @@ def open_updates(
         raise MergeError([f"{sources.source} is one update: pass a list of them"])
     if not sources:
         raise MergeError(["there are none: pass the update files of at least one client"])
-    examined = examine(sources, method, name, verify=is_rank_zero() or skip_invalid)
-    usable = [found.update for found in examined if found.update and not found.offenders]
-    refused = [reason for found in examined for reason in found.offenders]
+    checked = check_updates(sources, method, verify=is_rank_zero() or skip_invalid)
+    usable = [found.update for found in checked if found.update and not found.offenders]
+    refused = [reason for found in checked for reason in found.offenders]
     if refused and not (skip_invalid and usable):
         raise MergeError(refused)
     if refused:
-        left_out = f"{len(examined) - len(usable)} of {len(examined)} updates left out:"
+        left_out = f"{len(checked) - len(usable)} of {len(checked)} updates left out:"
         rank_zero_warn("\n".join([left_out, *refused]))
     return usable
 
 
-def examine(
-    sources: Sequence[UpdateSource],
-    method: MergeMethod | None = None,
-    name: str = "",
-    verify: bool = True,
+def check_updates(
+    sources: Sequence[UpdateSource], method: MergeMethod | None = None, verify: bool = True
 ) -> list[CheckedUpdate]:
-    """Finds out which updates are usable, and which belong together: with those most are like.
+    """Finds out which updates are usable, and which belong together.
+
+    Updates are compared with those that most of them are like.
 
     Args:
-        sources: update files or `ClientUpdate` objects, one for each client.
-        method: the merge method they are for; any if None.
-        name: of the method, for messages.
-        verify: read every tensor.
+        sources: Update files or `ClientUpdate` objects, one for each client.
+        method: The merge method they are for; any method if None.
+        verify: Whether to read every tensor.
 
     Returns:
-        What was found, in the order given.
+        What was found of each source, in the order given.
     """
-    examined = [_opened(source, verify) for source in progress_bar(sources, "verify")]
-    opened = [(found, found.update) for found in examined if found.update]
+    checked = [_opened(source, verify) for source in progress_bar(sources, "verify")]
+    opened = [(found, found.update) for found in checked if found.update]
     any_curvature = method is not None and not method.curvatures
     traits = [_traits(update, any_curvature) for _, update in opened]
     if method is not None:
         for found, update in opened:
             if refusal := method.refusal(update.header.curvature, update.header.fisher):
-                found.offenders.append(f"{update.source} {refusal}, as method {name!r} needs")
+                reason = f"{update.source} {refusal}, as method {method.name!r} needs"
+                found.offenders.append(reason)
     # In memory and in a file the same tables may be in another order.
     described = [json.dumps(own, sort_keys=True) for own in traits]
     alike = Counter(
@@ -115,7 +114,7 @@ def examine(
             if odd:
                 found.offenders.append(f"{update.source} {says} {first.source}: {', '.join(odd)}")
                 break  # what follows would say it again
-    return examined
+    return checked
 
 
 def _opened(source: UpdateSource, verify: bool) -> CheckedUpdate:
@@ -143,7 +142,7 @@ _UNLIKE = (
 
 
 def _traits(update: ClientUpdate, any_curvature: bool) -> tuple[dict[str, object], ...]:
-    """All in which updates must be alike to be merged, in tables."""
+    """Tables of all that must be alike in updates that are merged."""
     header, model = update.header, update.architecture
     if any_curvature:
         return model, {}, {}, {}
@@ -160,12 +159,12 @@ def check_model(model: nn.Module, state: Mapping[str, Tensor], frozen: Mapping[s
     """Refuses a model that cannot take the merged weights.
 
     Args:
-        model: to be loaded with them.
-        state: the merged parameters and buffers by name.
-        frozen: digests of the parameters that the model must bring along.
+        model: The model to be loaded with them; it is not changed.
+        state: The merged parameters and buffers by name; only their shapes are looked at.
+        frozen: Digests of the parameters that the model must bring along.
 
     Raises:
-        ValueError: naming every parameter and buffer that differs.
+        ValueError: If parameters or buffers differ, naming every one.
     """
     # Other names of a frozen parameter are neither merged nor brought along twice.
     twice = {name for name, first in aliases(model).items() if first in frozen}

@@ -1,4 +1,4 @@
-"""What does not fit into memory, on disk: many clients' tensors, read anew at every use."""
+"""Tensors of many clients that are offloaded to disk, and read anew at every use."""
 
 from __future__ import annotations
 
@@ -17,20 +17,26 @@ from lightning_fedfisher.merge.objective import LazyCurvatures
 
 
 class OnDiskTensors(Sequence[Mapping[str, Tensor]]):
-    """Tensors by name for each client, in a temporary folder that goes with the object."""
+    """Named tensors of each client, in a temporary folder that is deleted with the object.
+
+    Example:
+        >>> stored = OnDiskTensors([{"a": torch.ones(2)}], torch.device("cpu"))
+        >>> stored[0]["a"]
+        tensor([1., 1.])
+    """
 
     def __init__(self, clients: Iterable[Mapping[str, Tensor]], device: torch.device) -> None:
-        """Writes them, one client's at a time.
+        """Writes one client's tensors after the other.
 
         Args:
-            clients: the tensors of each.
-            device: where they are wanted.
+            clients: The tensors of each client, by name.
+            device: Where to put the tensors when they are read.
         """
         self._folder = TemporaryDirectory(prefix="fedfisher-")
         self._device, self._clients = device, 0
         for tensors in clients:
-            kept = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-            save_file(kept, self._file(self._clients))
+            stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(stored, self._file(self._clients))
             self._clients += 1
 
     @override
@@ -49,30 +55,30 @@ class OnDiskTensors(Sequence[Mapping[str, Tensor]]):
 
 
 class OnDiskCurvatures(LazyCurvatures):
-    """Curvature of many clients on disk, for a layer that does not fit into memory."""
+    """The curvatures of one layer, one for each client, for a layer that does not fit in memory."""
 
     def __init__(self, curvatures: Iterable[Curvature], device: torch.device) -> None:
-        """Writes them, one at a time.
+        """Writes one curvature after the other.
 
         Args:
-            curvatures: of one layer, one for each client.
-            device: where they are wanted.
+            curvatures: The curvature of each client.
+            device: Where to put the curvatures when they are read.
         """
         self._device = device
         self.kinds: list[type[Curvature]] = []
-        self._forms: list[tuple[tuple[int, int], torch.dtype]] = []
-        self._tensors = OnDiskTensors(self._taken(curvatures), device)
+        self._specs: list[tuple[tuple[int, int], torch.dtype]] = []
+        self._tensors = OnDiskTensors(self._noted(curvatures), device)
 
-    def _taken(self, curvatures: Iterable[Curvature]) -> Iterator[Mapping[str, Tensor]]:
+    def _noted(self, curvatures: Iterable[Curvature]) -> Iterator[Mapping[str, Tensor]]:
         for curvature in curvatures:
             tensors = curvature.tensors()
             dtype = next((tensor.dtype for tensor in tensors.values()), torch.float32)
             self.kinds.append(type(curvature))
-            self._forms.append((curvature.shape, dtype))
+            self._specs.append((curvature.shape, dtype))
             yield tensors
 
     @override
     def __getitem__(self, index: Any) -> Any:
         tensors = self._tensors[index]
-        kind, (shape, dtype) = self.kinds[index], self._forms[index]
+        kind, (shape, dtype) = self.kinds[index], self._specs[index]
         return kind.from_tensors(tensors, shape).to(self._device, dtype)

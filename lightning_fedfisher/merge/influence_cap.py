@@ -1,4 +1,4 @@
-"""What one client weighs in a merge: measured in every layer, and bounded.
+"""What one client may weigh in a merge: measured in every layer, and capped.
 
 **Threat model.** The server is honest but curious, clients are strangers, and files may be
 anybody's.
@@ -6,25 +6,25 @@ anybody's.
 *What the server learns of a client*: everything in its update. The weights themselves, from which
 images have been reconstructed where models are small or overfitted; the second moments of each
 layer's inputs and gradients, the first of them those of the data; the number of samples; in the
-running statistics of normalisation, per-channel means of its features. Nothing of this is noised,
-and there is no differential privacy. A diagonal merge can do without seeing any single update:
-`additive` has the sums for secure aggregation.
+running statistics of normalisation, per-channel means of its features. No noise is added, and there
+is no differential privacy. A diagonal merge can do without seeing any single update:
+`secure_aggregation` has the sums for it.
 
-*What a file can do*: nothing but be refused. It is never unpickled or executed, all in it is
-checked before it is used and what it unpacks to is bounded before it is allocated (`update_file`,
-`packing`, `update`).
+*What a file can do*: a malformed file can only be refused. It is never unpickled or executed, it is
+checked before it is used, and the memory that it may take is bounded before it is allocated (see
+the room `update`).
 
-*What a client can do* with a valid file: send wrong weights, or ask for a weight in the merge that
-is not its due, by its curvature or its number of samples. It is judged by the median client, in
-every layer: by its information ``p_k tr F_k``, by the distance of its weights from the median
-weights, and by its pull ``p_k ||F_k (W_k - W_median)||``. What exceeds ``max_influence`` times the
-median client's is reduced to it, by a smaller share or by weights drawn towards the median weights.
-Clients within the bound are left as they are, to the bit; those beyond what is usual are named, as
+*What a client can do* with a valid file: send wrong weights, or claim more weight in the merge than
+it should have, by its curvature or its number of samples. In every layer it is compared with the
+median client by three measures: its information ``p_k tr F_k``, the distance of its weights from
+the median weights, and its pull ``p_k ||F_k (W_k - W_median)||``. What exceeds ``max_influence``
+times the median client's is capped there, by a smaller client weight or by shrinking its weights to
+the median weights. Clients within the bound stay as they are, to the bit; outliers are named, as
 they are by ``fedfisher verify``.
 
 *What remains*: a client within the bound may still lie, as one trained on wrong labels or with a
-backdoor does. It decides alone in directions that no other client has information on. Half of the
-clients decide the median. One or two clients cannot be judged by others.
+backdoor does. A client decides alone in directions that no other client has information on. Half of
+the clients together move the median. One or two clients cannot be judged by others.
 """
 
 from __future__ import annotations
@@ -40,83 +40,92 @@ from lightning_fedfisher.merge.objective import Quadratic, norm
 MEASURES = ("information", "distance", "pull")
 """The columns of what `measure` returns."""
 
-USUAL = 10.0
+DEFAULT_MAX_INFLUENCE = 10.0
 """Times what the median client weighs: twice the most that any client of 27 federations did."""
 
-_AT_ONCE = 2**22  # entries of which a median is taken
+_AT_ONCE = 2**22  # entries whose median is taken in one go
 
 
 def measure(problem: Quadratic) -> Tensor:
-    """What each client weighs in one layer, in one pass over the curvatures.
+    """Measures what each client weighs in one layer, in one pass over the curvatures.
 
     Args:
-        problem: the layer's.
+        problem: The quadratic of the layer.
 
     Returns:
-        Multiples of the median client's, of shape ``(clients, 3)`` and in float64: `MEASURES`.
-        Zeros have no part in a median. Infinite where float32 overflows.
+        For each client the three `MEASURES`, as multiples of the median client's: of shape
+        ``(clients, 3)``, in float64. Zeros do not count for a median. Infinite where float32
+        overflows.
+
+    Example:
+        >>> from lightning_fedfisher.curvature.base import Identity
+        >>> weights = [torch.full((1, 1), value) for value in (0.0, 1.0, 2.0, 20.0)]
+        >>> problem = Quadratic([1] * 4, weights, [Identity((1, 1))] * 4)
+        >>> measure(problem)[-1, MEASURES.index("distance")]
+        tensor(18.5000, dtype=torch.float64)
     """
     middle = median(problem.weights)
     rows = []
-    for share, weights, curvature in zip(
-        problem.shares, problem.weights, problem.curvatures, strict=True
+    for p, weights, curvature in zip(
+        problem.client_weights, problem.weights, problem.curvatures, strict=True
     ):
         offset = weights - middle
-        pull = share * norm(curvature.apply(offset))
-        rows.append([share * float(curvature.trace()), norm(offset), pull])
+        pull = p * norm(curvature.apply(offset))
+        rows.append([p * float(curvature.trace()), norm(offset), pull])
     found = torch.tensor(rows, dtype=torch.float64)
     return multiples(found.nan_to_num(nan=math.inf, posinf=math.inf))
 
 
-def hold(problem: Quadratic, weighed: Tensor, most: float) -> Quadratic:
-    """Reduces what exceeds the median client's too far.
+def cap(problem: Quadratic, influence: Tensor, max_influence: float) -> Quadratic:
+    """Caps what a client weighs in one layer at a multiple of the median client's.
 
     Args:
-        problem: of one layer.
-        weighed: its `measure`.
-        most: multiple of the median client's that is left to anyone.
+        problem: The quadratic of the layer.
+        influence: Its `measure`.
+        max_influence: Multiple of the median client's that a client may have.
 
     Returns:
-        The problem with smaller shares, and with weights drawn towards the median weights; itself
-        if there is nothing to reduce.
+        The quadratic with smaller client weights, and with weights shrunk to the median weights,
+        for the clients beyond the bound; the very same quadratic if there are none.
     """
-    if float(weighed.max()) <= most:
+    if float(influence.max()) <= max_influence:
         return problem
-    information, distance, pull = _reduction(weighed, most).T
+    information, distance, pull = _reduction(influence, max_influence).T
     scale = torch.minimum(information, pull).tolist()
-    shares = [share * by for share, by in zip(problem.shares, scale, strict=True)]
-    return Quadratic(shares, draw_in(problem.weights, distance), problem.curvatures)
+    reduced = [p * by for p, by in zip(problem.client_weights, scale, strict=True)]
+    return Quadratic(reduced, shrink_to_median(problem.weights, distance), problem.curvatures)
 
 
-def hold_values(
-    shares: Sequence[float], values: Sequence[Tensor], most: float
+def cap_values(
+    client_weights: Sequence[float], values: Sequence[Tensor], max_influence: float
 ) -> tuple[list[float], list[Tensor]]:
-    """Reduces what exceeds the median client's too far, where there is no curvature.
+    """Caps what a client weighs in an average of values, where there is no curvature.
 
     Args:
-        shares: one positive number for each client.
-        values: tensors of one shape.
-        most: multiple of the median client's that is left to anyone.
+        client_weights: A positive number for each client.
+        values: A tensor for each client, all of one shape.
+        max_influence: Multiple of the median client's that a client may have.
 
     Returns:
-        Smaller shares, and values drawn towards their median; all the way where most are alike to
-        the bit, as a constant is.
+        Smaller client weights, and values shrunk to their median, for the clients beyond the
+        bound. Where most clients agree to the bit, as on a constant, the others are shrunk to it.
     """
     middle = median(values)
     distances = torch.tensor([[norm(v - middle)] for v in values], dtype=torch.float64)
     times = multiples(distances)
     if 2 * int((distances == 0).sum()) > len(values):
         times = times.where(distances == 0, math.inf)
-    due = _reduction(multiples(torch.tensor(shares, dtype=torch.float64).unsqueeze(1)), most)
-    held = [share * float(by) for share, by in zip(shares, due, strict=True)]
-    return held, draw_in(values, _reduction(times, most).squeeze(1))
+    heavy = multiples(torch.tensor(client_weights, dtype=torch.float64).unsqueeze(1))
+    scale = _reduction(heavy, max_influence)
+    capped = [p * float(by) for p, by in zip(client_weights, scale, strict=True)]
+    return capped, shrink_to_median(values, _reduction(times, max_influence).squeeze(1))
 
 
 def median(tensors: Sequence[Tensor]) -> Tensor:
-    """The median of each entry; between the middle two if their number is even.
+    """Takes the median of each entry; half-way between the middle two of an even number.
 
     Args:
-        tensors: of one shape.
+        tensors: A tensor for each client, all of one shape.
 
     Returns:
         A tensor of that shape.
@@ -132,27 +141,27 @@ def median(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def multiples(values: Tensor) -> Tensor:
-    """How many times its column's median each value is, with zeros left out of the median.
+    """Divides each value by the median of its column, in which zeros do not count.
 
     Args:
-        values: not negative, of shape ``(clients, n)``.
+        values: Numbers that are not negative, of shape ``(clients, n)``.
 
     Returns:
-        Of the same shape; zero where all of a column are, infinite where the value is.
+        A tensor of the same shape; infinite where the value is infinite.
     """
     middle = values.where(values > 0, math.nan).nanquantile(0.5, dim=0)
     return torch.where(values > 0, values / middle, 0.0).where(values < math.inf, values)
 
 
-def draw_in(tensors: Sequence[Tensor], by: Tensor) -> list[Tensor]:
+def shrink_to_median(tensors: Sequence[Tensor], by: Tensor) -> list[Tensor]:
     """Moves tensors towards their median.
 
     Args:
-        tensors: of one shape.
-        by: what is left of the way to each; one leaves it as it is.
+        tensors: A tensor for each client, all of one shape.
+        by: For each client, the part of its distance to the median that is left; 1 changes nothing.
 
     Returns:
-        The tensors.
+        A tensor for each client.
     """
     middle = median(tensors)
     return [
@@ -161,44 +170,6 @@ def draw_in(tensors: Sequence[Tensor], by: Tensor) -> list[Tensor]:
     ]
 
 
-def unusual(
-    weighed: Tensor,
-    clients: Sequence[str],
-    layers: Sequence[str],
-    most: float = math.inf,
-    usual: Sequence[float] = (USUAL, USUAL, USUAL),
-) -> str:
-    """Tells of clients that weigh far more than the median client.
-
-    Args:
-        weighed: of every layer, ``(layers, clients, 3)``: `measure`.
-        clients: their names.
-        layers: their names.
-        most: multiple of the median client's that they are held to.
-        usual: multiple, of each measure, up to which nothing is told.
-
-    Returns:
-        A line for each such client, with what and where, and one on what is done about it; empty
-        if there is none.
-    """
-    lines = []
-    for name, own in zip(clients, weighed.unbind(1), strict=True):
-        found = []
-        for what, values, limit in zip(MEASURES, own.unbind(1), usual, strict=True):
-            order = values.argsort(descending=True, stable=True).tolist()
-            if where := [layers[index] for index in order if values[index] > limit]:
-                more = f" and {len(where) - 3} more layers" if len(where) > 3 else ""
-                found.append((float(values.max()), f"{what} in {', '.join(where[:3])}{more}"))
-        if found:
-            told = ", ".join(f"{times:.3g} times the {what}" for times, what in sorted(found)[::-1])
-            lines.append(f"{name} has, of the median client's, {told}")
-    if not lines:
-        return ""
-    bound = "any share" if most == math.inf else f"{most:g} times the median client's"
-    lines.append(f"max_influence leaves each {bound}; look at such a client before you go on")
-    return "\n".join(lines)
-
-
 def _reduction(times: Tensor, most: float) -> Tensor:
-    """What to multiply by, so that nothing is more than so many times the median."""
+    """Factors that bring multiples of the median down to at most ``most``."""
     return torch.where(times > most, most / times, 1.0)

@@ -1,91 +1,155 @@
-"""How far each layer of a merge is: a row of numbers a layer, alike on all ranks."""
+"""How far the merge of each layer has come."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from lightning_fedfisher.layers import Layer
 
-DISTANCES = slice(3, -1)
-"""Columns of a status after iterations, objective and residual: each client's, once it is done."""
+class Progress(IntEnum):
+    """Where a layer's solver stands."""
 
-DONE = -1
-"""The last column."""
+    OPEN = 0
+    """It has steps to make, or the layer waits for its turn."""
+    CONVERGED = 1
+    """It has reached what it promises."""
+    STOPPED = 2
+    """It ran out of iterations before."""
 
-CONVERGED, ENDED = 1.0, 2.0
-"""What it holds: zero before, and `ENDED` if short of the tolerance."""
+
+@dataclass(frozen=True)
+class LayerState:
+    """How far the merge of one layer has come, alike on all ranks.
+
+    Attributes:
+        distances: How far the layer was moved from each client, in the client's own Fisher norm;
+            zeros until the layer is done.
+        iterations: Steps that its solver has made.
+        objective: Value of the layer's quadratic.
+        residual: Norm of the gradient, relative to the clients' gradients at the average; 1 for a
+            layer that waits for its turn.
+        progress: Where its solver stands.
+
+    Example:
+        >>> state = LayerState.waiting(clients=2)
+        >>> state.done, state.residual
+        (False, 1.0)
+        >>> LayerState.from_row(state.to_row()) == state
+        True
+    """
+
+    distances: tuple[float, ...]
+    iterations: int = 0
+    objective: float = 0.0
+    residual: float = 1.0
+    progress: Progress = Progress.OPEN
+
+    @classmethod
+    def waiting(cls, clients: int) -> Self:
+        """The state of a layer whose merge has not begun.
+
+        Args:
+            clients: Number of clients.
+        """
+        return cls((0.0,) * clients)
+
+    @staticmethod
+    def width(clients: int) -> int:
+        """Numbers in a `to_row`.
+
+        Args:
+            clients: Number of clients.
+        """
+        return 4 + clients
+
+    @property
+    def done(self) -> bool:
+        """Whether the layer's solver makes no further step."""
+        return self.progress is not Progress.OPEN
+
+    def to_row(self) -> Tensor:
+        """The state as numbers, so that ranks can add up what each of them knows.
+
+        Returns:
+            A vector of ``4 + clients`` numbers in float64.
+        """
+        numbers = [self.iterations, self.objective, self.residual, self.progress, *self.distances]
+        return torch.tensor(numbers, dtype=torch.float64)
+
+    @classmethod
+    def from_row(cls, row: Tensor) -> Self:
+        """Rebuilds a state from `to_row`.
+
+        Args:
+            row: A vector of ``4 + clients`` numbers.
+        """
+        iterations, objective, residual, progress, *distances = row.tolist()
+        return cls(tuple(distances), int(iterations), objective, residual, Progress(int(progress)))
 
 
-def waiting(layers: int, clients: int) -> Tensor:
-    """The status of layers not begun.
+def summarize(states: Sequence[LayerState]) -> dict[str, float]:
+    """Sums up all layers in the numbers that are logged after each epoch.
 
     Args:
-        layers: how many.
-        clients: how many.
+        states: The state of every layer.
 
     Returns:
-        Of shape ``(layers, 4 + clients)``, in float64.
+        The most ``iterations`` of any layer, the sum of the layers' ``objective``, and the largest
+        ``residual``.
     """
-    return torch.zeros(layers, 4 + clients, dtype=torch.float64)
-
-
-def summary(status: Tensor) -> dict[str, float]:
-    """What is logged of all layers together.
-
-    Args:
-        status: of all layers, as from `waiting`.
-
-    Returns:
-        The most iterations, the sum of the objectives and the largest residual.
-    """
-    iterations, objectives, residuals = status[:, :3].T
+    objectives = torch.tensor([state.objective for state in states], dtype=torch.float64)
     return {
-        "iterations": float(iterations.max()),
+        "iterations": float(max(state.iterations for state in states)),
         "objective": float(objectives.sum()),
-        "residual": float(residuals.max()),
+        "residual": max(state.residual for state in states),
     }
 
 
-def by_layer(layers: Sequence[Layer], status: Tensor) -> dict[str, float]:
-    """What is logged of each layer.
+def by_layer(names: Sequence[str], states: Sequence[LayerState]) -> dict[str, float]:
+    """The numbers that are logged of each layer.
 
     Args:
-        layers: of the model.
-        status: of all layers, as from `waiting`.
+        names: The layers' names.
+        states: The state of every layer.
 
     Returns:
-        Iterations and residual of every layer.
+        ``iterations/NAME`` and ``residual/NAME`` of every layer.
     """
     logged: dict[str, float] = {}
-    for layer, (iterations, _, residual, *_) in zip(layers, status.tolist(), strict=True):
-        logged |= {f"iterations/{layer.name}": iterations, f"residual/{layer.name}": residual}
+    for name, state in zip(names, states, strict=True):
+        logged |= {
+            f"iterations/{name}": float(state.iterations),
+            f"residual/{name}": state.residual,
+        }
     return logged
 
 
-def unsolved(layers: Sequence[Layer], status: Tensor, converges: bool) -> str:
-    """Tells of layers that are not where the method promises them to be.
+def describe_unsolved(names: Sequence[str], states: Sequence[LayerState], converges: bool) -> str:
+    """Names the layers that are not where the method promises them to be.
 
     Args:
-        layers: of the model.
-        status: of all layers, as from `waiting`.
-        converges: whether the method promises the minimum, rather than a number of steps.
+        names: The layers' names.
+        states: The state of every layer.
+        converges: Whether the method promises the minimum rather than a number of steps.
 
     Returns:
-        Their residuals and iterations, and what to do; empty if there are none.
+        One sentence with residuals, iterations and a remedy; empty if there is nothing to tell.
     """
-    if not converges and status[:, DONE].all():
+    if not converges and all(state.done for state in states):
         return ""
     short = [
-        f"{layer.name} (residual {residual:.1e} after {iterations:.0f} iterations)"
-        for layer, (iterations, _, residual, *_, done) in zip(layers, status.tolist(), strict=True)
-        if not done or (converges and done == ENDED)
+        f"{name} (residual {state.residual:.1e} after {state.iterations} iterations)"
+        for name, state in zip(names, states, strict=True)
+        if not state.done or (converges and state.progress is Progress.STOPPED)
     ]
     if not short:
         return ""
     return (
-        f"the merge has not converged in {len(short)} of {len(layers)} layers: {', '.join(short)}. "
+        f"the merge has not converged in {len(short)} of {len(states)} layers: {', '.join(short)}. "
         "Use Trainer(max_epochs=-1), and a larger max_iterations if that is not enough"
     )

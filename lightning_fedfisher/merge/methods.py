@@ -1,6 +1,6 @@
-"""The merge methods by name: which curvature each needs, what it makes of it, how it solves.
+"""The merge methods: which curvature each needs, what it makes of it, and how it solves.
 
-A method is a row of `METHODS`; the code that merges knows no method's name.
+Add a merge method here: a row of `METHODS`. No other code knows a method by its name.
 """
 
 from __future__ import annotations
@@ -9,60 +9,65 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, get_args
 
 from lightning_fedfisher.curvature.base import Curvature, Identity
-from lightning_fedfisher.merge.influence_cap import USUAL
+from lightning_fedfisher.merge.influence_cap import DEFAULT_MAX_INFLUENCE
 from lightning_fedfisher.merge.objective import Quadratic
 from lightning_fedfisher.merge.solvers import ClosedForm, PublishedServer, Solver, exact_solver
-
-MethodName = Literal[
-    "fedavg", "fisher_merge", "regmean", "fedfisher_diag", "fedfisher_kfac", "fedfisher"
-]
 
 
 @dataclass(frozen=True)
 class MergeMethod:
     """How a method merges one layer.
 
+    Make your own from a row of `METHODS` with `dataclasses.replace`, under a name of its own.
+
     Attributes:
-        curvatures: kinds of curvature it can merge; any if empty.
-        fishers: Fisher types it is defined for; any if empty.
-        transform: what it makes of a client's curvature; the flag tells whether the layer is the
-            head, whose outputs are the logits of a softmax, and aligned.
-        solver: how it minimises.
-        iterations: steps after which it stops, if its solver has not finished before.
-        sweep: steps between two looks at the model.
-        share_power: a client of ``n`` samples counts as ``n ** share_power``.
-        converges: whether it promises the minimum, rather than a number of steps.
-        keeps_best: whether it returns its best iterate on labelled samples, when given some.
-        aligns: whether a layer is merged after the one whose outputs it reads, with weights and
+        name: What it is called. A checkpoint tells methods apart by their names and numbers.
+        transform: What it makes of a client's curvature. The second argument tells whether the
+            layer's outputs are the logits of a softmax and its inputs are aligned.
+        solver: Makes the solver of a layer's quadratic.
+        max_iterations: Steps after which it stops, unless its solver finishes before.
+        steps_per_epoch: Steps that a solver makes between two evaluations of the merged model.
+        curvatures: The curvatures it can merge, as an extraction is asked for them; any if empty.
+        fishers: The Fisher types it is defined for; any if empty.
+        client_weight_power: A client of ``n`` samples weighs ``n ** client_weight_power``.
+        converges: Whether it promises the minimum rather than a number of steps.
+        keeps_best: Whether it returns its best iterate on labelled samples, when given some.
+        aligns: Whether a layer is merged after the one whose outputs it reads, with weights and
             curvature for the inputs that the merged model gives it (see `alignment`).
-        max_influence: what a client may weigh in a layer, as a multiple of what the median client
-            does (see `influence`).
+        max_influence: What a client may weigh in a layer, as a multiple of what the median client
+            weighs (see `influence_cap`).
+
+    Example:
+        >>> from dataclasses import replace
+        >>> cautious = replace(METHODS["fedfisher"], name="cautious", max_influence=2.0)
+        >>> cautious.aligns, cautious.max_influence
+        (True, 2.0)
     """
 
-    curvatures: tuple[str, ...]
-    fishers: tuple[str, ...]
+    name: str
     transform: Callable[[Curvature, bool], Curvature]
     solver: Callable[[Quadratic], Solver]
-    iterations: int
-    sweep: int
-    share_power: float = 1.0
+    max_iterations: int
+    steps_per_epoch: int
+    curvatures: tuple[str, ...] = ()
+    fishers: tuple[str, ...] = ()
+    client_weight_power: float = 1.0
     converges: bool = False
     keeps_best: bool = False
     aligns: bool = False
     max_influence: float = math.inf
 
     def refusal(self, curvature: str, fisher: str) -> str | None:
-        """Why it cannot merge such an update, or None if it can.
+        """Says why it cannot merge an update with this curvature.
 
         Args:
-            curvature: kind the update was extracted with.
-            fisher: Fisher type it was extracted with.
+            curvature: Curvature that the update was extracted with.
+            fisher: Fisher type that it was extracted with.
 
         Returns:
-            The reason, with what to extract instead.
+            The reason, with what to extract instead; None if it can merge the update.
         """
         if self.curvatures and curvature not in self.curvatures:
             wanted, found = f"curvature={self.curvatures[0]!r}", f"{curvature} curvature"
@@ -73,88 +78,123 @@ class MergeMethod:
         return f"holds {found}: extract it with FedFisherCallback({wanted}, ...)"
 
 
-def _unchanged(curvature: Curvature, head: bool) -> Curvature:
+def _as_sent(curvature: Curvature, is_output_layer: bool) -> Curvature:
     return curvature
 
 
-def _forget(curvature: Curvature, head: bool) -> Curvature:
+def _ignored(curvature: Curvature, is_output_layer: bool) -> Curvature:
     return Identity(curvature.shape)
 
 
-def _regress(curvature: Curvature, head: bool) -> Curvature:
+def _of_inputs(curvature: Curvature, is_output_layer: bool) -> Curvature:
     return curvature.of_inputs()
 
 
-def _temper(curvature: Curvature, head: bool) -> Curvature:
+def _square_root(curvature: Curvature, is_output_layer: bool) -> Curvature:
     # At power 1 the few steepest directions of each client rule, and the exact minimum forgets the
     # rest; at power 1/2 the minimum itself is the model wanted, and no labels decide when to stop.
-    # The inputs of the head have a mean far larger than their spread. Weighing by their second
-    # moment ties the clients to how much they prefer a class whatever the input, which is about
-    # the classes they happened to hold; so the head is weighed by its outputs alone. Only where it
-    # is aligned: else nothing but that weight keeps a new mean from shifting all classes.
-    return (curvature.average_over_columns() if head else curvature).power(0.5)
+    # The inputs of the output layer have a mean far larger than their spread. Weighing by their
+    # second moment ties the clients to how much they prefer a class whatever the input, which is
+    # about the classes they happened to hold; so that layer is weighed by its outputs alone. Only
+    # where it is aligned: else nothing but that weight keeps a new mean from shifting all classes.
+    rooted = curvature.average_over_columns() if is_output_layer else curvature
+    return rooted.power(0.5)
 
 
 # The square root of float32's rounding, with room: what the power makes of eigenvalues that are 0.
-_TEMPERED_ROUNDING = 1e-3
+_ROOT_RCOND = 1e-3
 _PUBLISHED_STEPS = 2000
-_PUBLISHED_LOOK = 100
+_PUBLISHED_STEPS_PER_EPOCH = 100
+_CG_STEPS = 1000
+_CG_STEPS_PER_EPOCH = 20
 
-METHODS: dict[MethodName, MergeMethod] = {
-    "fedavg": MergeMethod((), (), _forget, ClosedForm, iterations=1, sweep=1),
-    "fisher_merge": MergeMethod(
-        ("diagonal",),
-        (),
-        _unchanged,
-        ClosedForm,
-        iterations=1,
-        sweep=1,
-    ),
-    "regmean": MergeMethod(
-        ("kfac",),
-        (),
-        _regress,
-        exact_solver,
-        iterations=1000,
-        sweep=20,
-        converges=True,
-    ),
-    "fedfisher_diag": MergeMethod(
-        ("diagonal",),
-        ("exact",),
-        _unchanged,
-        partial(PublishedServer, damping_inside=False),
-        iterations=_PUBLISHED_STEPS,
-        sweep=_PUBLISHED_LOOK,
-        keeps_best=True,
-    ),
-    "fedfisher_kfac": MergeMethod(
-        ("kfac",),
-        ("exact",),
-        _unchanged,
-        partial(PublishedServer, damping_inside=True),
-        iterations=_PUBLISHED_STEPS,
-        sweep=_PUBLISHED_LOOK,
-        keeps_best=True,
-    ),
-    "fedfisher": MergeMethod(
-        ("kfac", "ekfac", "diagonal", "dense"),
-        (),
-        _temper,
-        partial(exact_solver, rcond=_TEMPERED_ROUNDING),
-        iterations=1000,
-        sweep=20,
-        share_power=0.5,
-        converges=True,
-        aligns=True,
-        max_influence=USUAL,
-    ),
+METHODS: dict[str, MergeMethod] = {
+    method.name: method
+    for method in (
+        MergeMethod("fedavg", _ignored, ClosedForm, max_iterations=1, steps_per_epoch=1),
+        MergeMethod(
+            "fisher_merge",
+            _as_sent,
+            ClosedForm,
+            max_iterations=1,
+            steps_per_epoch=1,
+            curvatures=("diagonal",),
+        ),
+        MergeMethod(
+            "regmean",
+            _of_inputs,
+            exact_solver,
+            _CG_STEPS,
+            _CG_STEPS_PER_EPOCH,
+            curvatures=("kfac",),
+            converges=True,
+        ),
+        MergeMethod(
+            "fedfisher_diag",
+            _as_sent,
+            partial(PublishedServer, damping_inside=False),
+            _PUBLISHED_STEPS,
+            _PUBLISHED_STEPS_PER_EPOCH,
+            curvatures=("diagonal",),
+            fishers=("exact",),
+            keeps_best=True,
+        ),
+        MergeMethod(
+            "fedfisher_kfac",
+            _as_sent,
+            partial(PublishedServer, damping_inside=True),
+            _PUBLISHED_STEPS,
+            _PUBLISHED_STEPS_PER_EPOCH,
+            curvatures=("kfac",),
+            fishers=("exact",),
+            keeps_best=True,
+        ),
+        MergeMethod(
+            "fedfisher",
+            _square_root,
+            partial(exact_solver, rcond=_ROOT_RCOND),
+            _CG_STEPS,
+            _CG_STEPS_PER_EPOCH,
+            curvatures=("kfac", "ekfac", "diagonal", "dense"),
+            client_weight_power=0.5,
+            converges=True,
+            aligns=True,
+            max_influence=DEFAULT_MAX_INFLUENCE,
+        ),
+    )
 }
-"""Every method.
+"""Every method, by its name.
 
 The published ones are FedFisher's (arXiv 2403.12329), with its server's steps. RegMean (Jin et al.,
-2023) has the inputs' second moment from the K-FAC factor, which for convolutions is that of
+2023) takes the inputs' second moment from the K-FAC factor, which for convolutions is that of
 unfolded patches; layers without one are averaged.
 """
 
-assert set(METHODS) == set(get_args(MethodName))
+
+def find_method(method: str | MergeMethod) -> MergeMethod:
+    """Looks a method up by its name.
+
+    Args:
+        method: A name in `METHODS`, or a row of your own.
+
+    Returns:
+        The row.
+
+    Raises:
+        ValueError: If there is no such name, or a row of your own bears the name of another.
+
+    Example:
+        >>> find_method("fedavg").max_iterations
+        1
+    """
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
+        return METHODS[method]
+    known = METHODS.get(method.name)
+    if known is not None and (method.transform, method.solver) != (known.transform, known.solver):
+        raise ValueError(
+            f"a method with another transform or solver than {method.name!r} needs a name of its "
+            "own: dataclasses.replace(method, name=...)"
+        )
+    return method

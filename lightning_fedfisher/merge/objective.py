@@ -1,13 +1,15 @@
-"""The merge objective: pure linear algebra, one layer at a time.
+"""The merge objective of one layer: a sum of the clients' quadratics.
 
-For one layer, clients ``k`` with shares ``p_k``, weights ``W_k`` and curvatures ``F_k`` define
+For one layer, clients ``k`` with weights ``p_k`` in the merge, parameters ``W_k`` and curvatures
+``F_k`` define
 
     Q(W) = sum_k p_k <W - W_k, F_k (W - W_k)>.
 
-FedAvg, RegMean, Fisher merging and FedFisher (arXiv 2403.12329, equation 7) are all this problem.
+FedAvg, RegMean, Fisher merging and FedFisher (arXiv 2403.12329, equation 7) all minimise it, with
+different curvatures.
 
-The clients are gone through one after the other, their weights once, so that a sequence that reads
-curvature from disk will do (`disk_cache.OnDiskCurvatures`).
+Curvatures are read one client after the other, so that they may be made or read from disk at each
+use (`LazyCurvatures`, `disk_cache.OnDiskCurvatures`).
 """
 
 from __future__ import annotations
@@ -15,9 +17,8 @@ from __future__ import annotations
 import math
 from abc import ABC
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,26 +27,30 @@ from typing_extensions import override
 from lightning_fedfisher.curvature.base import Curvature
 
 
-def average(shares: Sequence[float], weights: Sequence[Tensor]) -> Tensor:
-    """Weighted average, exact to the bit where all clients agree.
+def average(client_weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
+    """Averages tensors, exactly to the bit where all clients agree.
 
     Args:
-        shares: one positive number for each client, of any sum.
-        weights: tensors of one shape.
+        client_weights: A positive number for each client, of any sum.
+        tensors: A tensor for each client, all of one shape.
 
     Returns:
-        ``sum_k p_k W_k`` with the shares scaled to sum to one.
+        ``sum_k p_k W_k``, with the client weights scaled to sum to one.
+
+    Example:
+        >>> average([1, 3], [torch.tensor([0.0]), torch.tensor([4.0])])
+        tensor([3.])
     """
-    total, first = sum(shares), weights[0]
-    offsets = zip(shares[1:], weights[1:], strict=True)
+    total, first = sum(client_weights), tensors[0]
+    offsets = zip(client_weights[1:], tensors[1:], strict=True)
     return first + sum((p / total * (w - first) for p, w in offsets), torch.zeros_like(first))
 
 
 class LazyCurvatures(Sequence[Curvature], ABC):
-    """Curvatures made anew at every use.
+    """The curvatures of all clients, each made anew at every use.
 
     Attributes:
-        kinds: the type of each, without making it.
+        kinds: The class of each curvature, known without making it.
     """
 
     kinds: Sequence[type[Curvature]]
@@ -55,94 +60,123 @@ class LazyCurvatures(Sequence[Curvature], ABC):
         return len(self.kinds)
 
 
-@dataclass(frozen=True)
-class Quadratic:
-    """The merge problem of one layer.
+class _AtAverage(NamedTuple):
+    """What one pass over the clients tells of the point where solvers start.
 
     Attributes:
-        shares: ``p_k``, positive, one for each client.
-        weights: ``W_k``, matrices of one shape.
-        curvatures: ``F_k``, acting on that shape, of one kind; may be `LazyCurvatures`.
-        kind: their type.
+        gradient_scale: ``sum_k p_k ||F_k (W_avg - W_k)||``.
+        gradient: ``sum_k p_k F_k (W_avg - W_k)``.
+        objective: ``Q(W_avg)``.
     """
 
-    shares: Sequence[float]
-    weights: Sequence[Tensor]
-    curvatures: Sequence[Curvature]
-    kind: type[Curvature] = field(init=False)
+    gradient_scale: float
+    gradient: Tensor
+    objective: float
 
-    def __post_init__(self) -> None:
-        if not len(self.shares) == len(self.weights) == len(self.curvatures) > 0:
-            raise ValueError("a merge needs one share, weight matrix and curvature for each client")
-        found = self.curvatures
-        kinds = set(found.kinds if isinstance(found, LazyCurvatures) else [type(f) for f in found])
+
+class Quadratic:
+    """The merge objective of one layer, with its gradient and Hessian-vector product.
+
+    Attributes:
+        client_weights: ``p_k``, a positive number for each client; they sum to one.
+        weights: ``W_k``, a matrix for each client, all of one shape.
+        curvatures: ``F_k``, all of one kind, acting on that shape.
+        kind: The class of the curvatures.
+
+    Example:
+        >>> from lightning_fedfisher.curvature.diagonal import Diagonal
+        >>> weights = [torch.zeros(1, 1), torch.ones(1, 1)]
+        >>> curvatures = [Diagonal(torch.tensor([[1.0]])), Diagonal(torch.tensor([[3.0]]))]
+        >>> problem = Quadratic([1, 1], weights, curvatures)
+        >>> problem.objective(torch.tensor([[0.75]]))
+        0.375
+        >>> problem.gradient(torch.tensor([[0.75]]))
+        tensor([[0.]])
+    """
+
+    def __init__(
+        self,
+        client_weights: Sequence[float],
+        weights: Sequence[Tensor],
+        curvatures: Sequence[Curvature],
+    ) -> None:
+        """Checks that the parts belong together; reads no curvature.
+
+        Args:
+            client_weights: A positive number for each client, of any sum.
+            weights: A matrix for each client, all of one shape.
+            curvatures: A curvature for each client; may be `LazyCurvatures`.
+
+        Raises:
+            ValueError: If the lengths differ or the curvatures are of several kinds.
+        """
+        if not len(client_weights) == len(weights) == len(curvatures) > 0:
+            raise ValueError(
+                "a merge needs one client weight, weight matrix and curvature for each client"
+            )
+        if isinstance(curvatures, LazyCurvatures):
+            kinds = set(curvatures.kinds)
+        else:
+            kinds = {type(curvature) for curvature in curvatures}
         if len(kinds) > 1:
             names = sorted(kind.kind for kind in kinds)
             raise ValueError(f"the clients' curvatures of one layer are of several kinds: {names}")
-        object.__setattr__(self, "kind", kinds.pop())
-        total = sum(self.shares)
-        object.__setattr__(self, "shares", tuple(share / total for share in self.shares))
+        total = sum(client_weights)
+        self.client_weights = tuple(weight / total for weight in client_weights)
+        self.weights, self.curvatures = weights, curvatures
+        self.kind: type[Curvature] = kinds.pop()
 
     @cached_property
     def average(self) -> Tensor:
-        """``sum_k p_k W_k``."""
-        return average(self.shares, self.weights)
+        """``sum_k p_k W_k``, where solvers start."""
+        return average(self.client_weights, self.weights)
 
     @cached_property
-    def _latest(self) -> list[Tensor]:
-        """Where the gradient was asked for last, and what it was: there it is asked for again."""
-        return [self.average, self._at_average[1]]
-
-    @cached_property
-    def _at_average(self) -> tuple[float, Tensor, float]:
-        """The clients' pulls, the gradient and the objective at the average."""
-        pull, gradient, objective = 0.0, torch.zeros_like(self.average), 0.0
-        for share, weights, curvature in zip(
-            self.shares, self.weights, self.curvatures, strict=True
-        ):
+    def _at_average(self) -> _AtAverage:
+        scale, gradient, objective = 0.0, torch.zeros_like(self.average), 0.0
+        for p, weights, curvature in self._terms():
             offset = self.average - weights
             force = curvature.apply(offset)
-            pull += share * norm(force)
-            gradient += share * force
-            objective += share * dot(offset, force)
-        return pull, gradient, objective
+            scale += p * norm(force)
+            gradient += p * force
+            objective += p * dot(offset, force)
+        return _AtAverage(scale, gradient, objective)
 
     @property
-    def pull(self) -> float:
-        """``sum_k p_k ||F_k (W_avg - W_k)||``, how hard the clients pull at the average.
+    def gradient_scale(self) -> float:
+        """``sum_k p_k ||F_k (W_avg - W_k)||``, by which a gradient counts as small.
 
-        The measure of what is a small gradient: the gradient is the sum of these pulls, and where
-        they cancel it is rounding. Zero only if no client wants to move.
+        The gradient at the average is the sum of the clients' terms, and rounding where they
+        cancel. Zero only if no client wants to move.
         """
-        return self._at_average[0]
+        return self._at_average.gradient_scale
 
-    def look(self, matrix: Tensor) -> tuple[float, Tensor]:
-        """`objective` and `gradient` in one pass over the curvatures.
+    @property
+    def gradient_at_average(self) -> Tensor:
+        """`gradient` at `average`, without another pass over the curvatures."""
+        return self._at_average.gradient
+
+    def objective_at(self, matrix: Tensor, gradient: Tensor) -> float:
+        """``Q(W)`` from the gradient there, without a pass over the curvatures.
 
         Args:
             matrix: ``W``.
-
-        Returns:
-            Both.
+            gradient: `gradient` at ``W``.
         """
-        _, at_average, objective = self._at_average
-        gradient = self.gradient(matrix)
-        # Rounding may leave a little less than nothing.
-        return max(0.0, objective + dot(matrix - self.average, at_average + gradient)), gradient
+        start = self._at_average
+        rise = dot(matrix - self.average, start.gradient + gradient)
+        return max(0.0, start.objective + rise)  # rounding may leave a little less than zero
 
     def objective(self, matrix: Tensor) -> float:
-        """``Q(W)``.
+        """``Q(W)``, zero only where every client is content.
 
         Args:
             matrix: ``W``.
-
-        Returns:
-            The value, zero only where every client is content.
         """
-        return self.look(matrix)[0]
+        return self.objective_at(matrix, self.gradient(matrix))
 
     def gradient(self, matrix: Tensor) -> Tensor:
-        """``sum_k p_k F_k (W - W_k)``, half the gradient of ``Q``.
+        """``sum_k p_k F_k (W - W_k)``, half the gradient of ``Q``, in one pass.
 
         Args:
             matrix: ``W``.
@@ -150,55 +184,59 @@ class Quadratic:
         Returns:
             A matrix of the same shape.
         """
-        if self._latest[0] is not matrix:
-            self._latest[:] = matrix, self._at_average[1] + self.curve(matrix - self.average)
-        return self._latest[1]
+        return self.gradient_at_average + self.matvec(matrix - self.average)
 
     def distances(self, matrix: Tensor) -> list[float]:
-        """``<W - W_k, F_k (W - W_k)>^(1/2)``: from each client, in its own norm.
+        """``<W - W_k, F_k (W - W_k)>^(1/2)``: how far each client is, in its own norm.
 
         Args:
             matrix: ``W``.
 
         Returns:
-            One for each client.
+            A number for each client.
         """
         offsets = (matrix - weights for weights in self.weights)
-        # Rounding may leave a little less than nothing.
+        # Rounding may leave a little less than zero.
         return [
             math.sqrt(max(0.0, dot(offset, curvature.apply(offset))))
             for offset, curvature in zip(offsets, self.curvatures, strict=True)
         ]
 
     @cached_property
-    def mean(self) -> Curvature:
-        """One curvature that stands for the clients' sum, and that can be inverted."""
-        return self.kind.mean(self.curvatures, self.shares)
+    def mean_curvature(self) -> Curvature:
+        """One curvature that stands for the clients' sum and can be inverted."""
+        return self.kind.mean(self.curvatures, self.client_weights)
 
-    def curve(self, matrix: Tensor) -> Tensor:
-        """``sum_k p_k F_k V``, the Hessian's action on a direction ``V``.
+    def matvec(self, direction: Tensor) -> Tensor:
+        """``sum_k p_k F_k V``, the Hessian-vector product.
 
         Args:
-            matrix: ``V``.
+            direction: ``V``, a matrix of the layer's shape.
 
         Returns:
             A matrix of the same shape.
         """
-        terms = zip(self.shares, self.curvatures, strict=True)
-        return sum((p * f.apply(matrix) for p, f in terms), torch.zeros_like(matrix))
+        terms = zip(self.client_weights, self.curvatures, strict=True)
+        return sum((p * f.apply(direction) for p, f in terms), torch.zeros_like(direction))
 
     def in_double(self) -> Quadratic:
-        """The same problem in float64, its curvature converted at every use."""
+        """The same objective in float64; curvatures are converted at every use."""
         weights = [matrix.double() for matrix in self.weights]
-        return Quadratic(self.shares, weights, _InDouble(self, weights[0].device))
+        curvatures = _InDouble(self.curvatures, self.kind, weights[0].device)
+        return Quadratic(self.client_weights, weights, curvatures)
+
+    def _terms(self) -> zip[tuple[float, Tensor, Curvature]]:
+        return zip(self.client_weights, self.weights, self.curvatures, strict=True)
 
 
 class _InDouble(LazyCurvatures):
-    """Curvature in float64, one at a time."""
+    """Curvatures converted to float64, one at a time."""
 
-    def __init__(self, problem: Quadratic, device: torch.device) -> None:
-        self._curvatures, self._device = problem.curvatures, device
-        self.kinds = [problem.kind] * len(problem.curvatures)
+    def __init__(
+        self, curvatures: Sequence[Curvature], kind: type[Curvature], device: torch.device
+    ) -> None:
+        self._curvatures, self._device = curvatures, device
+        self.kinds = [kind] * len(curvatures)
 
     @override
     def __getitem__(self, index: Any) -> Any:
@@ -206,11 +244,11 @@ class _InDouble(LazyCurvatures):
 
 
 def dot(one: Tensor, other: Tensor) -> float:
-    """The sum of two tensors' products, entry by entry."""
-    # In float64: the curvature of a certain client may be fainter than float32's smallest square.
+    """The sum of the products of two tensors' entries, in float64."""
+    # The curvature of a certain client may be fainter than float32's smallest square.
     return float((one.double() * other.double()).sum())
 
 
 def norm(matrix: Tensor) -> float:
-    """The root of the sum of squares."""
+    """The root of the sum of squares, in float64."""
     return math.sqrt(dot(matrix, matrix))

@@ -19,59 +19,76 @@ from lightning_fedfisher.merge.objective import Quadratic, dot, norm
 class Solver(ABC):
     """An iteration toward the minimum of one layer's quadratic.
 
+    A solver of your own implements `_step`: it changes `weights`, and sets `finished` after its
+    last step.
+
     Attributes:
-        problem: the quadratic.
-        weights: the iterate; the average at first.
-        iterations: steps made so far.
-        finished: whether further steps would change nothing that matters.
+        problem: The quadratic.
+        weights: The current iterate, a matrix; the clients' average at first.
+        iterations: Steps made so far.
+        finished: Whether further steps would change nothing that matters.
     """
 
     def __init__(self, problem: Quadratic) -> None:
         """Starts at the average.
 
         Args:
-            problem: the quadratic.
+            problem: The quadratic to minimise.
         """
         self.problem = problem
-        self.weights = problem.average
+        self.weights = problem.average.clone()
         self.iterations = 0
         self.finished = False
-        self._pull = problem.pull
+        self._scale = problem.gradient_scale
+        # The gradient at the iterate, where it is known. A step makes it unknown.
+        self._gradient: Tensor | None = problem.gradient_at_average
 
     @property
     def converged(self) -> bool:
-        """Whether it has reached what it was to reach."""
+        """Whether it has reached what it promises."""
         return self.finished
 
     def advance(self, iterations: int) -> None:
         """Makes some steps, or fewer if it finishes earlier.
 
         Args:
-            iterations: steps at most.
+            iterations: Steps to make at most.
         """
         for _ in range(iterations):
             if self.finished:
                 return
+            self._gradient = None
             self._step()
             self.iterations += 1
 
-    def look(self) -> tuple[float, float]:
-        """The objective and `residual` at the iterate, in one pass over the curvatures."""
-        objective, gradient = self.problem.look(self.weights)
-        return objective, norm(self._seen(gradient)) / self._pull if self._pull else 0.0
+    def objective_and_residual(self) -> tuple[float, float]:
+        """The objective at the iterate, and its gradient's norm relative to the clients' scale.
+
+        Returns:
+            ``Q(W)``, and the norm of the gradient divided by `Quadratic.gradient_scale`.
+        """
+        gradient = self._current_gradient()
+        objective = self.problem.objective_at(self.weights, gradient)
+        return objective, norm(self._visible(gradient)) / self._scale if self._scale else 0.0
 
     @property
     def residual(self) -> float:
-        """Norm of the gradient at the iterate, relative to the clients' pulls at the average."""
-        return self.look()[1]
+        """Norm of the gradient at the iterate, relative to `Quadratic.gradient_scale`."""
+        return self.objective_and_residual()[1]
 
-    def _seen(self, gradient: Tensor) -> Tensor:
+    def _current_gradient(self) -> Tensor:
+        """The gradient at the iterate, in at most one pass over the curvatures."""
+        if self._gradient is None:
+            self._gradient = self.problem.gradient(self.weights)
+        return self._gradient
+
+    def _visible(self, gradient: Tensor) -> Tensor:
         """The part of a gradient that steps can take away."""
         return gradient
 
     @abstractmethod
     def _step(self) -> None:
-        """Moves `weights`, and sets `finished` if that was the last step."""
+        """Moves `weights`, and sets `finished` after the last step."""
 
 
 class ClosedForm(Solver):
@@ -97,14 +114,14 @@ class ClosedForm(Solver):
     def _step(self) -> None:
         # In float64: what certain clients leave may be fainter than float32 can divide by.
         average = self.problem.average.double()
-        total, force = torch.zeros_like(average), torch.zeros_like(average)
-        for share, weights, curvature in zip(
-            self.problem.shares, self.problem.weights, self.problem.curvatures, strict=True
+        total, pull = torch.zeros_like(average), torch.zeros_like(average)
+        for p, weights, curvature in zip(
+            self.problem.client_weights, self.problem.weights, self.problem.curvatures, strict=True
         ):
             exact = curvature.to(average.device, average.dtype)
-            total += share * exact.apply(torch.ones_like(average))
-            force += share * exact.apply(average - weights)
-        self.weights = self.weights - torch.where(total > 0, force / total, 0.0).to(self.weights)
+            total += p * exact.apply(torch.ones_like(average))
+            pull += p * exact.apply(average - weights)
+        self.weights = self.weights - torch.where(total > 0, pull / total, 0.0).to(self.weights)
         self.finished = True
 
 
@@ -136,7 +153,7 @@ class ConjugateGradient(Solver):
         self._tolerance, self._rcond = tolerance, rcond
         self._inverse: PseudoInverse | None = None
         self._stalled = False
-        self.finished = norm(problem.gradient(self.weights)) <= tolerance * self._pull
+        self.finished = norm(problem.gradient_at_average) <= tolerance * self._scale
         if not self.finished:
             self._begin()
 
@@ -146,7 +163,7 @@ class ConjugateGradient(Solver):
         return self.finished and not self._stalled
 
     @override
-    def _seen(self, gradient: Tensor) -> Tensor:
+    def _visible(self, gradient: Tensor) -> Tensor:
         # In directions without curvature there is none, but for rounding.
         if self._inverse is None:
             return gradient
@@ -155,11 +172,11 @@ class ConjugateGradient(Solver):
     def _begin(self) -> None:
         """Starts, or starts anew, at the iterate."""
         if self._inverse is None:
-            self._inverse = self.problem.mean.pseudo_inverse(self._rcond)
-        self._residual = -self._seen(self.problem.gradient(self.weights))
+            self._inverse = self.problem.mean_curvature.pseudo_inverse(self._rcond)
+        self._residual = -self._visible(self._current_gradient())
         self._started_at = self._least = norm(self._residual)
         self._waited = 0
-        self.finished = self._least <= self._AGREES * self._tolerance * self._pull
+        self.finished = self._least <= self._AGREES * self._tolerance * self._scale
         self._conjugate = self._residual
         self._squared = dot(self._residual, self._inverse.inverse * self._residual)
 
@@ -168,19 +185,19 @@ class ConjugateGradient(Solver):
         assert self._inverse is not None
         coordinates = self._inverse.inverse * self._conjugate
         direction = self._inverse.from_eigenbasis(coordinates)
-        curved = self.problem.curve(direction)
-        bend = dot(direction, curved)
-        if bend <= _rounding(direction) * dot(coordinates, self._conjugate):
+        curved = self.problem.matvec(direction)
+        curvature_along = dot(direction, curved)
+        if curvature_along <= _rounding(direction) * dot(coordinates, self._conjugate):
             self._check()  # the mean curvature sees this direction, and no client's does
             return
-        step = self._squared / bend
+        step = self._squared / curvature_along
         self.weights = self.weights + step * direction
         turned = self._inverse.support * self._inverse.to_eigenbasis(curved)
         self._residual = self._residual - step * turned
         length = norm(self._residual)
         self._waited = 0 if length < self._least else self._waited + 1
         self._least = min(length, self._least)
-        if length <= self._tolerance * self._pull or self._waited > self._PATIENCE:
+        if length <= self._tolerance * self._scale or self._waited > self._PATIENCE:
             self._check()
             return
         squared = dot(self._residual, self._inverse.inverse * self._residual)
@@ -197,7 +214,7 @@ class ConjugateGradient(Solver):
             self.finished = self._stalled = True
             return
         self.problem, self.weights = self.problem.in_double(), self.weights.double()
-        self._inverse = None
+        self._inverse = self._gradient = None
         self._begin()
 
 

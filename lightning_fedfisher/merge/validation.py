@@ -1,71 +1,120 @@
-"""Accuracy and negative log-likelihood of the merged model while it is solved for."""
+"""Scores of the merged model on labelled samples, while it is solved for."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.data import DistributedSampler
 from torchmetrics import MeanMetric
+
+from lightning_fedfisher.likelihoods.base import Likelihood
 
 
 class Validation:
     """One pass of a copy of the model over the validation samples."""
 
     def __init__(
-        self, model: nn.Module, state: Mapping[str, Tensor], loaders: Any, device: torch.device
+        self,
+        model: nn.Module,
+        state: Mapping[str, Tensor],
+        likelihood: type[Likelihood],
+        device: torch.device,
     ) -> None:
         """Loads a copy of the model, in its own dtypes and in evaluation mode.
 
         Args:
-            model: stays as it is.
-            state: parameters and buffers to be loaded; what is missing keeps the model's values.
-            loaders: the trainer's validation loaders.
-            device: where to run.
-
-        Raises:
-            ValueError: if there are several loaders, or one deals its samples to processes.
+            model: The model; it is not changed.
+            state: Parameters and buffers to load by name; what is missing keeps the model's values.
+            likelihood: Likelihood of the labels given the model's outputs.
+            device: Where to run.
         """
-        every = loaders if isinstance(loaders, list | tuple) else [loaders]
-        if len(every) != 1 or isinstance(every[0], dict):
-            raise ValueError("pass one validation loader, of batches (x, y)")
-        if isinstance(getattr(every[0], "sampler", None), DistributedSampler):
-            raise ValueError(
-                "every process needs all validation samples, each once: use "
-                "Trainer(use_distributed_sampler=False)"
-            )
+        self._likelihood = likelihood
         self._accuracy, self._nll = MeanMetric().to(device), MeanMetric().to(device)
-        self._replica = copy.deepcopy(model).to(device).eval()
-        self._replica.load_state_dict(state, strict=False)
+        self._has_accuracy = True
+        self._model = copy.deepcopy(model).to(device).eval()
+        self._model.load_state_dict(state, strict=False)
 
     def update(self, batch: Any) -> None:
         """Runs a batch.
 
         Args:
-            batch: inputs and class labels.
+            batch: A pair of inputs and labels.
 
         Raises:
-            ValueError: if it is anything else.
+            ValueError: If it is anything else, or the labels cannot belong to the outputs.
         """
         if not isinstance(batch, list | tuple) or len(batch) != 2:
             raise ValueError(
                 f"a validation batch must be a pair (x, y), got {type(batch).__name__}"
             )
         x, y = batch
-        logits = self._replica(x)
-        self._accuracy.update((logits.argmax(1) == y).float() * 100)
-        self._nll.update(functional.cross_entropy(logits, y, reduction="none"))
+        logits = self._model(x)
+        self._nll.update(self._likelihood.nll(logits, y))
+        accuracy = self._likelihood.accuracy(logits, y)
+        if accuracy is None:
+            self._has_accuracy = False
+        else:
+            self._accuracy.update(accuracy * 100)
 
     def compute(self) -> tuple[dict[str, float], int]:
-        """What came out.
+        """Averages over all samples.
 
         Returns:
-            ``val_accuracy`` in percent and ``val_nll`` in nats, and the number of samples.
+            ``val_nll`` in nats, and ``val_accuracy`` in percent where the likelihood has one; and
+            the number of samples.
         """
         samples = int(self._nll.weight)
-        scores = {"val_accuracy": self._accuracy, "val_nll": self._nll}
-        return {name: float(metric.compute()) for name, metric in scores.items()}, samples
+        scores = {"val_nll": float(self._nll.compute())}
+        if self._has_accuracy:
+            scores = {"val_accuracy": float(self._accuracy.compute()), **scores}
+        return scores, samples
+
+
+def validate(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    batches: Iterable[Any],
+    likelihood: type[Likelihood],
+    device: torch.device,
+) -> tuple[dict[str, float], int]:
+    """Scores a model with the merged weights.
+
+    Args:
+        model: The model; it is not changed.
+        state: The merged parameters and buffers by name.
+        batches: Pairs of inputs and labels.
+        likelihood: Likelihood of the labels given the model's outputs.
+        device: Where to run.
+
+    Returns:
+        As `Validation.compute`.
+    """
+    validation = Validation(model, state, likelihood, device)
+    with torch.no_grad():
+        for batch in batches:
+            validation.update(apply_to_collection(batch, Tensor, lambda tensor: tensor.to(device)))
+    return validation.compute()
+
+
+def require_one_loader(loaders: Any) -> None:
+    """Refuses validation loaders that do not give every process all samples once.
+
+    Args:
+        loaders: The validation loaders of a Trainer.
+
+    Raises:
+        ValueError: If there are several loaders, or one that gives each process a part.
+    """
+    every = loaders if isinstance(loaders, list | tuple) else [loaders]
+    if len(every) != 1 or isinstance(every[0], dict):
+        raise ValueError("pass one validation loader, of batches (x, y)")
+    if isinstance(getattr(every[0], "sampler", None), DistributedSampler):
+        raise ValueError(
+            "every process needs all validation samples, each once: use "
+            "Trainer(use_distributed_sampler=False)"
+        )

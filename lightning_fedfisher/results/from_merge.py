@@ -1,4 +1,4 @@
-"""The record of a merge, from the module that did it."""
+"""The record of a merge, from its result."""
 
 from __future__ import annotations
 
@@ -7,54 +7,52 @@ from datetime import UTC, datetime
 from typing import Any
 
 from lightning_fedfisher._utils.environment import versions
-from lightning_fedfisher._utils.text import client_names
-from lightning_fedfisher.merge_module import FisherMergeModule
+from lightning_fedfisher.merge.result import MergeResult
 from lightning_fedfisher.results.record import ClientRecord, FederationRecord, MergeRecord
 
 
-def describe_merge(merge: FisherMergeModule, seconds: float | None = None) -> MergeRecord:
-    """Tells how a merge went.
+def describe_merge(result: MergeResult, seconds: float | None = None) -> MergeRecord:
+    """Records how a merge went.
 
     Args:
-        merge: after its fit.
-        seconds: that it took.
+        result: The result of the merge.
+        seconds: Wall-clock time that it took; None if nobody measured it.
 
     Returns:
         All that the server knows by itself: no score, and no time of the clients.
     """
-    sizes = [update.upload_bytes for update in merge.updates]
+    sizes = [client.upload_bytes for client in result.clients]
     return MergeRecord(
-        merge.method,
-        [dict(entry) for entry in merge.history],
-        [layer.name for layer in merge.layers],
-        merge.distances.tolist(),
-        merge.influence.amax(2).tolist(),
+        result.method,
+        [dict(entry) for entry in result.history],
+        [layer.name for layer in result.layers],
+        result.distances.tolist(),
+        result.influence.amax(2).tolist(),
         round(sum(sizes) / len(sizes)),
-        merge.updates[0].fedavg_bytes,
+        result.fedavg_bytes,
         server_seconds=seconds,
-        server_labels=merge.server_labels,
+        server_labels=result.server_labels,
     )
 
 
 def describe_federation(
-    merge: FisherMergeModule, title: str, seconds: float, config: Mapping[str, Any]
+    result: MergeResult, title: str, seconds: float, config: Mapping[str, Any]
 ) -> FederationRecord:
-    """Tells all that a server knows of a federation after its merge.
+    """Records all that a server knows of a federation after its merge.
 
     Args:
-        merge: after its fit.
-        title: what it is, in a few words.
-        seconds: that the merge took.
-        config: what it was asked for.
+        result: The result of the merge.
+        title: A few words on what it is.
+        seconds: Wall-clock time that the merge took.
+        config: What the merge was asked for.
 
     Returns:
-        Clients by name, with sizes and samples, and the merge.
+        The clients by name, with sizes and samples, and the merge.
     """
-    names = client_names([update.source for update in merge.updates])
     clients = [
-        ClientRecord(name, update.num_samples, upload_bytes=update.upload_bytes)
-        for name, update in zip(names, merge.updates, strict=True)
+        ClientRecord(client.name, client.num_samples, upload_bytes=client.upload_bytes)
+        for client in result.clients
     ]
     environment = {"date": f"{datetime.now(UTC):%Y-%m-%d}", **versions()}
-    merges = [describe_merge(merge, seconds)]
+    merges = [describe_merge(result, seconds)]
     return FederationRecord(title, clients, merges, config=dict(config), environment=environment)

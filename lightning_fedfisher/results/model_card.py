@@ -7,54 +7,49 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from lightning_fedfisher._utils.environment import versions
-from lightning_fedfisher._utils.text import client_names
-from lightning_fedfisher.merge_module import FisherMergeModule
+from lightning_fedfisher.merge.result import MergeResult
 
 
-def model_card(merge: FisherMergeModule, title: str, command: Sequence[str]) -> str:
+def model_card(result: MergeResult, title: str, command: Sequence[str]) -> str:
     """Writes the card of a merged model.
 
     Args:
-        merge: after its fit.
-        title: the name of the model's file.
-        command: that merged it, in words.
+        result: The result of the merge.
+        title: Name of the model's file.
+        command: The command that merged it, in words.
 
     Returns:
-        Markdown: method, command, versions, clients with their sizes and what they weigh, and how
-        far the solvers came.
+        Markdown with the method, the command, versions, the clients with their sizes and what they
+        weigh, and how far the solvers came.
     """
-    weights = sum(layer.shape[0] * layer.shape[1] for layer in merge.layers)
-    last = merge.history[-1]
-    header = merge.updates[0].header
+    weights = sum(rows * columns for rows, columns in (layer.shape for layer in result.layers))
+    last, told = result.history[-1], " ".join((result.curvature, result.fisher)).strip()
     facts = [
-        ("method", f"`{merge.method}`, max_influence {merge.max_influence:g}"),
-        ("curvature", f"{header.curvature} {header.fisher} of a {header.likelihood} likelihood"),
-        ("model", f"{len(merge.layers)} layers, {weights:,} weights"),
-        ("model fingerprint", f"`{merge.updates[0].model_fingerprint}`"),
-        ("clients", str(len(merge.updates))),
-        ("samples", f"{sum(update.num_samples for update in merge.updates):,}"),
-        ("labels used", str(merge.server_labels)),
+        ("method", f"`{result.method}`, max_influence {result.max_influence:g}"),
+        ("curvature", f"{told} of a {result.likelihood} likelihood"),
+        ("model", f"{len(result.layers)} layers, {weights:,} weights"),
+        ("model fingerprint", f"`{result.model_fingerprint}`"),
+        ("clients", str(len(result.clients))),
+        ("samples", f"{sum(client.num_samples for client in result.clients):,}"),
+        ("labels used", str(result.server_labels)),
         ("solved to", f"residual {last['residual']:.1e} in {last['iterations']:.0f} iterations"),
         ("date", f"{datetime.now(UTC):%Y-%m-%d}"),
         ("versions", ", ".join(" ".join(pair) for pair in versions().items())),
     ]
     # The largest of a client's layers: where it decides most.
-    weighed = merge.influence.amax(0).tolist()
-    names = client_names([update.source for update in merge.updates])
+    influence = result.influence.amax(0).tolist()
     clients = [
         (
-            _code(name),
-            f"{update.num_samples:,}",
-            f"{100 * share:.1f}%",
-            f"{update.upload_bytes:,}",
+            _code(client.name),
+            f"{client.num_samples:,}",
+            f"{100 * client.weight:.1f}%",
+            f"{client.upload_bytes:,}",
             *(f"{times:.2g}" for times in row),
-            _code(update.digest[:16]),
+            _code(client.digest[:16]),
         )
-        for update, name, share, row in zip(
-            merge.updates, names, merge.problems.shares, weighed, strict=True
-        )
+        for client, row in zip(result.clients, influence, strict=True)
     ]
-    titles = ("client", "samples", "share", "bytes", "information", "distance", "pull", "digest")
+    titles = ("client", "samples", "weight", "bytes", "information", "distance", "pull", "digest")
     return "\n".join(
         [
             f"# {title}",

@@ -2,3 +2,8 @@
 
 May import: merge, update, curvature, errors.
 """
+
+from lightning_fedfisher.secure_aggregation.fixed_point import from_fixed, to_fixed
+from lightning_fedfisher.secure_aggregation.sums import client_sums, divisors, update_from_sums
+
+__all__ = ["client_sums", "divisors", "from_fixed", "to_fixed", "update_from_sums"]

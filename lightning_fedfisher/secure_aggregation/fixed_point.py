@@ -7,48 +7,61 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-_RING = 2.0**63  # of half of the integers, those not negative
-_FAINT = 256  # steps: information up to there would be divided by what is rounding
+_HALF_RING = 2.0**63  # integers of 64 bits from here on count as negative
+_FAINT = 256  # steps: up to there, a divisor would be half rounding
 
 
 def to_fixed(
-    tensors: Mapping[str, Tensor], clients: int, fraction_bits: int = 40, limbs: int = 2
+    tensors: Mapping[str, Tensor],
+    clients: int,
+    fraction_bits: int = 40,
+    limbs: int = 2,
+    *,
+    divisors: Mapping[str, str],
 ) -> dict[str, Tensor]:
     """Writes numbers as integers modulo ``2**64``, whose sums wrap around.
 
     Each entry is off by half a step of ``2**-(limbs * fraction_bits)`` at most, a sum by
-    ``clients`` times that. The merge divides by information, so what is off must be small beside
-    it: a client's entries of less than 256 steps count as no information, and rounding moves a
-    weight ``W`` merged of the others by ``(1 + |W|) / 512`` at most. Clients that are certain
-    leave 1e-15 and less, which two limbs keep; one will do for its root, as ``fedfisher`` takes.
+    ``clients`` times that. Whoever divides by a sum needs an error that is small beside it: a
+    client's divisors of less than 256 steps are written as zero, with all that they divide. For
+    sums of `client_sums`, rounding then moves a weight ``W`` merged of the others by
+    ``(1 + |W|) / 512`` at most. Clients that are certain leave information of 1e-15 and less, which
+    two limbs keep. One limb is enough for its root, as ``fedfisher`` takes.
 
     Args:
-        tensors: a `client_sums`.
-        clients: how many are added; their sum must fit.
-        fraction_bits: bits behind the point of the first word, and of each further one.
-        limbs: integers for each number, each going on where the one before it was rounded.
+        tensors: Floating-point tensors of one client, as of `client_sums`.
+        clients: Number of clients whose tensors are added; their sum must fit.
+        fraction_bits: Bits behind the binary point of the first limb, and of each further one.
+        limbs: Number of integers for each number; each goes on where the one before it was rounded.
+        divisors: By name of a tensor, the name of the tensor of the same shape by which its sum
+            will be divided. For sums of `client_sums`, the function of that name tells them. Empty
+            if nothing is divided.
 
     Returns:
-        Tensors of ``int64``, of shape ``(limbs, *shape)``; to add them modulo ``2**64`` is to add
-        them.
+        Tensors of ``int64`` and of shape ``(limbs, *shape)``. Adding them wraps around, which adds
+        them modulo ``2**64``.
 
     Raises:
-        ValueError: naming the tensors that leave no room for the sum, or are not finite; or if
+        ValueError: If tensors leave no room for the sum, or are not finite; all are named. Also if
             there are no clients, bits or limbs.
+
+    Example:
+        >>> sent = [to_fixed({"a": torch.tensor(x)}, clients=2, divisors={}) for x in (0.5, -1.25)]
+        >>> from_fixed({"a": sent[0]["a"] + sent[1]["a"]})
+        {'a': tensor(-0.7500, dtype=torch.float64)}
     """
     if min(clients, fraction_bits, limbs) < 1:
         raise ValueError(
             "clients, fraction_bits and limbs must be at least 1, got "
             f"{clients}, {fraction_bits} and {limbs}"
         )
-    limit = _RING / clients - clients
+    limit = _HALF_RING / clients - clients
     faint = _FAINT * 2.0 ** -(limbs * fraction_bits)
     fixed, offenders = {}, []
     for name, tensor in tensors.items():
         rest = tensor.double() * 2.0**fraction_bits
-        what, _, layer = name.partition("/")
-        if what in ("information", "pull"):
-            rest = torch.where(tensors[f"information/{layer}"] < faint, 0.0, rest)
+        if name in divisors:
+            rest = torch.where(tensors[divisors[name]] < faint, 0.0, rest)
         parts = [rest.round()]
         for _ in range(limbs - 1):
             rest = (rest - parts[-1]) * 2.0**fraction_bits
@@ -60,7 +73,7 @@ def to_fixed(
     if offenders:
         raise ValueError(
             f"{', '.join(offenders)} hold numbers too large for {clients} clients and "
-            f"{fraction_bits} fraction bits, or not finite: take fewer bits in a word and more "
+            f"{fraction_bits} fraction bits, or not finite: take fewer bits in a limb and more "
             "limbs, or a larger sample_unit in client_sums"
         )
     return fixed
@@ -70,14 +83,18 @@ def from_fixed(tensors: Mapping[str, Tensor], fraction_bits: int = 40) -> dict[s
     """Reads a sum of what `to_fixed` wrote.
 
     Args:
-        tensors: of ``int64``, and of shape ``(limbs, *shape)``.
-        fraction_bits: as it was written with.
+        tensors: Tensors of ``int64`` and of shape ``(limbs, *shape)``.
+        fraction_bits: Bits behind the binary point of each limb, as given to `to_fixed`.
 
     Returns:
-        The numbers, in float64.
+        The numbers in float64, in tensors of shape ``shape``.
 
     Raises:
-        ValueError: naming the tensors of another type, or without limbs.
+        ValueError: If tensors are of another type, or without limbs; all are named.
+
+    Example:
+        >>> from_fixed({"a": torch.tensor([[3], [0]])}, fraction_bits=1)
+        {'a': tensor([1.5000], dtype=torch.float64)}
     """
     if odd := [n for n, t in tensors.items() if t.dtype != torch.int64 or not t.dim()]:
         raise ValueError(f"{', '.join(odd)} are not int64 of shape (limbs, ...), as of to_fixed")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import wandb_workspaces.reports.v2 as wr
 
-from lightning_fedfisher.merge.influence_cap import USUAL
+from lightning_fedfisher.merge.influence_cap import DEFAULT_MAX_INFLUENCE
 
 MOST_RUNS = 100
 """Runs that a panel shows at most: W&B's own 10 would hide clients."""
@@ -111,7 +111,8 @@ def sections() -> list[Section]:
             "How the merge went",
             "Whether the server found the minimum, and whose it is. The residual should end low in "
             "every layer. Far from one client and near to the others: that one was outvoted. "
-            f"Influence is in multiples of the median client's, and above {USUAL:g} unusual.",
+            "Influence is in multiples of the median client's, and above "
+            f"{DEFAULT_MAX_INFLUENCE:g} unusual.",
             [
                 (
                     8,
@@ -142,7 +143,7 @@ def sections() -> list[Section]:
                         ),
                         _lines(
                             "^influence/.+$",
-                            f"Influence by client: look at those above {USUAL:g}",
+                            f"Influence by client: look at those above {DEFAULT_MAX_INFLUENCE:g}",
                             log=True,
                         ),
                     ],

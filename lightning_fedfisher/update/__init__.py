@@ -2,3 +2,8 @@
 
 May import: curvature, likelihoods, layers, errors, _utils.
 """
+
+from lightning_fedfisher.update.client_update import ClientUpdate
+from lightning_fedfisher.update.header import QuantizedTensor, UpdateHeader
+
+__all__ = ["ClientUpdate", "QuantizedTensor", "UpdateHeader"]

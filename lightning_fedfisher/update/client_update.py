@@ -6,49 +6,64 @@ names file and tensor.
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import math
 import os
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
-import torch
 from torch import Tensor, nn
 
 from lightning_fedfisher.curvature.base import Curvature
 from lightning_fedfisher.curvature.registry import KINDS
 from lightning_fedfisher.errors import BudgetError, UpdateError
-from lightning_fedfisher.layers import Layer, aliases, frozen_parameters
-from lightning_fedfisher.update.compression import Compression, check, restore
+from lightning_fedfisher.layers import Layer
+from lightning_fedfisher.update.architecture import describe_architecture, fingerprint
+from lightning_fedfisher.update.buffer_roles import buffer_role
+from lightning_fedfisher.update.compression import compress, decode_root, restore
+from lightning_fedfisher.update.consistency import inconsistencies
 from lightning_fedfisher.update.file_format import (
     UpdateFile,
-    digest,
     file_digest,
     file_size,
+    tensor_digests,
     write_file,
 )
-from lightning_fedfisher.update.header import (
-    QUANTIZED_TYPES,
-    QuantizedTensor,
-    UpdateHeader,
-    inconsistencies,
-)
-from lightning_fedfisher.update.tensor_checks import flaw, form_of_buffer
+from lightning_fedfisher.update.header import QUANTIZED_TYPES, UpdateHeader
+from lightning_fedfisher.update.model_tensors import collect_tensors
+from lightning_fedfisher.update.safetensors_layout import Spec
+from lightning_fedfisher.update.tensor_checks import find_problem
 
-_GRANTED = 2**14  # bytes; below it, what tells the layers is most of a file
-_LONG = 1.2345678901234567e-10  # as many digits as a number may have
+# Any upload budget allows so many bytes: below, the names of the layers are most of a file.
+_SMALLEST_BUDGET = 2**14
 
 
 class ClientUpdate:
-    """A trained model and the curvature of its loss: one client's whole contribution.
+    """A trained model and the curvature of its loss: everything that one client sends.
 
     Attributes:
-        header: what the tensors mean.
-        source: the file it was opened from, or a word for an update in memory.
+        header: What the tensors mean.
+        source: The file it was opened from, or a phrase for an update in memory.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> from lightning_fedfisher.curvature.diagonal import Diagonal
+        >>> from lightning_fedfisher.layers import find_layers
+        >>> model = torch.nn.Linear(3, 2)
+        >>> (layer,) = find_layers(model)
+        >>> blocks = {layer.name: Diagonal(torch.ones(layer.shape))}
+        >>> kinds = {layer.name: "diagonal"}
+        >>> header = UpdateHeader(7, "diagonal", "exact", "categorical", 7, (layer,), kinds)
+        >>> update = ClientUpdate.from_model(model, header, blocks)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = update.save(f"{folder}/client.safetensors")
+        ...     opened = ClientUpdate.open(path)
+        ...     opened.verify()
+        ...     weights, curvature = opened.read_layer(layer)
+        >>> weights.shape, curvature.kind
+        (torch.Size([2, 4]), 'diagonal')
     """
 
     def __init__(
@@ -57,102 +72,80 @@ class ClientUpdate:
         """Checks that header and tensors belong together; reads no tensor.
 
         Args:
-            header: what the tensors mean.
-            tensors: by their names in the file; may read them only when asked.
-            source: for messages.
+            header: What the tensors mean.
+            tensors: Tensors by their names in the file. An `UpdateFile` reads them when asked.
+            source: What messages call the update.
 
         Raises:
-            UpdateError: if tensors are missing, unknown or of the wrong shape, if a parameter is
+            UpdateError: If tensors are missing, unknown or of the wrong shape, if a parameter is
                 covered twice, or if sample counts make no sense.
         """
         self.header = header
         self.source = source
         self._tensors = tensors
         if isinstance(tensors, UpdateFile):
-            shapes, dtypes = tensors.shapes, tensors.dtypes
+            self._stored = tensors.specs
         else:
-            shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-            dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+            self._stored = {n: (tuple(t.shape), t.dtype) for n, t in tensors.items()}
+        shapes = {name: shape for name, (shape, _) in self._stored.items()}
         if offenders := inconsistencies(header, shapes):
             raise UpdateError(source, offenders)
-        self._sent = {n: math.prod(s) * dtypes[n].itemsize for n, s in shapes.items()}
-        self._unpacked = header.tensors()
-        self._shapes = shapes | {name: self._unpacked[name][0] for name in header.quantized}
-        self._dtypes = dtypes | {
-            n: QUANTIZED_TYPES[how.dtype] for n, how in header.quantized.items()
+        self._roles = header.tensor_roles()
+        self._specs = self._stored | {
+            name: (self._roles[name][0], QUANTIZED_TYPES[how.dtype])
+            for name, how in header.quantized.items()
         }
 
     @classmethod
     def from_model(
         cls, model: nn.Module, header: UpdateHeader, blocks: Mapping[str, Curvature]
     ) -> Self:
-        """Takes the update of a trained model.
+        """Makes the update of a trained model.
 
         Args:
-            model: the model the curvature belongs to; its tensors are copied to the CPU. Frozen
+            model: Model that the curvature belongs to; its tensors are copied to the CPU. Frozen
                 parameters are not sent, only their digests.
-            header: what is sent with them; its kinds are those of the blocks, and what it says of
-                shared and frozen parameters is taken from the model.
-            blocks: the curvature of each layer, by layer name.
+            header: Header to send. Its kinds are those of the blocks; what it says of shared and
+                frozen parameters is taken from the model.
+            blocks: Curvature of each layer, by layer name.
 
         Returns:
-            The update.
+            The update, in memory.
 
         Raises:
-            UpdateError: if a weight, buffer or block is not finite, or too large; all are named.
+            UpdateError: If a weight, a buffer or a block is not finite or too large; all are named.
         """
-        frozen = {n: digest(p.detach().cpu()) for n, p in frozen_parameters(model).items()}
-        persistent = model.state_dict()
-        shared = {
-            name: first
-            for name, first in aliases(model).items()
-            if first not in frozen and first in persistent
-        }
-        header = dataclasses.replace(header, aliases=shared, frozen=frozen)
-        named: dict[str, Tensor] = {
-            f"parameters/{name}": tensor
-            for name, tensor in model.named_parameters()
-            if name not in frozen
-        }
-        for name, tensor in model.named_buffers():
-            if name in persistent:
-                named[f"buffers/{name}"] = tensor
-        for name, block in blocks.items():
-            for part, tensor in block.tensors().items():
-                named[f"curvature/{name}/{part}"] = tensor
-        tensors = {
-            name: tensor.detach().to("cpu", copy=True).contiguous()
-            for name, tensor in named.items()
-        }
-        update = cls(header, tensors)
+        update = cls(*collect_tensors(model, header, blocks))
         update._check(definite=False)  # takes long, and an extraction gives nothing else
         return update
 
     @property
     def layers(self) -> tuple[Layer, ...]:
-        """The model's layers."""
+        """Layers of the model, in the order of its parameters."""
         return self.header.layers
 
     @property
     def num_samples(self) -> int:
-        """Training samples the client holds."""
+        """Number of training samples that the client holds."""
         return self.header.num_samples
 
     @property
     def parameters(self) -> dict[str, Tensor]:
         """All trained weights by parameter name."""
-        return {name: self._read(f"parameters/{name}") for name in self._names("parameters")}
+        with self.opened():
+            return {name: self._read(f"parameters/{name}") for name in self._names("parameters")}
 
     @property
     def buffers(self) -> dict[str, Tensor]:
         """All persistent buffers by name."""
-        return {name: self._read(f"buffers/{name}") for name in self._names("buffers")}
+        with self.opened():
+            return {name: self._read(f"buffers/{name}") for name in self._names("buffers")}
 
     @property
-    def specs(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def specs(self) -> dict[str, Spec]:
         """Shape and dtype of all trained weights and buffers by name; none of them is read."""
         return {
-            name: (self._shapes[f"{group}/{name}"], self._dtypes[f"{group}/{name}"])
+            name: self._specs[f"{group}/{name}"]
             for group in ("parameters", "buffers")
             for name in self._names(group)
         }
@@ -160,43 +153,73 @@ class ClientUpdate:
     @property
     def architecture(self) -> dict[str, object]:
         """The model without its values: what each parameter and buffer is, by name."""
-        parts: dict[str, object] = {
-            name: f"{shape} {str(dtype).removeprefix('torch.')}"
-            for name, (shape, dtype) in self.specs.items()
-        }
-        parts |= {name: frozen_at(found) for name, found in self.header.frozen.items()}
-        return parts | {n: f"another name of {a}" for n, a in self.header.aliases.items()}
+        return describe_architecture(self.header, self.specs)
 
     @property
     def model_fingerprint(self) -> str:
-        """SHA-256 of the `architecture`: alike for all clients that can be merged."""
-        text = json.dumps(self.architecture, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        """SHA-256 of the `architecture`: the same for all clients that can be merged."""
+        return fingerprint(self.architecture)
 
     @property
     def blocks(self) -> dict[str, Curvature]:
         """The curvature of every layer, by layer name."""
-        return {layer.name: self.block(layer) for layer in self.layers}
+        with self.opened():
+            return {layer.name: self.block(layer) for layer in self.layers}
 
-    def weights(self, layer: Layer) -> Tensor:
-        """One layer's weight matrix; only this layer is read.
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Keeps the update's file open, so that all reads inside share one opening.
+
+        It may be nested. Without it, the file is opened for each tensor. An update in memory has no
+        file, and nothing happens.
+
+        Raises:
+            UpdateError: If the file cannot be opened any more.
+        """
+        if isinstance(self._tensors, UpdateFile):
+            with self._tensors.opened():
+                yield
+        else:
+            yield
+
+    def read_layer(self, layer: Layer) -> tuple[Tensor, Curvature]:
+        """Reads one layer's weights and curvature in one go, and no other layer.
 
         Args:
-            layer: one of `layers`.
+            layer: One of `layers`.
 
         Returns:
-            A matrix of shape ``layer.shape``, in the parameters' own dtype.
+            The weight matrix, as of `weights`, and the curvature, as of `block`.
+        """
+        with self.opened():
+            return self.weights(layer), self.block(layer)
+
+    def weights(self, layer: Layer) -> Tensor:
+        """Reads one layer's weight matrix, and no other layer.
+
+        Args:
+            layer: One of `layers`.
+
+        Returns:
+            A matrix of shape ``layer.shape``, in the parameters' own dtype; a bias is the last
+            column.
+
+        Raises:
+            UpdateError: If a tensor of the layer is damaged.
         """
         return layer.join({n: self._read(f"parameters/{n}") for n in layer.parameter_names})
 
     def block(self, layer: Layer) -> Curvature:
-        """One layer's curvature; only this layer is read.
+        """Reads one layer's curvature, and no other layer.
 
         Args:
-            layer: one of `layers`.
+            layer: One of `layers`.
 
         Returns:
-            The layer's block.
+            The curvature of the layer's weight matrix.
+
+        Raises:
+            UpdateError: If a tensor of the curvature is damaged.
         """
         kind = KINDS[self.header.kinds[layer.name]]
         parts = kind.tensor_shapes(layer.shape)
@@ -207,27 +230,26 @@ class ClientUpdate:
         """Reads every tensor once, one at a time, and checks it.
 
         Raises:
-            UpdateError: naming every tensor that is corrupt, not finite, larger than float32 can
-                multiply, or no curvature: not symmetric or not positive semi-definite.
+            UpdateError: If a tensor is damaged, not finite, larger than float32 can multiply, or no
+                curvature: not symmetric or not positive semi-definite. All are named.
         """
         self._check(definite=True)
 
     def _check(self, definite: bool) -> None:
+        """Checks every tensor; whether factors are curvature only if ``definite``."""
         offenders: list[str] = []
-        tensors = self._tensors
-        with tensors.at_once() if isinstance(tensors, UpdateFile) else nullcontext():
-            for name in tensors:
-                known = name in self._unpacked
-                form = self._unpacked[name][1] if known else form_of_buffer(name)
-                if form == "factor" and not definite:
-                    form = "basis"
+        with self.opened():
+            for name in self._tensors:
+                role = self._roles[name][1] if name in self._roles else buffer_role(name)
+                if role == "factor" and not definite:
+                    role = "basis"
                 try:
-                    tensor = self._unpack(name, check)
+                    tensor = self._decoded(name, decode_root)
                 except UpdateError as error:
                     offenders.extend(error.offenders)
                     continue
-                # What is packed is a root, which was checked; and what has a root is definite.
-                if name not in self.header.quantized and (found := flaw(tensor, form)):
+                # What is quantized is a root, which was checked; and what has a root is definite.
+                if name not in self.header.quantized and (found := find_problem(tensor, role)):
                     offenders.append(f"{name} {found}")
         if offenders:
             raise UpdateError(self.source, offenders)
@@ -235,143 +257,139 @@ class ClientUpdate:
     @property
     def digests(self) -> dict[str, str]:
         """SHA-256 of every tensor by its name in the file; only what is in memory is hashed."""
-        if isinstance(self._tensors, UpdateFile):
-            return self._tensors.digests
-        return {name: digest(tensor) for name, tensor in self._tensors.items()}
+        return tensor_digests(self._tensors)
 
     @property
     def digest(self) -> str:
         """SHA-256 of the header and, through their digests, of all tensors: one for each update."""
-        if isinstance(self._tensors, UpdateFile):
-            return self._tensors.digest
         return file_digest(self.header, self._tensors)
 
     @property
     def upload_bytes(self) -> int:
-        """Bytes of the file, whether it was written or not."""
+        """Size of the file in bytes, whether it was written or not."""
         if isinstance(self._tensors, UpdateFile):
             return self._tensors.size
-        return file_size(self.header, self._tensors)
+        return file_size(self.header, self._stored)
 
     def sent_bytes(self, name: str) -> int:
-        """Bytes that tensors take in the file, packed where they are.
+        """Counts the bytes that tensors take in the file, as they are sent.
 
         Args:
-            name: of a tensor, or of a group up to a slash: ``parameters/``, ``curvature/conv1/``.
+            name: Name of a tensor in the file, or of a group of them up to a slash:
+                ``parameters/``, ``curvature/conv1/``.
 
         Returns:
-            Their sum.
+            The sum over those tensors; 0 if there are none.
         """
-        group = [n for n in self._sent if n == name or (name.endswith("/") and n.startswith(name))]
-        return sum(self._sent[n] for n in group)
+        return sum(
+            _bytes(spec)
+            for n, spec in self._stored.items()
+            if n == name or (name.endswith("/") and n.startswith(name))
+        )
 
     @property
     def fedavg_bytes(self) -> int:
-        """Bytes a FedAvg client would send: weights and buffers as they are, nothing else."""
-        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.specs.values())
+        """Bytes that a FedAvg client would send: weights and buffers as they are, nothing else."""
+        return sum(map(_bytes, self.specs.values()))
 
     def compressed(self, upload_budget: float) -> Self:
-        """The update rounded and packed, so that its file is as small as wanted.
+        """Rounds weights and curvature so that the file is as small as wanted.
 
         Args:
-            upload_budget: most bytes of the file, in multiples of `fedavg_bytes`; but 16 KiB are
-                always granted.
+            upload_budget: Largest size of the file, as a multiple of `fedavg_bytes`. Every file may
+                take 16 KiB.
 
         Returns:
             An update whose weights and curvature differ by rounding (see `compression`); buffers
             are the same. The update itself if it is small enough.
 
         Raises:
-            ValueError: if the budget is not greater than zero.
-            BudgetError: if nothing of use fits.
-            UpdateError: if a curvature is not positive semi-definite.
+            ValueError: If the budget is not greater than zero.
+            BudgetError: If nothing of use fits.
+            UpdateError: If a curvature is not positive semi-definite.
         """
         if not 0 < upload_budget < math.inf:
             raise ValueError(f"upload_budget must be greater than 0, got {upload_budget}")
-        size = max(int(upload_budget * self.fedavg_bytes), _GRANTED)
-        if file_size(self.header, self._tensors) <= size:
+        size = max(int(upload_budget * self.fedavg_bytes), _SMALLEST_BUDGET)
+        if self.upload_bytes <= size:
             return self
-        plain = {name: self._read(name) for name in self._tensors}
+        with self.opened():
+            plain = {name: self._read(name) for name in self._tensors}
         try:
-            compression = Compression(self.header, plain, size)
+            header, tensors = compress(self.header, plain, size)
+        except BudgetError as error:
+            raise BudgetError(
+                f"{self.source} does not fit into upload_budget={upload_budget:g}, {size} bytes: "
+                f"{error}. Raise it, send a smaller kind of curvature, or pass None"
+            ) from None
         except ValueError as error:
             raise UpdateError(self.source, [str(error)]) from error
-        # What the rest takes: all but the bytes of what is packed.
-        guess = dict.fromkeys(compression.names, QuantizedTensor(_LONG, "bfloat16", 1000, _LONG))
-        nothing = {name: torch.empty(0, dtype=torch.uint8) for name in compression.names}
-        room = size - file_size(dataclasses.replace(self.header, quantized=guess), plain | nothing)
-        while True:
-            try:
-                packed, payloads = compression.fit(room)
-            except BudgetError as error:
-                raise BudgetError(
-                    f"{self.source} does not fit into upload_budget={upload_budget:g}, {size} "
-                    f"bytes: {error}. Raise it, send a smaller kind of curvature, or pass None"
-                ) from None
-            header, tensors = dataclasses.replace(self.header, quantized=packed), plain | payloads
-            excess = file_size(header, tensors) - size
-            if excess <= 0:
-                return type(self)(header, tensors, self.source)
-            room -= excess
+        return type(self)(header, tensors, self.source)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the update; a reader sees the old file or the whole new one.
 
         Args:
-            path: of the file; missing folders are made.
+            path: Path of the file; missing folders are made.
 
         Returns:
             The path.
         """
         path = Path(path)
-        write_file(path, self.header, dict(self._tensors))
+        write_file(path, self.header, self._tensors)
         return path
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], max_tensor_bytes: int = 2**32) -> Self:
         """Opens an update without reading its tensors.
 
+        The file is closed again: thousands of updates may be open. A tensor is read when it is
+        asked for. It is checked against its digest when it is first read, and again if the file has
+        changed since.
+
         Args:
-            path: a file written by `save`; nothing in it is trusted or executed.
-            max_tensor_bytes: most bytes of memory that a tensor of it may take.
+            path: A file written by `save`; nothing in it is trusted or executed.
+            max_tensor_bytes: Most bytes of memory that one of its tensors may take.
 
         Returns:
-            The update; tensors are read, and checked against their digests, when asked for.
+            The update.
 
         Raises:
-            FileNotFoundError: if there is no such file.
-            UpdateError: if it is truncated, no update, of another schema, holds a tensor that is
+            FileNotFoundError: If there is no such file.
+            UpdateError: If it is truncated, no update, of another schema, holds a tensor that is
                 too large, or contradicts itself.
         """
         file = UpdateFile(Path(path))
         update = cls(file.header, file, str(path))
-        sizes = {n: math.prod(s) * update._dtypes[n].itemsize for n, s in update._shapes.items()}
         if offenders := [
-            f"{name} takes {size} bytes, more than max_tensor_bytes={max_tensor_bytes}"
-            for name, size in sizes.items()
-            if size > max_tensor_bytes
+            f"{name} takes {_bytes(spec)} bytes, more than max_tensor_bytes={max_tensor_bytes}"
+            for name, spec in update._specs.items()
+            if _bytes(spec) > max_tensor_bytes
         ]:
             raise UpdateError(str(path), offenders)
         return update
 
     def _read(self, name: str) -> Tensor:
-        """A tensor by its name in the file."""
-        return self._unpack(name, restore)
+        """Reads a tensor by its name in the file."""
+        return self._decoded(name, restore)
 
-    def _unpack(self, name: str, how: Callable[..., Tensor]) -> Tensor:
-        tensor, packed = self._tensors[name], self.header.quantized.get(name)
-        if packed is None:
+    def _decoded(self, name: str, decode: Callable[..., Tensor]) -> Tensor:
+        """Reads a tensor; what is quantized goes through ``decode``."""
+        tensor, how = self._tensors[name], self.header.quantized.get(name)
+        if how is None:
             return tensor
         try:
-            return how(tensor, packed, *self._unpacked[name])
+            return decode(tensor, how, *self._roles[name])
         except ValueError as error:
             raise UpdateError(self.source, [f"{name} cannot be unpacked: {error}"]) from error
 
     def _names(self, group: str) -> list[str]:
+        """Lists the tensors of a group, without the group's name."""
         prefix = f"{group}/"
-        return [name.removeprefix(prefix) for name in self._tensors if name.startswith(prefix)]
+        return [name.removeprefix(prefix) for name in self._stored if name.startswith(prefix)]
 
 
-def frozen_at(found: str) -> str:
-    """Describes a frozen parameter by its digest."""
-    return f"frozen with digest {found[:8]}"
+def _bytes(spec: Spec) -> int:
+    """Counts the bytes of a tensor."""
+    shape, dtype = spec
+    return math.prod(shape) * dtype.itemsize

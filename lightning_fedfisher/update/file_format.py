@@ -1,139 +1,162 @@
 """The file of a client update: safetensors, read tensor by tensor, trusted in nothing.
 
-Tensors are named ``parameters/<name>``, ``buffers/<name>`` and ``curvature/<layer>/<field>``; what
-is packed is there as bytes. One metadata entry holds the header as JSON, with a SHA-256 digest of
-itself and of each tensor.
+Tensors are named ``parameters/<name>``, ``buffers/<name>`` and ``curvature/<layer>/<field>``; those
+that are quantized lie there as bytes. One metadata entry holds the header as JSON, with a SHA-256
+digest of itself and of each tensor.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import threading
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_fedfisher._utils.files import atomic_write
 from lightning_fedfisher.errors import UpdateError
-from lightning_fedfisher.update.header import UpdateHeader, is_possible
+from lightning_fedfisher.update.header import UpdateHeader
+from lightning_fedfisher.update.safetensors_layout import (
+    DTYPES,
+    Spec,
+    layout_size,
+    read_bytes,
+    read_layout,
+)
 
 SCHEMA = 1
-_MOST_HEADER, _MOST_TENSORS = 2**24, 2**14
+"""Version of the format: a reader takes its own and no other."""
+
 _METADATA_KEY = "lightning_fedfisher"
-_FLOATS = {
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
-_BYTES = {"U8": torch.uint8}
-_BUFFER_TYPES = _FLOATS | {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-}
+_FLOATS: tuple[torch.dtype, ...] = (  # weights and curvature
+    torch.bfloat16,
+    torch.float16,
+    torch.float32,
+    torch.float64,
+)
+_BUFFERS = tuple(DTYPES.values())
+_QUANTIZED: tuple[torch.dtype, ...] = (torch.uint8,)
+_NO_DIGEST = "0" * hashlib.sha256().digest_size * 2  # as long as one
+_TICK_NS = 2 * 10**9  # no file system's clock is coarser than FAT's, of two seconds
 
 
 def write_file(path: Path, header: UpdateHeader, tensors: Mapping[str, Tensor]) -> None:
-    """Writes an update; a reader sees the old file or the whole new one.
+    """Writes an update so that a reader sees the old file or the whole new one.
 
     Args:
-        path: of the file; missing folders are made.
-        header: what the tensors mean.
-        tensors: by their names in the file.
+        path: Path of the file; missing folders are made.
+        header: What the tensors mean.
+        tensors: Tensors by their names in the file.
     """
+    with tensors.opened() if isinstance(tensors, UpdateFile) else nullcontext():
+        loaded = dict(tensors)
     with atomic_write(path) as partial:
-        save_file(dict(tensors), partial, _metadata(header, tensors))
+        save_file(loaded, partial, _metadata(header, tensor_digests(tensors)))
 
 
-def file_size(header: UpdateHeader, tensors: Mapping[str, Tensor]) -> int:
-    """Bytes of the file that `write_file` would write.
+def file_size(header: UpdateHeader, specs: Mapping[str, Spec]) -> int:
+    """Computes the size of the file that `write_file` would write.
 
     Args:
-        header: what the tensors mean.
-        tensors: by their names in the file.
+        header: What the tensors mean.
+        specs: Shape and type of each tensor as it lies in the file, by name.
 
     Returns:
-        The size, without writing.
+        The number of bytes. No tensor is needed for it.
     """
-    return len(save(dict(tensors), _metadata(header, tensors)))
+    return layout_size(specs, _metadata(header, dict.fromkeys(specs, _NO_DIGEST)))
 
 
 def file_digest(header: UpdateHeader, tensors: Mapping[str, Tensor]) -> str:
-    """Digest of the file that `write_file` would write.
+    """Computes the digest of the file that `write_file` would write.
 
     Args:
-        header: what the tensors mean.
-        tensors: by their names in the file.
+        header: What the tensors mean.
+        tensors: Tensors by their names in the file.
 
     Returns:
-        As `UpdateFile.digest`.
+        A SHA-256 in hexadecimal, as `UpdateFile.digest`.
     """
-    found: str = json.loads(_metadata(header, tensors)[_METADATA_KEY])["digest"]
+    if isinstance(tensors, UpdateFile):
+        return tensors.digest
+    found: str = json.loads(_metadata(header, tensor_digests(tensors))[_METADATA_KEY])["digest"]
     return found
 
 
-def _metadata(header: UpdateHeader, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The one entry that the file has besides tensors."""
-    fields = {
-        **asdict(header),
-        "schema": SCHEMA,
-        "digests": {name: digest(tensor) for name, tensor in tensors.items()},
-    }
-    # One entry of sorted JSON: with several, the order of the bytes changes from run to run.
-    text = json.dumps(fields, sort_keys=True)
-    return {_METADATA_KEY: json.dumps({"digest": _sha256(text), "header": text}, sort_keys=True)}
+def tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Computes the digest of each tensor; those of a file are known without reading it.
+
+    Args:
+        tensors: Tensors by their names in the file.
+
+    Returns:
+        SHA-256 in hexadecimal by name, as of `digest`.
+    """
+    if isinstance(tensors, UpdateFile):
+        return tensors.digests
+    return {name: digest(tensor) for name, tensor in tensors.items()}
+
+
+def digest(tensor: Tensor) -> str:
+    """Computes the SHA-256 of a tensor's type, shape and bytes.
+
+    Args:
+        tensor: Any tensor on the CPU.
+
+    Returns:
+        The digest in hexadecimal.
+    """
+    found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 class UpdateFile(Mapping[str, Tensor]):
     """The tensors of a file, each read when asked for and checked against its digest.
 
+    The file is open only while something reads it. A tensor is hashed when it is first read, and
+    again only if the file has changed since.
+
     Attributes:
-        header: what the tensors mean.
-        shapes: of the tensors, by name.
-        dtypes: of the tensors, by name.
-        digests: of the tensors, by name.
-        digest: of the header, which holds those: of all there is in the file.
-        size: of the file, in bytes.
+        header: What the tensors mean.
+        specs: Shape and type of each tensor as it lies in the file, by name.
+        digests: SHA-256 of each tensor, by name.
+        digest: SHA-256 of the header, which holds those digests: of all there is in the file.
+        size: Size of the file in bytes.
     """
 
     def __init__(self, path: Path) -> None:
         """Opens the file and checks its header; reads no tensor.
 
         Args:
-            path: of the file.
+            path: Path of the file.
 
         Raises:
-            FileNotFoundError: if there is no such file.
-            UpdateError: if it is truncated, no update or of another schema.
+            FileNotFoundError: If there is no such file.
+            UpdateError: If it is truncated, no update or of another schema.
         """
         if not path.is_file():
             raise FileNotFoundError(f"there is no update file {path}")
         self._path = path
-        self._handle: Any = None
+        self._handles: dict[int, FileIO] = {}  # by thread: none closes what another one reads
+        self._hashed: dict[str, _FileState] = {}
         try:
-            self.size = path.stat().st_size
-            _require_sane(path)
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if len(file.keys()) > _MOST_TENSORS:
-                    reason = f"it holds {len(file.keys())} tensors, more than {_MOST_TENSORS}"
-                    raise UpdateError(str(path), [reason])
-                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-                self.shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-                types = {name: part.get_dtype() for name, part in slices.items()}
-        except (SafetensorError, OSError) as error:
+            with path.open("rb", buffering=0) as file:
+                self.size = os.fstat(file.fileno()).st_size
+                metadata, self._slots = read_layout(file)
+        except (OSError, ValueError, RecursionError) as error:
             raise UpdateError(str(path), [f"it is truncated or damaged: {error}"]) from error
+        self.specs: dict[str, Spec] = {n: (s.shape, s.dtype) for n, s in self._slots.items()}
         try:
             envelope = json.loads(metadata[_METADATA_KEY])
             text = str(envelope["header"])
@@ -156,82 +179,106 @@ class UpdateFile(Mapping[str, Tensor]):
             raise UpdateError(str(path), [reason]) from error
         offenders = [
             f"{name} is missing, or has no digest"
-            for name in sorted(self.digests.keys() ^ self.shapes.keys())
+            for name in sorted(self.digests.keys() ^ self.specs.keys())
         ]
-        for name, found in types.items():
-            allowed = _BUFFER_TYPES if name.startswith("buffers/") else _FLOATS
+        for name, (_, dtype) in self.specs.items():
+            allowed = _BUFFERS if name.startswith("buffers/") else _FLOATS
             if name in self.header.quantized:
-                allowed = _BYTES
-            if found not in allowed:
-                offenders.append(f"{name} is of type {found}, not of {', '.join(sorted(allowed))}")
-            if not is_possible(self.shapes[name]):
-                offenders.append(f"{name} has an impossible shape")
+                allowed = _QUANTIZED
+            if dtype not in allowed:
+                offenders.append(
+                    f"{name} is of type {dtype}, not of {', '.join(map(str, allowed))}"
+                )
         if offenders:
             raise UpdateError(str(path), offenders)
-        self.dtypes = {name: _BUFFER_TYPES[found] for name, found in types.items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self.shapes:
-            raise KeyError(name)
+        slot = self._slots[name]
         try:
-            with self.at_once():
-                tensor: Tensor = self._handle.get_tensor(name)
+            with self.opened() as file:
+                before = _FileState.of(file)
+                data = read_bytes(file, slot.start, slot.size)
+                state = _FileState.of(file)
         except UpdateError as error:
             reasons = "; ".join(error.offenders)
             raise UpdateError(str(self._path), [f"{name} cannot be read: {reasons}"]) from error
-        except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise UpdateError(str(self._path), [f"{name} cannot be read: {error}"]) from error
-        if self.digests.get(name) != digest(tensor):
+        tensor = data.view(slot.dtype).reshape(slot.shape)
+        if before == state == self._hashed.get(name):
+            return tensor
+        if digest(tensor) != self.digests[name]:
             raise UpdateError(
                 str(self._path), [f"{name} does not match its digest: the file is damaged"]
             )
+        if before == state and state.is_settled():
+            self._hashed[name] = state
         return tensor
 
     @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Keeps the file open, to read more than one tensor: opening reads all of the header."""
-        if self._handle is not None:
-            yield
+    def opened(self) -> Iterator[FileIO]:
+        """Keeps the file open, so that all reads inside share one opening. It may be nested.
+
+        Yields:
+            The open file.
+
+        Raises:
+            UpdateError: If the file cannot be opened any more.
+        """
+        thread = threading.get_ident()
+        if thread in self._handles:
+            yield self._handles[thread]
             return
         try:
-            file = safe_open(self._path, framework="pt")
-        except (SafetensorError, OSError) as error:
+            file = self._path.open("rb", buffering=0)
+        except OSError as error:
             raise UpdateError(str(self._path), [f"it cannot be read any more: {error}"]) from error
-        with file as self._handle:
+        with file:
+            self._handles[thread] = file
             try:
-                yield
+                yield file
             finally:
-                self._handle = None
+                del self._handles[thread]
+
+    def __getstate__(self) -> dict[str, object]:
+        # Another process opens the file for itself, and takes nobody's word for its content.
+        return self.__dict__ | {"_handles": {}, "_hashed": {}}
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
+        return iter(self._slots)
 
     def __len__(self) -> int:
-        return len(self.shapes)
+        return len(self._slots)
+
+
+class _FileState(NamedTuple):
+    """What changes when a file is written to or replaced."""
+
+    device: int
+    inode: int
+    size: int
+    modified_ns: int
+    changed_ns: int
+
+    @classmethod
+    def of(cls, file: FileIO) -> _FileState:
+        """Asks for the state of an open file."""
+        status = os.fstat(file.fileno())
+        times = status.st_mtime_ns, status.st_ctime_ns
+        return cls(status.st_dev, status.st_ino, status.st_size, *times)
+
+    def is_settled(self) -> bool:
+        """Whether another write would show: the last was longer ago than a file's clock ticks."""
+        return time.time_ns() - self.modified_ns > _TICK_NS
+
+
+def _metadata(header: UpdateHeader, digests: Mapping[str, str]) -> dict[str, str]:
+    """Writes the one entry that the file has besides tensors."""
+    fields = {**asdict(header), "schema": SCHEMA, "digests": dict(digests)}
+    # One entry of sorted JSON: with several, the order of the bytes changes from run to run.
+    text = json.dumps(fields, sort_keys=True)
+    return {_METADATA_KEY: json.dumps({"digest": _sha256(text), "header": text}, sort_keys=True)}
 
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _require_sane(path: Path) -> None:
-    """Refuses a file by its size and the size of its header, before either is read."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-    if size > _MOST_HEADER:
-        reason = f"it is truncated or damaged: a header of {size} bytes, more than {_MOST_HEADER}"
-        raise UpdateError(str(path), [reason])
-
-
-def digest(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's type, shape and bytes.
-
-    Args:
-        tensor: on the CPU.
-
-    Returns:
-        In hexadecimal.
-    """
-    found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()

@@ -1,8 +1,8 @@
-"""Whole numbers as few bytes: their lowest bits as they are, the rest in zlib's Huffman code.
+"""Coding of integers in few bytes: low bits as they are, the rest in zlib's Huffman code.
 
-The numbers a quantiser gives are many and small with few large ones among them. Numbers are folded
-(0, -1, 1, -2 ... become 0, 1, 2, 3 ...); of each, as many low bits are kept apart as leave a byte
-that is worth coding, and what no byte can hold is listed.
+A quantizer gives many small numbers and few large ones. Numbers are folded (0, -1, 1, -2 ... become
+0, 1, 2, 3 ...). So many low bits of each are kept apart that a byte is left which is worth coding;
+a number that no byte can hold is listed.
 """
 
 from __future__ import annotations
@@ -17,26 +17,33 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 LARGEST = 2**23
-"""The largest number that can be packed, in size: float32 holds every whole number up to it."""
+"""Largest absolute value that can be coded: float32 holds every integer up to it."""
 
 _ESCAPE = 255  # stands for a number that is listed instead
 _PREFIX = struct.Struct("<BI")  # low bits of each number, numbers listed
 _LISTED = np.dtype("<u4")
-_SKEWED = 2.5  # bits a number below which Huffman's code is told from the entropy
-_JUDGED = 2**16
+# Bits a number below which the size of Huffman's code is computed rather than taken for the
+# entropy: no symbol takes less than a bit.
+_FEW_BITS = 2.5
+_SAMPLED = 2**16  # numbers by which the best number of low bits is chosen
 _RAW = -15  # zlib's largest window, without a header
 
 _Folded = NDArray[np.uint32]
 
 
-def pack(numbers: Tensor) -> Tensor:
-    """Writes whole numbers as bytes.
+def encode(numbers: Tensor) -> Tensor:
+    """Writes integers as bytes.
 
     Args:
-        numbers: integers of any shape, none larger in size than `LARGEST`.
+        numbers: Integers of any shape, none larger in absolute value than `LARGEST`.
 
     Returns:
-        The bytes, ``uint8``; always the same for the same numbers.
+        The bytes, ``uint8`` in one dimension; always the same for the same numbers.
+
+    Example:
+        >>> payload = encode(torch.tensor([3, 0, -1]))
+        >>> decode(payload, count=3)
+        tensor([ 3,  0, -1], dtype=torch.int32)
     """
     folded = _fold(numbers)
     low, _ = _cheapest(folded)
@@ -50,19 +57,24 @@ def pack(numbers: Tensor) -> Tensor:
     return torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8)
 
 
-def unpack(payload: Tensor, count: int) -> Tensor:
-    """Reads whole numbers from bytes that a stranger wrote.
+def decode(payload: Tensor, count: int) -> Tensor:
+    """Reads integers from bytes that a stranger wrote.
 
     Args:
-        payload: as `pack` returns it.
-        count: how many numbers there must be.
+        payload: Bytes as `encode` returns them.
+        count: How many numbers there must be.
 
     Returns:
-        The numbers, ``int32``, in one dimension.
+        The numbers, ``int32`` of shape ``(count,)``.
 
     Raises:
-        ValueError: if the bytes are not those of so many numbers. Nothing larger than 32 times the
+        ValueError: If the bytes are not those of so many numbers. Nothing larger than 32 times the
             payload is allocated before that is known.
+
+    Example:
+        >>> decode(encode(torch.tensor([7])), count=2)
+        Traceback (most recent call last):
+        ValueError: its packed bytes do not hold 2 numbers
     """
     raw = payload.contiguous().numpy().tobytes()
     if len(raw) < _PREFIX.size:
@@ -91,28 +103,33 @@ def unpack(payload: Tensor, count: int) -> Tensor:
     return torch.from_numpy((folded >> 1).astype(np.int32) ^ -(folded & 1).astype(np.int32))
 
 
-def packed_size(numbers: Tensor) -> float:
-    """Bytes that `pack` would take, to about a hundredth, without packing.
+def encoded_size(numbers: Tensor) -> float:
+    """Estimates the bytes that `encode` would take, to about a hundredth, without coding.
 
     Args:
-        numbers: integers of any shape.
+        numbers: Integers of any shape.
 
     Returns:
-        The bytes.
+        The number of bytes.
+
+    Example:
+        >>> round(encoded_size(torch.zeros(8000, dtype=torch.int32)))  # a bit for each
+        1005
     """
     _, bits = _cheapest(_fold(numbers))
     return _PREFIX.size + bits / 8
 
 
 def _fold(numbers: Tensor) -> _Folded:
+    """Maps integers to integers that are not negative, small ones to small ones."""
     flat = numbers.flatten().to(torch.int32).numpy()
     return (flat << 1 ^ flat >> 31).view(np.uint32)
 
 
 def _cheapest(folded: _Folded) -> tuple[int, float]:
-    """How many low bits to keep apart, and the bits that all takes; judged by some of many."""
+    """Chooses how many low bits to keep apart, and estimates the bits of all, by some of many."""
     low = max(int(folded.max(initial=0)).bit_length() - 8, 0)
-    some = folded[:: max(len(folded) // _JUDGED, 1)]
+    some = folded[:: max(len(folded) // _SAMPLED, 1)]
     best = low, _bits(some, low)
     while low and (bits := _bits(some, low - 1)) <= best[1]:
         low -= 1
@@ -121,16 +138,17 @@ def _cheapest(folded: _Folded) -> tuple[int, float]:
 
 
 def _bits(folded: _Folded, low: int) -> float:
+    """Estimates the bits of numbers of which so many low bits are kept apart."""
     counts = np.bincount(np.minimum(folded >> low, _ESCAPE), minlength=_ESCAPE + 1)
     some = counts[counts > 0]
     coded = float(-(some * np.log2(some / max(len(folded), 1))).sum())
-    if coded < _SKEWED * len(folded):
+    if coded < _FEW_BITS * len(folded):
         coded = float(_huffman(some.tolist()))
     return len(folded) * low + coded + 8 * _LISTED.itemsize * int(counts[_ESCAPE])
 
 
 def _huffman(counts: list[int]) -> int:
-    """Bits of a text in Huffman's code, by how often each symbol stands in it."""
+    """Counts the bits of a text in Huffman's code, by how often each symbol stands in it."""
     if len(counts) == 1:
         return counts[0]  # a symbol takes a bit at least
     heapq.heapify(counts)

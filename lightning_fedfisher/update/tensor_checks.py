@@ -2,40 +2,40 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from lightning_fedfisher.curvature.base import TensorRole
 
+StoredRole = TensorRole | Literal["weights", "mean"]
+"""What a tensor of an update is: a part of a curvature, weights, or a running mean."""
+
 LARGEST_VALUE = 1e18
-"""Of weights and curvature, in size: what float32 can still multiply."""
+"""Largest absolute value of weights and curvature: what float32 can still multiply."""
 
 _ROUNDING = 1e-4  # of the trace, or of the largest entry; more where the type is coarser
+_MAX_ELEMENTS, _MAX_DIMENSIONS = 2**48, 16
 
 
-def form_of_buffer(name: str) -> TensorRole | None:
-    """What a buffer must be: running statistics are squared when they are merged.
-
-    Args:
-        name: of the buffer.
-
-    Returns:
-        The form; None if nothing is known of it.
-    """
-    if name.endswith("running_var"):
-        return "values"
-    return "basis" if name.endswith("running_mean") else None
-
-
-def flaw(tensor: Tensor, form: TensorRole | None) -> str:
-    """What is wrong with a tensor.
+def find_problem(tensor: Tensor, role: StoredRole | None) -> str:
+    """Finds out why a tensor cannot be used.
 
     Args:
-        tensor: of any type and shape.
-        form: what it must be; None if nothing is known of it.
+        tensor: A tensor of any type and shape.
+        role: What it must be. None if nothing is known of it.
 
     Returns:
         The reason to refuse it; empty if there is none.
+
+    Example:
+        >>> find_problem(torch.tensor([1.0, -1.0]), "values")
+        'holds negative values, down to -1.0e+00'
+        >>> find_problem(torch.tensor([1.0, -1.0]), "weights")
+        ''
     """
     if not tensor.is_floating_point():
         return ""
@@ -44,12 +44,11 @@ def flaw(tensor: Tensor, form: TensorRole | None) -> str:
     if not tensor.numel():
         return ""
     largest, rounding = float(tensor.abs().max()), max(_ROUNDING, torch.finfo(tensor.dtype).eps)
-    most = torch.finfo(torch.float32).max if form is None else LARGEST_VALUE
-    if largest > most:
-        return f"holds values up to {largest:.1e}, more than {most:.2g}"
-    if form == "values" and float(tensor.min()) < -rounding * largest:
+    if largest > (limit := value_limit(role, tensor.dtype)):
+        return f"holds values up to {largest:.1e}, more than {limit:.2g}"
+    if role == "values" and float(tensor.min()) < -rounding * largest:
         return f"holds negative values, down to {float(tensor.min()):.1e}"
-    if form == "factor":
+    if role == "factor":
         if float((tensor - tensor.mT).abs().max()) > rounding * largest:
             return "is not symmetric"
         # The ridge is far above float32's rounding, which takes half the time.
@@ -59,18 +58,59 @@ def flaw(tensor: Tensor, form: TensorRole | None) -> str:
     return ""
 
 
-def is_semidefinite(matrix: Tensor, rounding: float) -> bool:
-    """Whether a symmetric matrix has no negative eigenvalue beyond rounding.
+def value_limit(role: StoredRole | None, dtype: torch.dtype) -> float:
+    """Says how large the values of a tensor may be.
 
     Args:
-        matrix: in float32 or float64.
-        rounding: share of the trace that an eigenvalue may be below zero.
+        role: What the tensor is. None if nothing is known of it.
+        dtype: Its floating-point type.
 
     Returns:
-        False if one is further below.
+        The largest absolute value: what the type holds, and what float32 can multiply. What nothing
+        is known of may be as large as float32 holds.
+
+    Example:
+        >>> value_limit("factor", torch.float32)
+        1e+18
+    """
+    most = torch.finfo(torch.float32).max if role is None else LARGEST_VALUE
+    return min(torch.finfo(dtype).max, most)
+
+
+def is_semidefinite(matrix: Tensor, rounding: float) -> bool:
+    """Tells whether a symmetric matrix has no negative eigenvalue beyond rounding.
+
+    Args:
+        matrix: A square matrix in float32 or float64.
+        rounding: Multiple of the trace by which an eigenvalue may be below zero.
+
+    Returns:
+        False if an eigenvalue is further below.
+
+    Example:
+        >>> is_semidefinite(torch.tensor([[1.0, 2.0], [2.0, 1.0]]), rounding=1e-4)
+        False
     """
     if not matrix.any():
         return True
     ridge = rounding * matrix.trace()
     _, failed = torch.linalg.cholesky_ex(matrix + ridge * torch.eye(len(matrix)).to(matrix))
     return not failed
+
+
+def is_possible(shape: Sequence[int]) -> bool:
+    """Tells whether a tensor of a shape can exist.
+
+    Args:
+        shape: Sizes, from a stranger.
+
+    Returns:
+        False if it has too many dimensions or elements, even if some size is zero.
+
+    Example:
+        >>> is_possible([2, 3]), is_possible([0, 2**60])
+        (True, False)
+    """
+    return (
+        len(shape) <= _MAX_DIMENSIONS and math.prod(max(size, 1) for size in shape) <= _MAX_ELEMENTS
+    )

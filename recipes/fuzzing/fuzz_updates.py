@@ -65,7 +65,7 @@ def sound_files(folder: Path) -> list[list[Path]]:
     """
     groups = []
     # Small updates are granted more than they take: here they are packed all the same.
-    update_module._GRANTED = 0
+    update_module._SMALLEST_BUDGET = 0
     for curvature, budget in itertools.product(_CURVATURES, _BUDGETS):
         torch.manual_seed(0)
         network, files = _Network().eval(), []

@@ -19,6 +19,7 @@ from lightning_fedfisher import (
     find_layers,
 )
 from lightning_fedfisher.cli.main import main
+from lightning_fedfisher.merge.memory_budget import peak_bytes
 from lightning_fedfisher.results.record import FederationRecord
 
 CLIENTS = 10
@@ -75,7 +76,7 @@ def test_inspect_tells_every_layer(folder, capsys):
 
 @pytest.mark.parametrize("budget", [None, 8.0])
 def test_inspect_as_json_adds_up(folder, capsys, budget, monkeypatch):
-    monkeypatch.setattr("lightning_fedfisher.update.client_update._GRANTED", 0)
+    monkeypatch.setattr("lightning_fedfisher.update.client_update._SMALLEST_BUDGET", 0)
     (source,) = tiny_updates(folder, clients=1, epochs=1, upload_budget=None)
     update = source if budget is None else source.compressed(budget)
     path = update.save("one.safetensors")
@@ -207,9 +208,14 @@ def test_the_estimate_of_memory_counts_models_curvature_and_the_longest_side(fol
     files = sorted((folder / "updates").glob("*"))
     sent = 265 + sum(side**2 for side in (3, 10, 4, 28, 6, 17, 3, 7))
     fixed = 3 * 4 * 265 + 6 * 8 * 28**2
-    assert FisherMergeModule(files).problems.peak_bytes == fixed + 10 * 4 * sent
-    assert FisherMergeModule(files, memory_budget=1000).problems.peak_bytes == fixed + 1000
-    assert FisherMergeModule(files, memory_budget=0, method="fedavg").problems.peak_bytes >= fixed
+
+    def peak(**options):
+        module = FisherMergeModule(files, **options)
+        return peak_bytes(module.updates, module.merger.loader.budget)
+
+    assert peak() == fixed + 10 * 4 * sent
+    assert peak(memory_budget=1000) == fixed + 1000
+    assert peak(memory_budget=0, method="fedavg") >= fixed
 
 
 def test_flags_may_stand_in_a_file(folder):

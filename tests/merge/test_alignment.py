@@ -5,18 +5,17 @@ Here clients are further apart than training takes them, so that it matters.
 
 import dataclasses
 import math
-import re
-import textwrap
 import warnings
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from helpers.federation import quiet_trainer
+from helpers.merging import assert_same, merge
+from helpers.merging import interrupted as _interrupted
+from helpers.merging import resumed as _resumed
+from helpers.merging import with_header as _with_header
 from oracles import merge as oracle
-from test_callback import run_ddp
-from test_merge_module import DDP_SCRIPT, _interrupted, _resumed, _with_header, assert_same, merge
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -25,7 +24,7 @@ from lightning_fedfisher.curvature.input_map import InputMap
 from lightning_fedfisher.curvature.kronecker import Kronecker
 from lightning_fedfisher.layers import Layer, Source
 from lightning_fedfisher.merge.alignment import Alignment, _rectified, align
-from lightning_fedfisher.merge.layer_loader import LayerProblems
+from lightning_fedfisher.merge.layer_loader import LayerLoader
 from lightning_fedfisher.merge.solvers import ConjugateGradient
 
 CPU = torch.device("cpu")
@@ -280,7 +279,7 @@ def _clients(network, kind="kfac"):
 
 
 PRECISE = dataclasses.replace(
-    METHODS["fedfisher"], solver=partial(ConjugateGradient, tolerance=1e-8, rcond=1e-3)
+    METHODS["fedfisher"], name="own", solver=partial(ConjugateGradient, tolerance=1e-8, rcond=1e-3)
 )
 
 
@@ -296,11 +295,11 @@ def test_problems_are_those_of_the_oracle(network, kind):
     header = clients[0].header
     assert header.fed_by == NETWORKS[network][2]
     merged = {layer.name: _weights(*layer.shape).float() for layer in header.layers}
-    problems = LayerProblems(clients, METHODS["fedfisher"], 2**30)
+    problems = LayerLoader(clients, METHODS["fedfisher"], 2**30)
     for index, layer in enumerate(header.layers):
-        problem = problems.read(index, CPU, list(merged.values()))
+        problem = problems.read(index, CPU, list(merged.values())).problem
         shares, weights, curvatures = oracle.quadratic(clients, layer.name, merged)
-        assert problem.shares == pytest.approx(shares)
+        assert problem.client_weights == pytest.approx(shares)
         changed = header.fed_by.get(layer.name) is not None
         for client in range(3):
             assert problem.weights[client].dtype == torch.float32
@@ -309,7 +308,7 @@ def test_problems_are_those_of_the_oracle(network, kind):
             assert _apart(written, curvatures[client]) < 5e-3  # roots of rounded zeros
             own = clients[client].weights(layer)
             assert (_apart(problem.weights[client], own.double()) > 0.05) == changed
-            before = problems._updates[client].block(layer)
+            before = problems.updates[client].block(layer)
             before = METHODS["fedfisher"].transform(before, layer.name == header.output_layer)
             assert (_apart(written, oracle.written_out(before)) > 0.05) == changed
 
@@ -347,17 +346,17 @@ def test_one_client_and_identical_clients_are_returned(network, kind, tmp_path):
 
 @pytest.mark.parametrize("network", ["chain", "linear", "convolutional", "twins"])
 def test_a_layer_waits_for_the_one_it_reads(network, monkeypatch, tmp_path):
-    seen, original = [], LayerProblems.read
+    seen, original = [], LayerLoader.read
 
-    def recording(self, index, device, merged):
-        before = self.waits_for(index)
+    def recording(self, index, device, merged, prepared):
+        before = self.alignments.waits_for(index)
         seen.append((index, before, None if before is None else merged[before].clone()))
-        return original(self, index, device, merged)
+        return original(self, index, device, merged, prepared)
 
-    monkeypatch.setattr(LayerProblems, "read", recording)
+    monkeypatch.setattr(LayerLoader, "read", recording)
     clients = _clients(network)
     names = [layer.name for layer in clients[0].layers]
-    row = dataclasses.replace(METHODS["fedfisher"], sweep=1)
+    row = dataclasses.replace(METHODS["fedfisher"], steps_per_epoch=1)
     module = merge(clients, tmp_path, method=row)
     assert sorted(index for index, *_ in seen) == list(range(len(names)))
     for index, before, then in seen:
@@ -365,21 +364,21 @@ def test_a_layer_waits_for_the_one_it_reads(network, monkeypatch, tmp_path):
         assert before == (None if source is None else names.index(source.layer))
         if before is not None:
             assert torch.equal(module.merged[before], then)  # solved by then
-            assert float((then - module.problems.average(module.layers[before])).norm()) > 1e-3
+            assert float((then - module.merger.loader.average(before)).norm()) > 1e-3
 
 
 @pytest.mark.parametrize("method", [name for name, row in METHODS.items() if not row.aligns])
 def test_other_methods_wait_for_nothing(method):
-    problems = LayerProblems(_clients("chain"), METHODS[method], 0)
-    assert [problems.waits_for(index) for index in range(3)] == [None] * 3
+    problems = LayerLoader(_clients("chain"), METHODS[method], 0)
+    assert [problems.alignments.waits_for(index) for index in range(3)] == [None] * 3
 
 
 @pytest.mark.parametrize("kind", ["diagonal", "dense"])
 def test_curvature_that_holds_no_inputs_is_not_aligned(kind, tmp_path):
     clients = _clients("chain", kind)
     assert clients[0].header.fed_by == NETWORKS["chain"][2]
-    problems = LayerProblems(clients, METHODS["fedfisher"], 0)
-    assert [problems.waits_for(index) for index in range(3)] == [None] * 3
+    problems = LayerLoader(clients, METHODS["fedfisher"], 0)
+    assert [problems.alignments.waits_for(index) for index in range(3)] == [None] * 3
     merged = merge(clients, tmp_path, method=PRECISE).merged_state_dict()
     expected, starts = oracle.fedfisher(clients)
     for layer in clients[0].layers:
@@ -392,8 +391,8 @@ def test_a_layer_is_not_aligned_where_either_side_holds_no_inputs(tmp_path):
     # The matrix of a grouped convolution has inputs of its group alone: blocks that divide.
     clients = [_with_header(client, fed_by={"5": sources["5"]}) for client in _clients("mixed")]
     assert clients[0].header.kinds["3"] == "diagonal"
-    problems = LayerProblems(clients, METHODS["fedfisher"], 0)
-    assert [problems.waits_for(index) for index in range(4)] == [None] * 4
+    problems = LayerLoader(clients, METHODS["fedfisher"], 0)
+    assert [problems.alignments.waits_for(index) for index in range(4)] == [None] * 4
     merged = merge(clients, tmp_path, method=PRECISE).merged_state_dict()
     expected, starts = oracle.fedfisher(clients)
     for layer in clients[0].layers:
@@ -424,22 +423,22 @@ def test_an_aligned_merge_in_no_memory_is_the_same(network, kind, tmp_path):
 @pytest.mark.parametrize("network", ["chain", "convolutional", "twins"])
 def test_what_is_known_of_merged_layers_stays_within_the_budget(network):
     clients = _clients(network)
-    maps, alone = [], LayerProblems(clients, METHODS["fedfisher"], 2**30)
-    merged = [alone.average(layer) for layer in alone._layers]
+    maps, alone = [], LayerLoader(clients, METHODS["fedfisher"], 2**30)
+    merged = [alone.average(index) for index in range(len(alone.layers))]
     for index in range(len(merged)):
         alone.read(index, CPU, merged)
-    for pairs in alone._related.values():
+    for pairs in alone.alignments._maps.values():
         maps.append(sum(t.nbytes for pair in pairs for t in pair.values()))
-    assert sum(maps) == alone._related_size > 0
+    assert sum(maps) == alone.budget.reserved > 0
     for budget in (0, min(maps), sum(maps) - 1, sum(maps)):
-        problems = LayerProblems(clients, METHODS["fedfisher"], budget)
+        problems = LayerLoader(clients, METHODS["fedfisher"], budget)
         for index in range(len(merged)):
             problems.read(index, CPU, merged)
-        held = [pairs for pairs in problems._related.values() if isinstance(pairs, list)]
+        held = [pairs for pairs in problems.alignments._maps.values() if isinstance(pairs, list)]
         size = sum(t.nbytes for pairs in held for pair in pairs for t in pair.values())
-        assert size == problems._related_size <= budget
+        assert size == problems.budget.reserved <= budget
         problems.forget()
-        assert problems._related_size == 0
+        assert problems.budget.reserved == 0
 
 
 STOPS = (1, 3, 5, 8)
@@ -447,7 +446,7 @@ STOPS = (1, 3, 5, 8)
 
 @pytest.mark.parametrize("stop", STOPS)
 def test_an_aligned_merge_that_is_interrupted_ends_as_it_would_have(stop, tmp_path):
-    row = dataclasses.replace(METHODS["fedfisher"], sweep=2)
+    row = dataclasses.replace(METHODS["fedfisher"], steps_per_epoch=2)
     clients = _clients("convolutional")
     whole = merge(clients, tmp_path, method=row)
     assert len(whole.history) > max(STOPS)
@@ -461,7 +460,7 @@ def test_two_merges_by_one_module_are_alike(tmp_path):
     """Also where the first stopped short, and the second goes on where another was interrupted."""
     clients = _clients("chain")
     first, path = _interrupted(clients, tmp_path, 2)
-    assert first._status[:, -1].tolist() == [1, 1, 0]
+    assert [state.progress for state in first.merger.states] == [1, 1, 0]
     module = FisherMergeModule(clients, max_iterations=1)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*has not converged")
@@ -469,16 +468,3 @@ def test_two_merges_by_one_module_are_alike(tmp_path):
         quiet_trainer(tmp_path, max_epochs=-1).fit(module, ckpt_path=path, weights_only=True)
         fresh = _resumed(path, clients, tmp_path, max_iterations=1)
     assert_same(module.merged_state_dict(), fresh.merged_state_dict(), rtol=0, atol=0)
-
-
-def test_processes_do_not_change_an_aligned_merge(tmp_path):
-    clients = _clients("convolutional")
-    for index, client in enumerate(clients):
-        client.save(tmp_path / "fedfisher" / f"{index}.safetensors")
-    text = textwrap.dedent(DDP_SCRIPT.format(tests=str(Path(__file__).parents[1])))
-    text = text.replace("model=tiny_model()", "model=None")
-    text = re.sub(r"trainer\.fit\(module, .*\)", "trainer.fit(module)", text)
-    (tmp_path / "merge.py").write_text(text)
-    run_ddp(str(tmp_path / "merge.py"), str(tmp_path), "fedfisher", "2")
-    together = torch.load(tmp_path / "merged.pt", weights_only=True)
-    assert_same(together, merge(clients, tmp_path).merged_state_dict(), rtol=1e-5, atol=1e-6)

@@ -12,7 +12,7 @@ from torch import nn
 from lightning_fedfisher import METHODS, ClientUpdate, FisherMergeModule, MergeError, UpdateHeader
 from lightning_fedfisher.curvature.base import Identity
 from lightning_fedfisher.layers import find_layers
-from lightning_fedfisher.merge.compatibility import examine
+from lightning_fedfisher.merge.compatibility import check_updates
 from lightning_fedfisher.update.file_format import write_file
 
 CLIENTS = 10
@@ -179,12 +179,12 @@ def test_all_offenders_are_told_at_once(files):
 
 def test_examined_without_a_method_curvature_matters_still(files):
     _other_file("diagonal")(files[2])
-    found = examine(files)
+    found = check_updates(files)
     assert [bool(one.offenders) for one in found] == [index == 2 for index in range(CLIENTS)]
     assert found[2].update is not None
-    for_fedavg = examine(files, METHODS["fedavg"], "fedavg")
+    for_fedavg = check_updates(files, METHODS["fedavg"])
     assert not any(one.offenders for one in for_fedavg)
-    assert examine([]) == []
+    assert check_updates([]) == []
 
 
 def test_updates_in_memory_are_examined_alike(files):
@@ -196,7 +196,7 @@ def test_updates_in_memory_are_examined_alike(files):
         {n: (t if "param" not in n else 1e19 * t) for n, t in updates[0]._tensors.items()},
         "mallory",
     )
-    (bad,) = [one for one in examine(updates) if one.offenders]
+    (bad,) = [one for one in check_updates(updates) if one.offenders]
     assert bad.source == "mallory"
     assert "more than 1e+18" in bad.offenders[0]
 
@@ -265,9 +265,9 @@ def test_a_buffer_that_hides_behind_a_parameter_is_refused(index, files):
 def test_what_is_not_read_is_not_judged(files):
     _flip(files[3])
     _truncate(files[6])
-    found = examine(files, verify=False)
+    found = check_updates(files, verify=False)
     assert [bool(one.offenders) for one in found] == [index == 6 for index in range(CLIENTS)]
-    found = examine(files)
+    found = check_updates(files)
     assert [bool(one.offenders) for one in found] == [index in (3, 6) for index in range(CLIENTS)]
     assert [one.update is None for one in found] == [index in (3, 6) for index in range(CLIENTS)]
     assert [one.source for one in found] == [str(file) for file in files]

@@ -3,7 +3,6 @@
 import re
 from dataclasses import replace
 from itertools import product
-from typing import get_args
 
 import pytest
 import torch
@@ -19,8 +18,8 @@ from lightning_fedfisher.curvature.embedding import EmbeddingEigenKronecker, Emb
 from lightning_fedfisher.curvature.kronecker import EigenKronecker, Kronecker
 from lightning_fedfisher.extraction.fisher_types import FISHER_TYPES
 from lightning_fedfisher.extraction.layer_report import CURVATURE_TYPES
-from lightning_fedfisher.merge.layer_loader import LayerProblems
-from lightning_fedfisher.merge.methods import METHODS, MethodName
+from lightning_fedfisher.merge.layer_loader import LayerLoader
+from lightning_fedfisher.merge.methods import METHODS
 from lightning_fedfisher.merge.objective import Quadratic
 
 PUBLISHED = ("fedfisher_diag", "fedfisher_kfac")
@@ -70,12 +69,12 @@ def _merge(method, kind, shares=(3, 1)):
         shares, weights, [row.transform(curvature, False) for curvature in curvatures]
     )
     solver = row.solver(problem)
-    solver.advance(row.iterations)
+    solver.advance(row.max_iterations)
     return weights, curvatures, solver
 
 
 def test_every_name_has_a_row():
-    assert list(METHODS) == list(get_args(MethodName))
+    assert all(row.name == name for name, row in METHODS.items())
     assert METHODS.keys() == ACCEPTED.keys()
 
 
@@ -200,8 +199,8 @@ def test_fisher_merge_is_weighted_by_the_diagonal():
 )
 def test_published_methods_take_the_authors_first_step(method, kind, damped):
     _, _, done = _merge(method, kind)
-    assert done.iterations == METHODS[method].iterations == 2000
-    assert METHODS[method].sweep == 100
+    assert done.iterations == METHODS[method].max_iterations == 2000
+    assert METHODS[method].steps_per_epoch == 100
     solver = METHODS[method].solver(done.problem)
     gradient = done.problem.gradient(done.problem.average)
     solver.advance(1)
@@ -220,8 +219,8 @@ def test_only_the_published_methods_keep_their_best_iterate():
 @pytest.mark.parametrize("method", METHODS)
 def test_a_sweep_is_a_part_of_the_steps(method):
     row = METHODS[method]
-    assert 1 <= row.sweep <= row.iterations
-    assert row.iterations % row.sweep == 0
+    assert 1 <= row.steps_per_epoch <= row.max_iterations
+    assert row.max_iterations % row.steps_per_epoch == 0
 
 
 # The head
@@ -297,14 +296,16 @@ def test_a_method_is_told_which_layer_is_an_aligned_head(method, make):
     updates = [_update(make(seed=s), _classified(s), kind) for s in range(2)]
     told, transform = [], METHODS[method].transform
     row = replace(
-        METHODS[method], transform=lambda f, head: (told.append(head), transform(f, head))[1]
+        METHODS[method],
+        name="own",
+        transform=lambda f, head: (told.append(head), transform(f, head))[1],
     )
     aligned = METHODS[method].aligns and make is _chain
     for head, expected in (("2", [False, aligned]), ("0", [False, False]), ("", [False, False])):
         headed = [(replace(u.header, output_layer=head), u.blocks) for u in updates]
         renamed = [ClientUpdate.from_model(make(), *parts) for parts in headed]
-        problems = LayerProblems(renamed, row, 2**30)
-        merged = [problems.average(layer) for layer in renamed[0].layers]
+        problems = LayerLoader(renamed, row, 2**30)
+        merged = [problems.average(index) for index in range(2)]
         for index in range(2):
             told.clear()
             problems.read(index, CPU, merged)
@@ -319,8 +320,8 @@ def test_only_what_is_aligned_is_read_more_than_once(method, monkeypatch):
     monkeypatch.setattr(
         ClientUpdate, "block", lambda u, layer: (reads.append(layer.name), original(u, layer))[1]
     )
-    problems = LayerProblems(updates, METHODS[method], 2**30)
-    merged = [problems.average(layer) for layer in updates[0].layers]
+    problems = LayerLoader(updates, METHODS[method], 2**30)
+    merged = [problems.average(index) for index in range(2)]
     for index in range(2):
         problems.read(index, CPU, merged)
     aligned = METHODS[method].aligns and kind == "kfac"
@@ -336,14 +337,15 @@ def test_a_layer_prepared_beforehand_is_read_as_any(kind):
     told, transform = [], METHODS["fedfisher"].transform
     row = replace(
         METHODS["fedfisher"],
+        name="own",
         transform=lambda f, head: (told.append(head), transform(f, head))[1],
     )
-    at_once, beforehand = (LayerProblems(updates, row, 2**30) for _ in range(2))
-    merged = [at_once.average(layer) for layer in updates[0].layers]
-    expected = at_once.read(1, CPU, merged)
-    beforehand.prepare(1, CPU)
+    at_once, beforehand = (LayerLoader(updates, row, 2**30) for _ in range(2))
+    merged = [at_once.average(index) for index in range(2)]
+    expected = at_once.read(1, CPU, merged).problem
+    prepared = beforehand.offload(1, beforehand.curvatures(1, CPU), CPU)
     told.clear()
-    problem = beforehand.read(1, CPU, merged)
+    problem = beforehand.read(1, CPU, merged, prepared).problem
     assert not told
     for ours, theirs in zip(problem.curvatures, expected.curvatures, strict=True):
         for one, other in zip(ours.tensors().values(), theirs.tensors().values(), strict=True):
@@ -365,15 +367,15 @@ def test_shares_are_powers_of_the_sample_counts(method):
         for client, samples in enumerate((400, 100, 25))
     ]
     power = 0.5 if method == "fedfisher" else 1.0
-    assert METHODS[method].share_power == power
+    assert METHODS[method].client_weight_power == power
     expected = [20 / 35, 10 / 35, 5 / 35] if power == 0.5 else [400 / 525, 100 / 525, 25 / 525]
-    problems = LayerProblems(updates, METHODS[method], 2**30)
+    problems = LayerLoader(updates, METHODS[method], 2**30)
     for index, layer in enumerate(updates[0].layers):
-        problem = problems.read(index, CPU, [])
-        assert problem.shares == pytest.approx(expected)
+        problem = problems.read(index, CPU, []).problem
+        assert problem.client_weights == pytest.approx(expected)
         average = sum(p * u.weights(layer).double() for p, u in zip(expected, updates, strict=True))
         torch.testing.assert_close(problem.average.double(), average, rtol=1e-5, atol=1e-6)
-        assert torch.equal(problems.average(layer), problem.average)
+        assert torch.equal(problems.average(index), problem.average)
 
 
 class _Mixed(nn.Module):
@@ -411,10 +413,10 @@ def test_regmean_is_its_closed_form_over_unfolded_inputs():
         inputs = {"convolution": patches, "head": hidden}
         with_ones = {n: torch.cat([i, torch.ones(len(i), 1)], dim=1) for n, i in inputs.items()}
         grams.append({name: i.mT @ i for name, i in with_ones.items()})
-    problems = LayerProblems(updates, row, 2**30)
+    problems = LayerLoader(updates, row, 2**30)
     for index, layer in enumerate(updates[0].layers):
-        solver = row.solver(problems.read(index, CPU, []))
-        solver.advance(row.iterations)
+        solver = row.solver(problems.read(index, CPU, []).problem)
+        solver.advance(row.max_iterations)
         assert solver.finished
         weights = [update.weights(layer).double() for update in updates]
         average = (60 * weights[0] + 20 * weights[1]) / 80
@@ -441,9 +443,9 @@ def test_regmean_weighs_the_rows_of_an_embedding_by_how_often_they_are_read():
         data = TensorDataset(tokens, torch.randint(0, 3, (size,), generator=generator))
         updates.append(_update(model, data, "kfac"))
         counts.append(torch.bincount(tokens.flatten(), minlength=6).double().unsqueeze(1))
-    problem = LayerProblems(updates, row, 2**30).read(0, CPU, [])
+    problem = LayerLoader(updates, row).read(0, CPU).problem
     solver = row.solver(problem)
-    solver.advance(row.iterations)
+    solver.advance(row.max_iterations)
     weights = [update.weights(update.layers[0]).double() for update in updates]
     above = counts[0] * weights[0] + counts[1] * weights[1]
     read = (counts[0] + counts[1] > 0).expand_as(above)
@@ -469,9 +471,9 @@ def test_regmean_of_a_transposed_convolution_weighs_its_rows_by_their_inputs(cur
         updates.append(_update(model, data, curvature))
         pixels = x.movedim(1, 0).flatten(1)
         grams.append(pixels @ pixels.mT)
-    problem = LayerProblems(updates, row, 2**30).read(0, CPU, [])
+    problem = LayerLoader(updates, row).read(0, CPU).problem
     solver = row.solver(problem)
-    solver.advance(row.iterations)
+    solver.advance(row.max_iterations)
     weights = [update.weights(update.layers[0]) for update in updates]
     # A transposed convolution of one pixel is y = W' x, so the inputs multiply from the left.
     right = sum(g @ w for g, w in zip(grams, weights, strict=True))

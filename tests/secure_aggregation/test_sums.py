@@ -21,11 +21,12 @@ from lightning_fedfisher import (
     UpdateError,
     client_sums,
     from_fixed,
-    to_fixed,
     update_from_sums,
 )
+from lightning_fedfisher.secure_aggregation import divisors, to_fixed
 
 CLIENTS = 4
+DIVIDED = ("information", "information_times_weights")
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,7 @@ def test_any_curvature_adds_up_to_fedavg(tmp_path):
 def test_masked_sums_in_fixed_point_give_the_same_model(updates, tmp_path):
     sample_unit = max(update.num_samples for update in updates)
     plain = [client_sums(update, sample_unit=sample_unit) for update in updates]
-    fixed = [to_fixed(tensors, CLIENTS) for tensors in plain]
+    fixed = [to_fixed(tensors, CLIENTS, divisors=divisors(tensors)) for tensors in plain]
     sent = [_masked(tensors, client, CLIENTS) for client, tensors in enumerate(fixed)]
     for tensors, masked in zip(fixed, sent, strict=True):
         hidden = torch.cat([tensor.flatten() for tensor in masked.values()]).double()
@@ -139,7 +140,7 @@ def test_sums_are_off_by_half_a_step_for_each_client(fraction_bits, limbs):
     numbers = torch.randint(-(2**45), 2**45, shape, generator=generator).double() * 2.0**-44
     faint = torch.randint(-(2**45), 2**45, shape, generator=generator).double() * 2.0**-99
     plain = [{"a": one, "b": other} for one, other in zip(numbers, faint, strict=True)]
-    fixed = [to_fixed(tensors, CLIENTS, fraction_bits, limbs) for tensors in plain]
+    fixed = [to_fixed(tensors, CLIENTS, fraction_bits, limbs, divisors={}) for tensors in plain]
     assert fixed[0]["a"].shape == (limbs, 50)
     total = from_fixed(_sum(fixed), fraction_bits)
     step = 2.0 ** -(fraction_bits * limbs)
@@ -170,7 +171,8 @@ def _quotients(updates):
 
 
 def _in_fixed_point(updates, **options):
-    sent = [to_fixed(client_sums(update, sample_unit=1e4), 100, **options) for update in updates]
+    plain = [client_sums(update, sample_unit=1e4) for update in updates]
+    sent = [to_fixed(sums, 100, divisors=divisors(sums), **options) for sums in plain]
     total = update_from_sums(from_fixed(_sum(sent)), updates[0], sample_unit=1e4)
     return {layer.name: total.weights(layer).double() for layer in total.layers}
 
@@ -198,12 +200,13 @@ def test_what_is_too_faint_for_fixed_point_leaves_weights_among_the_clients(upda
 
 
 def test_a_missing_client_leaves_nothing_but_noise(updates):
-    fixed = [to_fixed(client_sums(update, sample_unit=50.0), CLIENTS) for update in updates]
+    plain = [client_sums(update, sample_unit=50.0) for update in updates]
+    fixed = [to_fixed(sums, CLIENTS, divisors=divisors(sums)) for sums in plain]
     sent = [_masked(tensors, client, CLIENTS) for client, tensors in enumerate(fixed)]
     total = from_fixed(_sum(sent[1:]))
     assert float(total["weights/network.0"].abs().max()) > 1e4
     # Where the numbers of samples came through, the rest is still no sum of clients.
-    total |= {name: torch.tensor(1.0) for name in ("share", "samples")}
+    total |= {name: torch.tensor(1.0) for name in ("client_weight", "samples")}
     with pytest.raises(UpdateError, match=r"information/network\.0 holds negative values"):
         update_from_sums(total, updates[0])
 
@@ -268,22 +271,22 @@ def test_curvature_that_is_not_diagonal_is_refused(tmp_path):
 def test_sums_that_do_not_fit_are_refused(updates):
     total = client_sums(updates[0])
     odd = dict(total)
-    del odd["pull/network.0"]
+    del odd["information_times_weights/network.0"]
     odd |= {"more": torch.ones(1), "weights/network.2": torch.ones(2)}
     odd["information/network.5"] = total["information/network.5"].clone()
     odd["information/network.5"][0, 0] = -1.0
-    odd["share"] = torch.tensor(torch.nan)
+    odd["client_weight"] = torch.tensor(torch.nan)
     with pytest.raises(UpdateError) as error:
         update_from_sums(odd, updates[0])
     assert [line.split()[0] for line in error.value.offenders] == [
+        "client_weight",
         "information/network.5",
+        "information_times_weights/network.0",
         "more",
-        "pull/network.0",
-        "share",
         "weights/network.2",
     ]
-    assert "holds negative values, down to -1" in error.value.offenders[0]
-    assert "1 values that are not finite" in error.value.offenders[3]
+    assert "holds negative values, down to -1" in error.value.offenders[1]
+    assert "1 values that are not finite" in error.value.offenders[0]
     with pytest.raises(UpdateError, match="samples must be greater than 0"):
         update_from_sums(total | {"samples": torch.tensor(0.0)}, updates[0])
     with pytest.raises(ValueError, match="sample_unit"):
@@ -294,12 +297,14 @@ def test_numbers_that_leave_no_room_are_refused(updates):
     total = client_sums(updates[0])
     room = 2.0**63 / 8 / 2.0**40
     total["weights/network.0"] = torch.full((3, 10), room * 1.001)
-    total["pull/network.2"] = torch.full((4, 28), torch.nan)
-    with pytest.raises(ValueError, match=r"^weights/network\.0, pull/network\.2 hold numbers"):
-        to_fixed(total, 8)
+    total["information_times_weights/network.2"] = torch.full((4, 28), torch.nan)
+    with pytest.raises(
+        ValueError, match=r"^weights/network\.0, information_times_weights/network\.2 hold numbers"
+    ):
+        to_fixed(total, 8, divisors=divisors(total))
     total["weights/network.0"] = torch.full((3, 10), -room * 0.999)
-    del total["pull/network.2"]
-    fixed = to_fixed(total, 8)
+    del total["information_times_weights/network.2"]
+    fixed = to_fixed(total, 8, divisors=divisors(total))
     back = from_fixed(_sum([fixed] * 8))
     torch.testing.assert_close(back["weights/network.0"], 8 * total["weights/network.0"].double())
 
@@ -307,13 +312,13 @@ def test_numbers_that_leave_no_room_are_refused(updates):
 @pytest.mark.parametrize("senseless", [{"clients": 0}, {"fraction_bits": 0}, {"limbs": 0}])
 def test_senseless_fixed_point_is_refused(updates, senseless):
     with pytest.raises(ValueError, match="must be at least 1"):
-        to_fixed(client_sums(updates[0]), **{"clients": 2} | senseless)
+        to_fixed(client_sums(updates[0]), **{"clients": 2, "divisors": {}} | senseless)
 
 
 def test_what_is_not_in_fixed_point_is_refused(updates):
-    total = to_fixed(client_sums(updates[0]), 2)
-    total |= {"share": total["share"].double(), "samples": torch.tensor(1)}
-    with pytest.raises(ValueError, match=r"^share, samples are not int64"):
+    total = to_fixed(client_sums(updates[0]), 2, divisors={})
+    total |= {"client_weight": total["client_weight"].double(), "samples": torch.tensor(1)}
+    with pytest.raises(ValueError, match=r"^client_weight, samples are not int64"):
         from_fixed(total)
 
 
@@ -326,3 +331,9 @@ def test_nothing_private_is_pooled(updates):
     nameless = {name: torch.zeros_like(tensor) for name, tensor in updates[0]._tensors.items()}
     other = update_from_sums(client_sums(updates[1]), ClientUpdate(updates[2].header, nameless))
     assert other.digest == found.digest
+
+
+def test_information_divides_and_nothing_else(updates):
+    layers = [layer.name for layer in updates[0].layers]
+    expected = {f"{group}/{n}": f"information/{n}" for n in layers for group in DIVIDED}
+    assert divisors(client_sums(updates[0])) == expected

@@ -28,10 +28,10 @@ from lightning_fedfisher import (
     extract_curvature,
 )
 from lightning_fedfisher.curvature.kronecker import TransposedEigenKronecker, TransposedKronecker
-from lightning_fedfisher.update import integer_coding as packing
-from lightning_fedfisher.update.compression import Compression, _narrow_root, check, restore
+from lightning_fedfisher.update import integer_coding
+from lightning_fedfisher.update.compression import Compression, _narrow_root, decode_root, restore
 from lightning_fedfisher.update.header import QuantizedTensor
-from lightning_fedfisher.update.integer_coding import LARGEST, pack, packed_size, unpack
+from lightning_fedfisher.update.integer_coding import LARGEST, decode, encode, encoded_size
 
 SHAPE = (3, 4)
 
@@ -56,66 +56,68 @@ def _numbers(scale, count=20001):
 @pytest.mark.parametrize("scale", [0.0, 0.2, 1.0, 30.0, 5e3, 2e6, 1e9])
 def test_numbers_come_back(scale):
     numbers = _numbers(scale)
-    payload = pack(numbers)
+    payload = encode(numbers)
     assert payload.dtype == torch.uint8
-    assert torch.equal(unpack(payload, len(numbers)), numbers)
-    assert torch.equal(pack(numbers), payload)
+    assert torch.equal(decode(payload, len(numbers)), numbers)
+    assert torch.equal(encode(numbers), payload)
 
 
 @pytest.mark.parametrize("numbers", [[], [0], [LARGEST], [-LARGEST, LARGEST, 0, -1, 1]])
 def test_few_numbers_come_back(numbers):
-    assert unpack(pack(torch.tensor(numbers, dtype=torch.int32)), len(numbers)).tolist() == numbers
+    assert (
+        decode(encode(torch.tensor(numbers, dtype=torch.int32)), len(numbers)).tolist() == numbers
+    )
 
 
 def test_rare_large_numbers_cost_the_others_nothing():
     numbers = _numbers(3.0)
-    alone = len(pack(numbers))
+    alone = len(encode(numbers))
     numbers[::1000] = LARGEST
-    assert torch.equal(unpack(pack(numbers), len(numbers)), numbers)
-    assert len(pack(numbers)) < alone + 21 * 4 + 100
+    assert torch.equal(decode(encode(numbers), len(numbers)), numbers)
+    assert len(encode(numbers)) < alone + 21 * 4 + 100
 
 
 @pytest.mark.parametrize("scale", [0.2, 0.5, 1.0, 2.0, 30.0, 5e3])
 def test_packing_is_near_the_entropy_and_its_size_is_foretold(scale):
     numbers = _numbers(scale, 200_000)
-    size = len(pack(numbers))
+    size = len(encode(numbers))
     if scale > 1:
         entropy = math.log2(scale * math.sqrt(2 * math.pi * math.e)) * len(numbers) / 8
         assert entropy < size < 1.03 * entropy
-    assert packed_size(numbers) == pytest.approx(size, rel=0.02)
+    assert encoded_size(numbers) == pytest.approx(size, rel=0.02)
 
 
 def test_no_number_takes_less_than_a_bit():
     # What bounds the memory that a short payload can claim.
-    assert len(pack(torch.zeros(80_000, dtype=torch.int32))) >= 10_000
+    assert len(encode(torch.zeros(80_000, dtype=torch.int32))) >= 10_000
 
 
 @pytest.mark.parametrize("count", [0, 999, 1001, 8_000, 10**12])
 def test_another_count_is_refused(count):
     with pytest.raises(ValueError, match="packed bytes"):
-        unpack(pack(_numbers(5.0, 1000)), count)
+        decode(encode(_numbers(5.0, 1000)), count)
 
 
 def _raw(low, high, after=b""):
-    """Bytes as `pack` writes them, of one number and of no large ones."""
+    """Bytes as `encode` writes them, of one number and of no large ones."""
     coder = zlib.compressobj(9, zlib.DEFLATED, -15)
     coded = coder.compress(bytes([high])) + coder.flush()
-    raw = packing._PREFIX.pack(low, 0) + bytes(low) + coded + after
+    raw = integer_coding._PREFIX.pack(low, 0) + bytes(low) + coded + after
     return torch.from_numpy(np.frombuffer(raw, np.uint8).copy())
 
 
 def test_bytes_after_the_last_number_are_refused():
-    assert unpack(_raw(0, 4), 1).tolist() == [2]
+    assert decode(_raw(0, 4), 1).tolist() == [2]
     with pytest.raises(ValueError, match="do not hold 1 numbers"):
-        unpack(_raw(0, 4, after=b"x"), 1)
+        decode(_raw(0, 4, after=b"x"), 1)
 
 
 def test_numbers_beyond_the_largest_are_refused():
     most = (2 * LARGEST).bit_length()
     with pytest.raises(ValueError, match="a number that is too large"):
-        unpack(_raw(most - 4, 254), 1)
+        decode(_raw(most - 4, 254), 1)
     with pytest.raises(ValueError, match="too few"):
-        unpack(_raw(most + 1, 0), 1)
+        decode(_raw(most + 1, 0), 1)
 
 
 def test_a_bomb_is_refused_before_it_goes_off():
@@ -124,12 +126,12 @@ def test_a_bomb_is_refused_before_it_goes_off():
     payload = torch.from_numpy(np.frombuffer(bytes(5) + bomb, np.uint8).copy())
     assert len(payload) < 200_000
     with pytest.raises(ValueError, match="too few"):
-        unpack(payload, 10**8)
+        decode(payload, 10**8)
 
 
 def test_mutated_bytes_are_refused_or_are_numbers():
     numbers = _numbers(40.0, 300)
-    payload = pack(numbers)
+    payload = encode(numbers)
     generator = torch.Generator().manual_seed(0)
     refused = 0
     for _ in range(3000):
@@ -139,7 +141,7 @@ def test_mutated_bytes_are_refused_or_are_numbers():
         cut = int(torch.randint(0, 3, (), generator=generator))
         changed = changed[: len(changed) - cut]
         try:
-            found = unpack(changed, len(numbers))
+            found = decode(changed, len(numbers))
         except ValueError:
             refused += 1
             continue
@@ -253,7 +255,7 @@ def update():
 @pytest.fixture
 def granted(monkeypatch):
     """Without the bytes that every update may have: the tests' networks are small."""
-    monkeypatch.setattr("lightning_fedfisher.update.client_update._GRANTED", 0)
+    monkeypatch.setattr("lightning_fedfisher.update.client_update._SMALLEST_BUDGET", 0)
 
 
 @pytest.mark.parametrize("budget", [0.6, 0.8, 1.0, 1.5, 2.0])
@@ -471,7 +473,7 @@ def test_packed_updates_merge_as_plain_ones(kind, method, budget, granted, tmp_p
 
 def _payload(form="factor", size=5):
     entries = size * (size + 1) // 2 if form == "factor" else size * size
-    return pack(torch.arange(entries, dtype=torch.int32))
+    return encode(torch.arange(entries, dtype=torch.int32))
 
 
 LIES = [
@@ -485,7 +487,7 @@ LIES = [
 
 @pytest.mark.parametrize(("packed", "form", "reason"), LIES)
 def test_what_cannot_be_is_refused(packed, form, reason):
-    for how in (check, restore):
+    for how in (decode_root, restore):
         with pytest.raises(ValueError, match=reason):
             how(_payload(form), packed, (5, 5), form)
 

@@ -22,10 +22,11 @@ from lightning_fedfisher import (
     UpdateHeader,
     find_layers,
 )
+from lightning_fedfisher.update.consistency import inconsistencies
 from lightning_fedfisher.update.file_format import UpdateFile
-from lightning_fedfisher.update.header import QuantizedTensor, inconsistencies
-from lightning_fedfisher.update.integer_coding import pack
-from lightning_fedfisher.update.tensor_checks import flaw, is_semidefinite
+from lightning_fedfisher.update.header import QuantizedTensor
+from lightning_fedfisher.update.integer_coding import encode
+from lightning_fedfisher.update.tensor_checks import find_problem, is_semidefinite
 
 
 def _moment(size, rows, dtype=torch.float32, seed=0):
@@ -41,15 +42,15 @@ def test_second_moments_are_sound_in_every_type(size, rows, dtype, scale):
     moment = _moment(size, rows, torch.float64) * scale
     if scale == 1e-6 and dtype == torch.float16:
         moment *= 100  # float16 holds nothing smaller
-    assert flaw(moment.to(dtype), "factor") == ""
-    assert flaw(moment.to(dtype), "basis") == ""
+    assert find_problem(moment.to(dtype), "factor") == ""
+    assert find_problem(moment.to(dtype), "basis") == ""
 
 
 @pytest.mark.parametrize("form", ["factor", "values", "basis", None])
 def test_zeros_are_sound(form):
-    assert flaw(torch.zeros(3, 3), form) == ""
-    assert flaw(torch.zeros(0, 0), form) == ""
-    assert flaw(torch.tensor([[2**40, -(2**40)], [0, 1]]), form) == ""
+    assert find_problem(torch.zeros(3, 3), form) == ""
+    assert find_problem(torch.zeros(0, 0), form) == ""
+    assert find_problem(torch.tensor([[2**40, -(2**40)], [0, 1]]), form) == ""
 
 
 @pytest.mark.parametrize(("below", "sound"), [(0.5e-4, True), (2e-4, False)])
@@ -62,25 +63,28 @@ def test_a_negative_eigenvalue_is_found_beyond_rounding(below, sound):
     matrix = (matrix + matrix.mT) / 2
     assert float(torch.linalg.eigvalsh(matrix)[0]) == pytest.approx(-below)
     assert is_semidefinite(matrix, 1e-4) == sound
-    assert (flaw(matrix, "factor") == "") == sound
-    assert flaw(matrix, "basis") == ""
+    assert (find_problem(matrix, "factor") == "") == sound
+    assert find_problem(matrix, "basis") == ""
 
 
 @pytest.mark.parametrize(("below", "sound"), [(0.5e-4, True), (2e-4, False)])
 def test_negative_values_are_found_beyond_rounding(below, sound):
-    assert (flaw(torch.tensor([[1.0, -below]]), "values") == "") == sound
+    assert (find_problem(torch.tensor([[1.0, -below]]), "values") == "") == sound
 
 
 @pytest.mark.parametrize(("off", "sound"), [(0.5e-4, True), (2e-4, False)])
 def test_asymmetry_is_found_beyond_rounding(off, sound):
     matrix = torch.eye(3)
     matrix[0, 2] = off
-    assert flaw(matrix, "factor") == ("" if sound else "is not symmetric")
+    assert find_problem(matrix, "factor") == ("" if sound else "is not symmetric")
 
 
 def test_an_all_negative_factor_is_found():
-    assert flaw(-torch.eye(3), "factor") == "is not positive semi-definite"
-    assert flaw(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), "factor") == "is not positive semi-definite"
+    assert find_problem(-torch.eye(3), "factor") == "is not positive semi-definite"
+    assert (
+        find_problem(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), "factor")
+        == "is not positive semi-definite"
+    )
 
 
 @pytest.mark.parametrize("form", ["factor", "values", "basis", None])
@@ -88,14 +92,14 @@ def test_an_all_negative_factor_is_found():
 def test_what_is_not_finite_is_found(form, value):
     matrix = torch.eye(3)
     matrix[1, 1] = value
-    assert flaw(matrix, form) == "holds 1 values that are not finite"
+    assert find_problem(matrix, form) == "holds 1 values that are not finite"
 
 
 def test_what_float32_cannot_multiply_is_found_but_for_buffers():
     for form in ("factor", "values", "basis"):
-        assert flaw(torch.eye(2) * 1.1e18, form).startswith("holds values up to 1.1e+18")
-        assert flaw(torch.eye(2) * 0.9e18, form) == ""
-    assert flaw(torch.full((2, 2), torch.finfo(torch.float32).min), None) == ""
+        assert find_problem(torch.eye(2) * 1.1e18, form).startswith("holds values up to 1.1e+18")
+        assert find_problem(torch.eye(2) * 0.9e18, form) == ""
+    assert find_problem(torch.full((2, 2), torch.finfo(torch.float32).min), None) == ""
 
 
 FINE = {torch.float16: 9.8e-4, torch.bfloat16: 7.8e-3, torch.float32: 1e-4, torch.float64: 1e-4}
@@ -107,11 +111,11 @@ def test_the_tolerance_is_that_of_the_type(dtype, rounding, times, sound):
     off = times * rounding
     lopsided, negative = torch.eye(3), torch.diag(torch.tensor([0.5, 0.5, -off]))
     lopsided[0, 2] = off
-    assert (flaw(lopsided.to(dtype), "factor") == "") == sound
-    assert (flaw(negative.to(dtype), "factor") == "") == sound
-    assert (flaw(torch.tensor([1.0, -off]).to(dtype), "values") == "") == sound
+    assert (find_problem(lopsided.to(dtype), "factor") == "") == sound
+    assert (find_problem(negative.to(dtype), "factor") == "") == sound
+    assert (find_problem(torch.tensor([1.0, -off]).to(dtype), "values") == "") == sound
     for matrix in (lopsided, negative):
-        assert flaw(matrix.to(dtype), "basis") == flaw(matrix.to(dtype), None) == ""
+        assert find_problem(matrix.to(dtype), "basis") == find_problem(matrix.to(dtype), None) == ""
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-6, 1.0, 1e12])
@@ -119,28 +123,28 @@ def test_soundness_does_not_depend_on_units(scale):
     indefinite = torch.tensor([[1.0, 2.0], [2.0, 1.0]]).double()
     lopsided = torch.tensor([[1.0, 0.5], [0.4, 1.0]]).double()
     singular = torch.ones(4, 4).double()
-    assert flaw(scale * indefinite, "factor") == "is not positive semi-definite"
-    assert flaw(scale * lopsided, "factor") == "is not symmetric"
-    assert flaw(scale * singular, "factor") == ""
-    assert flaw(torch.block_diag(singular, torch.zeros(3, 3)) * scale, "factor") == ""
-    assert "negative" in flaw(scale * torch.tensor([1.0, -1.0]).double(), "values")
+    assert find_problem(scale * indefinite, "factor") == "is not positive semi-definite"
+    assert find_problem(scale * lopsided, "factor") == "is not symmetric"
+    assert find_problem(scale * singular, "factor") == ""
+    assert find_problem(torch.block_diag(singular, torch.zeros(3, 3)) * scale, "factor") == ""
+    assert "negative" in find_problem(scale * torch.tensor([1.0, -1.0]).double(), "values")
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int8, torch.int64], ids=str)
 def test_whole_numbers_are_sound(dtype):
     limits = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
     for form in ("values", None):
-        assert flaw(torch.tensor(limits, dtype=dtype), form) == ""
+        assert find_problem(torch.tensor(limits, dtype=dtype), form) == ""
 
 
 def test_buffers_are_what_float32_can_hold():
     most = torch.finfo(torch.float32).max
-    assert flaw(torch.tensor([most, -most], dtype=torch.float64), None) == ""
-    assert flaw(torch.tensor([2 * most], dtype=torch.float64), None).startswith(
+    assert find_problem(torch.tensor([most, -most], dtype=torch.float64), None) == ""
+    assert find_problem(torch.tensor([2 * most], dtype=torch.float64), None).startswith(
         "holds values up to 6.8e+38"
     )
     for dtype in (torch.float16, torch.bfloat16):
-        assert flaw(torch.tensor([torch.finfo(dtype).min], dtype=dtype), None) == ""
+        assert find_problem(torch.tensor([torch.finfo(dtype).min], dtype=dtype), None) == ""
 
 
 # In files
@@ -204,7 +208,7 @@ def test_a_small_file_does_not_become_a_large_tensor(tmp_path):
     (name,) = header.kinds
     packed = {"parameters/weight": QuantizedTensor(1.0, "float32")}
     packed[f"curvature/{name}/column_factor"] = QuantizedTensor(1.0, "float32", 1, 0.0)
-    zeros = pack(torch.zeros(2**20, dtype=torch.int32))
+    zeros = encode(torch.zeros(2**20, dtype=torch.int32))
     tensors = {"parameters/weight": zeros, f"curvature/{name}/column_factor": zeros.clone()}
     tensors[f"curvature/{name}/row_factor"] = torch.eye(1)
     bomb = ClientUpdate(dataclasses.replace(header, quantized=packed), tensors)
@@ -392,7 +396,7 @@ def _packed_file(tmp_path, how, numbers, outputs=1):
     model = nn.Linear(2, outputs, bias=False)
     key = "curvature/weight/row_factor"
     header = _header(model, "kronecker", quantized={key: how})
-    tensors = {"parameters/weight": torch.ones(outputs, 2), key: pack(numbers)}
+    tensors = {"parameters/weight": torch.ones(outputs, 2), key: encode(numbers)}
     tensors["curvature/weight/column_factor"] = torch.eye(2)
     return ClientUpdate(header, tensors).save(tmp_path / "packed.safetensors")
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from lightning_fedfisher import ClientUpdate, UpdateError
-from lightning_fedfisher.update.integer_coding import LARGEST, pack, unpack
+from lightning_fedfisher.update.integer_coding import LARGEST, decode, encode
 
 settings.register_profile(
     "tests",
@@ -45,7 +45,7 @@ def sound(tmp_path_factory):
     """A file of each kind, as it is and packed."""
     folder = tmp_path_factory.mktemp("sound")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lightning_fedfisher.update.client_update._GRANTED", 0)
+        patch.setattr("lightning_fedfisher.update.client_update._SMALLEST_BUDGET", 0)
         patch.setattr("helpers.federation.TinyClassifier", NormedClassifier)
         found = []
         for kind in KINDS:
@@ -154,18 +154,18 @@ INTEGERS = st.integers(-LARGEST, LARGEST) | st.integers(-3, 3)
 @given(numbers=arrays.arrays(np.int32, st.integers(0, 300), elements=INTEGERS))
 def test_packing_is_undone_by_unpacking(numbers):
     tensor = torch.from_numpy(numbers)
-    payload = pack(tensor)
-    assert torch.equal(unpack(payload, len(tensor)), tensor)
-    assert torch.equal(pack(tensor), payload)
+    payload = encode(tensor)
+    assert torch.equal(decode(payload, len(tensor)), tensor)
+    assert torch.equal(encode(tensor), payload)
     for count in {0, 1, len(tensor) - 1, len(tensor) + 1, 10**12} - {len(tensor), -1}:
         with pytest.raises(ValueError, match="packed bytes"):
-            unpack(payload, count)
+            decode(payload, count)
 
 
 @given(data=st.binary(max_size=100), count=st.integers(0, 2**60))
 def test_any_payload_is_refused_or_as_many_numbers(data, count):
     try:
-        numbers = unpack(torch.tensor(list(data), dtype=torch.uint8), count)
+        numbers = decode(torch.tensor(list(data), dtype=torch.uint8), count)
     except ValueError:
         return
     assert len(numbers) == count

@@ -1,0 +1,121 @@
+"""How much of the clients' weights and curvature is held in memory at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from functools import reduce
+
+import torch
+
+from lightning_fedfisher.curvature.registry import KINDS
+from lightning_fedfisher.layers import Layer
+from lightning_fedfisher.update.client_update import ClientUpdate
+
+# Bytes of a number in float32; float64 updates are the exception.
+_FLOAT_BYTES = 4
+# A decomposition holds about this many float64 matrices of a factor's size at once.
+_DECOMPOSITION_BYTES = 6 * 8
+# Copies of the model in memory: merged, averaged, and in the solvers.
+_MODEL_COPIES = 3
+
+
+class MemoryBudget:
+    """Decides which layers may be in work at the same time, and what is offloaded to disk.
+
+    Attributes:
+        limit: Bytes to hold at a time.
+        sizes: Bytes that each layer's problem takes while it is in work: an estimate until the
+            layer was read.
+        reserved: Bytes held for as long as the merge lasts, beside the layers in work.
+
+    Example:
+        >>> budget = MemoryBudget(limit=100, sizes=[60, 60])
+        >>> budget.fits(1, beside=[]), budget.fits(1, beside=[0])
+        (True, False)
+        >>> budget.must_offload(120)
+        True
+    """
+
+    def __init__(self, limit: int, sizes: Sequence[int]) -> None:
+        """Starts with nothing in memory.
+
+        Args:
+            limit: Bytes to hold at a time.
+            sizes: Bytes that each layer's problem takes, estimated.
+
+        Raises:
+            ValueError: If the limit is negative.
+        """
+        if limit < 0:
+            raise ValueError(f"memory_budget must be at least 0 bytes, got {limit}")
+        self.limit, self.sizes, self.reserved = limit, list(sizes), 0
+
+    def fits(self, index: int, beside: Iterable[int]) -> bool:
+        """Whether there is room for a layer beside others.
+
+        Args:
+            index: Index of the layer.
+            beside: Indices of the layers in work.
+
+        Returns:
+            True as well if no layer is in work: a layer that exceeds the budget alone is worked on
+            from disk.
+        """
+        others = sum(self.sizes[other] for other in beside)
+        return others == 0 or self.reserved + others + self.sizes[index] <= self.limit
+
+    def must_offload(self, nbytes: int) -> bool:
+        """Whether something of this size exceeds the budget by itself.
+
+        Args:
+            nbytes: Its size in bytes.
+        """
+        return self.reserved + nbytes > self.limit
+
+
+def working_dtype(update: ClientUpdate, layer: Layer) -> torch.dtype:
+    """The precision in which a layer is merged: its own, and at least float32.
+
+    Args:
+        update: Any client's update.
+        layer: One of its layers.
+    """
+    dtypes = (update.specs[name][1] for name in layer.parameter_names)
+    return reduce(torch.promote_types, dtypes, torch.float32)
+
+
+def sent_bytes(updates: Sequence[ClientUpdate], layer: Layer) -> int:
+    """Estimates what all clients' weights and curvature of a layer take in memory.
+
+    Args:
+        updates: The updates of all clients.
+        layer: One of their layers.
+
+    Returns:
+        Bytes, as sent: a method may make less of it.
+    """
+    kind = KINDS[updates[0].header.kinds[layer.name]]
+    shapes = (layer.shape, *kind.tensor_shapes(layer.shape).values())
+    return len(updates) * _FLOAT_BYTES * sum(map(math.prod, shapes))
+
+
+def peak_bytes(updates: Sequence[ClientUpdate], budget: MemoryBudget) -> int:
+    """Estimates how much memory a merge takes in one process, beside Python's own.
+
+    Args:
+        updates: The updates of all clients.
+        budget: The budget of the merge.
+
+    Returns:
+        Bytes.
+    """
+    kinds, sides = updates[0].header.kinds, [1]
+    for layer in updates[0].layers:
+        kind = KINDS[kinds[layer.name]]
+        shapes = kind.tensor_shapes(layer.shape)
+        factors = (part for part, role in kind.tensor_roles.items() if role == "factor")
+        sides += [max(shapes[part]) for part in factors]
+    model = _FLOAT_BYTES * sum(math.prod(layer.shape) for layer in updates[0].layers)
+    held = min(sum(budget.sizes), budget.limit)
+    return _MODEL_COPIES * model + held + _DECOMPOSITION_BYTES * max(sides) ** 2

@@ -1,0 +1,388 @@
+"""Client updates become one model: the whole work of the server, without a Trainer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from lightning_fedfisher._utils.progress import progress_bar
+from lightning_fedfisher._utils.text import client_names
+from lightning_fedfisher.curvature.base import Curvature
+from lightning_fedfisher.distributed.assignment import assign_layers
+from lightning_fedfisher.likelihoods.base import Likelihood
+from lightning_fedfisher.likelihoods.registry import LIKELIHOODS
+from lightning_fedfisher.merge.buffers import merge_buffers
+from lightning_fedfisher.merge.compatibility import UpdateSource, check_model, open_updates
+from lightning_fedfisher.merge.influence_cap import MEASURES
+from lightning_fedfisher.merge.layer_loader import LayerLoader
+from lightning_fedfisher.merge.layer_state import (
+    LayerState,
+    Progress,
+    describe_unsolved,
+    summarize,
+)
+from lightning_fedfisher.merge.methods import MergeMethod
+from lightning_fedfisher.merge.options import DEFAULT_MEMORY_BUDGET, MergeOptions
+from lightning_fedfisher.merge.outliers import describe_outliers
+from lightning_fedfisher.merge.preparation import prepare_by_ranks
+from lightning_fedfisher.merge.result import LayerResult, MergeResult, contributions
+from lightning_fedfisher.merge.solvers import Solver
+from lightning_fedfisher.merge.validation import validate
+from lightning_fedfisher.update.client_update import ClientUpdate
+
+
+def merge_updates(
+    updates: Sequence[UpdateSource],
+    *,
+    method: str | MergeMethod = "fedfisher",
+    model: nn.Module | None = None,
+    validation_loader: Iterable[Any] | None = None,
+    keep_best: bool | None = None,
+    max_iterations: int | None = None,
+    max_influence: float | None = None,
+    skip_invalid: bool = False,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    device: torch.device | str = "cpu",
+) -> MergeResult:
+    """Merges client updates into the one model that minimises the sum of their quadratics.
+
+    It does what `FisherMergeModule` does on a Trainer, to the bit, in this process. Use the module
+    for several GPUs, checkpoints or loggers.
+
+    Args:
+        updates: Update files or `ClientUpdate` objects, one for each client.
+        method: Name of the merge method, a key of `METHODS`, or a row of your own.
+        model: A model to check the updates against and to validate with. It is not changed; load
+            the result with ``model.load_state_dict(result.state_dict, strict=False)``.
+        validation_loader: Batches ``(x, y)`` on which the model is scored after every epoch.
+        keep_best: See `MergeOptions`, as for the next four.
+        max_iterations: Solver steps to make for a layer at most.
+        max_influence: What a client may weigh, as a multiple of the median client.
+        skip_invalid: Whether to leave out the updates that would be refused, with a warning.
+        memory_budget: Bytes of clients' weights and curvature to hold at a time.
+        device: Where to compute.
+
+    Returns:
+        The merged state dict, with how each layer and each client fared.
+
+    Raises:
+        MergeError: If updates are missing, corrupt, of different models, or without the curvature
+            that the method needs; all are named.
+        ValueError: If an option is out of range or the model does not fit the updates.
+
+    Example:
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> from lightning_fedfisher.extraction import extract_curvature
+        >>> torch.set_grad_enabled(True) and None
+        >>> updates = []
+        >>> for client in range(2):
+        ...     model = nn.Linear(3, 2)
+        ...     data = TensorDataset(torch.rand(8, 3), torch.arange(8) % 2)
+        ...     extracted = extract_curvature(model, DataLoader(data), "kfac", progress=False)
+        ...     update = ClientUpdate.from_model(model, extracted.header(), extracted.blocks)
+        ...     updates.append(update)
+        >>> result = merge_updates(updates)
+        >>> sorted(result.state_dict), result.solved
+        (['bias', 'weight'], True)
+    """
+    options = MergeOptions(
+        method, keep_best, max_iterations, max_influence, skip_invalid, memory_budget
+    )
+    merger = Merger.open(updates, options)
+    if model is not None:
+        check_model(model, merger.state_dict(), merger.updates[0].header.frozen)
+    judged = validation_loader is not None
+    if judged and model is None:
+        raise ValueError("a validation loader needs a model to run: pass model=...")
+    where = torch.device(device)
+    merger.move_to(where)
+    (order,) = assign_layers([layer.shape for layer in merger.layers], ranks=1)
+    with progress_bar(merger.layers, "merge") as bar:
+        while not merger.done:
+            for index in order:
+                merger.advance(index, at_once=options.row.keeps_best and judged)
+            merger.finish_epoch()
+            bar.update(sum(state.done for state in merger.states) - bar.n)
+            if validation_loader is not None and model is not None:
+                state = merger.state_dict()
+                scores = validate(model, state, validation_loader, merger.likelihood, where)
+                merger.judge(*scores)
+    merger.take_best()
+    result = merger.result()
+    for warning in result.warnings:
+        warnings.warn(warning, stacklevel=2)
+    return result
+
+
+class Merger:
+    """A merge in work: a solver for each layer, and what came of them so far.
+
+    An epoch is `advance` for each layer, on whichever rank owns it, and `finish_epoch` on all
+    ranks. `merge_updates` and `FisherMergeModule` drive it; nothing here needs a Trainer.
+
+    Attributes:
+        updates: The updates of all clients.
+        layers: Their layers.
+        method: The merge method, with what the options change of it.
+        loader: Reads each layer's problem.
+        merged: The merged matrices, one for each layer; the clients' average before the merge.
+        buffers: The merged buffers by name.
+        states: How far each layer has come.
+        influence: What each client weighs, of shape ``(layers, clients, 3)``.
+        history: What is logged of each epoch.
+        validation_samples: Labelled samples that the last validation saw.
+        best: The best accuracy on them, with the merged matrices there; None without validation.
+    """
+
+    def __init__(self, updates: Sequence[ClientUpdate], method: MergeMethod, budget: int) -> None:
+        """Starts at the clients' average.
+
+        Args:
+            updates: The updates of all clients, found to belong together.
+            method: The merge method.
+            budget: Bytes of clients' weights and curvature to hold at a time.
+        """
+        self.updates, self.method, self.layers = updates, method, updates[0].layers
+        self.loader = LayerLoader(updates, method, budget)
+        self._averages = [self.loader.average(index) for index in range(len(self.layers))]
+        self.merged: Sequence[Tensor] = [matrix.clone() for matrix in self._averages]
+        self.buffers = merge_buffers(updates, method.max_influence)
+        self._device = torch.device("cpu")
+        self.restart()
+
+    @classmethod
+    def open(cls, sources: Sequence[UpdateSource], options: MergeOptions) -> Self:
+        """Opens and checks all updates.
+
+        Args:
+            sources: Update files or `ClientUpdate` objects, one for each client.
+            options: What is asked of the merge.
+
+        Raises:
+            MergeError: If updates are missing, corrupt, of different models, or without the
+                curvature that the method needs; all are named.
+        """
+        method = options.row
+        updates = open_updates(sources, method, options.skip_invalid)
+        return cls(updates, method, options.memory_budget)
+
+    def restart(self) -> None:
+        """Starts anew, with nothing solved."""
+        clients, layers = len(self.updates), len(self.layers)
+        self.release()
+        self._set(self._averages)
+        self.states = [LayerState.waiting(clients)] * layers
+        self.influence = torch.zeros(layers, clients, len(MEASURES), dtype=torch.float64)
+        self.history: list[dict[str, float]] = []
+        self.best: tuple[float, list[Tensor]] | None = None
+        self.validation_samples = 0
+
+    def release(self) -> None:
+        """Lets go of solvers, and of what was held in memory or on disk for them."""
+        self.solvers: dict[int, Solver] = {}
+        self._pending: dict[int, tuple[Tensor, LayerState]] = {}
+        self._measured: dict[int, Tensor] = {}
+        self._prepared: dict[int, Iterable[Curvature]] = {}
+        self.loader.forget()
+
+    def move_to(self, device: torch.device) -> None:
+        """Works on another device from now on.
+
+        Args:
+            device: Where the merged matrices are, or are to be.
+        """
+        self._device = device
+        for matrix in self.merged:
+            matrix.data = matrix.data.to(device)
+
+    @property
+    def done(self) -> bool:
+        """Whether every layer's solver has ended."""
+        return all(state.done for state in self.states)
+
+    @property
+    def likelihood(self) -> type[Likelihood]:
+        """The likelihood of the clients' labels."""
+        return LIKELIHOODS[self.updates[0].header.likelihood]
+
+    def prepare(self, rank: int, ranks: int) -> None:
+        """Prepares with all other ranks what would make them wait; each must call it.
+
+        Args:
+            rank: The rank of this process.
+            ranks: Number of processes.
+        """
+        unsolved = [index for index, state in enumerate(self.states) if not state.done]
+        self._prepared.update(prepare_by_ranks(self.loader, unsolved, rank, ranks, self._device))
+
+    @torch.no_grad()
+    def advance(self, index: int, at_once: bool = False) -> None:
+        """Moves one layer's solver by an epoch's steps, and lets go of it when it is done.
+
+        What comes of it is seen after `finish_epoch`.
+
+        Args:
+            index: Index of the layer.
+            at_once: Begin the layer even if the memory budget has no room for it, so that all
+                layers move together.
+
+        Raises:
+            MergeError: If weights or curvature overflow float32, naming the clients.
+            ValueError: If the layer's iterates leave the finite numbers.
+        """
+        if index in self._pending and self._pending[index][1].done:
+            return
+        if self.states[index].done or not (index in self.solvers or self._begin(index, at_once)):
+            self._keep(index)
+            return
+        solver, method = self.solvers[index], self.method
+        solver.advance(min(method.steps_per_epoch, method.max_iterations - solver.iterations))
+        if not torch.isfinite(solver.weights).all():
+            raise ValueError(
+                f"the merge of layer {self.layers[index].name} left the finite numbers within "
+                f"{solver.iterations} iterations: some client's curvature is too large, or none"
+            )
+        progress, distances = Progress.OPEN, (0.0,) * len(self.updates)
+        if solver.finished or solver.iterations >= method.max_iterations:
+            progress = Progress.CONVERGED if solver.converged else Progress.STOPPED
+            distances = tuple(solver.problem.distances(solver.weights))
+        numbers = solver.iterations, *solver.objective_and_residual()
+        state = LayerState(distances, *numbers, progress)
+        self._pending[index] = solver.weights.to(self.merged[index].dtype), state
+        if state.done:
+            del self.solvers[index]
+
+    def _keep(self, index: int) -> None:
+        """Leaves a layer as it is for this epoch: it is done, or waits for its turn."""
+        state = self.states[index]
+        state = state if state.done else LayerState.waiting(len(self.updates))
+        self._pending[index] = self.merged[index].detach().clone(), state
+
+    def _begin(self, index: int, at_once: bool) -> bool:
+        """Reads a layer's problem, if its turn has come."""
+        before = self.loader.alignments.waits_for(index)
+        if before is not None and not self.states[before].done:
+            return False
+        if not at_once and not self.loader.budget.fits(index, self.solvers):
+            return False
+        merged = [matrix.detach() for matrix in self.merged]
+        loaded = self.loader.read(index, self._device, merged, self._prepared.pop(index, None))
+        self.loader.budget.sizes[index] = loaded.nbytes
+        self._measured[index] = loaded.influence
+        self.solvers[index] = self.method.solver(loaded.problem)
+        return True
+
+    @torch.no_grad()
+    def finish_epoch(self, total: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
+        """Puts the merged model together, each layer from the rank that owns it.
+
+        Args:
+            total: Adds a tensor up over all ranks.
+        """
+        clients = len(self.updates)
+        rows = torch.zeros(len(self.layers), LayerState.width(clients), dtype=torch.float64)
+        influence = torch.zeros_like(self.influence)
+        for index, (_, state) in self._pending.items():
+            rows[index] = state.to_row()
+        for index, measured in self._measured.items():
+            influence[index] = measured
+        matrices = []
+        for index, matrix in enumerate(self.merged):
+            own = self._pending[index][0] if index in self._pending else None
+            # A sum of one term and zeros is exact.
+            matrices.append(total(torch.zeros_like(matrix) if own is None else own.clone()))
+        self._set(matrices)
+        self.states = [LayerState.from_row(row) for row in total(rows.to(self._device)).cpu()]
+        influence = total(influence.to(self._device)).cpu()
+        # Layers that were solved before an interruption are not read again.
+        self.influence = influence.where(influence.any(dim=2, keepdim=True), self.influence)
+        self.history.append(summarize(self.states))
+
+    def judge(self, scores: Mapping[str, float], samples: int) -> None:
+        """Takes note of how the merged model scores, and keeps the best one.
+
+        Args:
+            scores: ``val_...`` scores by name; the best has the most ``val_accuracy``, or the least
+                ``val_nll`` where there is no accuracy.
+            samples: Labelled samples that were seen.
+        """
+        self.validation_samples = samples
+        self.history[-1] |= scores
+        score = scores.get("val_accuracy", -scores["val_nll"])
+        if self.best is None or score > self.best[0]:
+            self.best = score, [matrix.detach().cpu().clone() for matrix in self.merged]
+
+    def take_best(self) -> None:
+        """Goes back to the best iterate, if the method keeps it and there was a validation."""
+        if self.method.keeps_best and self.best is not None:
+            self._set(self.best[1])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The merged parameters and buffers by name, on the device, in the clients' own dtypes."""
+        specs, state = self.updates[0].specs, dict[str, Tensor]()
+        for layer, matrix in zip(self.layers, self.merged, strict=True):
+            for name, tensor in layer.split(matrix.detach()).items():
+                state[name] = tensor.to(specs[name][1])
+        state |= {name: buffer.to(self._device) for name, buffer in self.buffers.items()}
+        shared = self.updates[0].header.aliases
+        return state | {name: state[first] for name, first in shared.items()}
+
+    @property
+    def distances(self) -> Tensor:
+        """How far each layer was moved from each client, of shape ``(layers, clients)``."""
+        return torch.tensor([state.distances for state in self.states], dtype=torch.float64)
+
+    @property
+    def server_labels(self) -> int:
+        """Labelled samples that decided which iterate is returned."""
+        return self.validation_samples if self.method.keeps_best else 0
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a user should look at: layers that are not solved, and outliers."""
+        clients = client_names([update.source for update in self.updates])
+        names, most = [layer.name for layer in self.layers], self.method.max_influence
+        told = (
+            describe_unsolved(names, self.states, self.method.converges),
+            describe_outliers(self.influence, clients, names, most),
+        )
+        return tuple(text for text in told if text)
+
+    def result(self) -> MergeResult:
+        """What came of the merge so far."""
+        first, promised = self.updates[0], self.method.converges
+        return MergeResult(
+            state_dict={name: tensor.cpu() for name, tensor in self.state_dict().items()},
+            method=self.method.name,
+            max_influence=self.method.max_influence,
+            layers=tuple(
+                LayerResult(
+                    layer.name,
+                    layer.shape,
+                    state.iterations,
+                    state.objective,
+                    state.residual,
+                    state.progress is Progress.CONVERGED or (state.done and not promised),
+                )
+                for layer, state in zip(self.layers, self.states, strict=True)
+            ),
+            clients=contributions(self.updates, self.loader.client_weights),
+            distances=self.distances,
+            influence=self.influence.clone(),
+            history=tuple(dict(entry) for entry in self.history),
+            warnings=self.warnings,
+            server_labels=self.server_labels,
+            curvature=first.header.curvature,
+            fisher=first.header.fisher,
+            likelihood=first.header.likelihood,
+            model_fingerprint=first.model_fingerprint,
+            fedavg_bytes=first.fedavg_bytes,
+        )
+
+    def _set(self, matrices: Sequence[Tensor]) -> None:
+        for matrix, value in zip(self.merged, matrices, strict=True):
+            matrix.detach().copy_(value)

@@ -1,0 +1,83 @@
+"""Clients that weigh far more than the median client: found, and named."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lightning_fedfisher._utils.progress import progress_bar
+from lightning_fedfisher.merge.influence_cap import DEFAULT_MAX_INFLUENCE, MEASURES, measure
+from lightning_fedfisher.merge.layer_loader import LayerLoader
+from lightning_fedfisher.merge.methods import METHODS
+from lightning_fedfisher.update.client_update import ClientUpdate
+
+# The default method works with roots of the curvature and of the samples; a distance has none.
+_AS_SENT = {"information": 2, "distance": 1, "pull": 2}
+
+
+def describe_outliers(
+    influence: Tensor,
+    clients: Sequence[str],
+    layers: Sequence[str],
+    max_influence: float = math.inf,
+    usual: Sequence[float] = (DEFAULT_MAX_INFLUENCE,) * len(MEASURES),
+) -> str:
+    """Names the clients that weigh far more than the median client.
+
+    Args:
+        influence: `influence_cap.measure` of every layer, of shape ``(layers, clients, 3)``.
+        clients: The clients' names.
+        layers: The layers' names.
+        max_influence: Multiple of the median client's at which each client is capped.
+        usual: For each measure, the multiple up to which nothing is said.
+
+    Returns:
+        A line for each such client, with what and where, and a line on what is done about it;
+        empty if there is none.
+
+    Example:
+        >>> influence = torch.tensor([[[1.0, 1.0, 1.0], [50.0, 1.0, 1.0]]])
+        >>> print(describe_outliers(influence, ["ann", "bob"], ["fc"]).splitlines()[0])
+        bob has, of the median client's, 50 times the information in fc
+    """
+    lines = []
+    for name, own in zip(clients, influence.unbind(1), strict=True):
+        found = []
+        for what, values, limit in zip(MEASURES, own.unbind(1), usual, strict=True):
+            order = values.argsort(descending=True, stable=True).tolist()
+            if where := [layers[index] for index in order if values[index] > limit]:
+                more = f" and {len(where) - 3} more layers" if len(where) > 3 else ""
+                found.append((float(values.max()), f"{what} in {', '.join(where[:3])}{more}"))
+        if found:
+            told = ", ".join(f"{times:.3g} times the {what}" for times, what in sorted(found)[::-1])
+            lines.append(f"{name} has, of the median client's, {told}")
+    if not lines:
+        return ""
+    capped = f"caps it at {max_influence:g} times the median client's"
+    cap = capped if max_influence < math.inf else "does not cap it"
+    lines.append(f"max_influence {cap}; look at such a client before you go on")
+    return "\n".join(lines)
+
+
+def outliers_as_sent(updates: Sequence[ClientUpdate]) -> str:
+    """Names the clients that weigh far more than the median client, before any merge.
+
+    Args:
+        updates: The updates of all clients, found to belong together.
+
+    Returns:
+        As `describe_outliers`, judged by the curvature as it was sent.
+    """
+    as_sent = replace(METHODS["fisher_merge"], curvatures=())
+    loader = LayerLoader(updates, as_sent)
+    device = torch.device("cpu")
+    indices = progress_bar(range(len(loader.layers)), "weigh")
+    influence = torch.stack([measure(loader.read(index, device).problem) for index in indices])
+    usual = [DEFAULT_MAX_INFLUENCE ** _AS_SENT[what] for what in MEASURES]
+    names = [layer.name for layer in loader.layers]
+    clients = [update.source for update in updates]
+    return describe_outliers(influence, clients, names, usual=usual)

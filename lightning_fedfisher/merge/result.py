@@ -1,0 +1,119 @@
+"""What a merge gives: the model, how it was found, and what each client contributed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from lightning_fedfisher._utils.text import client_names
+from lightning_fedfisher.update.client_update import ClientUpdate
+
+
+@dataclass(frozen=True)
+class ClientContribution:
+    """What one client brought into a merge.
+
+    Attributes:
+        name: A short name, from the path of its file.
+        source: The file, or a word for an update in memory.
+        num_samples: Training samples that it holds.
+        weight: Its weight in the merge by its samples alone; all clients' sum to one.
+        upload_bytes: Bytes of its update file.
+        digest: SHA-256 of its update.
+    """
+
+    name: str
+    source: str
+    num_samples: int
+    weight: float
+    upload_bytes: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """How the merge of one layer went.
+
+    Attributes:
+        name: The layer's name.
+        shape: Rows and columns of its matrix.
+        iterations: Steps that its solver made.
+        objective: Value of the layer's quadratic at the merged weights.
+        residual: Norm of the gradient there, relative to the clients' gradients at the average.
+        solved: Whether the solver reached what the method promises.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    iterations: int
+    objective: float
+    residual: float
+    solved: bool
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """The merged model, and all that the server knows of how it came about.
+
+    Attributes:
+        state_dict: The merged parameters and buffers by name, on the CPU, in the clients' dtypes.
+            Parameters that the clients had frozen are not among them: the model brings its own.
+        method: Name of the merge method.
+        max_influence: What a client could weigh in a layer, as a multiple of the median client's.
+        layers: How the merge of each layer went.
+        clients: What each client contributed, in the order of the updates.
+        distances: How far each layer was moved from each client, in the client's own Fisher norm,
+            of shape ``(layers, clients)``; zeros for layers that are not done.
+        influence: What each client weighed in each layer before it was capped, as multiples of the
+            median client's, of shape ``(layers, clients, 3)`` (see `influence_cap.MEASURES`).
+        history: For each epoch the ``iterations``, ``objective`` and ``residual`` of all layers,
+            with ``val_...`` scores where there was a validation loader.
+        warnings: What a user should look at: layers that are not solved, and outliers.
+        server_labels: Labelled samples that decided which iterate is returned.
+        curvature: Curvature that the clients extracted.
+        fisher: Fisher type that the clients extracted.
+        likelihood: Likelihood of the clients' labels.
+        model_fingerprint: SHA-256 of the model's parameter names, shapes and dtypes.
+        fedavg_bytes: Bytes that a FedAvg client would send.
+    """
+
+    state_dict: Mapping[str, Tensor] = field(repr=False)
+    method: str
+    max_influence: float
+    layers: tuple[LayerResult, ...]
+    clients: tuple[ClientContribution, ...]
+    distances: Tensor
+    influence: Tensor
+    history: tuple[Mapping[str, float], ...]
+    warnings: tuple[str, ...]
+    server_labels: int
+    curvature: str
+    fisher: str
+    likelihood: str
+    model_fingerprint: str
+    fedavg_bytes: int
+
+    @property
+    def solved(self) -> bool:
+        """Whether every layer's solver reached what the method promises."""
+        return all(layer.solved for layer in self.layers)
+
+
+def contributions(
+    updates: Sequence[ClientUpdate], client_weights: Sequence[float]
+) -> tuple[ClientContribution, ...]:
+    """Describes what each client brings into a merge.
+
+    Args:
+        updates: The updates of all clients.
+        client_weights: A positive number for each client, of any sum.
+    """
+    names, total = client_names([update.source for update in updates]), sum(client_weights)
+    return tuple(
+        ClientContribution(
+            name, update.source, update.num_samples, p / total, update.upload_bytes, update.digest
+        )
+        for name, update, p in zip(names, updates, client_weights, strict=True)
+    )

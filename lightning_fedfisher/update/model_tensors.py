@@ -1,0 +1,51 @@
+"""What of a trained model goes into an update, and under which names."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from lightning_fedfisher.curvature.base import Curvature
+from lightning_fedfisher.layers import aliases, frozen_parameters
+from lightning_fedfisher.update.file_format import digest
+from lightning_fedfisher.update.header import UpdateHeader
+
+
+def collect_tensors(
+    model: nn.Module, header: UpdateHeader, blocks: Mapping[str, Curvature]
+) -> tuple[UpdateHeader, dict[str, Tensor]]:
+    """Copies all tensors that an update of a model holds.
+
+    Args:
+        model: Model that the curvature belongs to.
+        header: Header to send; what it says of shared and frozen parameters is replaced.
+        blocks: Curvature of each layer, by layer name.
+
+    Returns:
+        The header with the model's shared and frozen parameters, and the copies on the CPU by their
+        names in the file: trained parameters, persistent buffers and curvature.
+    """
+    frozen = {n: digest(p.detach().cpu()) for n, p in frozen_parameters(model).items()}
+    persistent = model.state_dict()
+    shared = {
+        name: first
+        for name, first in aliases(model).items()
+        if first not in frozen and first in persistent
+    }
+    named: dict[str, Tensor] = {
+        f"parameters/{name}": tensor
+        for name, tensor in model.named_parameters()
+        if name not in frozen
+    }
+    for name, tensor in model.named_buffers():
+        if name in persistent:
+            named[f"buffers/{name}"] = tensor
+    for name, block in blocks.items():
+        for part, tensor in block.tensors().items():
+            named[f"curvature/{name}/{part}"] = tensor
+    tensors = {
+        name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in named.items()
+    }
+    return dataclasses.replace(header, aliases=shared, frozen=frozen), tensors

@@ -1,0 +1,51 @@
+"""What fits into memory beside what, and how much is estimated."""
+
+import pytest
+import torch
+from helpers.federation import tiny_updates
+
+from lightning_fedfisher.merge.memory_budget import (
+    MemoryBudget,
+    peak_bytes,
+    sent_bytes,
+    working_dtype,
+)
+
+
+def test_layers_share_the_budget_and_one_alone_may_exceed_it():
+    budget = MemoryBudget(100, [60, 40, 50, 1000])
+    assert budget.fits(0, [1])
+    assert not budget.fits(0, [1, 2])
+    assert not budget.fits(2, [0])
+    assert budget.fits(3, [])
+    assert not budget.fits(3, [1])
+
+
+def test_what_is_reserved_takes_room():
+    budget = MemoryBudget(100, [60, 40])
+    budget.reserved = 1
+    assert not budget.fits(0, [1])
+    assert budget.fits(0, [])
+    assert budget.must_offload(100)
+    assert not budget.must_offload(99)
+
+
+@pytest.mark.parametrize("limit", [-1, -(2**40)])
+def test_a_negative_budget_is_refused(limit):
+    with pytest.raises(ValueError, match=f"must be at least 0 bytes, got {limit}"):
+        MemoryBudget(limit, [])
+
+
+def test_the_estimate_is_what_is_sent(tmp_path):
+    updates = tiny_updates(tmp_path, curvature="kfac")
+    for layer in updates[0].layers:
+        assert working_dtype(updates[0], layer) == torch.float32
+        sent = sum(
+            4 * (update.weights(layer).numel() + sum(map(torch.numel, block.tensors().values())))
+            for update in updates
+            for block in [update.block(layer)]
+        )
+        assert sent_bytes(updates, layer) == sent
+    sizes = [sent_bytes(updates, layer) for layer in updates[0].layers]
+    large, small = (peak_bytes(updates, MemoryBudget(n, sizes)) for n in (2**30, 1000))
+    assert large - small == sum(sizes) - 1000

@@ -1,0 +1,21 @@
+"""Clients that weigh far more than the median client are named, with what and where."""
+
+import torch
+
+from lightning_fedfisher.merge.outliers import describe_outliers
+
+
+def test_outliers_are_named_with_what_and_where():
+    weighed = torch.ones(5, 3, 3).double()
+    weighed[:, 1, 0] = torch.tensor([20.0, 50, 1, 30, 40])
+    weighed[2, 1, 2] = 1e9
+    told = describe_outliers(weighed, ["ann", "bob", "cid"], list("vwxyz"), 10).splitlines()
+    assert told[0] == (
+        "bob has, of the median client's, 1e+09 times the pull in x, 50 times the information in "
+        "w, z, y and 1 more layers"
+    )
+    assert "caps it at 10 times the median client's" in told[1]
+    assert "does not cap it" in describe_outliers(weighed, ["ann", "bob", "cid"], list("vwxyz"))
+    assert describe_outliers(torch.full((1, 3, 3), 10.0), list("abc"), ["v"], 2) == ""
+    told = describe_outliers(torch.full((1, 3, 3), 9.0), ["a", "b", "c"], ["v"], usual=(9, 8, 9))
+    assert told.splitlines()[0] == "a has, of the median client's, 9 times the distance in v"

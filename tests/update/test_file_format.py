@@ -1,0 +1,350 @@
+"""Reading an update: one header, one opening, one read and one hash, and no trust in old ones."""
+
+import copy
+import hashlib
+import os
+import pickle
+import subprocess
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import lightning_fedfisher
+from lightning_fedfisher import ClientUpdate, Diagonal, UpdateError, UpdateHeader
+from lightning_fedfisher.layers import find_layers
+from lightning_fedfisher.update import file_format
+from lightning_fedfisher.update.buffer_roles import buffer_role, variance_partner
+from lightning_fedfisher.update.file_format import digest
+
+LONG_AGO = 10**18  # ns since 1970: 2001
+
+
+def _update(seed=0, layers=4, width=3):
+    torch.manual_seed(seed)
+    model = nn.Sequential(*(nn.Linear(width, width) for _ in range(layers)), nn.BatchNorm1d(width))
+    found = find_layers(model)
+    blocks = {layer.name: Diagonal(torch.rand(layer.shape)) for layer in found}
+    kinds = dict.fromkeys(blocks, "diagonal")
+    header = UpdateHeader(7, "diagonal", "exact", "categorical", 7, found, kinds)
+    return ClientUpdate.from_model(model, header, blocks)
+
+
+def _save(update, path, age=True):
+    """Writes an update as if long ago, so that any later write shows."""
+    update.save(path)
+    if age:
+        os.utime(path, ns=(LONG_AGO, LONG_AGO))
+    return path
+
+
+@pytest.fixture
+def path(tmp_path):
+    return _save(_update(), tmp_path / "client.safetensors")
+
+
+@dataclass
+class _Counts:
+    """What was done to files, by path or position."""
+
+    opened: Counter = field(default_factory=Counter)
+    parsed: Counter = field(default_factory=Counter)
+    read: Counter = field(default_factory=Counter)
+    hashed: int = 0
+
+    def clear(self):
+        self.opened.clear(), self.parsed.clear(), self.read.clear()
+        self.hashed = 0
+
+
+@pytest.fixture
+def counts(monkeypatch):
+    counts, path_open = _Counts(), Path.open
+    read_layout, read_bytes = file_format.read_layout, file_format.read_bytes
+
+    def opening(self, *arguments, **options):
+        if self.suffix == ".safetensors":
+            counts.opened[self.name] += 1
+        return path_open(self, *arguments, **options)
+
+    def parsing(file):
+        counts.parsed[Path(file.name).name] += 1
+        return read_layout(file)
+
+    def reading(file, start, size):
+        counts.read[Path(file.name).name, start] += 1
+        return read_bytes(file, start, size)
+
+    def hashing(tensor):
+        counts.hashed += 1
+        return digest(tensor)
+
+    monkeypatch.setattr(Path, "open", opening)
+    monkeypatch.setattr(file_format, "read_layout", parsing)
+    monkeypatch.setattr(file_format, "read_bytes", reading)
+    monkeypatch.setattr(file_format, "digest", hashing)
+    return counts
+
+
+def test_each_phase_opens_a_file_once_and_reads_each_tensor_once(counts, tmp_path):
+    names = [f"{seed}.safetensors" for seed in range(3)]
+    paths = [_save(_update(seed), tmp_path / name) for seed, name in enumerate(names)]
+    counts.clear()
+    updates = [ClientUpdate.open(path) for path in paths]
+    assert counts.opened == counts.parsed == Counter(names)
+    assert not counts.read
+    assert counts.hashed == 0
+    counts.clear()
+
+    for update in updates:
+        update.verify()
+    tensors = sum(len(update.digests) for update in updates)
+    assert counts.opened == Counter(names)
+    assert set(counts.read.values()) == {1}
+    assert len(counts.read) == counts.hashed == tensors
+    counts.clear()
+
+    for update in updates:  # as a merge does
+        with update.opened():
+            for layer in update.layers:
+                update.read_layer(layer)
+            assert len(update.buffers) == 3
+    assert counts.opened == Counter(names)
+    assert set(counts.read.values()) == {1}
+    assert len(counts.read) == tensors
+    assert counts.hashed == 0
+    assert not counts.parsed
+
+
+def test_what_is_read_is_what_was_written(path):
+    update, opened = _update(), ClientUpdate.open(path)
+    for layer in update.layers:
+        weights, curvature = opened.read_layer(layer)
+        assert torch.equal(weights, update.weights(layer))
+        assert torch.equal(curvature.values, update.block(layer).values)
+
+
+def test_the_header_is_parsed_once_however_many_layers_there_are(counts, tmp_path):
+    update = ClientUpdate.open(_save(_update(layers=300), tmp_path / "deep.safetensors"))
+    update.verify()
+    for layer in update.layers:
+        update.weights(layer), update.block(layer)
+    assert counts.parsed == Counter({"deep.safetensors": 1})
+    assert Counter(counts.read.values()) == {2: 3 * 301, 1: 3}
+    assert counts.hashed == 2 * (3 * 301 + 3)  # when written, and when verified
+
+
+def test_openings_may_be_nested_and_end_with_the_outermost(counts, path):
+    update = ClientUpdate.open(path)
+    counts.clear()
+    with update.opened():
+        with update.opened(), update.opened():
+            update.weights(update.layers[0])
+        update.weights(update.layers[1])
+        with pytest.raises(ZeroDivisionError), update.opened():
+            _ = 1 / 0
+        assert update.parameters
+    assert sum(counts.opened.values()) == 1
+    update.weights(update.layers[0])
+    assert sum(counts.opened.values()) == 3  # weight and bias
+    with _update().opened() as nothing:  # in memory
+        assert nothing is None
+
+
+def test_a_file_just_written_is_hashed_at_every_read(counts, tmp_path):
+    """Its clock may not have ticked since: another write would not show."""
+    update = ClientUpdate.open(_save(_update(), tmp_path / "new.safetensors", age=False))
+    counts.clear()
+    for reads in (1, 2):
+        update.weights(update.layers[0])
+        assert counts.hashed == 2 * reads
+
+
+# Files that change after they were verified
+
+
+def _place(path, tensor):
+    return path.read_bytes().index(tensor.numpy().tobytes())
+
+
+def test_a_byte_changed_in_place_is_noticed(path):
+    update = ClientUpdate.open(path)
+    update.verify()
+    weight = update.parameters["2.weight"]
+    with path.open("r+b") as file:
+        file.seek(_place(path, weight))
+        file.write(b"\xff")
+    assert torch.equal(update.weights(update.layers[1]), _update().weights(update.layers[1]))
+    with pytest.raises(UpdateError, match=r"2\.weight does not match its digest") as error:
+        update.weights(update.layers[2])
+    assert error.value.source == str(path)
+
+
+def test_a_byte_changed_in_place_while_the_file_is_open_is_noticed(path):
+    update = ClientUpdate.open(path)
+    update.verify()
+    place = _place(path, update.parameters["2.weight"])
+    with update.opened():
+        update.read_layer(update.layers[2])
+        with path.open("r+b") as file:
+            file.seek(place)
+            file.write(b"\xff")
+        with pytest.raises(UpdateError, match=r"2\.weight does not match its digest"):
+            update.read_layer(update.layers[2])
+
+
+def test_times_set_back_do_not_hide_a_change(path):
+    update = ClientUpdate.open(path)
+    update.verify()
+    with path.open("r+b") as file:
+        file.seek(_place(path, update.parameters["2.weight"]))
+        file.write(b"\xff")
+    os.utime(path, ns=(LONG_AGO, LONG_AGO))
+    with pytest.raises(UpdateError, match=r"2\.weight does not match its digest"):
+        update.weights(update.layers[2])
+
+
+def test_another_file_in_its_place_is_noticed(path):
+    update = ClientUpdate.open(path)
+    update.verify()
+    os.replace(_save(_update(seed=1), path.with_suffix(".other")), path)
+    with pytest.raises(UpdateError, match=r"0\.weight does not match its digest"):
+        update.weights(update.layers[0])
+    with pytest.raises(UpdateError) as error:
+        update.verify()
+    assert sum("does not match its digest" in line for line in error.value.offenders) > 10
+
+
+def test_what_was_opened_stays_whole_when_the_file_is_replaced_or_deleted(path):
+    update = ClientUpdate.open(path)
+    with update.opened():
+        os.replace(_save(_update(seed=1), path.with_suffix(".other")), path)
+        update.verify()
+        path.unlink()
+        update.verify()
+        assert torch.equal(update.parameters["0.weight"], _update().parameters["0.weight"])
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_file_that_is_cut_off_is_refused_by_tensor(inside, path):
+    update = ClientUpdate.open(path)
+    update.verify()
+    size = path.stat().st_size
+    if inside:
+        with update.opened():
+            os.truncate(path, size // 2)
+            with pytest.raises(UpdateError) as error:
+                update.verify()
+    else:
+        os.truncate(path, size // 2)
+        with pytest.raises(UpdateError) as error:
+            update.verify()
+    lines = error.value.offenders
+    assert str(path) in str(error.value)
+    assert any(line.endswith("cannot be read: the file is cut off") for line in lines)
+    assert all(line.split()[0] in update.digests for line in lines)
+
+
+# Many files, processes and threads
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
+def test_an_open_update_holds_no_file(path):
+    before = len(os.listdir("/proc/self/fd"))
+    updates = [ClientUpdate.open(path) for _ in range(1000)]
+    for update in updates:
+        update.read_layer(update.layers[0])
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_an_open_update_is_copied_and_pickled_without_its_file_and_its_trust(counts, path):
+    update = ClientUpdate.open(path)
+    with update.opened():
+        update.verify()
+        copies = [copy.deepcopy(update), copy.copy(update), pickle.loads(pickle.dumps(update))]
+    for one in (copies[0], copies[2]):
+        counts.clear()
+        one.verify()
+        assert counts.opened[path.name] == 1
+        assert counts.hashed == len(update.digests)
+    assert all(one.digest == update.digest for one in copies)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_reads_what_its_parent_has_open(path):
+    update = ClientUpdate.open(path)
+    with update.opened():
+        update.verify()
+        expected = update.parameters["1.weight"]
+        child = os.fork()
+        if not child:
+            same = all(torch.equal(update.parameters["1.weight"], expected) for _ in range(200))
+            os._exit(0 if same else 1)
+        for _ in range(200):
+            assert torch.equal(update.parameters["1.weight"], expected)
+        assert os.waitpid(child, 0)[1] == 0
+        assert torch.equal(update.parameters["1.weight"], expected)
+
+
+def test_threads_read_one_update(path):
+    update, expected = ClientUpdate.open(path), _update()
+
+    def read(index):
+        layer = update.layers[index % len(update.layers)]
+        with update.opened():
+            return torch.equal(update.read_layer(layer)[0], expected.weights(layer))
+
+    with update.opened(), ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(read, range(400)))
+
+
+# Digests, and what else the room is made of
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.bfloat16, torch.float64], ids=str)
+def test_a_digest_tells_type_shape_and_bytes(dtype):
+    tensor = torch.tensor([[1, 0], [1, 1], [0, 1]], dtype=dtype)
+    data = tensor.view(torch.uint8).numpy().tobytes()
+    assert digest(tensor) == hashlib.sha256(f"{dtype} (3, 2)".encode() + data).hexdigest()
+    assert digest(tensor.mT.contiguous().mT) == digest(tensor)
+    assert len(
+        {digest(tensor), digest(tensor.mT), digest(tensor.flatten()), digest(~tensor.bool())}
+    )
+    assert digest(tensor[:0]) != digest(tensor[:, :0])
+
+
+def test_running_statistics_are_known_by_their_names():
+    assert variance_partner("a.norm.running_var") == "a.norm.running_mean"
+    assert variance_partner("running_var") == "running_mean"
+    for name in ("running_mean", "norm.num_batches_tracked", "running_var.scale", ""):
+        assert variance_partner(name) is None
+    assert buffer_role("a.running_var") == "values"
+    assert buffer_role("a.running_mean") == "mean"
+    assert buffer_role("a.num_batches_tracked") is None
+    assert buffer_role("buffers/a.running_var") == "values"
+
+
+def test_the_room_is_quick_to_enter():
+    """Without Lightning and the like: `fedfisher inspect` reads one header."""
+    (folder,) = lightning_fedfisher.__path__
+    script = f"""
+import sys, types
+package = types.ModuleType("lightning_fedfisher")
+package.__path__ = [{folder!r}]  # its own __init__ is another matter
+sys.modules[package.__name__] = package
+import lightning_fedfisher.update
+heavy = {{"lightning", "pytorch_lightning", "torchvision", "pydantic", "torchmetrics", "wandb"}}
+names = ("extraction", "merge", "callback", "tracking")
+rooms = {{f"lightning_fedfisher.{{name}}" for name in names}}
+print(sorted((heavy | rooms) & sys.modules.keys()))
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == "[]"
