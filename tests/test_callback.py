@@ -270,7 +270,7 @@ def test_an_exception_writes_nothing(tmp_path):
 
 def test_bad_options_are_refused_together():
     with pytest.raises(
-        ValueError, match=r"curvature='tensor'.*fisher='true'.*likelihood='poisson'"
+        ValueError, match=r"(?s)curvature='tensor'.*fisher='true'.*likelihood='poisson'"
     ):
         FedFisherCallback(curvature="tensor", fisher="true", likelihood="poisson")
     for name in ("max_samples", "num_samples", "batch_size", "draws"):

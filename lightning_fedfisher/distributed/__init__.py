@@ -2,3 +2,7 @@
 
 May import: nothing of this package.
 """
+
+from lightning_fedfisher.distributed.processes import Shard, is_rank_zero
+
+__all__ = ["Shard", "is_rank_zero"]

@@ -6,8 +6,8 @@ May import: curvature, likelihoods, layers, distributed, errors, _utils and `upd
 
 from lightning_fedfisher.distributed.processes import Shard
 from lightning_fedfisher.extraction.extract import extract_curvature, extract_curvatures
-from lightning_fedfisher.extraction.fisher_types import FISHER_TYPES, FisherType
-from lightning_fedfisher.extraction.layer_report import CURVATURE_TYPES, CurvatureType, LayerReport
+from lightning_fedfisher.extraction.fisher_types import FISHER_TYPES
+from lightning_fedfisher.extraction.layer_report import CURVATURE_TYPES, LayerReport
 from lightning_fedfisher.extraction.options import ExtractionOptions
 from lightning_fedfisher.extraction.result import ExtractedCurvature
 from lightning_fedfisher.extraction.sampling import partition_samples
@@ -16,10 +16,8 @@ from lightning_fedfisher.layers import Layer, find_layers
 __all__ = [
     "CURVATURE_TYPES",
     "FISHER_TYPES",
-    "CurvatureType",
     "ExtractedCurvature",
     "ExtractionOptions",
-    "FisherType",
     "Layer",
     "LayerReport",
     "Shard",

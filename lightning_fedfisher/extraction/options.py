@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TypedDict
 
+from lightning_fedfisher.errors import FedFisherError
 from lightning_fedfisher.extraction.batches import Forward
 from lightning_fedfisher.extraction.fisher_types import FISHER_TYPES, FisherType
 from lightning_fedfisher.extraction.layer_report import CURVATURE_TYPES, CurvatureType
@@ -40,7 +41,7 @@ class ExtractionOptions:
             stands for batches ``(x, y)`` and logits ``module(x)``.
 
     Raises:
-        ValueError: If options are unknown or out of range; all are named at once.
+        FedFisherError: If options are unknown or out of range; all are named at once.
 
     Example:
         >>> ExtractionOptions(fisher="exact").curvature
@@ -48,8 +49,9 @@ class ExtractionOptions:
         >>> ExtractionOptions(curvature="hessian", draws=0)
         Traceback (most recent call last):
             ...
-        ValueError: curvature='hessian' is not one of identity, diagonal, kfac, ekfac, dense; \
-draws must be at least 1, a whole number, got 0
+        lightning_fedfisher.errors.FedFisherError: These options of an extraction cannot be used:
+          - curvature='hessian' is not one of identity, diagonal, kfac, ekfac, dense
+          - draws must be at least 1, a whole number, got 0
     """
 
     curvature: CurvatureType = "kfac"
@@ -84,7 +86,7 @@ draws must be at least 1, a whole number, got 0
         if not 0 <= self.tolerance < 1:
             offenders.append(f"tolerance must lie in [0, 1), got {self.tolerance}")
         if offenders:
-            raise ValueError("; ".join(offenders))
+            raise FedFisherError("These options of an extraction cannot be used:", offenders)
 
 
 class OptionOverrides(TypedDict, total=False):

@@ -4,7 +4,7 @@ To add one, write a `Likelihood` in a file of its own and add it to `LIKELIHOODS
 May import: nothing of this package.
 """
 
-from lightning_fedfisher.likelihoods.base import Likelihood, ScalarLikelihood
+from lightning_fedfisher.likelihoods.base import Likelihood
 from lightning_fedfisher.likelihoods.bernoulli import Bernoulli
 from lightning_fedfisher.likelihoods.categorical import IGNORE_INDEX, Categorical
 from lightning_fedfisher.likelihoods.gaussian import Gaussian
@@ -17,5 +17,4 @@ __all__ = [
     "Categorical",
     "Gaussian",
     "Likelihood",
-    "ScalarLikelihood",
 ]

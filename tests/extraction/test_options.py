@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lightning_fedfisher.callback import FedFisherCallback
+from lightning_fedfisher.errors import FedFisherError
 from lightning_fedfisher.extraction import ExtractionOptions, extract_curvature, extract_curvatures
 from lightning_fedfisher.extraction.options import OptionOverrides
 
@@ -44,7 +45,7 @@ def test_the_callback_has_the_defaults_of_the_options():
 
 
 def test_all_that_is_wrong_is_named_at_once():
-    with pytest.raises(ValueError, match="curvature='hessian'") as caught:
+    with pytest.raises(FedFisherError, match="curvature='hessian'") as caught:
         ExtractionOptions(
             curvature="hessian",
             fisher="fish",
@@ -56,6 +57,7 @@ def test_all_that_is_wrong_is_named_at_once():
         )
     for name in FIELDS.keys() - {"seed", "forward"}:
         assert name in str(caught.value)
+    assert len(caught.value.offenders) == len(FIELDS) - 2
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.0, "8"])
