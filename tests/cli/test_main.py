@@ -11,15 +11,12 @@ from helpers.federation import TinyClassifier, quiet_trainer, tiny_model, tiny_u
 from safetensors.torch import load_file
 from torch import nn
 
-from lightning_fedfisher import (
-    ClientUpdate,
-    FisherMergeModule,
-    Identity,
-    UpdateHeader,
-    find_layers,
-)
+from lightning_fedfisher import ClientUpdate, FisherMergeModule
 from lightning_fedfisher.cli.main import main
+from lightning_fedfisher.curvature.base import Identity
+from lightning_fedfisher.layers import find_layers
 from lightning_fedfisher.results.record import FederationRecord
+from lightning_fedfisher.update.header import UpdateHeader
 
 CLIENTS = 10
 

@@ -11,19 +11,13 @@ from helpers.federation import quiet_trainer, tiny_model, tiny_updates
 from oracles import merge as oracle
 from torch import nn
 
-from lightning_fedfisher import (
-    METHODS,
-    ClientUpdate,
-    FisherMergeModule,
-    MergeError,
-    UpdateHeader,
-    find_layers,
-)
+from lightning_fedfisher import METHODS, ClientUpdate, FisherMergeModule, MergeError
 from lightning_fedfisher.curvature.base import Identity
 from lightning_fedfisher.curvature.dense import Dense
 from lightning_fedfisher.curvature.diagonal import Diagonal
 from lightning_fedfisher.curvature.embedding import EmbeddingEigenKronecker, EmbeddingKronecker
 from lightning_fedfisher.curvature.kronecker import EigenKronecker, Kronecker
+from lightning_fedfisher.layers import find_layers
 from lightning_fedfisher.merge import influence_cap as influence
 from lightning_fedfisher.merge.buffers import merge_buffers
 from lightning_fedfisher.merge.influence_cap import (
@@ -36,6 +30,7 @@ from lightning_fedfisher.merge.influence_cap import (
     unusual,
 )
 from lightning_fedfisher.merge.objective import Quadratic
+from lightning_fedfisher.update.header import UpdateHeader
 
 ROWS, COLUMNS = SHAPE = (3, 4)
 KINDS = ("identity", "diagonal", "dense", "kronecker", "lookup", "ekfac", "lookup ekfac")

@@ -13,17 +13,10 @@ from helpers.federation import (
     tiny_updates,
 )
 
-from lightning_fedfisher import (
-    ClientUpdate,
-    Diagonal,
-    FedFisherCallback,
-    FisherMergeModule,
-    UpdateError,
-    client_sums,
-    from_fixed,
-    to_fixed,
-    update_from_sums,
-)
+from lightning_fedfisher import ClientUpdate, FedFisherCallback, FisherMergeModule, UpdateError
+from lightning_fedfisher.curvature.diagonal import Diagonal
+from lightning_fedfisher.secure_aggregation.fixed_point import from_fixed, to_fixed
+from lightning_fedfisher.secure_aggregation.sums import client_sums, update_from_sums
 
 CLIENTS = 4
 
