@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
-from lightning_fedfisher import __version__
+from lightning_fedfisher._utils.environment import package_version
 from lightning_fedfisher._utils.files import atomic_write
+from lightning_fedfisher._utils.text import page_text
 from lightning_fedfisher.report.charts.registry import accuracy_finding, charts
-from lightning_fedfisher.report.wording import count, is_known, label, number, plain
+from lightning_fedfisher.report.wording import count, is_known, label, number
 from lightning_fedfisher.results.record import FederationRecord, MergeRecord, ModelScore
 
 FILE_NAME = "report.html"
@@ -34,7 +35,7 @@ def write_report(record: FederationRecord, path: str | os.PathLike[str]) -> None
     drawn, (columns, rows) = charts(record), _table(record)
     page = _environment().get_template("report.html.j2")
     text = page.render(
-        title=plain(record.title),
+        title=page_text(record.title),
         about=_about(record),
         finding=accuracy_finding(record),
         facts=_facts(record),
@@ -44,18 +45,18 @@ def write_report(record: FederationRecord, path: str | os.PathLike[str]) -> None
         charts=drawn,
         figures=[[panel.figure.to_plotly_json() for panel in chart.panels] for chart in drawn],
         settings=[
-            (heading, [(plain(str(name)), _written(value)) for name, value in table.items()])
+            (heading, [(page_text(str(name)), _written(value)) for name, value in table.items()])
             for heading, table in (
                 ("Configuration", record.config),
                 ("Environment", record.environment),
             )
             if table
         ],
-        version=__version__,
+        version=package_version(),
         plotly=get_plotlyjs() if drawn else "",
     )
     with atomic_write(Path(path)) as partial:
-        # A lone half of a character, which JSON may hold, is none.
+        # JSON may hold lone surrogates, which UTF-8 cannot encode.
         partial.write_text(text, encoding="utf-8", errors="replace")
 
 
@@ -199,7 +200,7 @@ def _table(record: FederationRecord) -> tuple[list[str], list[_Row]]:
     known = [c for c in _COLUMNS if any(is_known(c.value(merge)) for merge in every)]
     columns = [_cells(column, record.merges) for column in known]
     rows = [
-        _Row(label(merge.method, 30), plain(merge.method), list(cells), False)
+        _Row(label(merge.method, 30), page_text(merge.method), list(cells), False)
         for merge, *cells in zip(record.merges, *columns, strict=True)
     ]
     for name, alone in references:
@@ -232,4 +233,4 @@ def _size(size: float) -> str:
 
 
 def _written(value: Any) -> str:
-    return plain(value if isinstance(value, str) else json.dumps(value, default=str))
+    return page_text(value if isinstance(value, str) else json.dumps(value, default=str))

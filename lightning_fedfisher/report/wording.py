@@ -10,12 +10,9 @@ from itertools import takewhile
 from typing import TypeGuard
 from unicodedata import east_asian_width
 
+from lightning_fedfisher._utils.text import page_text
+
 _WIDE = frozenset("MWmw@%")
-
-
-def plain(text: str) -> str:
-    """Text without what would hide, turn round or break a line: names are a stranger's."""
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def label(name: str, width: int = 22) -> str:
@@ -28,7 +25,7 @@ def label(name: str, width: int = 22) -> str:
     Returns:
         The name, with an ellipsis for its middle if it is longer.
     """
-    text = plain(name).strip() or "(no name)"
+    text = page_text(name).strip() or "(no name)"
     kept = len(text)
     short = text
     while _width(short) > width:
@@ -47,7 +44,7 @@ def labels(names: Sequence[str], width: int = 22) -> list[str]:
     Returns:
         The names; if one is longer, all without what they begin or end with in common.
     """
-    texts = [plain(name).strip() for name in names]
+    texts = [page_text(name).strip() for name in names]
     if len(set(texts)) > 1 and max(map(_width, texts)) > width:
         # Whole words: what a name is cut to should be in it.
         head = re.sub(r"[^\W_]*$", "", _shared(texts))
@@ -72,7 +69,7 @@ def _width(text: str) -> float:
 
 def marked(text: str) -> str:
     """Text for plotly, which would take some of it for tags, and some for templates."""
-    return html.escape(plain(text), quote=False).replace("%{", "&#37;{")
+    return html.escape(page_text(text), quote=False).replace("%{", "&#37;{")
 
 
 def number(value: float) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from lightning_fedfisher._utils.environment import versions
-from lightning_fedfisher._utils.text import client_names
+from lightning_fedfisher._utils.text import client_names, markdown_code
 from lightning_fedfisher.merge_module import FisherMergeModule
 
 
@@ -43,12 +43,12 @@ def model_card(merge: FisherMergeModule, title: str, command: Sequence[str]) -> 
     names = client_names([update.source for update in merge.updates])
     clients = [
         (
-            _code(name),
+            markdown_code(name),
             f"{update.num_samples:,}",
             f"{100 * share:.1f}%",
             f"{update.upload_bytes:,}",
             *(f"{times:.2g}" for times in row),
-            _code(update.digest[:16]),
+            markdown_code(update.digest[:16]),
         )
         for update, name, share, row in zip(
             merge.updates, names, merge.problems.shares, weighed, strict=True
@@ -81,9 +81,3 @@ def model_card(merge: FisherMergeModule, title: str, command: Sequence[str]) -> 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     lines = [titles, ["---"] * len(titles), *rows]
     return ["| " + " | ".join(line) + " |" for line in lines]
-
-
-def _code(text: str) -> str:
-    """Text as code in a table, whatever a stranger put into it."""
-    plain = "".join(c if c.isprintable() and c not in "`|" else "?" for c in text)
-    return f"`{plain}`"

@@ -19,9 +19,9 @@ except ImportError as error:
         "a dashboard needs wandb-workspaces: pip install 'lightning-fedfisher[dashboard]'"
     ) from error
 
+from lightning_fedfisher._utils.text import wandb_title
 from lightning_fedfisher.tracking.wandb_panels import MOST_RUNS, sections
 
-_LONGEST = 128  # characters of a report's title
 _NOT_IN_NAMES = frozenset("/\\#?%:")  # of W&B's entities and projects
 _IDS = frozenset(("id", "__id__"))
 
@@ -51,7 +51,7 @@ def workspace(entity: str, project: str, group: str) -> ws.Workspace:
     return ws.Workspace(
         entity=entity,
         project=project,
-        name=_title(group),
+        name=wandb_title(f"Federation {group}"),
         sections=shown,
         settings=ws.WorkspaceSettings(x_axis="trainer/global_step", max_runs=MOST_RUNS),
         runset_settings=ws.RunsetSettings(
@@ -91,7 +91,7 @@ def report(entity: str, project: str, group: str) -> wr.Report:
         runs = wr.Runset(
             entity=entity,
             project=project,
-            name=_title(group),
+            name=wandb_title(f"Federation {group}"),
             filters=_filter(group),
             order=[wr.OrderBy(name="Name", ascending=True)],
         )
@@ -100,7 +100,7 @@ def report(entity: str, project: str, group: str) -> wr.Report:
     return wr.Report(
         entity=entity,
         project=project,
-        title=_title(group),
+        title=wandb_title(f"Federation {group}"),
         description="Made by fedfisher dashboard.",
         blocks=blocks,
         width="fluid",
@@ -181,12 +181,6 @@ def _filter(group: str) -> str:
 
 def _escape(character: str) -> str:
     return f"\\U{ord(character):08x}"
-
-
-def _title(group: str) -> str:
-    """A title that is part of an address, in which W&B allows no symbols."""
-    plain = "".join(c if c.isalnum() or c in " _.,-()" else "-" for c in group)
-    return f"Federation {plain}"[:_LONGEST]
 
 
 def _line(error: Exception) -> str:

@@ -382,6 +382,6 @@ def test_page_in_print(browser, pages, name):
 def test_the_package_needs_no_extra():
     code = (
         "import sys; sys.modules |= dict.fromkeys(('plotly', 'jinja2', 'selenium'));"
-        "import lightning_fedfisher.cli.main"
+        "from lightning_fedfisher.cli import main, inspect, verify, merge, report, dashboard"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
