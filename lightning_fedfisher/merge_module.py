@@ -37,7 +37,7 @@ from lightning_fedfisher.merge.layer_state import DONE
 from lightning_fedfisher.merge.methods import METHODS, MergeMethod, MethodName
 from lightning_fedfisher.merge.solvers import Solver
 from lightning_fedfisher.merge.validation import Validation
-from lightning_fedfisher.tracking.wandb_run import define_merge_axes, log_merge
+from lightning_fedfisher.tracking.server import define_merge_axes, log_merge
 
 _CHECKPOINT_KEY = "lightning_fedfisher_merge_2"  # counts what is saved
 
