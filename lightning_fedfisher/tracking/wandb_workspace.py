@@ -35,7 +35,7 @@ def workspace(entity: str, project: str, group: str) -> ws.Workspace:
         group: The federation's name, which is the W&B group of its runs.
 
     Returns:
-        It, not yet saved.
+        A workspace that is not saved yet.
 
     Raises:
         ValueError: If W&B allows no entity, project or group of that name.
@@ -71,7 +71,7 @@ def report(entity: str, project: str, group: str) -> wr.Report:
         group: The federation's name, which is the W&B group of its runs.
 
     Returns:
-        It, not yet saved.
+        A report that is not saved yet.
 
     Raises:
         ValueError: If W&B allows no entity, project or group of that name.

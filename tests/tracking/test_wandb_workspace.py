@@ -16,7 +16,6 @@ from types import SimpleNamespace
 import pytest
 import wandb
 from helpers.federation import quiet_trainer, tiny_loader, tiny_model
-from helpers.logged_keys import FAMILIES, OTHERS
 from helpers.records import federation
 from lightning.pytorch.loggers.logger import DummyLogger
 
@@ -24,7 +23,8 @@ import lightning_fedfisher
 from lightning_fedfisher import FedFisherCallback, FisherMergeModule
 from lightning_fedfisher.cli import main as cli
 from lightning_fedfisher.cli.main import main
-from lightning_fedfisher.tracking.wandb_run import _show_curvature, log_federation
+from lightning_fedfisher.tracking import log_federation
+from lightning_fedfisher.tracking.client import _log_curvature
 from lightning_fedfisher.tracking.wandb_workspace import planned, report, workspace
 
 SNAPSHOT = Path(__file__).with_name("snapshots") / "dashboard.json"
@@ -185,17 +185,6 @@ def test_lines_are_of_single_runs_by_a_pattern(plan):
         assert isinstance(config["yLogScale"], bool)
 
 
-def test_every_pattern_matches_one_family_of_keys_and_nothing_else(plan):
-    keys = OTHERS.union(*FAMILIES)
-    found = [{key for key in keys if re.search(pattern, key)} for pattern in _patterns(plan)]
-    assert sorted(map(sorted, found)) == sorted(map(sorted, FAMILIES))
-
-
-def test_patterns_are_such_as_go_and_javascript_know(plan):
-    for pattern in _patterns(plan):
-        assert not re.search(r"\(\?[^:]|\\[^-./]", pattern)
-
-
 class Keys(DummyLogger):
     def __init__(self):
         super().__init__()
@@ -225,7 +214,7 @@ def test_charts_are_drawn_as_they_were_logged(plan):
     logger.log_metrics = lambda metrics, **_: logged.update(metrics)
     record = federation()
     log_federation(logger, record)
-    _show_curvature(logger, "fedfisher", record.clients[0].curvature, step=0)
+    _log_curvature(logger, "fedfisher", record.clients[0].curvature, step=0)
     rows = wandb.Table(["class", "samples"], [["class 0", 1]])
     logged["data/classes"] = wandb.plot.bar(rows, "class", "samples")
     shown = {}
