@@ -8,9 +8,8 @@ from __future__ import annotations
 from lightning_fedfisher.results.record import (
     ClientRecord,
     FederationRecord,
-    LayerCurvature,
     MergeRecord,
     ModelScore,
 )
 
-__all__ = ["ClientRecord", "FederationRecord", "LayerCurvature", "MergeRecord", "ModelScore"]
+__all__ = ["ClientRecord", "FederationRecord", "MergeRecord", "ModelScore"]

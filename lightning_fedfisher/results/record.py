@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from lightning_fedfisher._utils.files import atomic_write
+from lightning_fedfisher.curvature.summary import CurvatureSummary
 
 FILE_NAME = "record.json"
 """The name of a record's file in the folder of a federation."""
@@ -45,28 +46,6 @@ class ModelScore:
 
 
 @dataclass(frozen=True)
-class LayerCurvature:
-    """A summary of a client's curvature of one layer.
-
-    Attributes:
-        layer: The layer's name.
-        trace: Sum of the eigenvalues: how much a change of the layer raises the client's loss.
-        effective_rank: ``(sum of the eigenvalues)^2 / sum of their squares``: in how many
-            directions it does so, from 1 to the number of weights.
-        spectrum: Eigenvalues at evenly spaced ranks, largest first; empty if not computed.
-
-    Example:
-        >>> LayerCurvature("head", trace=3.0, effective_rank=1.8, spectrum=[2.0, 1.0])
-        LayerCurvature(layer='head', trace=3.0, effective_rank=1.8, spectrum=[2.0, 1.0])
-    """
-
-    layer: str
-    trace: float
-    effective_rank: float
-    spectrum: list[float] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
 class ClientRecord:
     """What is known about one client.
 
@@ -91,7 +70,7 @@ class ClientRecord:
     train_loss: list[float] = field(default_factory=list)
     extraction_seconds: float | None = None
     upload_bytes: int | None = None
-    curvature: list[LayerCurvature] = field(default_factory=list)
+    curvature: list[CurvatureSummary] = field(default_factory=list)
     score: ModelScore | None = None
 
 

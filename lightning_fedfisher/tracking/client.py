@@ -5,37 +5,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_fedfisher._utils.progress import is_rank_zero
+from lightning_fedfisher.curvature.summary import CurvatureSummary
 from lightning_fedfisher.tracking import keys
 from lightning_fedfisher.tracking.wandb_run import may_upload, update_artifact_name
 from lightning_fedfisher.update.client_update import ClientUpdate
 
 _SECONDS_BETWEEN_LOGS = 5.0
-
-
-class LayerSummary(Protocol):
-    """What is logged of a layer's curvature, as `summarize_curvature` returns it."""
-
-    @property
-    def layer(self) -> str:
-        """The layer's name."""
-
-    @property
-    def trace(self) -> float:
-        """The sum of the eigenvalues."""
-
-    @property
-    def effective_rank(self) -> float:
-        """In how many directions the eigenvalues are large."""
-
-    @property
-    def spectrum(self) -> Sequence[float]:
-        """Eigenvalues at evenly spaced ranks, largest first; empty if they were not computed."""
 
 
 def warn_of_used_runs(loggers: Iterable[Logger]) -> None:
@@ -89,7 +70,7 @@ def log_update(
     loggers: Iterable[Logger],
     prefix: str,
     update: ClientUpdate,
-    curvature: Sequence[LayerSummary],
+    curvature: Sequence[CurvatureSummary],
     metrics: Mapping[str, float],
     step: int,
 ) -> None:
@@ -131,7 +112,7 @@ def log_update(
 
 
 def _log_curvature(
-    logger: WandbLogger, prefix: str, curvature: Sequence[LayerSummary], step: int
+    logger: WandbLogger, prefix: str, curvature: Sequence[CurvatureSummary], step: int
 ) -> None:
     """Logs a table of the layers, and a chart of those whose eigenvalues are known."""
     import wandb

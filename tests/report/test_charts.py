@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 from helpers.records import HOSTILE, federation, history, hostile, large, long_names, merge, score
 
+from lightning_fedfisher.curvature.summary import CurvatureSummary
 from lightning_fedfisher.report.charts.registry import charts
 from lightning_fedfisher.report.wording import label, labels, number, percent
 from lightning_fedfisher.results.record import (
     ClientRecord,
     FederationRecord,
-    LayerCurvature,
     ModelScore,
 )
 
@@ -187,7 +187,7 @@ def test_accuracy_labels_its_lines_one_above_the_other():
 def test_curvature_says_which_layer_has_most():
     layers = [[("a", 1.0, 3.0), ("b", 2.0, 40.0)], [("a", 0.0, 5.0), ("b", 5.0, 20.0)]]
     clients = [
-        ClientRecord(str(index), 1, curvature=[LayerCurvature(*layer) for layer in own])
+        ClientRecord(str(index), 1, curvature=[CurvatureSummary(*layer) for layer in own])
         for index, own in enumerate(layers)
     ]
     chart = _chart(_of(clients), "curvature")
@@ -349,8 +349,10 @@ def _untested():
 
 def _extreme():
     record = federation(clients=9)
-    curved = [LayerCurvature("a", 10.0 ** (60 * k - 250), math.inf, [1e300, 1.0]) for k in range(9)]
-    curved[0] = LayerCurvature("a", -1.0, math.nan, [0.0, 0.0])
+    curved = [
+        CurvatureSummary("a", 10.0 ** (60 * k - 250), math.inf, [1e300, 1.0]) for k in range(9)
+    ]
+    curved[0] = CurvatureSummary("a", -1.0, math.nan, [0.0, 0.0])
     clients = [
         replace(own, curvature=[layer], train_loss=[1e30])
         for own, layer in zip(record.clients, curved, strict=True)

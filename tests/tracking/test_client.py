@@ -9,7 +9,7 @@ from helpers.wandb_runs import FakeRun, fit_client, online_logger, open_run, rea
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from lightning_fedfisher import FedFisherCallback, FisherMergeModule
-from lightning_fedfisher.results import LayerCurvature
+from lightning_fedfisher.curvature.summary import CurvatureSummary
 from lightning_fedfisher.tracking import client
 from lightning_fedfisher.tracking.client import log_update
 
@@ -115,7 +115,7 @@ def test_an_offline_run_names_the_file_and_keeps_it_to_itself(update, tmp_path):
 
 def test_curvature_without_eigenvalues_has_a_table_and_no_chart(update, tmp_path):
     logger = open_run(tmp_path, "a")
-    told = [LayerCurvature("a", 0.0, 0.0, [0.0, 0.0]), LayerCurvature("b", 1.0, 2.0)]
+    told = [CurvatureSummary("a", 0.0, 0.0, [0.0, 0.0]), CurvatureSummary("b", 1.0, 2.0)]
     log_update([logger], "fedfisher", update, told, {}, 0)
     wandb.finish()
     run = read_runs(tmp_path)["a"]
@@ -125,7 +125,10 @@ def test_curvature_without_eigenvalues_has_a_table_and_no_chart(update, tmp_path
 
 def test_a_spectrum_shows_shares_of_the_largest_eigenvalue(update, tmp_path):
     logger = open_run(tmp_path, "a")
-    told = [LayerCurvature("a", 11.1, 2.0, [10.0, 1.0, 0.1, 0.0]), LayerCurvature("b", 1, 1, [1])]
+    told = [
+        CurvatureSummary("a", 11.1, 2.0, [10.0, 1.0, 0.1, 0.0]),
+        CurvatureSummary("b", 1, 1, [1]),
+    ]
     log_update([logger], "fedfisher", update, told, {}, 0)
     wandb.finish()
     run = read_runs(tmp_path)["a"]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
+from lightning_fedfisher.curvature.summary import CurvatureSummary
 from lightning_fedfisher.report.charts.plots import (
     Series,
     bar,
@@ -35,7 +36,7 @@ from lightning_fedfisher.report.wording import (
     percent,
     sentences,
 )
-from lightning_fedfisher.results.record import ClientRecord, FederationRecord, LayerCurvature
+from lightning_fedfisher.results.record import ClientRecord, FederationRecord
 
 _MOST_COLUMNS, _MOST_PRINTED = 100, 12
 
@@ -256,7 +257,7 @@ def curvature_chart(record: FederationRecord) -> Chart | None:
     )
 
 
-def _spectra(clients: Sequence[ClientRecord], layers: Sequence[LayerCurvature]) -> list[Series]:
+def _spectra(clients: Sequence[ClientRecord], layers: Sequence[CurvatureSummary]) -> list[Series]:
     found = []
     for client, layer in zip(clients, layers, strict=True):
         top = layer.spectrum[0] if layer.spectrum else 0.0
