@@ -1,6 +1,6 @@
 """One HTML page about a federation, drawn from its `FederationRecord`.
 
-May import: results, curvature.summary, _utils. Needs the extra `report`.
+May import: results, merge, curvature, _utils. Needs the extra `report`.
 """
 
 try:
