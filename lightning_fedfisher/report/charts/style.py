@@ -113,9 +113,7 @@ def titled(axis: dict[str, Any]) -> dict[str, Any]:
 
 
 def log_axis(values: Sequence[float], title: str, upright: bool = False) -> dict[str, Any]:
-    """Makes a logarithmic axis whose labels are whole numbers' names and fit on a phone.
-
-    Plotly's own labels of such an axis either overlap there or leave out the factor of ten.
+    """Makes a logarithmic axis with labels at round numbers that stay apart on a phone.
 
     Args:
         values: Positive numbers that the axis must span.
