@@ -207,5 +207,5 @@ class _Saved:
 def _to_json(value: Any) -> str:
     """Writes a path as text, and refuses what JSON cannot hold."""
     if isinstance(value, os.PathLike):
-        return os.fspath(value)
+        return str(os.fspath(value))
     raise ValueError(f"cannot serialize a {type(value).__name__} in the config of a record")

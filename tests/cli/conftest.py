@@ -28,7 +28,13 @@ def folder(trained, tmp_path, monkeypatch):
     return tmp_path
 
 
-def damage(path):
+@pytest.fixture
+def damage():
+    """Changes one bit of a file's last tensor."""
+    return _damage
+
+
+def _damage(path):
     content = bytearray(path.read_bytes())
     content[-60] ^= 1
     path.write_bytes(content)

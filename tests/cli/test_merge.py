@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import torch
-from cli.conftest import damage
 from helpers.federation import TinyClassifier, quiet_trainer
 from safetensors.torch import load_file
 from torch import nn
@@ -72,7 +71,7 @@ def test_merge_leaves_a_record_to_report_on(folder, capsys):
     assert capsys.readouterr().out.startswith("m.html: 10 clients, 1 merge, ")
 
 
-def test_merge_goes_on_without_the_bad_one_if_told_to(folder, capsys):
+def test_merge_goes_on_without_the_bad_one_if_told_to(folder, capsys, damage):
     bad = folder / "updates/client-0.safetensors"
     damage(bad)
     command = ["merge", "updates/*.safetensors", "--output", "m.safetensors"]
