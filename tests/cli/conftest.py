@@ -30,7 +30,7 @@ def folder(trained, tmp_path, monkeypatch):
 
 @pytest.fixture
 def damage():
-    """Changes one bit of a file's last tensor."""
+    """Returns a function that changes one bit of a file's last tensor."""
     return _damage
 
 
