@@ -1,89 +1,71 @@
 """One-shot federated learning for PyTorch Lightning.
 
 Clients train alone, once, with `FedFisherCallback` on their Trainer, and send one `ClientUpdate`
-file. A server runs `FisherMergeModule` on its Trainer and gets the one model that minimises the sum
-of the clients' quadratics.
+file. A server merges the files with `merge_updates`, or with `FisherMergeModule` on its Trainer,
+into the one model that minimises the sum of the clients' quadratics.
+
+A name is imported when it is first used, so that a client does not pay for the server, nor anybody
+for what they do not touch. Everything else is imported from its room, as
+``from lightning_fedfisher.curvature import Kronecker``.
 """
 
-# Client
-from lightning_fedfisher.callback import FedFisherCallback
-from lightning_fedfisher.extraction.extract import extract_curvature, extract_curvatures
-from lightning_fedfisher.extraction.options import ExtractionOptions
-from lightning_fedfisher.extraction.result import ExtractedCurvature
+from __future__ import annotations
 
-# Server
-from lightning_fedfisher.errors import MergeError
-from lightning_fedfisher.merge_module import FisherMergeModule
-from lightning_fedfisher.merge.methods import METHODS
+from typing import TYPE_CHECKING
 
-# Secure aggregation
-from lightning_fedfisher.secure_aggregation.sums import update_from_sums, client_sums
-from lightning_fedfisher.secure_aggregation.fixed_point import from_fixed, to_fixed
+from lightning_fedfisher._utils.environment import package_version
+from lightning_fedfisher._utils.lazy_import import lazy_exports
 
-# What is told of it
-from lightning_fedfisher.results.record import (
-    ClientRecord,
-    FederationRecord,
-    LayerCurvature,
-    MergeRecord,
-    ModelScore,
-)
-from lightning_fedfisher.tracking.wandb_run import (
-    federation_logger,
-    log_federation,
-    log_merged_model,
-)
-
-# What crosses between them, and what it is made of
-from lightning_fedfisher.errors import BudgetError
-from lightning_fedfisher.curvature.base import Curvature, Identity
-from lightning_fedfisher.curvature.dense import Dense
-from lightning_fedfisher.curvature.diagonal import Diagonal
-from lightning_fedfisher.curvature.registry import KINDS
-from lightning_fedfisher.curvature.kronecker import EigenKronecker, Kronecker
-from lightning_fedfisher.curvature.embedding import EmbeddingEigenKronecker, EmbeddingKronecker
-from lightning_fedfisher.layers import Layer, find_layers
-from lightning_fedfisher.errors import UnsupportedModelError
-from lightning_fedfisher.update.client_update import ClientUpdate
-from lightning_fedfisher.update.header import UpdateHeader
-from lightning_fedfisher.errors import UpdateError
+if TYPE_CHECKING:
+    from lightning_fedfisher.callback import FedFisherCallback
+    from lightning_fedfisher.errors import (
+        BudgetError,
+        FedFisherError,
+        MergeError,
+        UnsupportedModelError,
+        UpdateError,
+    )
+    from lightning_fedfisher.extraction.extract import extract_curvature
+    from lightning_fedfisher.merge.merger import merge_updates
+    from lightning_fedfisher.merge.methods import METHODS, MergeMethod
+    from lightning_fedfisher.merge_module import FisherMergeModule
+    from lightning_fedfisher.report import write_report
+    from lightning_fedfisher.tracking.wandb_run import federation_logger
+    from lightning_fedfisher.update.client_update import ClientUpdate
 
 __all__ = [
-    "KINDS",
     "METHODS",
     "BudgetError",
-    "ClientRecord",
     "ClientUpdate",
-    "Curvature",
-    "Dense",
-    "Diagonal",
-    "EigenKronecker",
-    "EmbeddingEigenKronecker",
-    "EmbeddingKronecker",
-    "ExtractedCurvature",
-    "ExtractionOptions",
     "FedFisherCallback",
-    "FederationRecord",
+    "FedFisherError",
     "FisherMergeModule",
-    "Identity",
-    "Kronecker",
-    "Layer",
-    "LayerCurvature",
     "MergeError",
-    "MergeRecord",
-    "ModelScore",
+    "MergeMethod",
     "UnsupportedModelError",
     "UpdateError",
-    "UpdateHeader",
-    "client_sums",
+    "__version__",
     "extract_curvature",
-    "extract_curvatures",
     "federation_logger",
-    "find_layers",
-    "from_fixed",
-    "log_federation",
-    "log_merged_model",
-    "to_fixed",
-    "update_from_sums",
+    "merge_updates",
+    "write_report",
 ]
-__version__ = "0.1.0"
+
+_ROOMS = {
+    "callback": ("FedFisherCallback",),
+    "errors": (
+        *("FedFisherError", "UnsupportedModelError", "UpdateError", "MergeError", "BudgetError"),
+    ),
+    "extraction.extract": ("extract_curvature",),
+    "merge.merger": ("merge_updates",),
+    "merge.methods": ("METHODS", "MergeMethod"),
+    "merge_module": ("FisherMergeModule",),
+    "report": ("write_report",),
+    "tracking.wandb_run": ("federation_logger",),
+    "update.client_update": ("ClientUpdate",),
+}
+
+__version__ = package_version()
+__getattr__, __dir__ = lazy_exports(
+    __name__, {name: f"{__name__}.{room}" for room, names in _ROOMS.items() for name in names}
+)

@@ -26,7 +26,7 @@ from lightning_fedfisher.extraction.options import ExtractionOptions
 from lightning_fedfisher.extraction.result import ExtractedCurvature
 from lightning_fedfisher.extraction.sampling import MaxSamples, most_samples, partition_samples
 from lightning_fedfisher.layers import find_layers
-from lightning_fedfisher.tracking.wandb_run import log_update, progress_log, warn_of_used_runs
+from lightning_fedfisher.tracking.client import log_update, progress_log, warn_of_used_runs
 from lightning_fedfisher.update.client_update import ClientUpdate
 
 _PREFIX = "fedfisher"

@@ -30,7 +30,7 @@ from lightning_fedfisher.merge.methods import MergeMethod
 from lightning_fedfisher.merge.options import DEFAULT_MEMORY_BUDGET, MergeOptions
 from lightning_fedfisher.merge.result import MergeResult
 from lightning_fedfisher.merge.validation import Validation, require_one_loader
-from lightning_fedfisher.tracking.wandb_run import define_merge_axes, log_merge
+from lightning_fedfisher.tracking.server import define_merge_axes, log_merge
 
 _CHECKPOINT_KEY = "lightning_fedfisher_merge"
 

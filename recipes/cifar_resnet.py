@@ -48,7 +48,7 @@ from lightning_fedfisher import ClientUpdate
 from lightning_fedfisher._utils.files import atomic_write
 from lightning_fedfisher.report.page import write_report
 from lightning_fedfisher.results.record import FederationRecord, ModelScore
-from lightning_fedfisher.tracking.wandb_run import log_federation, log_merged_model
+from lightning_fedfisher.tracking import log_federation, log_merged_model
 
 Report = dict[str, Any]
 

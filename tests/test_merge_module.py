@@ -36,7 +36,6 @@ from lightning_fedfisher import (
     FedFisherCallback,
     FisherMergeModule,
     MergeError,
-    UpdateHeader,
     extract_curvature,
 )
 from lightning_fedfisher.curvature.base import Identity
@@ -49,6 +48,7 @@ from lightning_fedfisher.merge.disk_cache import OnDiskTensors
 from lightning_fedfisher.merge.layer_loader import LayerLoader
 from lightning_fedfisher.merge.methods import MergeMethod
 from lightning_fedfisher.merge.solvers import ClosedForm, ConjugateGradient, PublishedServer
+from lightning_fedfisher.update.header import UpdateHeader
 
 NEEDS = {
     "fedavg": ("identity", "exact"),

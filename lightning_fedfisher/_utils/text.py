@@ -1,4 +1,8 @@
-"""What clients are called: by the part of their files' paths that tells them apart."""
+"""Names that strangers chose, made safe for where they are shown.
+
+The names of clients, layers, files and metadata come from other people's computers. Each place
+that shows them has one function here: a terminal, an HTML page, a Markdown table, a W&B address.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,94 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+_LONGEST_TITLE = 128  # characters of a W&B report's title
 
-def client_names(sources: Sequence[str]) -> list[str]:
-    """Names clients by their updates' files.
+
+def terminal_text(text: str) -> str:
+    r"""Escapes what a terminal would act on or not show: control characters and their like.
 
     Args:
-        sources: paths, one for each client.
+        text: One line of text.
 
     Returns:
-        The paths without the folders, file name or suffix that all have in common; numbers for
-        sources that are not told apart, as updates in memory are not.
+        The text, each character that is not printable in Python's escaped form.
+
+    Example:
+        >>> print(terminal_text("ward 3\x1b[2J"))
+        ward 3\x1b[2J
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def page_text(text: str) -> str:
+    r"""Replaces characters that would hide, reverse or break a line of a page or a chart.
+
+    This does not escape HTML: a template or `wording.marked` does that.
+
+    Args:
+        text: Any text.
+
+    Returns:
+        Text of the same length, a question mark for each character that is not printable.
+
+    Example:
+        >>> page_text("ward\n3\u202e")
+        'ward?3?'
+    """
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def markdown_code(text: str) -> str:
+    r"""Quotes text as inline code that stays within its cell of a Markdown table.
+
+    Args:
+        text: Any text.
+
+    Returns:
+        The text between backticks, a question mark for each backtick, vertical bar or character
+        that is not printable.
+
+    Example:
+        >>> markdown_code("a|b`c\n")
+        '`a?b?c?`'
+    """
+    return f"`{page_text(text).translate(_MARKUP)}`"
+
+
+_MARKUP = str.maketrans("`|", "??")
+
+
+def wandb_title(text: str) -> str:
+    """Makes a title for W&B, which puts it into an address and allows no symbols there.
+
+    Args:
+        text: Any text.
+
+    Returns:
+        At most 128 characters, a hyphen for each that is no letter, digit, space or one of
+        ``_.,-()``.
+
+    Example:
+        >>> wandb_title("Federation alpha=0.1/beta")
+        'Federation alpha-0.1-beta'
+    """
+    plain = "".join(c if c.isalnum() or c in " _.,-()" else "-" for c in text)
+    return plain[:_LONGEST_TITLE]
+
+
+def client_names(sources: Sequence[str]) -> list[str]:
+    """Names clients by the part of their files' paths that tells them apart.
+
+    Args:
+        sources: The path of each client's update, or a word for an update in memory.
+
+    Returns:
+        The paths without the folders, file name or suffix that all of them share. Sources that
+        occur more than once, as those of updates in memory do, become ``client-INDEX``.
+
+    Example:
+        >>> client_names(["round/berlin/update.safetensors", "round/paris/update.safetensors"])
+        ['berlin', 'paris']
     """
     counts = Counter(sources)
     if len(counts) < len(sources):

@@ -1,96 +1,123 @@
-"""The flags of the `fedfisher` commands."""
+"""The flags of the ``fedfisher`` commands."""
 
 from __future__ import annotations
 
 from jsonargparse import ArgumentParser
 
-from lightning_fedfisher import __version__
+from lightning_fedfisher._utils.environment import package_version
 from lightning_fedfisher.merge.methods import METHODS
 from lightning_fedfisher.merge.options import DEFAULT_MEMORY_BUDGET
 
 _MODEL = "module.path:factory, a function without arguments that makes the model to check against"
 
 
-def parser(description: str | None) -> ArgumentParser:
-    """What reads the command line.
+def make_parser(description: str | None) -> ArgumentParser:
+    """Makes the parser of the command line.
 
     Args:
-        description: of the program.
+        description: The text above the help of the whole program.
 
     Returns:
-        A parser with a subcommand for each command.
+        A parser that stores the chosen command as ``command`` and its flags under that name.
     """
-    whole = ArgumentParser(prog="fedfisher", description=description, version=__version__)
-    commands = whole.add_subcommands(dest="command", title="commands")
+    parser = ArgumentParser(prog="fedfisher", description=description, version=package_version())
+    subcommands = parser.add_subcommands(dest="command", title="commands")
+    for name, (make, told) in _COMMANDS.items():
+        subcommands.add_subcommand(name, make(), help=told)
+    return parser
 
-    inspect = ArgumentParser(description="Tells what an update file holds, without reading it all.")
-    inspect.add_argument("file", type=str, help="update file")
-    inspect.add_argument("--json", action="store_true", help="print JSON")
-    commands.add_subcommand("inspect", inspect, help="tell what an update file holds")
 
-    verify = ArgumentParser(
+def _inspect() -> ArgumentParser:
+    """Makes the parser of ``fedfisher inspect``."""
+    parser = ArgumentParser(description="Tells what an update file holds, without reading it all.")
+    parser.add_argument("file", type=str, help="update file")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _verify() -> ArgumentParser:
+    """Makes the parser of ``fedfisher verify``."""
+    parser = ArgumentParser(
         description="Reads update files whole and checks everything: digests, finiteness, shapes, "
-        "curvature that is none, and whether they belong together. Clients that weigh far more "
-        "than the median client are reported. Exits with 1 if a file is refused."
+        "whether the curvature is positive semi-definite, and whether they belong together. "
+        "Clients that weigh far more than the median client are reported. Exits with 1 if a file "
+        "is refused."
     )
-    verify.add_argument("--config", action="config", help="YAML file of flags")
-    verify.add_argument("files", type=str, nargs="+", help="update files, or quoted patterns")
-    verify.add_argument("--model", type=str | None, help=_MODEL)
-    commands.add_subcommand("verify", verify, help="check update files")
+    parser.add_argument("--config", action="config", help="YAML file of flags")
+    parser.add_argument("files", type=str, nargs="+", help="update files, or quoted patterns")
+    parser.add_argument("--model", type=str | None, help=_MODEL)
+    return parser
 
-    merge = ArgumentParser(
+
+def _merge() -> ArgumentParser:
+    """Makes the parser of ``fedfisher merge``."""
+    parser = ArgumentParser(
         description="Merges update files into one model, a safetensors file of its state dict, "
         "with a model card beside it, and a record for `fedfisher report`."
     )
-    merge.add_argument("--config", action="config", help="YAML file of flags")
-    merge.add_argument("files", type=str, nargs="+", help="update files, or quoted patterns")
-    merge.add_argument("--output", type=str, required=True, help="file to write: NAME.safetensors")
-    merge.add_argument("--method", choices=list(METHODS), default="fedfisher", help="merge method")
-    merge.add_argument("--model", type=str | None, help=_MODEL)
-    merge.add_argument("--accelerator", type=str, default="auto", help="Lightning accelerator")
-    merge.add_argument("--devices", type=int, default=1, help="devices, or processes on a CPU")
-    merge.add_argument(
+    parser.add_argument("--config", action="config", help="YAML file of flags")
+    parser.add_argument("files", type=str, nargs="+", help="update files, or quoted patterns")
+    parser.add_argument("--output", type=str, required=True, help="file to write: NAME.safetensors")
+    parser.add_argument("--method", choices=list(METHODS), default="fedfisher", help="merge method")
+    parser.add_argument("--model", type=str | None, help=_MODEL)
+    parser.add_argument("--accelerator", type=str, default="auto", help="Lightning accelerator")
+    parser.add_argument("--devices", type=int, default=1, help="devices, or processes on a CPU")
+    parser.add_argument(
         "--max-influence",
         type=float | None,
-        help="what a client may weigh, as a multiple of the median client; by default as the "
-        "method has it",
+        help="most that a client may weigh, as a multiple of the median client; the method's own "
+        "limit by default",
     )
-    merge.add_argument("--max-iterations", type=int | None, help="solver steps a layer at most")
-    merge.add_argument(
+    parser.add_argument("--max-iterations", type=int | None, help="solver steps a layer at most")
+    parser.add_argument(
         "--memory-budget",
         type=int,
         default=DEFAULT_MEMORY_BUDGET,
         help="bytes of curvature to hold at a time",
     )
-    merge.add_argument(
-        "--skip-invalid", action="store_true", help="go on without updates that are refused"
+    parser.add_argument(
+        "--skip-invalid", action="store_true", help="leave out updates that are refused"
     )
-    merge.add_argument(
+    parser.add_argument(
         "--dry-run", action="store_true", help="check all, tell what would be done, write nothing"
     )
-    commands.add_subcommand("merge", merge, help="merge update files into one model")
+    return parser
 
-    report = ArgumentParser(
+
+def _report() -> ArgumentParser:
+    """Makes the parser of ``fedfisher report``."""
+    parser = ArgumentParser(
         description="Draws the record of a federation: one HTML page with the methods compared and "
         "charts of clients and merges, to be read without a network, or printed."
     )
-    report.add_argument(
+    parser.add_argument(
         "run", type=str, metavar="RUN_DIR", help="folder with a record.json, or a record"
     )
-    report.add_argument(
+    parser.add_argument(
         "--output", type=str | None, metavar="FILE", help="page to write; RUN_DIR/report.html"
     )
-    commands.add_subcommand("report", report, help="draw a federation on one HTML page")
+    return parser
 
-    dashboard = ArgumentParser(
+
+def _dashboard() -> ArgumentParser:
+    """Makes the parser of ``fedfisher dashboard``."""
+    parser = ArgumentParser(
         description="Saves a W&B workspace and a W&B report of one federation, whose runs share a "
         "group, and prints their addresses. Exits with 1 if W&B does not take them."
     )
-    dashboard.add_argument("--entity", type=str, required=True, help="user or team of W&B")
-    dashboard.add_argument("--project", type=str, required=True, help="project of the runs")
-    dashboard.add_argument("--group", type=str, required=True, help="group of the runs")
-    dashboard.add_argument(
+    parser.add_argument("--entity", type=str, required=True, help="user or team of W&B")
+    parser.add_argument("--project", type=str, required=True, help="project of the runs")
+    parser.add_argument("--group", type=str, required=True, help="group of the runs")
+    parser.add_argument(
         "--dry-run", action="store_true", help="print what would be saved as JSON, need no network"
     )
-    commands.add_subcommand("dashboard", dashboard, help="save a W&B workspace and report")
-    return whole
+    return parser
+
+
+_COMMANDS = {
+    "inspect": (_inspect, "tell what an update file holds"),
+    "verify": (_verify, "check update files"),
+    "merge": (_merge, "merge update files into one model"),
+    "report": (_report, "draw a federation on one HTML page"),
+    "dashboard": (_dashboard, "save a W&B workspace and report"),
+}

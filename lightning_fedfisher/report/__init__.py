@@ -1,4 +1,4 @@
-"""A federation on one HTML page, drawn from its record.
+"""One HTML page about a federation, drawn from its `FederationRecord`.
 
 May import: results, merge, curvature, _utils. Needs the extra `report`.
 """
@@ -10,3 +10,7 @@ except ImportError as error:
     raise ImportError(
         "a report needs plotly and jinja2: pip install 'lightning-fedfisher[report]'"
     ) from error
+
+from lightning_fedfisher.report.page import write_report
+
+__all__ = ["write_report"]

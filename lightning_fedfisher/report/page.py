@@ -1,4 +1,4 @@
-"""The report of a federation: one HTML file with numbers, charts and all that they need."""
+"""The report of a federation: one HTML file with its numbers, charts and scripts."""
 
 from __future__ import annotations
 
@@ -12,29 +12,40 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
-from lightning_fedfisher import __version__
+from lightning_fedfisher._utils.environment import package_version
 from lightning_fedfisher._utils.files import atomic_write
+from lightning_fedfisher._utils.text import page_text
 from lightning_fedfisher.report.charts.registry import accuracy_finding, charts
-from lightning_fedfisher.report.wording import count, is_known, label, number, plain
+from lightning_fedfisher.report.wording import count, is_known, label, number
 from lightning_fedfisher.results.record import FederationRecord, MergeRecord, ModelScore
 
 FILE_NAME = "report.html"
-"""What a report is called in the folder of a federation."""
+"""The name of a report's file in the folder of a federation."""
 
 _NONE = "–"  # noqa: RUF001
 
 
 def write_report(record: FederationRecord, path: str | os.PathLike[str]) -> None:
-    """Writes a page that needs nothing beside itself: no network, no other file.
+    """Writes the report of a federation: one HTML page that needs no network and no other file.
 
     Args:
-        record: of the federation.
-        path: of the HTML file; a reader sees the old one or the whole new one.
+        record: The record of the federation, as `FederationRecord.load` reads it.
+        path: The HTML file to write; a reader sees the old file or the whole new one.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> record = FederationRecord("two clinics", clients=[], merges=[])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     page = Path(folder, "report.html")
+        ...     write_report(record, page)
+        ...     "two clinics" in page.read_text()
+        True
     """
     drawn, (columns, rows) = charts(record), _table(record)
     page = _environment().get_template("report.html.j2")
     text = page.render(
-        title=plain(record.title),
+        title=page_text(record.title),
         about=_about(record),
         finding=accuracy_finding(record),
         facts=_facts(record),
@@ -44,22 +55,23 @@ def write_report(record: FederationRecord, path: str | os.PathLike[str]) -> None
         charts=drawn,
         figures=[[panel.figure.to_plotly_json() for panel in chart.panels] for chart in drawn],
         settings=[
-            (heading, [(plain(str(name)), _written(value)) for name, value in table.items()])
+            (heading, [(page_text(str(name)), _written(value)) for name, value in table.items()])
             for heading, table in (
                 ("Configuration", record.config),
                 ("Environment", record.environment),
             )
             if table
         ],
-        version=__version__,
+        version=package_version(),
         plotly=get_plotlyjs() if drawn else "",
     )
     with atomic_write(Path(path)) as partial:
-        # A lone half of a character, which JSON may hold, is none.
+        # JSON may hold lone surrogates, which UTF-8 cannot encode.
         partial.write_text(text, encoding="utf-8", errors="replace")
 
 
 def _environment() -> Environment:
+    """Makes jinja2's environment for the template, which escapes everything it is given."""
     made = Environment(
         loader=PackageLoader("lightning_fedfisher.report", "templates"),
         autoescape=True,
@@ -72,7 +84,7 @@ def _environment() -> Environment:
 
 
 class _Fact(NamedTuple):
-    """A number that stands large above the table."""
+    """A number that is shown large above the table."""
 
     name: str
     value: str
@@ -80,6 +92,7 @@ class _Fact(NamedTuple):
 
 
 def _facts(record: FederationRecord) -> list[_Fact]:
+    """Collects the numbers above the table, of the first merge."""
     facts = []
     merge = record.merges[0] if record.merges else None
     score = merge.score if merge else None
@@ -116,6 +129,7 @@ def _facts(record: FederationRecord) -> list[_Fact]:
 
 
 def _about(record: FederationRecord) -> str:
+    """Counts clients, samples and methods, for the line below the title."""
     samples = sum(client.num_samples for client in record.clients)
     parts = [
         count(len(record.clients), "client"),
@@ -127,7 +141,7 @@ def _about(record: FederationRecord) -> str:
 
 @dataclass(frozen=True)
 class _Column:
-    """A column of the table: what it shows, and whether more or less of it is better."""
+    """A column of the table: what it shows, and whether larger (1) or smaller (-1) is better."""
 
     title: str
     value: Callable[[MergeRecord], float | None]
@@ -146,7 +160,7 @@ class _Cell(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """A row of the table; a reference is no method and is not compared."""
+    """A row of the table; references are no methods and are not compared."""
 
     name: str
     full: str
@@ -155,17 +169,20 @@ class _Row(NamedTuple):
 
 
 def _of(score: ModelScore | None, what: str) -> float | None:
+    """Reads a field of a score; None if there is no score or the field is not finite."""
     value = getattr(score, what) if score else None
     return value if is_known(value) else None
 
 
 def _uploads(merge: MergeRecord) -> float | None:
+    """Divides the upload by FedAvg's; None if one of them is not known."""
     if merge.upload_bytes is None or not merge.fedavg_bytes:
         return None
     return merge.upload_bytes / merge.fedavg_bytes
 
 
 def _seconds(value: float) -> str:
+    """Writes seconds with as many decimals as matter."""
     return f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}"
 
 
@@ -186,7 +203,7 @@ _COLUMNS = (
 
 
 def _table(record: FederationRecord) -> tuple[list[str], list[_Row]]:
-    """Titles and rows, without the columns that nobody knows anything of."""
+    """Makes the titles and rows, without the columns of which no row has a value."""
     references = [
         (name, MergeRecord("", [], score=score))
         for name, score in (
@@ -199,11 +216,11 @@ def _table(record: FederationRecord) -> tuple[list[str], list[_Row]]:
     known = [c for c in _COLUMNS if any(is_known(c.value(merge)) for merge in every)]
     columns = [_cells(column, record.merges) for column in known]
     rows = [
-        _Row(label(merge.method, 30), plain(merge.method), list(cells), False)
+        _Row(label(merge.method, 30), page_text(merge.method), list(cells), False)
         for merge, *cells in zip(record.merges, *columns, strict=True)
     ]
     for name, alone in references:
-        # No model was sent or merged for it, and no label looked at.
+        # A reference sends no model, merges none and uses no labels.
         cells = [
             _cells(column, [alone])[0] if column in _SCORES else _Cell(_NONE, False)
             for column in known
@@ -213,18 +230,20 @@ def _table(record: FederationRecord) -> tuple[list[str], list[_Row]]:
 
 
 def _cells(column: _Column, merges: Sequence[MergeRecord]) -> list[_Cell]:
+    """Makes the cells of a column and marks the best of them."""
     values = [column.value(merge) for merge in merges]
     known = [value for value in values if is_known(value)]
     texts = [column.shown(value) if is_known(value) else _NONE for value in values]
     if not known:
         return [_Cell(text, False) for text in texts]
     best = column.shown(column.sign * max(column.sign * value for value in known))
-    # Where all are alike none is best; what reads alike is.
+    # None is best if all read alike; those that read like the best are best as well.
     differ = len({text for text in texts if text != _NONE}) > 1
     return [_Cell(text, differ and text == best) for text in texts]
 
 
 def _size(size: float) -> str:
+    """Writes a number of bytes with its unit."""
     for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if size >= unit:
             return f"{number(size / unit)} {name}"
@@ -232,4 +251,5 @@ def _size(size: float) -> str:
 
 
 def _written(value: Any) -> str:
-    return plain(value if isinstance(value, str) else json.dumps(value, default=str))
+    """Writes a setting's value: text as it is, anything else as JSON."""
+    return page_text(value if isinstance(value, str) else json.dumps(value, default=str))

@@ -10,25 +10,22 @@ from itertools import takewhile
 from typing import TypeGuard
 from unicodedata import east_asian_width
 
+from lightning_fedfisher._utils.text import page_text
+
 _WIDE = frozenset("MWmw@%")
-
-
-def plain(text: str) -> str:
-    """Text without what would hide, turn round or break a line: names are a stranger's."""
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def label(name: str, width: int = 22) -> str:
     """A name short enough for an axis or a title.
 
     Args:
-        name: of a client, layer or method.
-        width: characters it may take.
+        name: The name of a client, layer or method.
+        width: How many characters the result may take; wide characters count as two.
 
     Returns:
-        The name, with an ellipsis for its middle if it is longer.
+        The name, with an ellipsis in place of its middle if it is too long.
     """
-    text = plain(name).strip() or "(no name)"
+    text = page_text(name).strip() or "(no name)"
     kept = len(text)
     short = text
     while _width(short) > width:
@@ -41,15 +38,16 @@ def labels(names: Sequence[str], width: int = 22) -> list[str]:
     """Names short enough for one axis, where they must be told apart.
 
     Args:
-        names: of clients, layers or methods.
-        width: characters each may take.
+        names: The names of all clients, layers or methods on the axis.
+        width: How many characters each may take; wide characters count as two.
 
     Returns:
-        The names; if one is longer, all without what they begin or end with in common.
+        The names. If one is too long, all of them lose the beginning or end that they share, and
+        those that are still too long lose their middle.
     """
-    texts = [plain(name).strip() for name in names]
+    texts = [page_text(name).strip() for name in names]
     if len(set(texts)) > 1 and max(map(_width, texts)) > width:
-        # Whole words: what a name is cut to should be in it.
+        # Only whole words are cut off.
         head = re.sub(r"[^\W_]*$", "", _shared(texts))
         tail = re.sub(r"^[^\W_]*", "", _shared([text[::-1] for text in texts])[::-1])
         if len(head) >= len(tail):
@@ -60,29 +58,34 @@ def labels(names: Sequence[str], width: int = 22) -> list[str]:
 
 
 def _shared(texts: Sequence[str]) -> str:
-    """What all begin with."""
+    """Finds the beginning that all texts share."""
     alike = takewhile(lambda column: len(set(column)) == 1, zip(*texts, strict=False))
     return "".join(column[0] for column in alike)
 
 
 def _width(text: str) -> float:
-    """How wide it is drawn, in usual letters."""
+    """Estimates how wide a text is drawn, in letters of usual width."""
     return sum(2 if east_asian_width(c) in "WF" else 1.6 if c in _WIDE else 1 for c in text)
 
 
 def marked(text: str) -> str:
-    """Text for plotly, which would take some of it for tags, and some for templates."""
-    return html.escape(plain(text), quote=False).replace("%{", "&#37;{")
+    """Escapes text for plotly, which reads some of it as tags and some as templates."""
+    return html.escape(page_text(text), quote=False).replace("%{", "&#37;{")
 
 
 def number(value: float) -> str:
-    """A number to three digits, as people write it.
+    """Writes a number to three digits, as people write it.
 
     Args:
-        value: any.
+        value: Any number, also infinite or not a number.
 
     Returns:
-        Like ``0.25``, ``12,300``, ``9.1 x 10^-7`` with a proper cross and exponent.
+        Text like ``0.25``, ``12,300`` or ``9.1 x 10^-7``, the last with a proper cross and
+        exponent.
+
+    Example:
+        >>> number(12345), number(0.25)
+        ('12,300', '0.25')
     """
     if not math.isfinite(value):
         return "infinite" if value == math.inf else "not a number"
@@ -96,14 +99,18 @@ def number(value: float) -> str:
 
 
 def percent(part: float, whole: float) -> str:
-    """A share in percent that is 0 or 100 only if it is exactly that.
+    """Writes a share in percent, as 0 or 100 only if it is exactly that.
 
     Args:
-        part: not negative.
-        whole: at least as much, and positive.
+        part: The part, not negative.
+        whole: The whole, positive and at least as large as the part.
 
     Returns:
-        Like ``41%``, ``0.3%``, ``less than 0.1%``.
+        Text like ``41%``, ``0.3%`` or ``less than 0.1%``.
+
+    Example:
+        >>> percent(41, 100), percent(1, 100_000)
+        ('41%', 'less than 0.1%')
     """
     share = 100 * part / whole
     if share in (0, 100) or 1 <= share <= 99:
@@ -114,20 +121,20 @@ def percent(part: float, whole: float) -> str:
 
 
 def count(amount: int, what: str, many: str = "") -> str:
-    """An amount with its noun, in the plural where it is due."""
+    """Writes an amount with its noun, in the plural unless it is one."""
     return f"{amount:,} {what if amount == 1 else many or f'{what}s'}"
 
 
 def sentences(*parts: str) -> str:
-    """Joins what is not empty into one subtitle."""
+    """Joins the parts that are not empty into sentences, for a subtitle."""
     return " ".join(f"{part}." for part in parts if part)
 
 
 def is_known(value: float | None) -> TypeGuard[float]:
-    """Whether there is a number, and a finite one."""
+    """Tells whether a value is there and finite."""
     return value is not None and math.isfinite(value)
 
 
 def is_drawn(value: float) -> bool:
-    """Whether a logarithmic axis can hold it, with its ends beyond it."""
+    """Tells whether a logarithmic axis can hold a value and have its ends beyond it."""
     return 1e-300 < value < 1e300

@@ -1,4 +1,15 @@
-"""Records of what a merge did: what reports, dashboards and model cards read.
+"""What a federation did, in plain numbers: the records that reports and dashboards read.
 
-May import: merge, update, curvature, _utils.
+May import: merge, update, curvature, _utils, errors.
 """
+
+from __future__ import annotations
+
+from lightning_fedfisher.results.record import (
+    ClientRecord,
+    FederationRecord,
+    MergeRecord,
+    ModelScore,
+)
+
+__all__ = ["ClientRecord", "FederationRecord", "MergeRecord", "ModelScore"]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from lightning_fedfisher._utils.environment import versions
+from lightning_fedfisher._utils.text import markdown_code
 from lightning_fedfisher.merge.result import MergeResult
 
 
@@ -40,12 +41,12 @@ def model_card(result: MergeResult, title: str, command: Sequence[str]) -> str:
     influence = result.influence.amax(0).tolist()
     clients = [
         (
-            _code(client.name),
+            markdown_code(client.name),
             f"{client.num_samples:,}",
             f"{100 * client.weight:.1f}%",
             f"{client.upload_bytes:,}",
             *(f"{times:.2g}" for times in row),
-            _code(client.digest[:16]),
+            markdown_code(client.digest[:16]),
         )
         for client, row in zip(result.clients, influence, strict=True)
     ]
@@ -76,9 +77,3 @@ def model_card(result: MergeResult, title: str, command: Sequence[str]) -> str:
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     lines = [titles, ["---"] * len(titles), *rows]
     return ["| " + " | ".join(line) + " |" for line in lines]
-
-
-def _code(text: str) -> str:
-    """Text as code in a table, whatever a stranger put into it."""
-    plain = "".join(c if c.isprintable() and c not in "`|" else "?" for c in text)
-    return f"`{plain}`"

@@ -1,4 +1,4 @@
-"""The panels of a federation's W&B dashboards, by the questions that they answer."""
+"""The panels of a federation's W&B dashboards, grouped by the question that they answer."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import wandb_workspaces.reports.v2 as wr
 
 from lightning_fedfisher.merge.influence_cap import DEFAULT_MAX_INFLUENCE
+from lightning_fedfisher.tracking import keys
 
 MOST_RUNS = 100
-"""Runs that a panel shows at most: W&B's own 10 would hide clients."""
+"""The most runs that a panel shows; W&B's own limit of 10 would hide clients."""
 
 _COLUMNS = 24  # of a report's grid
 
@@ -19,9 +20,9 @@ class Section(NamedTuple):
     """Panels that answer one question.
 
     Attributes:
-        title: the question.
-        text: what to look for; W&B's tables have no title of their own to tell it.
-        rows: of panels, each with its height, that share the width of the grid.
+        title: The question.
+        text: What to look for in the panels. W&B's tables have no title that could say it.
+        rows: Rows of panels, each with its height in cells; its panels share the grid's width.
     """
 
     title: str
@@ -29,13 +30,13 @@ class Section(NamedTuple):
     rows: Sequence[tuple[int, Sequence[Any]]]
 
     def panels(self, *above: tuple[int, Sequence[Any]]) -> list[Any]:
-        """Lays out every panel, row by row.
+        """Gives every panel its place on the grid, row by row.
 
         Args:
-            *above: further rows, at the top.
+            *above: Further rows, each with its height, above the section's own.
 
         Returns:
-            The panels.
+            The panels, from the top left to the bottom right.
         """
         top, laid = 0, []
         for height, row in [*above, *self.rows]:
@@ -48,10 +49,10 @@ class Section(NamedTuple):
 
 
 def sections() -> list[Section]:
-    """Makes every panel anew.
+    """Makes the sections of a dashboard, with new panels at every call.
 
     Returns:
-        The questions, from the data to the costs.
+        One section for each question, from the data to the costs.
     """
     return [
         Section(
@@ -60,8 +61,15 @@ def sections() -> list[Section]:
             "the others, and the plain average of such models is poor. The table, where a "
             "simulation may know it, counts samples by client and class.",
             [
-                (8, [_bars("data/classes", "class", "samples", "Few classes: a one-sided client")]),
-                (8, [wr.WeavePanelSummaryTable(table_name="partition")]),
+                (
+                    8,
+                    [
+                        _bars(
+                            keys.DATA_CLASSES, "class", "samples", "Few classes: a one-sided client"
+                        )
+                    ],
+                ),
+                (8, [wr.WeavePanelSummaryTable(table_name=keys.PARTITION)]),
             ],
         ),
         Section(
@@ -73,10 +81,13 @@ def sections() -> list[Section]:
                     9,
                     [
                         _lines(
-                            _LOSS, "Loss by epoch: every client levels off", x="epoch", log=True
+                            keys.LOSS_PATTERN,
+                            "Loss by epoch: every client levels off",
+                            x=keys.EPOCH,
+                            log=True,
                         ),
                         _values(
-                            ["test/accuracy"], "Accuracy by run: is a merge above every client?"
+                            [keys.TEST_ACCURACY], "Accuracy by run: is a merge above every client?"
                         ),
                     ],
                 )
@@ -93,18 +104,18 @@ def sections() -> list[Section]:
                     8,
                     [
                         _lines(
-                            _client("trace/.+"),
+                            keys.of_each_layer_of_clients(keys.TRACE),
                             "Trace by layer: no client should tower over the others",
                             log=True,
                         ),
                         _lines(
-                            _client("effective_rank/.+"),
+                            keys.of_each_layer_of_clients(keys.EFFECTIVE_RANK),
                             "Effective rank by layer: low where few directions matter",
                             log=True,
                         ),
                     ],
                 ),
-                (8, [wr.WeavePanelSummaryTable(table_name="fedfisher/curvature")]),
+                (8, [wr.WeavePanelSummaryTable(table_name=_of_client(keys.CURVATURE))]),
             ],
         ),
         Section(
@@ -118,37 +129,43 @@ def sections() -> list[Section]:
                     8,
                     [
                         _lines(
-                            "^objective$", "Objective: falls, then stays", x="iterations", log=True
-                        ),
-                        _lines(
-                            "^residual$",
-                            "Residual: ends low if it converged",
-                            x="iterations",
+                            keys.exactly(keys.OBJECTIVE),
+                            "Objective: falls, then stays",
+                            x=keys.ITERATIONS,
                             log=True,
                         ),
-                        _lines("^iterations$", "Iterations: levels off when all are done"),
+                        _lines(
+                            keys.exactly(keys.RESIDUAL),
+                            "Residual: ends low if it converged",
+                            x=keys.ITERATIONS,
+                            log=True,
+                        ),
+                        _lines(
+                            keys.exactly(keys.ITERATIONS),
+                            "Iterations: levels off when all are done",
+                        ),
                     ],
                 ),
                 (
                     8,
                     [
                         _lines(
-                            "^residual/.+$",
+                            keys.of_each(keys.RESIDUAL),
                             "Residual by layer: is one not solved?",
                             log=True,
                         ),
                         _lines(
-                            "^distance/.+$",
+                            keys.of_each(keys.DISTANCE),
                             "Distance by client: the farthest was outvoted",
                         ),
                         _lines(
-                            "^influence/.+$",
+                            keys.of_each(keys.INFLUENCE),
                             f"Influence by client: look at those above {DEFAULT_MAX_INFLUENCE:g}",
                             log=True,
                         ),
                     ],
                 ),
-                (8, [wr.WeavePanelSummaryTable(table_name="clients")]),
+                (8, [wr.WeavePanelSummaryTable(table_name=keys.CLIENTS)]),
             ],
         ),
         Section(
@@ -161,30 +178,30 @@ def sections() -> list[Section]:
                     9,
                     [
                         _bars(
-                            "accuracy",
+                            keys.ACCURACY,
                             "model",
                             "accuracy, %",
                             "Accuracy: is the merge above the best client?",
                         )
                     ],
                 ),
-                (8, [wr.WeavePanelSummaryTable(table_name="comparison")]),
+                (8, [wr.WeavePanelSummaryTable(table_name=keys.COMPARISON)]),
                 (
                     11,
                     [
                         _confusion(
-                            "confusion/before", "Best client: which classes does it never name?"
+                            keys.CONFUSION_BEFORE, "Best client: which classes does it never name?"
                         ),
-                        _confusion("confusion/after", "Merged: is the diagonal filled?"),
+                        _confusion(keys.CONFUSION_AFTER, "Merged: is the diagonal filled?"),
                     ],
                 ),
                 (
                     8,
                     [
-                        _values(["test/accuracy"], "Accuracy, %: higher is better"),
-                        _values(["test/nll"], "Negative log-likelihood: lower is better"),
+                        _values([keys.TEST_ACCURACY], "Accuracy, %: higher is better"),
+                        _values([keys.TEST_NLL], "Negative log-likelihood: lower is better"),
                         _values(
-                            ["test/calibration_error"], "Calibration error, %: lower is better"
+                            [keys.TEST_CALIBRATION_ERROR], "Calibration error, %: lower is better"
                         ),
                     ],
                 ),
@@ -199,11 +216,11 @@ def sections() -> list[Section]:
                     8,
                     [
                         _values(
-                            ["fedfisher/upload_bytes"],
+                            [_of_client(keys.UPLOAD_BYTES)],
                             "Bytes sent, once: near those of the weights?",
                         ),
                         _values(
-                            ["server_seconds"],
+                            [keys.SERVER_SECONDS],
                             "Seconds of the merge: how it grows with clients",
                         ),
                     ],
@@ -212,11 +229,11 @@ def sections() -> list[Section]:
                     8,
                     [
                         _values(
-                            ["fedfisher/extraction_seconds"],
+                            [_of_client(keys.EXTRACTION_SECONDS)],
                             "Seconds of extraction: short beside the training?",
                         ),
                         _values(
-                            ["fedfisher/curvature_samples"],
+                            [_of_client(keys.CURVATURE_SAMPLES)],
                             "Samples behind the curvature: few make it noisy",
                         ),
                     ],
@@ -226,15 +243,13 @@ def sections() -> list[Section]:
     ]
 
 
-_LOSS = "^(?:(?:train|training|val|valid|validation)[_/])?loss(?:_epoch)?$"
+def _of_client(name: str) -> str:
+    """Makes the key of a client with one callback."""
+    return keys.join(keys.CLIENT_PREFIX, name)
 
 
-def _client(key: str) -> str:
-    """Matches what clients log, of one callback or of several side by side."""
-    return f"^fedfisher/(?:[^/]+/)?{key}$"
-
-
-def _lines(pattern: str, title: str, x: str = "trainer/global_step", log: bool = False) -> Any:
+def _lines(pattern: str, title: str, x: str = keys.GLOBAL_STEP, log: bool = False) -> Any:
+    """Makes a line plot of every key that a pattern matches."""
     # Never aggregated: grouped runs would make one line of all clients.
     return wr.LinePlot(
         title=title,
@@ -246,10 +261,11 @@ def _lines(pattern: str, title: str, x: str = "trainer/global_step", log: bool =
     )
 
 
-def _values(keys: Sequence[str], title: str) -> Any:
+def _values(names: Sequence[str], title: str) -> Any:
+    """Makes a bar plot of the last value of some keys, one bar for each run."""
     return wr.BarPlot(
         title=title,
-        metrics=list(keys),
+        metrics=list(names),
         aggregate=False,
         max_runs_to_show=MOST_RUNS,
         max_bars_to_show=MOST_RUNS,
@@ -257,23 +273,26 @@ def _values(keys: Sequence[str], title: str) -> Any:
 
 
 def _bars(key: str, label: str, value: str, title: str) -> Any:
+    """Makes the panel of a bar chart that was logged under a key."""
     return _chart(key, "wandb/bar/v0", {"label": label, "value": value}, {"title": title})
 
 
 def _spectrum() -> Any:
+    """Makes the panel of the clients' eigenvalues."""
     fields = {name: name for name in ("step", "lineKey", "lineVal")}
     title = "Eigenvalues of the curvature: steep where few directions matter"
     words = {"title": title, "xname": "rank, as a share of all"}
-    return _chart("fedfisher/spectrum", "wandb/lineseries/v0", fields, words)
+    return _chart(_of_client(keys.SPECTRUM), "wandb/lineseries/v0", fields, words)
 
 
 def _confusion(key: str, title: str) -> Any:
+    """Makes the panel of a confusion matrix that was logged under a key."""
     fields = {name: name for name in ("Actual", "Predicted", "nPredictions")}
     return _chart(key, "wandb/confusion_matrix/v1", fields, {"title": title})
 
 
 def _chart(key: str, kind: str, fields: Mapping[str, str], words: Mapping[str, str]) -> Any:
-    """A custom chart that was logged under a key, drawn as W&B itself would draw it."""
+    """Makes the panel of a custom chart that was logged under a key, as W&B itself draws it."""
     asked: dict[str, Any] = dict.fromkeys(("id", "name", "_defaultColorIndex"))
     return wr.CustomChart(
         query={**asked, "summaryTable": {"tableKey": f"{key}_table"}},

@@ -1,8 +1,7 @@
 """W&B dashboards as code: a workspace and a report of one federation's runs.
 
-They show what `federation_logger`, the callback and the server's module log, by the names of the
-keys.
-Nothing here reads a run, so both can be made before the first client has trained.
+They show what clients and servers log, by the names in `keys`. Nothing here reads a run, so both
+can be made before the first client has trained.
 """
 
 from __future__ import annotations
@@ -19,26 +18,27 @@ except ImportError as error:
         "a dashboard needs wandb-workspaces: pip install 'lightning-fedfisher[dashboard]'"
     ) from error
 
+from lightning_fedfisher._utils.text import wandb_title
+from lightning_fedfisher.tracking import keys
 from lightning_fedfisher.tracking.wandb_panels import MOST_RUNS, sections
 
-_LONGEST = 128  # characters of a report's title
 _NOT_IN_NAMES = frozenset("/\\#?%:")  # of W&B's entities and projects
 _IDS = frozenset(("id", "__id__"))
 
 
 def workspace(entity: str, project: str, group: str) -> ws.Workspace:
-    """The workspace of a federation: its runs only, by their job type.
+    """Makes the W&B workspace of a federation: its runs alone, grouped by their job type.
 
     Args:
-        entity: of W&B, a user or a team.
-        project: of W&B.
-        group: the federation's name.
+        entity: The W&B user or team.
+        project: The W&B project of the runs.
+        group: The federation's name, which is the W&B group of its runs.
 
     Returns:
-        It, not yet saved.
+        A workspace that is not saved yet.
 
     Raises:
-        ValueError: if there can be no such entity, project or group.
+        ValueError: If W&B allows no entity, project or group of that name.
     """
     _check(entity, project, group)
     shown = []
@@ -51,9 +51,9 @@ def workspace(entity: str, project: str, group: str) -> ws.Workspace:
     return ws.Workspace(
         entity=entity,
         project=project,
-        name=_title(group),
+        name=wandb_title(f"Federation {group}"),
         sections=shown,
-        settings=ws.WorkspaceSettings(x_axis="trainer/global_step", max_runs=MOST_RUNS),
+        settings=ws.WorkspaceSettings(x_axis=keys.GLOBAL_STEP, max_runs=MOST_RUNS),
         runset_settings=ws.RunsetSettings(
             filters=_filter(group),
             groupby=[expr.Metric("JobType")],
@@ -63,18 +63,18 @@ def workspace(entity: str, project: str, group: str) -> ws.Workspace:
 
 
 def report(entity: str, project: str, group: str) -> wr.Report:
-    """The report of a federation: the same panels as a story, from the data to the costs.
+    """Makes the W&B report of a federation: the same panels, told from the data to the costs.
 
     Args:
-        entity: of W&B, a user or a team.
-        project: of W&B.
-        group: the federation's name.
+        entity: The W&B user or team.
+        project: The W&B project of the runs.
+        group: The federation's name, which is the W&B group of its runs.
 
     Returns:
-        It, not yet saved.
+        A report that is not saved yet.
 
     Raises:
-        ValueError: if there can be no such entity, project or group.
+        ValueError: If W&B allows no entity, project or group of that name.
     """
     _check(entity, project, group)
     blocks: list[Any] = [
@@ -91,7 +91,7 @@ def report(entity: str, project: str, group: str) -> wr.Report:
         runs = wr.Runset(
             entity=entity,
             project=project,
-            name=_title(group),
+            name=wandb_title(f"Federation {group}"),
             filters=_filter(group),
             order=[wr.OrderBy(name="Name", ascending=True)],
         )
@@ -100,7 +100,7 @@ def report(entity: str, project: str, group: str) -> wr.Report:
     return wr.Report(
         entity=entity,
         project=project,
-        title=_title(group),
+        title=wandb_title(f"Federation {group}"),
         description="Made by fedfisher dashboard.",
         blocks=blocks,
         width="fluid",
@@ -108,16 +108,16 @@ def report(entity: str, project: str, group: str) -> wr.Report:
 
 
 def planned(entity: str, project: str, group: str) -> dict[str, Any]:
-    """What would be saved, without a network.
+    """Makes what `save` would send for a federation, without a network.
 
     Args:
-        entity: as in `workspace`.
-        project: as in `workspace`.
-        group: as in `workspace`.
+        entity: The W&B user or team.
+        project: The W&B project of the runs.
+        group: The federation's name, which is the W&B group of its runs.
 
     Returns:
-        The ``workspace`` and the ``report`` in W&B's own form, to be written as JSON; the same at
-        every call, without the ids that are drawn at random.
+        The ``workspace`` and the ``report`` in W&B's own form, ready to be written as JSON. It is
+        the same at every call: ids that W&B draws at random are left out.
     """
     made = report(entity, project, group)
     for block in made.blocks:
@@ -137,32 +137,33 @@ def planned(entity: str, project: str, group: str) -> dict[str, Any]:
 
 
 def save(made: ws.Workspace | wr.Report) -> str:
-    """Saves a workspace or a report.
+    """Saves a workspace or a report on W&B.
 
     Args:
-        made: by `workspace` or `report`.
+        made: What `workspace` or `report` made.
 
     Returns:
-        Its address.
+        The address at which it can be seen.
 
     Raises:
-        ValueError: if W&B cannot be reached, knows no such project or refuses.
+        ValueError: If W&B cannot be reached, does not know the project or refuses.
     """
     import wandb
 
     try:
-        wandb.Api()  # tells best what a login lacks
+        wandb.Api()  # has the clearest message if nobody is logged in
         made.save()
         # Entities and projects may hold spaces, and the library leaves them as they are.
         return quote(made.url, safe=":/?=")
     except wandb.errors.UsageError as error:
         raise ValueError(f"not logged in to W&B: {_line(error)}") from error
-    except Exception as error:  # the library raises plain ones, and those of any transport
+    except Exception as error:  # the library raises any kind
         what = type(made).__name__.lower()
         raise ValueError(f"W&B did not take the {what}: {_line(error)}") from error
 
 
 def _check(entity: str, project: str, group: str) -> None:
+    """Refuses names that W&B does not allow."""
     for what, name in (("entity", entity), ("project", project)):
         if not name.strip() or _NOT_IN_NAMES.intersection(name):
             raise ValueError(
@@ -173,27 +174,24 @@ def _check(entity: str, project: str, group: str) -> None:
 
 
 def _filter(group: str) -> str:
-    """Selects the runs of a group, whatever it is called."""
-    # The library rewrites operators before it parses, inside of strings too.
+    """Writes the filter that selects the runs of a group, whatever the group is called."""
+    # The library rewrites operators before it parses them, even inside strings.
     safe = "".join(c if c.isascii() and (c.isalnum() or c in " _.-") else _escape(c) for c in group)
     return f"Metric('Group') == '{safe}'"
 
 
 def _escape(character: str) -> str:
+    """Writes a character as Python's escape for a string literal."""
     return f"\\U{ord(character):08x}"
 
 
-def _title(group: str) -> str:
-    """A title that is part of an address, in which W&B allows no symbols."""
-    plain = "".join(c if c.isalnum() or c in " _.,-()" else "-" for c in group)
-    return f"Federation {plain}"[:_LONGEST]
-
-
 def _line(error: Exception) -> str:
+    """Puts an exception's message on one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def _without_ids(value: Any) -> Any:
+    """Copies JSON without the ids that W&B draws at random."""
     if isinstance(value, dict):
         return {key: _without_ids(item) for key, item in value.items() if key not in _IDS}
     if isinstance(value, list):

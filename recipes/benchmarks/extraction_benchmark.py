@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_fedfisher import Curvature, extract_curvatures
+from lightning_fedfisher.curvature.base import Curvature
+from lightning_fedfisher.extraction.extract import extract_curvatures
 from lightning_fedfisher.extraction.layer_report import CurvatureType
 
 _ALL: tuple[CurvatureType, ...] = ("kfac", "diagonal", "ekfac")

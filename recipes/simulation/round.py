@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lightning_fedfisher.merge.methods import MethodName
 from lightning_fedfisher.results.record import ModelScore
-from lightning_fedfisher.tracking.wandb_run import federation_logger
+from lightning_fedfisher.tracking import federation_logger
 from simulation.clients import (
     Classifier,
     ClientFolder,

@@ -22,7 +22,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from lightning_fedfisher import ClientUpdate, ExtractedCurvature, extract_curvatures
+from lightning_fedfisher import ClientUpdate
+from lightning_fedfisher.extraction.extract import ExtractedCurvature, extract_curvatures
 from lightning_fedfisher.extraction.layer_report import CurvatureType
 from simulation.clients import (
     QUIET,

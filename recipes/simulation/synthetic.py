@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lightning_fedfisher import ClientUpdate, Kronecker, extract_curvature
+from lightning_fedfisher import ClientUpdate, extract_curvature
+from lightning_fedfisher.curvature.kronecker import Kronecker
 
 _NOISE = 0.3
 _ROWS = 256

@@ -26,7 +26,8 @@ from simulation.study import (
 )
 from torch import Tensor
 
-from lightning_fedfisher import METHODS, ClientUpdate, UpdateHeader
+from lightning_fedfisher import METHODS, ClientUpdate
+from lightning_fedfisher.update.header import UpdateHeader
 
 _MUCH, _MANY = 1e8, 10**6
 BOUNDS = {"none": math.inf, "10": 10.0, "3": 3.0, "2": 2.0}

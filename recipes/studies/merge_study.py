@@ -35,7 +35,8 @@ from simulation.study import (
 )
 from tqdm import tqdm
 
-from lightning_fedfisher import METHODS, ClientUpdate, Curvature
+from lightning_fedfisher import METHODS, ClientUpdate
+from lightning_fedfisher.curvature.base import Curvature
 from lightning_fedfisher.merge.methods import MergeMethod, MethodName
 
 _CPU = torch.device("cpu")

@@ -1,6 +1,12 @@
 import pytest
 
-from lightning_fedfisher._utils.text import client_names
+from lightning_fedfisher._utils.text import (
+    client_names,
+    markdown_code,
+    page_text,
+    terminal_text,
+    wandb_title,
+)
 
 
 @pytest.mark.parametrize(
@@ -19,3 +25,25 @@ from lightning_fedfisher._utils.text import client_names
 )
 def test_clients_are_named_by_what_tells_them_apart(sources, names):
     assert client_names(sources) == names
+
+
+@pytest.mark.parametrize(
+    ("sanitise", "shown"),
+    [
+        (terminal_text, r"a|`<b> é\x1b[2J\n\u202e=/"),
+        (page_text, "a|`<b> é?[2J??=/"),
+        (markdown_code, "`a??<b> é?[2J??=/`"),
+        (wandb_title, "a---b- é--2J----"),
+    ],
+)
+def test_each_place_shows_a_strangers_name_safely(sanitise, shown):
+    assert sanitise("a|`<b> é\x1b[2J\n\u202e=/") == shown
+
+
+def test_titles_are_cut_to_what_wandb_takes():
+    assert wandb_title("a" * 200) == "a" * 128
+
+
+@pytest.mark.parametrize("sanitise", [terminal_text, page_text, markdown_code, wandb_title])
+def test_lone_surrogates_are_replaced(sanitise):
+    sanitise("\ud800").encode()

@@ -4,7 +4,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lightning_fedfisher import Diagonal, Identity, Kronecker
+from lightning_fedfisher.curvature.base import Identity
+from lightning_fedfisher.curvature.diagonal import Diagonal
+from lightning_fedfisher.curvature.kronecker import Kronecker
 from lightning_fedfisher.curvature.summary import summarize_curvature
 
 

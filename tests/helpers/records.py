@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import random
 
+from lightning_fedfisher.curvature.summary import CurvatureSummary
 from lightning_fedfisher.results.record import (
     ClientRecord,
     FederationRecord,
-    LayerCurvature,
     MergeRecord,
     ModelScore,
 )
@@ -49,7 +49,7 @@ def client(name, seed=0, classes=3, layers=("first", "second"), epochs=4):
         1.5,
         2400,
         [
-            LayerCurvature(
+            CurvatureSummary(
                 layer, dice.lognormvariate(3, 1), 12.0, [10 * 0.6**rank for rank in range(20)]
             )
             for layer in layers

@@ -1,4 +1,4 @@
-"""Reads offline W&B runs back from disk, with W&B's own reader."""
+"""Opens W&B runs offline, and reads them back from disk with W&B's own reader."""
 
 from __future__ import annotations
 
@@ -9,7 +9,56 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import wandb
+from helpers.federation import quiet_trainer, tiny_loader, tiny_model
+from lightning.pytorch.loggers import WandbLogger
+
+from lightning_fedfisher import FedFisherCallback, federation_logger
+
 _COMMAND = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json"]
+
+
+def fit_client(output: Path, logger, **options) -> FedFisherCallback:
+    """Trains a tiny client that writes its update to a file."""
+    callback = FedFisherCallback(output, **options)
+    trainer = quiet_trainer(output.parent, callbacks=[callback], logger=logger)
+    trainer.fit(tiny_model(), tiny_loader())
+    return callback
+
+
+def open_run(
+    root: Path, client: str | None = None, federation: str = "clinics", **options
+) -> WandbLogger:
+    """Opens an offline run below a folder."""
+    options = {"mode": "offline", "save_dir": root} | options
+    return federation_logger(federation, client, **options)
+
+
+class FakeRun:
+    """A run that is online, and keeps what it is told."""
+
+    offline = False
+
+    def __init__(self, known=()):
+        self.summary, self.used, self.logged, self.known = {}, [], [], known
+
+    def log(self, *_):
+        pass
+
+    def use_artifact(self, name):
+        if name not in self.known:
+            raise wandb.errors.CommError("no such artifact")
+        self.used.append(name)
+
+    def log_artifact(self, artifact):
+        self.logged.append(artifact)
+
+
+def online_logger(run: FakeRun, log_model: bool | str) -> WandbLogger:
+    """Makes a logger of a run that is online."""
+    logger = WandbLogger(experiment=SimpleNamespace(), log_model=log_model)
+    logger._experiment = run
+    return logger
 
 
 def read_runs(folder: Path) -> dict[str, SimpleNamespace]:

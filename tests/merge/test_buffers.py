@@ -7,17 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_fedfisher import (
-    ClientUpdate,
-    FisherMergeModule,
-    UpdateHeader,
-    find_layers,
-)
+from lightning_fedfisher import ClientUpdate, FisherMergeModule
 from lightning_fedfisher.curvature.base import Identity
+from lightning_fedfisher.layers import find_layers
 from lightning_fedfisher.merge.buffers import merge_buffers
 from lightning_fedfisher.merge.influence_cap import (
     cap_values,
 )
+from lightning_fedfisher.update import UpdateHeader
 
 ROWS, COLUMNS = SHAPE = (3, 4)
 KINDS = ("identity", "diagonal", "dense", "kronecker", "lookup", "ekfac", "lookup ekfac")

@@ -9,11 +9,12 @@ import torch
 from helpers.federation import quiet_trainer, tiny_model, tiny_updates
 from torch import nn
 
-from lightning_fedfisher import METHODS, ClientUpdate, FisherMergeModule, MergeError, UpdateHeader
+from lightning_fedfisher import METHODS, ClientUpdate, FisherMergeModule, MergeError
 from lightning_fedfisher.curvature.base import Identity
 from lightning_fedfisher.layers import find_layers
 from lightning_fedfisher.merge.compatibility import check_updates
 from lightning_fedfisher.update.file_format import write_file
+from lightning_fedfisher.update.header import UpdateHeader
 
 CLIENTS = 10
 

@@ -8,12 +8,7 @@ import pytest
 import torch
 from helpers.federation import quiet_trainer, tiny_model, tiny_updates
 
-from lightning_fedfisher import (
-    METHODS,
-    ClientUpdate,
-    FisherMergeModule,
-    MergeError,
-)
+from lightning_fedfisher import METHODS, ClientUpdate, FisherMergeModule, MergeError
 from lightning_fedfisher.curvature.kronecker import Kronecker
 
 ROWS, COLUMNS = SHAPE = (3, 4)

@@ -10,7 +10,8 @@ from studies.tables import compression_table, read_rows
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_fedfisher import ClientUpdate, Kronecker, extract_curvature
+from lightning_fedfisher import ClientUpdate, extract_curvature
+from lightning_fedfisher.curvature.kronecker import Kronecker
 
 CELL = Cell("digits", "lenet", 1.0, 3, 0)
 

@@ -12,7 +12,6 @@ from html.parser import HTMLParser
 import pytest
 from helpers.records import HOSTILE, federation, hostile, large, long_names
 
-from lightning_fedfisher.cli.main import main
 from lightning_fedfisher.report.charts.registry import charts
 from lightning_fedfisher.report.page import write_report
 from lightning_fedfisher.results.record import FederationRecord
@@ -142,35 +141,6 @@ def test_strangers_text_is_text(tmp_path):
 def test_half_a_character_is_no_obstacle(tmp_path):
     page = _page(federation(names=["\ud800"], title="\udfff"), tmp_path)
     assert "client" in page
-
-
-def test_command_writes_beside_the_record(tmp_path, capsys):
-    federation().save(tmp_path / "record.json")
-    assert main(["report", str(tmp_path)]) == 0
-    assert f"{tmp_path / 'report.html'}: 5 clients, 3 merges" in capsys.readouterr().out
-    assert main(["report", str(tmp_path), "--output", str(tmp_path / "new" / "page.html")]) == 0
-    one, other = (tmp_path / name for name in ("report.html", "new/page.html"))
-    assert one.read_bytes() == other.read_bytes()
-
-
-def test_command_tells_what_is_wrong(tmp_path, capsys):
-    assert main(["report", str(tmp_path)]) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "record.json" in line
-    (tmp_path / "record.json").write_text("{}")
-    assert main(["report", str(tmp_path)]) == 1
-    assert "is not the record of a federation" in capsys.readouterr().err
-    assert not (tmp_path / "report.html").exists()
-
-
-def test_command_names_a_missing_extra(tmp_path, capsys, monkeypatch):
-    federation().save(tmp_path / "record.json")
-    for name in [n for n in sys.modules if n.startswith("lightning_fedfisher.report")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    assert main(["report", str(tmp_path)]) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "pip install 'lightning-fedfisher[report]'" in line
 
 
 @pytest.fixture(scope="module")
@@ -382,6 +352,6 @@ def test_page_in_print(browser, pages, name):
 def test_the_package_needs_no_extra():
     code = (
         "import sys; sys.modules |= dict.fromkeys(('plotly', 'jinja2', 'selenium'));"
-        "import lightning_fedfisher.cli.main"
+        "from lightning_fedfisher.cli import main, inspect, verify, merge, report, dashboard"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

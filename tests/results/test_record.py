@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from helpers.records import federation
 
-from lightning_fedfisher import FederationRecord, MergeRecord
+from lightning_fedfisher.results.record import FederationRecord, MergeRecord
 
 
 def test_a_record_is_what_was_saved(tmp_path):

@@ -13,17 +13,15 @@ from helpers.federation import (
     tiny_updates,
 )
 
-from lightning_fedfisher import (
-    ClientUpdate,
-    Diagonal,
-    FedFisherCallback,
-    FisherMergeModule,
-    UpdateError,
+from lightning_fedfisher import ClientUpdate, FedFisherCallback, FisherMergeModule, UpdateError
+from lightning_fedfisher.curvature import Diagonal
+from lightning_fedfisher.secure_aggregation import (
     client_sums,
+    divisors,
     from_fixed,
+    to_fixed,
     update_from_sums,
 )
-from lightning_fedfisher.secure_aggregation import divisors, to_fixed
 
 CLIENTS = 4
 DIVIDED = ("information", "information_times_weights")

@@ -1,13 +1,12 @@
 """W&B dashboards, read in the form in which they would be sent.
 
-After a change that is meant, `RENEW_SNAPSHOTS=1 pytest tests/test_dashboard.py` writes the snapshot
-anew; its diff is what W&B would see of the change.
+After a change that is meant, `RENEW_SNAPSHOTS=1 pytest tests/tracking/test_wandb_workspace.py`
+writes the snapshot anew; its diff is what W&B would see of the change.
 """
 
 import json
 import os
 import re
-import sys
 from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
@@ -16,20 +15,18 @@ from types import SimpleNamespace
 import pytest
 import wandb
 from helpers.federation import quiet_trainer, tiny_loader, tiny_model
-from helpers.logged_keys import FAMILIES, OTHERS
 from helpers.records import federation
 from lightning.pytorch.loggers.logger import DummyLogger
 
 import lightning_fedfisher
 from lightning_fedfisher import FedFisherCallback, FisherMergeModule
 from lightning_fedfisher.cli import main as cli
-from lightning_fedfisher.cli.main import main
-from lightning_fedfisher.tracking.wandb_run import _show_curvature, log_federation
+from lightning_fedfisher.tracking import log_federation
+from lightning_fedfisher.tracking.client import _log_curvature
 from lightning_fedfisher.tracking.wandb_workspace import planned, report, workspace
 
 SNAPSHOT = Path(__file__).with_name("snapshots") / "dashboard.json"
 NAMES = ("a team", "x-rays", "clinics 2026")
-COMMAND = ["dashboard", "--entity", NAMES[0], "--project", NAMES[1], "--group", NAMES[2]]
 
 
 @pytest.fixture(scope="module")
@@ -185,17 +182,6 @@ def test_lines_are_of_single_runs_by_a_pattern(plan):
         assert isinstance(config["yLogScale"], bool)
 
 
-def test_every_pattern_matches_one_family_of_keys_and_nothing_else(plan):
-    keys = OTHERS.union(*FAMILIES)
-    found = [{key for key in keys if re.search(pattern, key)} for pattern in _patterns(plan)]
-    assert sorted(map(sorted, found)) == sorted(map(sorted, FAMILIES))
-
-
-def test_patterns_are_such_as_go_and_javascript_know(plan):
-    for pattern in _patterns(plan):
-        assert not re.search(r"\(\?[^:]|\\[^-./]", pattern)
-
-
 class Keys(DummyLogger):
     def __init__(self):
         super().__init__()
@@ -225,7 +211,7 @@ def test_charts_are_drawn_as_they_were_logged(plan):
     logger.log_metrics = lambda metrics, **_: logged.update(metrics)
     record = federation()
     log_federation(logger, record)
-    _show_curvature(logger, "fedfisher", record.clients[0].curvature, step=0)
+    _log_curvature(logger, "fedfisher", record.clients[0].curvature, step=0)
     rows = wandb.Table(["class", "samples"], [["class 0", 1]])
     logged["data/classes"] = wandb.plot.bar(rows, "class", "samples")
     shown = {}
@@ -274,104 +260,11 @@ def test_titles_fit_into_an_address():
         assert re.fullmatch(r"Federation [a-b -]+", title)
 
 
-class Server:
-    """W&B's, as far as saving needs it."""
-
-    def __init__(self, known=("x-rays",)):
-        self.known, self.saved = known, []
-        self._service_api = self
-        self.app_url = "https://wandb.example/"
-
-    def projects(self, entity):
-        return [SimpleNamespace(name=name) for name in self.known]
-
-    def execute_graphql(self, query, variables):
-        if "upsertView" not in query:
-            known = variables["projectName"] in self.known
-            return {"project": {"internalId": "7"} if known else None}
-        self.saved.append(variables)
-        name = variables["name"]
-        view = {"id": f"id{len(self.saved)}", "name": name, "spec": variables["spec"]}
-        return {"upsertView": {"view": view, "inserted": True}}
-
-
-@pytest.fixture
-def server(monkeypatch):
-    server = Server()
-    monkeypatch.setattr(wandb, "Api", lambda: server)
-    return server
-
-
-def _without_ids(value):
-    if isinstance(value, dict):
-        return {k: _without_ids(v) for k, v in value.items() if k not in ("id", "__id__")}
-    return [_without_ids(item) for item in value] if isinstance(value, list) else value
-
-
-def test_both_are_saved_as_planned_and_their_addresses_told(server, plan, capsys):
-    assert main(COMMAND) == 0
-    first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("https://wandb.example/a%20team/x-rays?nw=")
-    assert second == "https://wandb.example/a%20team/x-rays/reports/Federation-clinics-2026--id2"
-    for sent, what in zip(server.saved, ("workspace", "report"), strict=True):
-        assert (sent["entityName"], sent["projectName"]) == NAMES[:2]
-        assert sent["displayName"] == plan[what]["displayName"] == "Federation clinics 2026"
-        assert _without_ids(json.loads(sent["spec"])) == plan[what]["spec"]
-
-
-def test_a_dry_run_prints_both_and_needs_no_network(plan, capsys, monkeypatch):
-    monkeypatch.setattr(wandb, "Api", None)
-    assert main([*COMMAND, "--dry-run"]) == 0
-    assert json.loads(capsys.readouterr().out) == plan
-
-
-def _refused(error):
-    def api():
-        raise error
-
-    return api
-
-
-@pytest.mark.parametrize(
-    ("api", "told"),
-    [
-        (
-            _refused(wandb.errors.UsageError("No API key configured.\n Use x")),
-            "not logged in to W&B",
-        ),
-        (_refused(wandb.errors.CommError("no route\n\nto host")), "no route to host"),
-        (_refused(ConnectionError("refused")), "refused"),
-        (_refused(Exception()), "did not take the workspace: Exception"),
-        (lambda: Server(known=()), "did not take the report"),
-    ],
-)
-def test_what_w_and_b_refuses_is_told_in_one_line(api, told, monkeypatch, capsys):
-    monkeypatch.setattr(wandb, "Api", api)
-    monkeypatch.setattr(wandb, "termlog", lambda *_: None)
-    assert main(COMMAND) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
-    assert told in line
-
-
-def test_without_the_extra_the_command_tells_how_to_get_it(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "wandb_workspaces.reports.v2", None)
-    monkeypatch.delitem(sys.modules, "lightning_fedfisher.tracking.wandb_workspace")
-    assert main([*COMMAND, "--dry-run"]) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "pip install 'lightning-fedfisher[dashboard]'" in line
-
-
 def test_nothing_else_needs_the_extra():
     sources = Path(lightning_fedfisher.__file__).parent.rglob("*.py")
     found = {path.name for path in sources if "wandb_workspaces" in path.read_text()}
     assert found == {"wandb_workspace.py", "wandb_panels.py"}
     imports = re.compile("^(from|import) .*wandb_(workspace|panels)", re.MULTILINE)
-    assert not imports.search(Path(cli.__file__).read_text())
-
-
-@pytest.mark.parametrize("missing", ["--entity", "--project", "--group"])
-def test_all_three_names_are_needed(missing):
-    at = COMMAND.index(missing)
-    with pytest.raises(SystemExit, match="2"):
-        main(COMMAND[:at] + COMMAND[at + 2 :])
+    sources = list(Path(cli.__file__).parent.glob("*.py"))
+    assert len(sources) > 5
+    assert not [path.name for path in sources if imports.search(path.read_text())]

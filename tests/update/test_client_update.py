@@ -16,13 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_fedfisher import ClientUpdate, UpdateError, UpdateHeader
+from lightning_fedfisher import ClientUpdate, UpdateError
 from lightning_fedfisher.curvature.base import Identity
 from lightning_fedfisher.curvature.diagonal import Diagonal
 from lightning_fedfisher.extraction.extract import extract_curvature
 from lightning_fedfisher.layers import Source, find_layers
 from lightning_fedfisher.update import file_format as update_file
 from lightning_fedfisher.update.consistency import inconsistencies
+from lightning_fedfisher.update.header import UpdateHeader
 
 KINDS = ("identity", "diagonal", "kfac", "dense")
 METADATA = {"город": "Ærøskøbing", "emoji": "🐟", "empty": "", "quoted": 'a "b"\\\n\t\x00'}

@@ -14,22 +14,29 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fedfisher import (
-    KINDS,
     BudgetError,
     ClientUpdate,
-    Dense,
-    Diagonal,
-    EigenKronecker,
-    EmbeddingEigenKronecker,
-    EmbeddingKronecker,
     FisherMergeModule,
-    Kronecker,
     UpdateError,
     extract_curvature,
 )
-from lightning_fedfisher.curvature.kronecker import TransposedEigenKronecker, TransposedKronecker
+from lightning_fedfisher.curvature.dense import Dense
+from lightning_fedfisher.curvature.diagonal import Diagonal
+from lightning_fedfisher.curvature.embedding import EmbeddingEigenKronecker, EmbeddingKronecker
+from lightning_fedfisher.curvature.kronecker import (
+    EigenKronecker,
+    Kronecker,
+    TransposedEigenKronecker,
+    TransposedKronecker,
+)
+from lightning_fedfisher.curvature.registry import KINDS
 from lightning_fedfisher.update import integer_coding
-from lightning_fedfisher.update.compression import Compression, _narrow_root, decode_root, restore
+from lightning_fedfisher.update.compression import (
+    Compression,
+    _narrow_root,
+    decode_root,
+    restore,
+)
 from lightning_fedfisher.update.header import QuantizedTensor
 from lightning_fedfisher.update.integer_coding import LARGEST, decode, encode, encoded_size
 

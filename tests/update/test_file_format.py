@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 import lightning_fedfisher
-from lightning_fedfisher import ClientUpdate, Diagonal, UpdateError, UpdateHeader
+from lightning_fedfisher import ClientUpdate, UpdateError
+from lightning_fedfisher.curvature import Diagonal
 from lightning_fedfisher.layers import find_layers
-from lightning_fedfisher.update import file_format
+from lightning_fedfisher.update import UpdateHeader, file_format
 from lightning_fedfisher.update.buffer_roles import buffer_role, variance_partner
 from lightning_fedfisher.update.file_format import digest
 

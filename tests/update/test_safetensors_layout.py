@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 from safetensors.torch import save
 
-from lightning_fedfisher import UpdateHeader
+from lightning_fedfisher.update import UpdateHeader
 from lightning_fedfisher.update.file_format import file_size, write_file
 from lightning_fedfisher.update.safetensors_layout import (
     DTYPES,

@@ -9,19 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_fedfisher import (
-    KINDS,
-    ClientUpdate,
-    Dense,
-    Diagonal,
-    EmbeddingEigenKronecker,
-    EmbeddingKronecker,
-    Identity,
-    Kronecker,
-    UpdateError,
-    UpdateHeader,
-    find_layers,
-)
+from lightning_fedfisher import ClientUpdate, UpdateError
+from lightning_fedfisher.curvature.base import Identity
+from lightning_fedfisher.curvature.dense import Dense
+from lightning_fedfisher.curvature.diagonal import Diagonal
+from lightning_fedfisher.curvature.embedding import EmbeddingEigenKronecker, EmbeddingKronecker
+from lightning_fedfisher.curvature.kronecker import Kronecker
+from lightning_fedfisher.curvature.registry import KINDS
+from lightning_fedfisher.layers import find_layers
+from lightning_fedfisher.update import UpdateHeader
 from lightning_fedfisher.update.consistency import inconsistencies
 from lightning_fedfisher.update.file_format import UpdateFile
 from lightning_fedfisher.update.header import QuantizedTensor

@@ -1,4 +1,4 @@
 """The charts of the page, as plotly figures.
 
-May import: results, report.wording, _utils.
+May import: wording, results, curvature, _utils.
 """

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
+from lightning_fedfisher.curvature.summary import CurvatureSummary
 from lightning_fedfisher.report.charts.plots import (
     Series,
     bar,
@@ -35,7 +36,7 @@ from lightning_fedfisher.report.wording import (
     percent,
     sentences,
 )
-from lightning_fedfisher.results.record import ClientRecord, FederationRecord, LayerCurvature
+from lightning_fedfisher.results.record import ClientRecord, FederationRecord
 
 _MOST_COLUMNS, _MOST_PRINTED = 100, 12
 
@@ -44,10 +45,10 @@ def data_chart(record: FederationRecord) -> Chart | None:
     """Draws how many samples of each class each client holds.
 
     Args:
-        record: of the federation.
+        record: The record of the federation.
 
     Returns:
-        The chart; None if no client tells its classes.
+        The chart; None if no client has told how many samples of each class it holds.
     """
     telling = [client for client in record.clients if sum(client.class_counts)]
     if not telling:
@@ -113,6 +114,7 @@ def data_chart(record: FederationRecord) -> Chart | None:
 
 
 def _data_title(record: FederationRecord, telling: Sequence[ClientRecord], classes: int) -> str:
+    """Says who holds most samples, or how many classes each client holds."""
     kinds = [sum(amount > 0 for amount in client.class_counts) for client in telling]
     sizes = {sum(client.class_counts) for client in telling}
     of_classes = f"of {count(classes, 'class', 'classes')}"
@@ -138,7 +140,7 @@ def loss_chart(record: FederationRecord) -> Chart | None:
     """Draws each client's training loss by epoch.
 
     Args:
-        record: of the federation.
+        record: The record of the federation.
 
     Returns:
         The chart; None if no client has a finite one.
@@ -173,6 +175,7 @@ def loss_chart(record: FederationRecord) -> Chart | None:
 
 
 def _loss_title(trained: Sequence[ClientRecord]) -> str:
+    """Says where the training losses end, or that one is not finite."""
     broken = [client for client in trained if not is_known(client.train_loss[-1])]
     if broken:
         where = f"{len(broken):,} of {len(trained):,} clients"
@@ -198,7 +201,7 @@ def curvature_chart(record: FederationRecord) -> Chart | None:
     """Draws the trace of the curvature by layer and client, and the spectrum of the largest.
 
     Args:
-        record: of the federation.
+        record: The record of the federation.
 
     Returns:
         The chart; None if no client has a layer with a positive and finite trace.
@@ -256,13 +259,14 @@ def curvature_chart(record: FederationRecord) -> Chart | None:
     )
 
 
-def _spectra(clients: Sequence[ClientRecord], layers: Sequence[LayerCurvature]) -> list[Series]:
+def _spectra(clients: Sequence[ClientRecord], layers: Sequence[CurvatureSummary]) -> list[Series]:
+    """Collects each client's eigenvalues of a layer, relative to the largest, by their rank."""
     found = []
     for client, layer in zip(clients, layers, strict=True):
         top = layer.spectrum[0] if layer.spectrum else 0.0
         if len(layer.spectrum) > 1 and is_drawn(top):
             last = len(layer.spectrum) - 1
-            # Below float32's rounding there is no curvature, only noise.
+            # Eigenvalues below float32's rounding are noise.
             kept = [(100 * rank / last, v / top) for rank, v in enumerate(layer.spectrum)
                     if is_drawn(v) and v / top > 1e-8]  # fmt: skip
             found.append(Series(client.name, [x for x, _ in kept], [y for _, y in kept]))
@@ -270,12 +274,14 @@ def _spectra(clients: Sequence[ClientRecord], layers: Sequence[LayerCurvature]) 
 
 
 def _spectrum(spectra: Sequence[Series], height: int) -> go.Figure:
+    """Draws the clients' eigenvalues of a layer on a logarithmic axis."""
     y = log_axis([v for own in spectra for v in own.y], "eigenvalue, of the largest", upright=True)
     x = {"title": "rank, % of all eigenvalues", "range": [-3, 103]}
     return lines(spectra, x, y, "rank %{x:.0f}%: %{y:.2~g} of the largest", height)
 
 
 def _compact(amount: int) -> str:
+    """Writes an amount in four characters at most; nothing for zero."""
     if amount < 1000:
         return str(amount or "")
     for unit, name in ((10**9, "G"), (10**6, "M"), (10**3, "k")):

@@ -1,4 +1,4 @@
-"""Charts of the merges: how they went, and who decided."""
+"""Charts of the merges: how they converged, and which clients decided."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from lightning_fedfisher.report.wording import (
 )
 from lightning_fedfisher.results.record import FederationRecord, MergeRecord
 
-_LEAST_RESIDUAL = 1e-8  # float32 rounds at more
+_LEAST_RESIDUAL = 1e-8  # smaller ones are below float32's rounding
 
 
 def convergence_chart(record: FederationRecord) -> Chart | None:
-    """Draws how the residual of each iterative method falls, once all layers are begun.
+    """Draws how the residual of each iterative method falls, once all its layers have begun.
 
     Args:
-        record: of the federation.
+        record: The record of the federation.
 
     Returns:
         The chart; None if no method has two residuals to show.
@@ -46,7 +46,7 @@ def convergence_chart(record: FederationRecord) -> Chart | None:
             continue
         points = [(e.get("iterations", 0.0), e.get("residual", math.inf)) for e in merge.history]
         held = [(step, r) for step, r in points if step >= 1 and 0 <= r < math.inf]
-        # A method that aligns begins its layers one after the other, and has none to show before.
+        # A method that aligns begins layer after layer; its residual is 1 until the last has begun.
         held = [(step, r) for step, r in held if r < 1] or held
         if held:
             curves.append((merge.method, points[-1], held))
@@ -75,6 +75,7 @@ def convergence_chart(record: FederationRecord) -> Chart | None:
 
 
 def _convergence_title(ends: Sequence[tuple[str, tuple[float, float]]]) -> str:
+    """Says with which residuals the methods end."""
     finite = [(name, steps, r) for name, (steps, r) in ends if 0 <= r < math.inf]
     broken = [name for name, (_, r) in ends if not 0 <= r < math.inf]
     if broken:
@@ -94,10 +95,10 @@ def weight_chart(record: FederationRecord) -> Chart | None:
     """Draws how far each client is from the first merge, and how much it decides, by layer.
 
     Args:
-        record: of the federation.
+        record: The record of the federation.
 
     Returns:
-        The chart; None if there is neither for every client, or only one client.
+        The chart; None if there is only one client, or neither number is known for every client.
     """
     if not record.merges or len(record.clients) < 2:
         return None
@@ -154,24 +155,25 @@ def weight_chart(record: FederationRecord) -> Chart | None:
 def _whole(
     values: list[list[float]], merge: MergeRecord, clients: Sequence[str]
 ) -> list[list[float]]:
-    """The values, if there is one for each layer and client."""
+    """Returns the values if there is one for each layer and client, else nothing."""
     fits = len(values) == len(merge.layers) and all(len(row) == len(clients) for row in values)
     return values if fits else []
 
 
 def _sums(values: Sequence[Sequence[float]]) -> list[float]:
-    """Each client's sum of squares over the layers, in squares of the largest value."""
+    """Sums each client's squares over the layers, relative to the square of the largest value."""
     top = max(filter(is_drawn, chain(*values)))
     columns = zip(*values, strict=True)
     return [sum((v / top) ** 2 for v in own if is_drawn(v)) for own in columns]
 
 
 def _largest(values: Iterable[float]) -> float:
+    """Finds the largest value that is a number; 0 if there is none."""
     return max((v for v in values if not math.isnan(v)), default=0.0)
 
 
 def _heaviest(values: Sequence[Sequence[float]]) -> list[int]:
-    """The rows with the largest values, in their order."""
+    """Finds the rows with the largest values, and keeps them in their order."""
     most = [_largest(row) for row in values]
     return sorted(sorted(range(len(values)), key=lambda row: -most[row])[:MOST_ROWS])
 
@@ -179,6 +181,7 @@ def _heaviest(values: Sequence[Sequence[float]]) -> list[int]:
 def _influence_finding(
     merge: MergeRecord, clients: Sequence[str], influence: Sequence[Sequence[float]]
 ) -> str:
+    """Says which client weighs most, and in which layer."""
     found = [(v, at, row) for row, own in enumerate(influence) for at, v in enumerate(own)]
     known = [own for own in found if not math.isnan(own[0])]
     if not known:
@@ -194,6 +197,7 @@ def _influence_finding(
 def _distance_finding(
     merge: MergeRecord, clients: Sequence[str], distances: Sequence[Sequence[float]]
 ) -> str:
+    """Says from which client the merge is farthest."""
     for own, name in zip(distances, merge.layers, strict=True):
         if math.inf in own:
             who = label(clients[own.index(math.inf)], 30)

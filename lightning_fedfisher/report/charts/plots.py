@@ -1,6 +1,6 @@
 """Three kinds of picture: lines over epochs or iterations, strips by layer, cells by class.
 
-Lines and strips show every client while there are few, and what they have in common when there are
+Lines and strips show every client if there are few, and quantiles over the clients if there are
 many.
 """
 
@@ -25,14 +25,14 @@ from lightning_fedfisher.report.charts.style import (
 from lightning_fedfisher.report.wording import is_drawn, labels, marked
 
 _SCALE = "Cividis"
-_TURN = 0.467  # beyond it black is read more easily than white, and both well
+_BLACK_FROM = 0.467  # of the scale: from here on black text has more contrast than white
 _DASHES = ("solid", "dash")
 _SYMBOLS = ("circle", "square", "diamond", "cross", "triangle-up", "x", "star", "triangle-down")
 _MOST_POINTS = 400
 
 
 class Series(NamedTuple):
-    """A line: its name, and its points."""
+    """A line of a picture: its name and its points."""
 
     name: str
     x: Sequence[float]
@@ -42,27 +42,27 @@ class Series(NamedTuple):
 def lines(
     series: Sequence[Series], x: dict[str, Any], y: dict[str, Any], hover: str, height: int = 340
 ) -> go.Figure:
-    """Draws every line, or if there are too many what they have in common.
+    """Draws one line for each client or method, or quantiles of them if there are too many.
 
     Args:
-        series: at least one, with points that the axes can hold.
-        x: the horizontal axis.
-        y: the vertical axis.
-        hover: what plotly is to say of a point, after its name.
-        height: in pixels.
+        series: At least one line, with points that the axes can hold.
+        x: The horizontal axis, as for `figure`.
+        y: The vertical axis, as for `figure`.
+        hover: Plotly's template of a point's label, below the name of its line.
+        height: The height in pixels.
 
     Returns:
-        A figure.
+        A figure with every line if there are at most `MOST_SERIES` of them.
     """
     if len(series) > MOST_SERIES:
         return figure(_fan(series, hover), height, x, y)
     traces = []
     shorts = labels([own.name for own in series], 30)
-    if max(map(len, shorts)) > 15:  # of which a phone has a row for each, above the picture
+    if max(map(len, shorts)) > 15:  # a phone gives each such name a row, above the picture
         height = max(height, 340 + 12 * len(shorts))
     for index, (own, short) in enumerate(zip(series, shorts, strict=True)):
         step = math.ceil(len(own.x) / _MOST_POINTS)
-        # From the end: the last point is the one that counts.
+        # Thinned from the end, so that the last point is kept.
         across, up = list(own.x)[::-step][::-1], list(own.y)[::-step][::-1]
         traces.append(_line(own.name, short, across, up, style(index), hover, len(up) <= 30))
     return figure(traces, height, x, y)
@@ -77,6 +77,7 @@ def _line(
     hover: str,
     marks: bool,
 ) -> go.Scatter:
+    """Makes the trace of one line, with its full name in the label of its points."""
     return go.Scatter(
         x=x,
         y=y,
@@ -89,6 +90,7 @@ def _line(
 
 
 def _fan(series: Sequence[Series], hover: str) -> list[go.Scatter]:
+    """Makes the traces of range, middle half and median, and of the two lines that end apart."""
     shorts = labels([own.name for own in series], 20)
     points: dict[float, list[float]] = {}
     for own in series:
@@ -110,7 +112,7 @@ def _fan(series: Sequence[Series], hover: str) -> list[go.Scatter]:
         traces.append(go.Scatter(y=bottom, showlegend=False, **edge))
         traces.append(go.Scatter(y=top, name=name, fill="tonexty", fillcolor=fill, **edge))
     solid = {"line": {"color": BLUE, "width": 2.5}}
-    alone = len(xs) == 1  # of which no line can be drawn
+    alone = len(xs) == 1  # one point makes no line
     traces.append(_line("median client", "median client", xs, middle, solid, hover, alone))
     for own, colour, dash, what in (
         (max(series, key=lambda own: own.y[-1]), ORANGE, "dash", "ends highest"),
@@ -133,15 +135,16 @@ def strip(
     """Draws a row of points on a logarithmic axis for each layer.
 
     Args:
-        rows: names of layers, at most `MOST_ROWS`.
-        names: of clients.
-        values: of each layer and client; what is not positive and finite is not drawn.
-        title: of the axis.
-        notable: the client that is drawn where not all are.
-        at: where to draw a line across, if anywhere.
+        rows: The names of at most `MOST_ROWS` layers.
+        names: The clients' names.
+        values: One value for each layer (rows) and client (columns); those that are not positive
+            and finite are not drawn.
+        title: The axis title.
+        notable: Index of the client that is drawn if there are too many to draw them all.
+        at: The value at which a line crosses all rows; None for no line.
 
     Returns:
-        A figure.
+        A figure with every client if there are at most `MOST_SERIES` of them.
     """
     shown = [v for row in values for v in row if is_drawn(v)]
     few = len(names) <= MOST_SERIES
@@ -177,7 +180,7 @@ def strip(
 
 
 def _spans(values: Sequence[Sequence[float]]) -> list[go.Scatter]:
-    """Of each row the range, its middle half and its median."""
+    """Makes the traces of each row's range, middle half and median."""
     traces = []
     kept = [[v for v in row if is_drawn(v)] for row in values]
     for name, ends, width in (("all clients", (0, 1), 2), ("middle half", (0.25, 0.75), 8)):
@@ -210,17 +213,17 @@ def heat(
     blank: bool,
     **drawn: Any,
 ) -> list[go.Heatmap]:
-    """Cells by their values.
+    """Makes the traces of a table of cells, coloured by their values.
 
     Args:
-        z: values.
-        most: that the end of the scale stands for.
-        printed: what is written into the cells; nothing if empty.
-        blank: whether cells of zero stay empty; they do where the others are printed.
-        drawn: what else is told of the traces.
+        z: The values, row by row.
+        most: The value at the end of the colour scale, which starts at zero.
+        printed: The text of each cell; empty if no cell has a text.
+        blank: Whether cells of zero have no colour; with `printed` they never have.
+        drawn: Plotly's further settings of the traces.
 
     Returns:
-        Traces: one for each colour of text, dark cells having white.
+        One trace, or with `printed` two: dark cells with white text, and light ones with black.
     """
     shared = {"zmin": 0, "zmax": most, "colorscale": _SCALE, "hoverongaps": False, **drawn}
     if not printed:
@@ -228,7 +231,7 @@ def heat(
     shared |= {"xgap": 1, "ygap": 1, "showscale": False, "texttemplate": "%{text}"}
     traces = []
     for light, colour in ((False, "#ffffff"), (True, "#000000")):
-        own = [[bool(v) and (v > _TURN * most) == light for v in row] for row in z]
+        own = [[bool(v) and (v > _BLACK_FROM * most) == light for v in row] for row in z]
         traces.append(
             go.Heatmap(
                 z=_where(own, z, None),
@@ -243,6 +246,7 @@ def heat(
 def _where(
     own: Sequence[Sequence[bool]], table: Sequence[Sequence[Any]], other: Any
 ) -> list[list[Any]]:
+    """Copies a table and replaces the values that are not chosen."""
     return [
         [value if taken else other for taken, value in zip(chosen, row, strict=True)]
         for chosen, row in zip(own, table, strict=True)
@@ -250,7 +254,7 @@ def _where(
 
 
 def bar() -> dict[str, Any]:
-    """A colour bar under the picture, where it takes no width from a phone."""
+    """Makes the settings of a colour bar below the picture, where a phone has room for it."""
     return {
         "orientation": "h",
         "thickness": 10,
@@ -266,7 +270,7 @@ def bar() -> dict[str, Any]:
 
 
 def style(index: int) -> dict[str, Any]:
-    """How the n-th client or method is drawn: no two of `MOST_SERIES` alike without colour."""
+    """Makes line and marker of the n-th client; `MOST_SERIES` differ even without colour."""
     colour = COLOURS[index % len(COLOURS)]
     symbol = _SYMBOLS[index % len(_SYMBOLS)]
     return {

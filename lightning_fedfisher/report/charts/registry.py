@@ -1,4 +1,4 @@
-"""Charts of a federation as plotly figures, each with a title that says what it shows."""
+"""All charts of a report, in their order; add a chart here."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _CHARTS = (
 
 
 def charts(record: FederationRecord) -> list[Chart]:
-    """Draws what is in a record.
+    """Draws every chart for which a record has data.
 
     Args:
-        record: of the federation.
+        record: The record of the federation.
 
     Returns:
-        At most seven charts; those without data are left out.
+        At most seven charts, each with a title that says what it shows.
     """
     return [chart for draw in _CHARTS if (chart := draw(record))]

@@ -1,4 +1,4 @@
-"""Charts of how good the models are: accuracy of every method, and what they confuse."""
+"""Charts of how good the models are: every method's accuracy, and which classes are confused."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def accuracy_chart(record: FederationRecord) -> Chart | None:
     """Draws the test accuracy of every method beside the best client and the ensemble.
 
     Args:
-        record: of the federation.
+        record: The record of the federation.
 
     Returns:
         The chart; None if no merge was tested.
@@ -87,7 +87,7 @@ def accuracy_chart(record: FederationRecord) -> Chart | None:
     made = figure(traces, 130 + 25 * len(shown), x, y)
     made.update_layout(bargap=0.3, margin_t=46)
     made.update_layout(legend={"y": 0, "yref": "container", "yanchor": "bottom"})
-    # Each label has a row to itself: the two may be near each other.
+    # Each label has a row of its own, since the two lines may be near each other.
     for name, score, dash, up in (
         ("best single client", record.best_client, "dot", 2),
         ("ensemble of all clients", record.ensemble, "dash", 20),
@@ -117,10 +117,10 @@ def accuracy_chart(record: FederationRecord) -> Chart | None:
 
 
 def accuracy_finding(record: FederationRecord) -> str:
-    """What the first tested merge achieved.
+    """Says what accuracy the first tested merge reaches, and compares it.
 
     Args:
-        record: of the federation.
+        record: The record of the federation.
 
     Returns:
         A sentence without its full stop; empty if no merge was tested.
@@ -148,13 +148,13 @@ def accuracy_finding(record: FederationRecord) -> str:
 
 
 def confusion_chart(record: FederationRecord) -> Chart | None:
-    """Draws what the best single client takes for what, and the first merged model beside it.
+    """Draws the confusion matrices of the best single client and of the first merged model.
 
     Args:
-        record: of the federation.
+        record: The record of the federation.
 
     Returns:
-        The chart; None if nothing was counted.
+        The chart; None if neither has a confusion matrix.
     """
     before = _square(record.best_client)
     merged = [(merge.method, _square(merge.score)) for merge in record.merges]
@@ -182,12 +182,14 @@ def confusion_chart(record: FederationRecord) -> Chart | None:
 
 
 def _square(score: ModelScore | None) -> list[list[int]]:
+    """Reads a confusion matrix; empty if it is missing, not square or all zero."""
     counts = score.confusion if score else []
     whole = all(len(row) == len(counts) for row in counts) and any(map(any, counts))
     return counts if whole else []
 
 
 def _confusion(counts: list[list[int]], group: int) -> go.Figure:
+    """Draws a confusion matrix in percent of the true class, its classes added up in groups."""
     starts = range(0, len(counts), group)
     sums = [
         [sum(sum(row[x : x + group]) for row in counts[y : y + group]) for x in starts]
@@ -214,10 +216,12 @@ def _confusion(counts: list[list[int]], group: int) -> go.Figure:
 
 
 def _recalls(counts: Sequence[Sequence[int]]) -> list[float | None]:
+    """Computes each class's recall in percent; None for classes without samples."""
     return [100 * row[at] / sum(row) if any(row) else None for at, row in enumerate(counts)]
 
 
 def _change(method: str, before: Sequence[float | None], after: Sequence[float | None]) -> str:
+    """Says in how many classes a merge is right more often than the best single client."""
     pairs = enumerate(zip(before, after, strict=True))
     gains = {at: new - old for at, (old, new) in pairs if old is not None and new is not None}
     more = [at for at in gains if gains[at] > 0]
@@ -234,10 +238,12 @@ def _change(method: str, before: Sequence[float | None], after: Sequence[float |
 
 
 def _whole(share: float | None) -> str:
+    """Writes a recall in percent."""
     return percent(share or 0.0, 100)
 
 
 def _mistake(name: str, counts: Sequence[Sequence[int]]) -> str:
+    """Names the most frequent mistake of a model."""
     wrong = [
         (n / sum(row), true, predicted)
         for true, row in enumerate(counts)
@@ -251,13 +257,16 @@ def _mistake(name: str, counts: Sequence[Sequence[int]]) -> str:
 
 
 def _accuracy(score: ModelScore | None) -> float | None:
+    """Reads the accuracy of a score; None if it is missing or not finite."""
     return score.accuracy if score and is_known(score.accuracy) else None
 
 
 def _tested(record: FederationRecord) -> list[tuple[MergeRecord, float]]:
+    """Lists the merges with a known accuracy, and that accuracy."""
     scored = [(merge, _accuracy(merge.score)) for merge in record.merges]
     return [(merge, accuracy) for merge, accuracy in scored if accuracy is not None]
 
 
 def _best_of(shown: int, there: int, what: str) -> str:
+    """Says how many of the things there are shown, if not all."""
     return f"the {shown} best of {there} {what}s" if shown < there else f"each {what}"

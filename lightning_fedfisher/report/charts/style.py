@@ -1,7 +1,6 @@
-"""The form all charts share: what they are, their colours and their axes.
+"""What all charts share: their parts, colours and axes.
 
-Text, grid and background have no colour of their own: they are the page's, which knows whether it
-is dark.
+Text, grid and background have no colours here: the page sets them, which knows whether it is dark.
 """
 
 from __future__ import annotations
@@ -16,16 +15,16 @@ import plotly.graph_objects as go
 
 from lightning_fedfisher.report.wording import is_drawn, marked, number
 
-# Those of Okabe and Ito's palette that stand out, by three to one, from white and from near black.
+# The colours of Okabe and Ito's palette with a contrast of 3:1 to white and to near black.
 BLUE, ORANGE, GREEN, PINK = COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 
 MOST_SERIES = 8
-"""Clients or methods that are told apart in one picture."""
+"""The most clients or methods that are drawn one by one in a picture."""
 
 MOST_ROWS = 20
-"""Rows of a picture: no taller than a screen, no labels over one another."""
+"""The most rows of a picture, so that it fits a screen and no labels overlap."""
 
-_NARROW = 170  # pixels of an axis on a phone, beside long names
+_NARROW = 170  # pixels that long names leave for an axis on a phone
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', sans-serif"
 _LEGEND = {
     "orientation": "h",
@@ -41,8 +40,8 @@ class Panel:
     """One picture of a chart.
 
     Attributes:
-        figure: a plotly figure without a title.
-        heading: what it shows, where a chart has several.
+        figure: A plotly figure without a title.
+        heading: What the picture shows; empty if the chart has no other.
     """
 
     figure: go.Figure
@@ -51,13 +50,13 @@ class Panel:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart and what it says, in text that nothing is escaped in.
+    """A chart and what it says, in plain text that is not escaped.
 
     Attributes:
-        name: short, for links.
-        title: the finding, in a sentence.
-        subtitle: what is drawn, and what is left out.
-        panels: its pictures.
+        name: A short name, for links to the chart.
+        title: What the chart shows, in a sentence.
+        subtitle: What is drawn, and what is left out.
+        panels: The pictures of the chart.
     """
 
     name: str
@@ -67,16 +66,16 @@ class Chart:
 
 
 def figure(traces: Sequence[Any], height: int, x: dict[str, Any], y: dict[str, Any]) -> go.Figure:
-    """A figure in the form all share.
+    """Makes a plotly figure with the layout that all charts share.
 
     Args:
-        traces: plotly traces.
-        height: in pixels.
-        x: the horizontal axis.
-        y: the vertical axis.
+        traces: Plotly traces.
+        height: The height in pixels.
+        x: Plotly's settings of the horizontal axis, ``title`` being a string.
+        y: Plotly's settings of the vertical axis, ``title`` being a string.
 
     Returns:
-        A figure.
+        The figure, without a title of its own.
     """
     axis = {"automargin": True, "fixedrange": True, "zeroline": False, "ticklen": 0, "tickangle": 0}
     axis |= {"ticklabelstandoff": 6}
@@ -104,7 +103,7 @@ def figure(traces: Sequence[Any], height: int, x: dict[str, Any], y: dict[str, A
 
 
 def titled(axis: dict[str, Any]) -> dict[str, Any]:
-    """An axis whose ``title`` is a string."""
+    """Replaces the ``title`` of an axis, a string, by plotly's settings of a title."""
     title = (
         {"text": marked(axis["title"]), "standoff": 8, "font": {"size": 12}}
         if "title" in axis
@@ -114,15 +113,15 @@ def titled(axis: dict[str, Any]) -> dict[str, Any]:
 
 
 def log_axis(values: Sequence[float], title: str, upright: bool = False) -> dict[str, Any]:
-    """A logarithmic axis with labels that say what they are, and have room on a phone.
+    """Makes a logarithmic axis with labels at round numbers that stay apart on a phone.
 
     Args:
-        values: positive, that it is to hold.
-        title: of the axis.
-        upright: whether it is the vertical one, where labels need less room.
+        values: Positive numbers that the axis must span.
+        title: The axis title.
+        upright: Whether the axis is vertical, where labels need less room.
 
     Returns:
-        The axis for `figure`.
+        Plotly's settings of the axis, for `figure`.
     """
     low, high = math.log10(min(values)), math.log10(max(values))
     room = max(0.06 * (high - low), 0.08)
@@ -146,13 +145,13 @@ def log_axis(values: Sequence[float], title: str, upright: bool = False) -> dict
 
 
 def round_step(length: int) -> int:
-    """A step between labels that leaves twelve at most."""
+    """Finds the round step between labels that leaves at most twelve of them."""
     steps = (base * ten for ten in (1, 10, 100, 1000, 10**4, 10**5) for base in (1, 2, 5))
     return next(step for step in steps if length <= 12 * step)
 
 
 def _have_room(ticks: Sequence[float], span: float, upright: bool) -> bool:
-    """Whether labels on a logarithmic axis of a phone stay apart."""
+    """Tells whether the labels of a logarithmic axis stay apart on a phone."""
     return all(
         math.log10(right / left) / span * _NARROW
         > (20 if upright else 3.4 * len(number(left) + number(right)) + 8)

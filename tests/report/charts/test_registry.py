@@ -7,12 +7,11 @@ from dataclasses import replace
 import pytest
 from helpers.records import HOSTILE, federation, history, hostile, large, long_names, merge, score
 
+from lightning_fedfisher.curvature.summary import CurvatureSummary
 from lightning_fedfisher.report.charts.registry import charts
-from lightning_fedfisher.report.wording import label, labels, number, percent
 from lightning_fedfisher.results.record import (
     ClientRecord,
     FederationRecord,
-    LayerCurvature,
     ModelScore,
 )
 
@@ -187,7 +186,7 @@ def test_accuracy_labels_its_lines_one_above_the_other():
 def test_curvature_says_which_layer_has_most():
     layers = [[("a", 1.0, 3.0), ("b", 2.0, 40.0)], [("a", 0.0, 5.0), ("b", 5.0, 20.0)]]
     clients = [
-        ClientRecord(str(index), 1, curvature=[LayerCurvature(*layer) for layer in own])
+        ClientRecord(str(index), 1, curvature=[CurvatureSummary(*layer) for layer in own])
         for index, own in enumerate(layers)
     ]
     chart = _chart(_of(clients), "curvature")
@@ -349,8 +348,10 @@ def _untested():
 
 def _extreme():
     record = federation(clients=9)
-    curved = [LayerCurvature("a", 10.0 ** (60 * k - 250), math.inf, [1e300, 1.0]) for k in range(9)]
-    curved[0] = LayerCurvature("a", -1.0, math.nan, [0.0, 0.0])
+    curved = [
+        CurvatureSummary("a", 10.0 ** (60 * k - 250), math.inf, [1e300, 1.0]) for k in range(9)
+    ]
+    curved[0] = CurvatureSummary("a", -1.0, math.nan, [0.0, 0.0])
     clients = [
         replace(own, curvature=[layer], train_loss=[1e30])
         for own, layer in zip(record.clients, curved, strict=True)
@@ -437,49 +438,6 @@ def test_plotly_gets_no_tags():
             for text in (*HOSTILE[:3],):
                 assert text not in panel.figure.to_json()
                 assert text not in str(panel.figure.to_plotly_json())
-
-
-@pytest.mark.parametrize(
-    ("value", "said"),
-    [
-        (0, "0"),
-        (0.25, "0.25"),
-        (999.4, "999"),
-        (999.6, "1,000"),
-        (12345, "12,300"),
-        (1e6, "10⁶"),
-        (9.1e-7, "9.1 \u00d7 10⁻⁷"),
-        (9.96e-5, "10⁻⁴"),
-        (-4e-9, "-4 \u00d7 10⁻⁹"),
-        (math.inf, "infinite"),
-        (math.nan, "not a number"),
-    ],
-)
-def test_numbers_in_words(value, said):
-    assert number(value) == said
-
-
-@pytest.mark.parametrize(
-    ("part", "said"),
-    [(0, "0%"), (1, "less than 0.1%"), (5, "0.5%"), (410, "41%"), (995, "99.5%"), (1000, "100%")],
-)
-def test_shares_in_words(part, said):
-    assert percent(part, 1000 if part != 1 else 10**5) == said
-
-
-def test_labels_are_short_and_keep_both_ends():
-    assert label("a" * 30 + "b" * 30, 11) == "aaaaa…bbbbb"
-    assert label("short") == "short"
-    assert label(" \n") == "?"
-    assert label("") == "(no name)"
-    assert label("漢" * 30, 11) == "漢漢漢…漢漢"
-    names = [f"model.encoder.layers.{index}.out" for index in range(12)]
-    assert labels(names, 20) == [f"…{index}.out" for index in range(12)]
-    assert labels([f"site-{index}.a.very.long.domain.org" for index in range(3)], 20) == [
-        f"site-{index}…" for index in range(3)
-    ]
-    assert labels(["note" * 9] * 2, 9) == ["note…note"] * 2
-    assert labels(["a" * 20, "a" * 20 + ".b"], 12)[1] != labels(["a" * 20, "a" * 20 + ".b"], 12)[0]
 
 
 def test_a_missing_extra_is_named(monkeypatch):

@@ -1,0 +1,71 @@
+"""The merge of ``fedfisher merge`` on several devices, by a Lightning Trainer."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.pytorch import Trainer
+
+from lightning_fedfisher.merge.result import MergeResult
+from lightning_fedfisher.merge_module import FisherMergeModule
+
+
+def merge_on_trainer(
+    files: Sequence[str], accelerator: str, devices: int, options: Mapping[str, Any]
+) -> MergeResult:
+    """Merges update files with `FisherMergeModule`.
+
+    Args:
+        files: The update files, one for each client.
+        accelerator: Lightning's name of the accelerator.
+        devices: Number of devices, or of processes on a CPU.
+        options: Keywords of `FisherMergeModule`.
+
+    Returns:
+        The result of the merge, on every rank.
+
+    Raises:
+        KeyboardInterrupt: If the merge was interrupted.
+        ValueError: If Lightning refuses the devices.
+    """
+    with _quiet_lightning():
+        trainer = Trainer(
+            accelerator=accelerator,
+            devices=devices,
+            strategy="ddp" if devices > 1 else "auto",
+            max_epochs=-1,
+            use_distributed_sampler=False,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=sys.stderr.isatty(),
+        )
+        merge = FisherMergeModule(files, **options)
+        trainer.fit(merge)
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+        return merge.result
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Mutes Lightning's advice, and turns its complaints about flags into a `ValueError`."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PossibleUserWarning)
+        warnings.filterwarnings("ignore", message=".*no `val_dataloader`")
+        try:
+            yield
+        except MisconfigurationException as error:
+            raise ValueError(str(error)) from error
+        finally:
+            logger.setLevel(level)

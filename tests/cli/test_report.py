@@ -1,0 +1,36 @@
+"""``fedfisher report``, run as a user runs it but for the process."""
+
+import sys
+
+from helpers.records import federation
+
+from lightning_fedfisher.cli.main import main
+
+
+def test_command_writes_beside_the_record(tmp_path, capsys):
+    federation().save(tmp_path / "record.json")
+    assert main(["report", str(tmp_path)]) == 0
+    assert f"{tmp_path / 'report.html'}: 5 clients, 3 merges" in capsys.readouterr().out
+    assert main(["report", str(tmp_path), "--output", str(tmp_path / "new" / "page.html")]) == 0
+    one, other = (tmp_path / name for name in ("report.html", "new/page.html"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_command_tells_what_is_wrong(tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "record.json" in line
+    (tmp_path / "record.json").write_text("{}")
+    assert main(["report", str(tmp_path)]) == 1
+    assert "is not the record of a federation" in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_command_names_a_missing_extra(tmp_path, capsys, monkeypatch):
+    federation().save(tmp_path / "record.json")
+    for name in [n for n in sys.modules if n.startswith("lightning_fedfisher.report")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    assert main(["report", str(tmp_path)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "pip install 'lightning-fedfisher[report]'" in line
