@@ -5,22 +5,22 @@ import math
 
 import pytest
 from benchmarks import extraction_benchmark
-from simulation import study as cells
-from simulation.study import Cell
+from simulation import study as shared
+from simulation.study import Federation
 from studies import curvature_study
 from studies.curvature_study import Setting
 from studies.tables import benchmark_table, read_rows, study_table
 
-CELL = Cell("digits", "lenet", 1.0, 3, 0)
+FEDERATION = Federation("digits", "lenet", 1.0, 3, 0)
 SETTINGS = [Setting("kfac", "normalised", "auto"), Setting("ekfac", "exact", "50")]
 
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(curvature_study, "CELLS", {"development": [CELL]})
-    monkeypatch.setattr(extraction_benchmark, "CELLS", {"development": [CELL]})
+    monkeypatch.setattr(curvature_study, "FEDERATIONS", {"development": [FEDERATION]})
+    monkeypatch.setattr(extraction_benchmark, "FEDERATIONS", {"development": [FEDERATION]})
     monkeypatch.setattr(curvature_study, "SETTINGS", SETTINGS)
-    monkeypatch.setattr(cells, "_EPOCHS", {"lenet": 1})
+    monkeypatch.setattr(shared, "_EPOCHS", {"lenet": 1})
 
 
 def _study(monkeypatch, output):
@@ -39,7 +39,7 @@ def test_study_writes_a_row_for_each_setting_and_goes_on(small, monkeypatch, tmp
     assert "| ekfac | exact | 50 |" in study_table(rows)
     # Interrupted before the last row: only that is done again, from the clients kept.
     table.write_text("".join(whole.splitlines(keepends=True)[:-1]))
-    monkeypatch.setattr(cells, "fit_client", None)
+    monkeypatch.setattr(shared, "fit_client", None)
     again = read_rows(_study(monkeypatch, tmp_path))
     assert again[0] == rows[0]
     assert again[1]["accuracy"] == rows[1]["accuracy"]

@@ -5,18 +5,18 @@ import json
 import pytest
 import torch
 from benchmarks import merge_benchmark
-from simulation import study as cells
-from simulation.study import Cell
+from simulation import study as shared
+from simulation.study import Federation
 from simulation.synthetic import made_up, perturbed, write_perturbed
 from studies.tables import merge_benchmark_table
 
-CELL = Cell("digits", "lenet", 1.0, 3, 0)
+FEDERATION = Federation("digits", "lenet", 1.0, 3, 0)
 
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    monkeypatch.setattr(merge_benchmark, "CELLS", {"development": [CELL]})
-    monkeypatch.setattr(cells, "_EPOCHS", {"lenet": 1})
+    monkeypatch.setattr(merge_benchmark, "FEDERATIONS", {"development": [FEDERATION]})
+    monkeypatch.setattr(shared, "_EPOCHS", {"lenet": 1})
     monkeypatch.setattr("simulation.clients._LABELLED_SAMPLES", 20)
     # More threads than free cores make small eigenproblems many times slower.
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -38,8 +38,8 @@ def test_recorded_results_tell_date_and_hardware(path):
 
 
 def test_readme_shows_the_recorded_accuracies():
-    cells = load("fashionmnist-lenet-a0.1-p3-s0", "fashionmnist-lenet-a0.07-p11-s7", "cifar10-cnn")
-    table = results_table(cells)
+    federations = load("fashionmnist-lenet-a0.1-p3-s0", "fashionmnist-lenet-a0.07-p11-s7", "cifar10-cnn")
+    table = results_table(federations)
     assert table in (ROOT / "README.md").read_text()
 
 
@@ -51,9 +51,9 @@ def test_recipes_readme_shows_every_recorded_table():
         assert costs_table(*load(name)) in text
 
 
-@pytest.mark.parametrize("cells", ["development", "held_out"])
-def test_recipes_readme_shows_the_curvature_studies(cells):
-    path = RESULTS / f"curvature_study_{cells}.csv"
+@pytest.mark.parametrize("federations", ["development", "held_out"])
+def test_recipes_readme_shows_the_curvature_studies(federations):
+    path = RESULTS / f"curvature_study_{federations}.csv"
     assert path.read_text().startswith("# 20")  # the date, then the hardware
     assert study_table(read_rows(path)) in (ROOT / "recipes" / "README.md").read_text()
 
@@ -67,14 +67,14 @@ def test_recipes_readme_shows_several_rounds_and_a_start_from_given_weights():
     assert results_table([init]) in text
 
 
-@pytest.mark.parametrize("cells", ["development", "seeds", "held_out", "earlier", "variants"])
-def test_recipes_readme_shows_the_merge_studies(cells):
-    path = RESULTS / f"merge_study_{cells}.csv"
+@pytest.mark.parametrize("federations", ["development", "seeds", "held_out", "earlier", "variants"])
+def test_recipes_readme_shows_the_merge_studies(federations):
+    path = RESULTS / f"merge_study_{federations}.csv"
     assert path.read_text().startswith("# 20")
     rows = read_rows(path)
     text = (ROOT / "recipes" / "README.md").read_text()
     assert merge_table(rows) in text
-    if cells not in ("seeds", "variants"):
+    if federations not in ("seeds", "variants"):
         assert merge_summary(rows) in text
 
 
