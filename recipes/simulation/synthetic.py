@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_fedfisher import ClientUpdate, extract_curvature
 from lightning_fedfisher.curvature.kronecker import Kronecker
 
-_NOISE = 0.3  # relative, so that clients differ about as much as trained ones
+_NOISE = 0.3  # standard deviation, in multiples of that of the weights
 _ROWS = 256  # samples behind each factor
 _FLOOR = 0.01  # least eigenvalue, in mean ones
 

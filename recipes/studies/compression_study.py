@@ -59,9 +59,9 @@ class Row(Federation):
 def truncated(update: ClientUpdate) -> tuple[ClientUpdate, float]:
     """Truncates an update to about the bits of float32 weights, as FedFisher does.
 
-    See arXiv 2403.12329. Weights take 16 bits. Of each factor, the leading singular triples are kept at 9 bits an entry:
-    the same number of triples for all factors, as many as there is room for. Bits are counted, as
-    published; no file holds them.
+    See arXiv 2403.12329. Weights take 16 bits. Of each factor, the leading singular triples are
+    kept at 9 bits an entry: the same number of triples for all factors, as many as there is room
+    for. Bits are counted, as published; no file holds them.
 
     Args:
         update: with K-FAC factors.

@@ -86,7 +86,7 @@ def temper(curvature: Curvature, head: bool, *, power: float, average_head: bool
     Returns:
         The curvature to merge.
     """
-    return (curvature.over_outputs() if head and average_head else curvature).power(power)
+    return (curvature.average_over_columns() if head and average_head else curvature).power(power)
 
 
 def _variant(**changes: Any) -> Merge:

@@ -16,10 +16,11 @@ import pytest
 import torch
 from helpers.wandb_runs import read_runs
 from safetensors.torch import load_file, save_file
-from simulation import clients as federation_steps
+from simulation import clients
 from simulation.models import build_model
 
-from lightning_fedfisher import METHODS, ClientUpdate
+from lightning_fedfisher import ClientUpdate
+from lightning_fedfisher.merge.methods import METHODS
 from lightning_fedfisher.report.page import write_report
 from lightning_fedfisher.results.record import FederationRecord
 
@@ -240,7 +241,7 @@ def test_clients_and_merge_start_from_given_weights(federation, tmp_path, prefix
     cifar_resnet.run(cifar_resnet.parse_flags([*again, "--init", str(moved)]))
     save_file({name: tensor + 1 for name, tensor in start.items()}, moved)
     for other in (["--init", str(moved)], []):
-        with pytest.raises(ValueError, match="another start"):
+        with pytest.raises(ValueError, match="another initial_weights"):
             cifar_resnet.run(cifar_resnet.parse_flags([*again, *other]))
 
 
@@ -312,7 +313,7 @@ def test_later_rounds_start_from_the_merged_model_and_shuffle_anew(tmp_path, mon
     def fit_client(network, *arguments, seed, **options):
         starts.append({name: tensor.clone() for name, tensor in network.state_dict().items()})
         seeds.append(seed)
-        return federation_steps.fit_client(network, *arguments, seed=seed, **options)
+        return clients.fit_client(network, *arguments, seed=seed, **options)
 
     monkeypatch.setattr("simulation.round.fit_client", fit_client)
     output = tmp_path / "out"
@@ -356,10 +357,10 @@ def test_resuming_in_round_two_keeps_what_is_finished(two_rounds, tmp_path, caps
 
 
 def test_clients_of_another_start_are_not_kept(two_rounds, tmp_path):
-    """With another headline method, round 2 has another start: its clients are not its own."""
+    """With another headline method, round 2 starts elsewhere: its clients are not its own."""
     output = tmp_path / "out"
     shutil.copytree(two_rounds[0], output)
-    with pytest.raises(ValueError, match=r"round-2.*another start"):
+    with pytest.raises(ValueError, match=r"round-2.*another initial_weights"):
         resume(output, "--rounds", "2", "--methods", "fedavg")
 
 

@@ -3,14 +3,16 @@
 import pytest
 import torch
 from simulation import study as shared
-from simulation.study import Federation
+from simulation.federations import Federation
+from simulation.rows import read_rows
+from simulation.tables.studies import compression_table
 from studies import compression_study
 from studies.compression_study import BUDGETS, PLAIN, PUBLISHED, truncated
-from studies.tables import compression_table, read_rows
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_fedfisher import ClientUpdate, Kronecker, extract_curvature
+from lightning_fedfisher import ClientUpdate, extract_curvature
+from lightning_fedfisher.curvature.kronecker import Kronecker
 
 FEDERATION = Federation("digits", "lenet", 1.0, 3, 0)
 

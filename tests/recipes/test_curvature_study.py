@@ -6,10 +6,12 @@ import math
 import pytest
 from benchmarks import extraction_benchmark
 from simulation import study as shared
-from simulation.study import Federation
+from simulation.federations import Federation
+from simulation.rows import read_rows
+from simulation.tables.benchmarks import benchmark_table
+from simulation.tables.studies import study_table
 from studies import curvature_study
 from studies.curvature_study import Setting
-from studies.tables import benchmark_table, read_rows, study_table
 
 FEDERATION = Federation("digits", "lenet", 1.0, 3, 0)
 SETTINGS = [Setting("kfac", "normalised", "auto"), Setting("ekfac", "exact", "50")]
@@ -17,8 +19,9 @@ SETTINGS = [Setting("kfac", "normalised", "auto"), Setting("ekfac", "exact", "50
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(curvature_study, "FEDERATIONS", {"development": [FEDERATION]})
-    monkeypatch.setattr(extraction_benchmark, "FEDERATIONS", {"development": [FEDERATION]})
+    chosen = {"development": [FEDERATION]}
+    monkeypatch.setattr(curvature_study, "CURVATURE_FEDERATIONS", chosen)
+    monkeypatch.setattr("simulation.federations.CURVATURE_FEDERATIONS", chosen)
     monkeypatch.setattr(curvature_study, "SETTINGS", SETTINGS)
     monkeypatch.setattr(shared, "_EPOCHS", {"lenet": 1})
 
@@ -63,7 +66,7 @@ def test_benchmark_measures_and_compares(small, tmp_path):
         clients_dir=tmp_path,
         output=None,
     )
-    report = extraction_benchmark.client(flags)
+    report = extraction_benchmark.trained_client(flags)
     assert report["samples"] == 60
     ours = {name: row for name, row in report["rows"].items() if name.startswith("ours")}
     assert len(ours) == 5

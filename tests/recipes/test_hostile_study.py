@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 from simulation import study as shared
-from simulation.study import Federation
+from simulation.federations import Federation
+from simulation.rows import read_rows
+from simulation.tables.studies import hostile_table
 from studies import hostile_study
 from studies.hostile_study import ATTACKS, BOUNDS, NOBODY, SHREWD, forge
-from studies.tables import hostile_table, read_rows
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 

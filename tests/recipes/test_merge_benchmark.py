@@ -6,16 +6,18 @@ import pytest
 import torch
 from benchmarks import merge_benchmark
 from simulation import study as shared
-from simulation.study import Federation
-from simulation.synthetic import made_up, perturbed, write_perturbed
-from studies.tables import merge_benchmark_table
+from simulation.federations import Federation
+from simulation.synthetic import perturbed, synthetic_update, write_perturbed
+from simulation.tables.benchmarks import merge_benchmark_table
 
 FEDERATION = Federation("digits", "lenet", 1.0, 3, 0)
 
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    monkeypatch.setattr(merge_benchmark, "FEDERATIONS", {"development": [FEDERATION]})
+    monkeypatch.setattr(
+        "simulation.federations.CURVATURE_FEDERATIONS", {"development": [FEDERATION]}
+    )
     monkeypatch.setattr(shared, "_EPOCHS", {"lenet": 1})
     monkeypatch.setattr("simulation.clients._LABELLED_SAMPLES", 20)
     # More threads than free cores make small eigenproblems many times slower.
@@ -80,7 +82,7 @@ def test_numbers_of_clients_are_compared(run, monkeypatch, tmp_path):
 
 
 def test_perturbed_updates_differ_and_keep_their_curvature_positive(tmp_path):
-    update = made_up(merge_benchmark.untrained("lenet"), torch.rand(2, 1, 28, 28))
+    update = synthetic_update(merge_benchmark.untrained("lenet"), torch.rand(2, 1, 28, 28))
     other = perturbed(update, 1)
     for layer in update.layers:
         assert not torch.equal(other.weights(layer), update.weights(layer))
@@ -96,7 +98,7 @@ def test_perturbed_updates_differ_and_keep_their_curvature_positive(tmp_path):
 
 
 def test_too_small_a_disk_is_refused(monkeypatch, tmp_path):
-    update = made_up(merge_benchmark.untrained("lenet"), torch.rand(2, 1, 28, 28))
+    update = synthetic_update(merge_benchmark.untrained("lenet"), torch.rand(2, 1, 28, 28))
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 0}))
     with pytest.raises(OSError, match="room"):
         write_perturbed(lambda: update, tmp_path, 3)

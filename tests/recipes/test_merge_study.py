@@ -8,12 +8,13 @@ import torch
 from simulation import study as shared
 from simulation.clients import EXTRACTIONS, labelled_samples
 from simulation.data import load_images
-from simulation.study import Federation
+from simulation.federations import MERGE_FEDERATIONS, Federation
+from simulation.rows import read_rows
+from simulation.tables.studies import merge_summary, merge_table
 from studies import merge_study
-from studies.merge_study import FEDERATIONS, VARIANTS
-from studies.tables import merge_summary, merge_table, read_rows
+from studies.merge_study import VARIANTS
 
-from lightning_fedfisher import METHODS
+from lightning_fedfisher.merge.methods import METHODS
 
 FEDERATION = Federation("digits", "lenet", 1.0, 3, 0)
 NAMES = ["best client", "ensemble", *METHODS]
@@ -22,7 +23,7 @@ NAMES = ["best client", "ensemble", *METHODS]
 @pytest.fixture
 def study(monkeypatch, tmp_path):
     """Runs the study on a tiny federation, with few steps of the published server."""
-    monkeypatch.setattr(merge_study, "FEDERATIONS", {"development": [FEDERATION]})
+    monkeypatch.setattr(merge_study, "MERGE_FEDERATIONS", {"development": [FEDERATION]})
     monkeypatch.setattr(shared, "_EPOCHS", {"lenet": 1})
     for name, method in METHODS.items():
         steps = min(method.iterations, 10 if method.keeps_best else 1000)
@@ -118,12 +119,15 @@ def test_labelled_samples_are_those_of_the_recipe(tmp_path):
 
 def test_cells_are_distinct_and_the_held_out_ones_new():
     sizes = {"development": 21, "seeds": 9, "earlier": 10, "held-out": 9}
-    assert {name: len(federations) for name, federations in FEDERATIONS.items()} == sizes
-    known = {*FEDERATIONS["development"], *FEDERATIONS["seeds"], *FEDERATIONS["earlier"]}
-    splits = {(federation.dataset, federation.partition_seed) for federation in known}
-    assert not splits & {(federation.dataset, federation.partition_seed) for federation in FEDERATIONS["held-out"]}
-    assert Federation("fashionmnist", "lenet", 0.3, 45, 1) in FEDERATIONS["held-out"]
-    assert Federation("imagefolder", "cnn", 0.2, 32, 1) in FEDERATIONS["held-out"]
+    assert {name: len(federations) for name, federations in MERGE_FEDERATIONS.items()} == sizes
+    known = {each for name in ("development", "seeds", "earlier") for each in MERGE_FEDERATIONS[name]}
+        each for name, group in MERGE_FEDERATIONS.items() if name != "held-out" for each in group
+    }
+    splits = {(each.dataset, each.partition_seed) for each in known}
+    held_out = MERGE_FEDERATIONS["held-out"]
+    assert not splits & {(each.dataset, each.partition_seed) for each in held_out}
+    assert Federation("fashionmnist", "lenet", 0.3, 45, 1) in MERGE_FEDERATIONS["held-out"]
+    assert Federation("imagefolder", "cnn", 0.2, 32, 1) in MERGE_FEDERATIONS["held-out"]
 
 
 def _rows(model, alpha, split, *scores):

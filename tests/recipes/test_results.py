@@ -4,21 +4,21 @@ import json
 from pathlib import Path
 
 import pytest
-from studies.tables import (
+from simulation.rows import read_rows
+from simulation.tables.benchmarks import (
     benchmark_table,
-    compression_table,
-    costs_table,
     extraction_summary,
     fuzz_table,
-    hostile_table,
     large_table,
     logging_table,
     merge_benchmark_table,
+)
+from simulation.tables.runs import costs_table, results_table, rounds_table
+from simulation.tables.studies import (
+    compression_table,
+    hostile_table,
     merge_summary,
     merge_table,
-    read_rows,
-    results_table,
-    rounds_table,
     study_table,
 )
 
@@ -38,8 +38,8 @@ def test_recorded_results_tell_date_and_hardware(path):
 
 
 def test_readme_shows_the_recorded_accuracies():
-    federations = load("fashionmnist-lenet-a0.1-p3-s0", "fashionmnist-lenet-a0.07-p11-s7", "cifar10-cnn")
-    table = results_table(federations)
+    runs = load("fashionmnist-lenet-a0.1-p3-s0", "fashionmnist-lenet-a0.07-p11-s7", "cifar10-cnn")
+    table = results_table(runs)
     assert table in (ROOT / "README.md").read_text()
 
 
