@@ -25,6 +25,7 @@ from simulation.json_report import write_benchmark_report
 from simulation.memory import peak_memory, status_bytes
 from simulation.models import build_model
 from simulation.study import fit_federation
+from simulation.timing import timed
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
@@ -176,25 +177,6 @@ def errors(
                 error = float((mine - right).norm() / right.norm())
                 worst[kind] = max(worst.get(kind, 0.0), error)
     return worst
-
-
-def timed(run: Callable[[], Any], repeats: int) -> tuple[Any, float]:
-    """Times a function.
-
-    Args:
-        run: the function.
-        repeats: how often to call it.
-
-    Returns:
-        Its last result, and the shortest time of a call in seconds.
-    """
-    seconds = []
-    result = None
-    for _ in range(repeats):
-        started = time.perf_counter()
-        result = run()
-        seconds.append(time.perf_counter() - started)
-    return result, min(seconds)
 
 
 def make_parser() -> ArgumentParser:
