@@ -12,7 +12,6 @@ import os
 import sys
 import time
 import warnings
-from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -22,10 +21,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
+from jsonargparse import ArgumentParser
 from lightning.pytorch.loggers import WandbLogger
 from simulation import federation, results
 from simulation import round as one_round
-from simulation.flags import Flags, parse_flags
+from simulation.flags import Flags, flags_from, flags_parser
 from simulation.json_report import write_benchmark_report
 from simulation.tables.benchmarks import logging_table
 
@@ -113,12 +113,12 @@ def timed_run(flags: Flags, wandb: str) -> dict[str, float]:
 
 
 def make_parser() -> ArgumentParser:
-    """Describes the command line, except for the flags of `cifar_resnet.py`.
+    """Describes the command line, which takes the flags of `cifar_resnet.py` as well.
 
     Returns:
         The parser.
     """
-    parser = ArgumentParser(prog="logging_benchmark.py", description=__doc__)
+    parser = flags_parser(__doc__, "logging_benchmark.py")
     parser.add_argument("--repeats", type=int, default=3, help="number of pairs of runs")
     parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
     return parser
@@ -130,8 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: of the command line; None reads `sys.argv`.
     """
-    own, rest = make_parser().parse_known_args(arguments)
-    flags = parse_flags(rest)
+    own = make_parser().parse_args(arguments)
+    flags = flags_from(own)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore")
     os.environ.setdefault("WANDB_SILENT", "true")

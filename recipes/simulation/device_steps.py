@@ -136,7 +136,7 @@ def relative_difference(expected: Tensors, found: Tensors) -> float:
     Returns:
         The largest relative difference (Frobenius norm) of any tensor.
     """
-    return max(
-        float((found[name].cpu() - tensor).norm() / tensor.norm())
-        for name, tensor in expected.items()
-    )
+    differences = [
+        (found[name].cpu() - tensor).norm() / tensor.norm() for name, tensor in expected.items()
+    ]
+    return float(torch.stack(differences).max())  # nan if any is

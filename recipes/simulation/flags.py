@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 import torch
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from lightning_fedfisher.merge.methods import METHODS, MethodName
 from simulation.data import ImageData
@@ -81,16 +81,17 @@ class Flags:
         }
 
 
-def flags_parser(description: str | None = None) -> ArgumentParser:
+def flags_parser(description: str | None = None, script: str = "cifar_resnet.py") -> ArgumentParser:
     """Describes the command line.
 
     Args:
         description: what the script does, for ``--help``.
+        script: name of the script.
 
     Returns:
         A parser with a flag for every attribute of `Flags`, and ``--config``.
     """
-    parser = ArgumentParser(prog="cifar_resnet.py", description=description)
+    parser = ArgumentParser(prog=script, description=description)
     parser.add_argument("--config", action="config", help="YAML file of flags")
     hints = get_type_hints(Flags)
     defaults = Flags()
@@ -115,7 +116,18 @@ def parse_flags(arguments: Sequence[str] | None = None, description: str | None 
     Returns:
         The flags.
     """
-    parsed = flags_parser(description).parse_args(arguments)
+    return flags_from(flags_parser(description).parse_args(arguments))
+
+
+def flags_from(parsed: Namespace) -> Flags:
+    """Takes the flags out of a parsed command line.
+
+    Args:
+        parsed: by `flags_parser`, to which a script may have added flags of its own.
+
+    Returns:
+        The flags.
+    """
     return Flags(**{flag.name: parsed[flag.name] for flag in fields(Flags)})
 
 
