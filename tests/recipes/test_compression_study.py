@@ -18,7 +18,7 @@ FEDERATION = Federation("digits", "lenet", 1.0, 3, 0)
 
 
 @pytest.fixture
-def study(monkeypatch, tmp_path):
+def study(monkeypatch, tmp_path, few_digits):
     """Runs the study on a tiny federation."""
     monkeypatch.setattr(compression_study, "FEDERATIONS", {"development": [FEDERATION]})
     monkeypatch.setattr(compression_study, "BUDGETS", {"budget 0.5": 0.5})

@@ -18,7 +18,7 @@ SETTINGS = [Setting("kfac", "normalised", "auto"), Setting("ekfac", "exact", "50
 
 
 @pytest.fixture
-def small(monkeypatch):
+def small(monkeypatch, few_digits):
     chosen = {"development": [FEDERATION]}
     monkeypatch.setattr(curvature_study, "CURVATURE_FEDERATIONS", chosen)
     monkeypatch.setattr("simulation.federations.CURVATURE_FEDERATIONS", chosen)

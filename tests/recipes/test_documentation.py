@@ -84,14 +84,14 @@ def test_links_to_files_lead_somewhere(path):
 
 
 class Tiny(LightningModule):
-    """A classifier of vectors, or of the ``image`` of a dictionary."""
+    """A classifier of 6x6 images, with a layer of the name that the README uses."""
 
     def __init__(self):
         super().__init__()
-        self.network = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+        self.conv1, self.head = nn.Conv2d(1, 2, 3), nn.Linear(32, 3)
 
     def forward(self, x):
-        return self.network(x)
+        return self.head(self.conv1(x).relu().flatten(1))
 
     def training_step(self, batch, batch_idx):
         x, y = batch
@@ -103,7 +103,7 @@ class Tiny(LightningModule):
 
 def tiny_loader(seed=0):
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(12, 6, generator=generator)
+    x = torch.randn(12, 1, 6, 6, generator=generator)
     return DataLoader(TensorDataset(x, torch.randint(0, 3, (12,), generator=generator)), 6)
 
 

@@ -34,7 +34,7 @@ def run(monkeypatch, tmp_path):
     return measure
 
 
-def test_speed_compares_with_the_published_server(run, monkeypatch, tmp_path):
+def test_speed_compares_with_the_published_server(run, few_published_steps, tmp_path):
     report = run("--what", "speed", "--clients-dir", str(tmp_path / "clients"))
     assert [row["labels"] for row in report["rows"].values()] == [0, 20, 0]
     assert all(0 <= row["accuracy"] <= 100 for row in report["rows"].values())
