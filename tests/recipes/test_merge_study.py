@@ -21,7 +21,7 @@ NAMES = ["best client", "ensemble", *METHODS]
 
 
 @pytest.fixture
-def study(monkeypatch, tmp_path, few_digits):
+def study(monkeypatch, tmp_path):
     """Runs the study on a tiny federation, with few steps of the published server."""
     monkeypatch.setattr(merge_study, "MERGE_FEDERATIONS", {"development": [FEDERATION]})
     monkeypatch.setattr(shared, "_EPOCHS", {"lenet": 1})
