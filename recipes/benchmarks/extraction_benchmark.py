@@ -1,7 +1,7 @@
-"""What curvature costs: this package beside others, in one process, in units of a training epoch.
+"""Measures what curvature costs beside other libraries, in units of a training epoch.
 
-On one trained client of the curvature study. Everything runs on the same samples and in the same
-batches. Other libraries are measured where they are installed and can do it:
+Everything runs in one process on one trained client of the curvature study, on the same samples and
+in the same batches. Other libraries are measured where they are installed and support the network:
 `pip install nngeometry==0.4 curvlinops-for-pytorch`.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import json
 import logging
 import time
 import warnings
@@ -19,13 +18,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from cifar_resnet import environment
 from jsonargparse import ArgumentParser
 from simulation.data import TensorImages, collate_images, load_images
+from simulation.federations import benchmark_federation
+from simulation.json_report import write_benchmark_report
 from simulation.memory import peak_memory, status_bytes
 from simulation.models import build_model
-from simulation.study import fit_cell
-from studies.curvature_study import CELLS
+from simulation.study import fit_federation
+from simulation.timing import timed
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
@@ -39,12 +39,12 @@ _TRAINING_BATCH = 64
 
 
 def train_epoch(network: nn.Module, samples: TensorImages, batch_size: int) -> None:
-    """One epoch of SGD as the clients train, in plain PyTorch.
+    """Trains for one epoch of SGD as the clients do, in plain PyTorch.
 
     Args:
         network: trained in place.
-        samples: the client's.
-        batch_size: of SGD.
+        samples: the client's training samples.
+        batch_size: samples in a step of SGD.
     """
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-4, momentum=0.9)
     loader = DataLoader(samples, batch_size=batch_size, shuffle=True, collate_fn=collate_images)
@@ -60,13 +60,13 @@ def ours(
     """Extracts with this package.
 
     Args:
-        network: trained.
+        network: the trained network.
         loader: over the samples.
-        kinds: of curvature.
-        **options: of the extraction.
+        kinds: kinds of curvature, extracted in one pass.
+        **options: of the extraction, such as ``fisher``.
 
     Returns:
-        Blocks by kind.
+        The curvature of each layer, by kind.
     """
     found = extract_curvatures(
         network, loader, kinds, progress=False, **{"max_samples": None} | options
@@ -75,16 +75,16 @@ def ours(
 
 
 def others(network: nn.Module, x: Tensor, y: Tensor, batch: int) -> dict[str, Callable[[], Any]]:
-    """What other libraries offer for the exact Fisher of a classifier.
+    """Prepares the exact Fisher of a classifier by every other library that is installed.
 
     Args:
-        network: trained.
-        x: images.
-        y: labels.
-        batch: samples a batch.
+        network: the trained network.
+        x: images ``(n, channels, height, width)``.
+        y: labels ``(n,)``.
+        batch: samples in a batch.
 
     Returns:
-        Something to run, by name.
+        Functions to time, by the name of library and curvature.
     """
     loader = DataLoader(TensorDataset(x, y), batch_size=batch)
     runs: dict[str, Callable[[], Any]] = {}
@@ -134,7 +134,14 @@ def others(network: nn.Module, x: Tensor, y: Tensor, batch: int) -> dict[str, Ca
 
 
 def as_sequential(network: nn.Module) -> nn.Module | None:
-    """LeNet and the CNN as BackPACK wants them; None for other networks."""
+    """Rebuilds LeNet or the CNN from modules alone, as BackPACK needs it.
+
+    Args:
+        network: any network.
+
+    Returns:
+        The same function with copied weights, or None for other networks.
+    """
     if not hasattr(network, "fc3"):
         return None
     own: Any = copy.deepcopy(network)
@@ -149,16 +156,16 @@ def errors(
     found: Mapping[CurvatureType, Mapping[str, Curvature]],
     expected: Mapping[CurvatureType, Mapping[str, Curvature]],
 ) -> dict[str, float]:
-    """Largest relative error (Frobenius) of any layer's block, by kind.
+    """Compares curvature with a reference in float64, as operators on random matrices.
 
-    EKFAC is compared as an operator, because eigenvectors have no sign.
+    (Eigenvectors have no sign, so EKFAC's tensors cannot be compared.)
 
     Args:
-        found: blocks by kind.
-        expected: blocks by kind, in float64.
+        found: curvature of each layer, by kind.
+        expected: the same in float64.
 
     Returns:
-        The errors.
+        The largest relative error (Frobenius norm) of any layer, by kind.
     """
     worst: dict[str, float] = {}
     for kind, blocks in expected.items():
@@ -172,76 +179,56 @@ def errors(
     return worst
 
 
-def timed(run: Callable[[], Any], repeats: int) -> tuple[Any, float]:
-    """Runs something several times.
-
-    Args:
-        run: what to run.
-        repeats: how often.
+def make_parser() -> ArgumentParser:
+    """Describes the command line.
 
     Returns:
-        Its last result, and the shortest time in seconds.
+        The parser.
     """
-    seconds = []
-    result = None
-    for _ in range(repeats):
-        started = time.perf_counter()
-        result = run()
-        seconds.append(time.perf_counter() - started)
-    return result, min(seconds)
-
-
-def main() -> None:
-    """Runs the benchmark from the command line."""
     parser = ArgumentParser(prog="extraction_benchmark.py", description=__doc__)
     parser.add_argument("--model", type=str, default="lenet", help="lenet, cnn or resnet18")
-    parser.add_argument("--samples", type=int, default=5000, help="of the client, at most")
-    parser.add_argument("--batch-size", type=int, default=1000, help="of every extraction")
-    parser.add_argument("--repeats", type=int, default=3, help="of which the shortest counts")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="of image folders")
-    parser.add_argument("--clients-dir", type=Path, default=Path("runs/curvature_study"))
+    parser.add_argument("--samples", type=int, default=5000, help="most samples of the client")
+    parser.add_argument("--batch-size", type=int, default=1000, help="samples in a batch")
+    parser.add_argument("--repeats", type=int, default=3, help="runs, of which the shortest counts")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of images")
+    parser.add_argument(
+        "--clients-dir",
+        type=Path,
+        default=Path("runs/curvature_study"),
+        help="folder of the curvature study's trained clients",
+    )
     parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
-    flags = parser.parse_args()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
-    report = large(flags) if flags.model == "resnet18" else client(flags)
-    config = {name: flags[name] for name in ("model", "samples", "batch_size", "repeats")}
-    write_report(report, config, flags.output)
+    return parser
 
 
-def write_report(
-    report: Mapping[str, Any], config: Mapping[str, Any], output: Path | None
-) -> dict[str, Any]:
-    """Prints a benchmark's report, and writes it if asked to.
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the benchmark from the command line.
 
     Args:
-        report: what was measured.
-        config: what it was asked for.
-        output: JSON file to write.
-
-    Returns:
-        The report with its config, the hardware and the date.
+        arguments: of the command line; None reads `sys.argv`.
     """
-    whole = {**report, "config": dict(config), "environment": environment(torch.device("cpu"))}
-    text = json.dumps(whole, indent=2, default=str) + "\n"
-    print(text)
-    if output is not None:
-        output.write_text(text)
-    return whole
+    flags = make_parser().parse_args(arguments)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    report = large_network(flags) if flags.model == "resnet18" else trained_client(flags)
+    config = {name: flags[name] for name in ("model", "samples", "batch_size", "repeats")}
+    write_benchmark_report(report, config, flags.output)
 
 
-def client(flags: Any) -> dict[str, Any]:
-    """Measures on a trained client.
+def trained_client(flags: Any) -> dict[str, Any]:
+    """Measures extraction from a trained client.
 
     Args:
         flags: of the command line.
 
     Returns:
-        The report.
+        Seconds, errors and memory, as the JSON file holds them.
     """
-    cell = next(cell for cell in CELLS["development"] if cell.model == flags.model)
-    images = load_images(cell.dataset, flags.data_dir)
-    network, trained_on = next(fit_cell(cell, images, flags.clients_dir / cell.name))
+    federation = benchmark_federation(flags.model)
+    images = load_images(federation.dataset, flags.data_dir)
+    network, trained_on = next(
+        fit_federation(federation, images, flags.clients_dir / federation.name)
+    )
     every = trained_on.without_augmentation()
     chosen = np.random.default_rng(0).permutation(len(every))[: flags.samples]
     samples = every.subset(np.sort(chosen))
@@ -308,14 +295,16 @@ def client(flags: Any) -> dict[str, Any]:
     }
 
 
-def large(flags: Any) -> dict[str, Any]:
-    """Measures ResNet18 on 32x32 images, untrained: no sample is certain, so nothing is saved.
+def large_network(flags: Any) -> dict[str, Any]:
+    """Measures extraction from ResNet18 on 32x32 images.
+
+    It is untrained: no sample is certain, so that none of the work can be left out.
 
     Args:
         flags: of the command line.
 
     Returns:
-        The report.
+        Seconds and memory, as the JSON file holds them.
     """
     torch.manual_seed(0)
     network = build_model("resnet18", 3, 32, 10)
@@ -335,6 +324,7 @@ def large(flags: Any) -> dict[str, Any]:
 
 
 def _stack(samples: TensorImages) -> tuple[Tensor, Tensor]:
+    """All images and labels as two tensors."""
     loader = DataLoader(samples, batch_size=len(samples), collate_fn=collate_images)
     x, y = next(iter(loader))
     return x, y

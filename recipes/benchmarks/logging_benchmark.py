@@ -1,7 +1,7 @@
-"""What logging costs: a run of the main recipe with W&B, and the same without, in turns.
+"""Measures what logging costs: runs of `cifar_resnet.py` with W&B and without, in turns.
 
-Seconds spent in logging calls are added up in the runs with W&B, and in writing the page in all of
-them; the pairs of whole runs show what that leaves out. All other flags are those of
+Seconds spent in logging calls are added up in the runs with W&B, and seconds spent on the page in
+all of them; the pairs of whole runs show what that leaves out. All other flags are those of
 `cifar_resnet.py`.
 """
 
@@ -12,7 +12,6 @@ import os
 import sys
 import time
 import warnings
-from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -22,12 +21,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
-import cifar_resnet
-from benchmarks.extraction_benchmark import write_report
+from jsonargparse import ArgumentParser
 from lightning.pytorch.loggers import WandbLogger
+from simulation import federation, results
 from simulation import round as one_round
-from simulation.flags import Flags, parse_flags
-from studies.tables import logging_table
+from simulation.flags import Flags, flags_from, flags_parser
+from simulation.json_report import write_benchmark_report
+from simulation.tables.benchmarks import logging_table
 
 from lightning_fedfisher import FedFisherCallback, merge_module
 
@@ -41,20 +41,20 @@ LOGGING = [
     (WandbLogger, "log_metrics"),
     (WandbLogger, "log_hyperparams"),
     (WandbLogger, "finalize"),
-    (cifar_resnet, "log_federation"),
-    (cifar_resnet, "log_merged_model"),
+    (federation, "log_federation"),
+    (federation, "log_merged_model"),
 ]
-"""Where a run with W&B spends time that one without does not."""
+"""The functions in which a run with W&B spends time that one without does not."""
 
-PAGE = [(cifar_resnet, "record"), (cifar_resnet, "write_report")]
-"""Where a run spends time on its record and page."""
+PAGE = [(federation, "record_round"), (results, "write_report")]
+"""The functions in which a run spends time on its record and page."""
 
 
 class Stopwatch:
-    """Adds up the time inside functions, each moment once however they nest.
+    """Adds up the time spent in functions, each moment once however they nest.
 
     Attributes:
-        seconds: in all.
+        seconds: the time so far.
     """
 
     def __init__(self) -> None:
@@ -63,10 +63,13 @@ class Stopwatch:
 
     @contextmanager
     def watching(self, places: Sequence[tuple[Any, str]]) -> Iterator[None]:
-        """Watches functions for a while.
+        """Times calls of functions for as long as the block lasts.
 
         Args:
-            places: modules or classes, and names in them.
+            places: modules or classes, and names of functions in them.
+
+        Yields:
+            Nothing.
         """
         with ExitStack() as stack:
             for owner, name in places:
@@ -74,6 +77,7 @@ class Stopwatch:
             yield
 
     def _timed(self, owner: Any, name: str) -> Callable[..., Any]:
+        """The same function, with a clock that runs while it does."""
         function = getattr(owner, name)
 
         @wraps(function)
@@ -91,34 +95,43 @@ class Stopwatch:
 
 
 def timed_run(flags: Flags, wandb: str) -> dict[str, float]:
-    """Runs the recipe once.
+    """Simulates a federation once.
 
     Args:
-        flags: of the recipe.
+        flags: of `cifar_resnet.py`.
         wandb: mode of W&B.
 
     Returns:
-        Seconds: of the run, in logging calls, and on its record and page.
+        Seconds of the run, in logging calls, and on its record and page.
     """
     logged, page = Stopwatch(), Stopwatch()
     with TemporaryDirectory() as folder, logged.watching(LOGGING), page.watching(PAGE):
         started = time.perf_counter()
-        cifar_resnet.run(replace(flags, wandb=wandb, output_dir=Path(folder) / "out"))
+        federation.run(replace(flags, wandb=wandb, output_dir=Path(folder) / "out"))
         seconds = time.perf_counter() - started
     return {"seconds": seconds, "logging_seconds": logged.seconds, "page_seconds": page.seconds}
+
+
+def make_parser() -> ArgumentParser:
+    """Describes the command line, which takes the flags of `cifar_resnet.py` as well.
+
+    Returns:
+        The parser.
+    """
+    parser = flags_parser(__doc__, "logging_benchmark.py")
+    parser.add_argument("--repeats", type=int, default=3, help="number of pairs of runs")
+    parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the benchmark from the command line.
 
     Args:
-        arguments: of the command line; `sys.argv` if None.
+        arguments: of the command line; None reads `sys.argv`.
     """
-    parser = ArgumentParser(prog="logging_benchmark.py", description=__doc__)
-    parser.add_argument("--repeats", type=int, default=3, help="pairs of runs")
-    parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
-    own, rest = parser.parse_known_args(arguments)
-    flags = parse_flags(rest)
+    own = make_parser().parse_args(arguments)
+    flags = flags_from(own)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore")
     os.environ.setdefault("WANDB_SILENT", "true")
@@ -132,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     settled = {"repeats": own.repeats, **flags.plain(), "wandb": "offline and disabled"}
     settled = {name: value for name, value in settled.items() if name != "data_dir"}
-    print(logging_table(write_report({"runs": runs}, settled, own.output)))
+    print(logging_table(write_benchmark_report({"runs": runs}, settled, own.output)))
 
 
 if __name__ == "__main__":

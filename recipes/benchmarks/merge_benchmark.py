@@ -1,10 +1,10 @@
-"""What the server costs: time against the published server, against clients, against processes.
+"""Measures what the server costs, in five ways (`--what`).
 
-- speed: merges of the same five trained clients, with the default method and as published.
+- speed: merges the same five trained clients with the default method and as published.
 - clients: time and memory of the default merge for a quarter, half and all of many LeNet updates.
-- resnet18: the same for the paper's ResNet18, of which one update is 420 MB.
+- resnet18: the same for the paper's ResNet18, of which one update takes 420 MB.
 - processes: the default merge of the CNN's updates by one process and by two.
-- upload: packing, opening and reading one update of ResNet18.
+- upload: compresses, opens and reads one update of ResNet18.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from benchmarks.extraction_benchmark import write_report
 from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.table import Table
@@ -35,12 +34,13 @@ from simulation.clients import (
     score,
 )
 from simulation.data import ImageData, collate_images, load_images
+from simulation.federations import Federation, benchmark_federation
+from simulation.json_report import write_benchmark_report
 from simulation.merge_subprocess import measure_merge
 from simulation.models import build_model
-from simulation.study import Cell, fit_cell
-from simulation.synthetic import made_up, write_perturbed
-from studies.curvature_study import CELLS
-from studies.tables import merge_benchmark_rows
+from simulation.study import fit_federation
+from simulation.synthetic import synthetic_update, write_perturbed
+from simulation.tables.benchmarks import merge_benchmark_rows
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -63,24 +63,26 @@ _PUBLISHED = "fedfisher_kfac"
 
 
 def trained_updates(
-    cell: Cell, method: str, images: ImageData, clients_dir: Path, folder: Path
+    federation: Federation, method: str, images: ImageData, clients_dir: Path, folder: Path
 ) -> list[Path]:
-    """Update files of the study's trained clients, extracted if they are not there yet.
+    """Extracts the updates of trained clients, those that are not there yet.
 
     Args:
-        cell: the federation.
-        method: merge method the updates serve.
+        federation: what the clients were trained as.
+        method: merge method that the updates serve.
         images: the data set.
-        clients_dir: of the study.
-        folder: where they go.
+        clients_dir: folder of the curvature study, which holds the trained clients.
+        folder: where the update files go.
 
     Returns:
-        The files, one for each client.
+        The update files, one for each client.
     """
     kind, fisher = EXTRACTIONS[method]
     paths = []
-    for index, (network, samples) in enumerate(fit_cell(cell, images, clients_dir / cell.name)):
-        paths.append(folder / cell.name / method / f"client-{index:04d}.safetensors")
+    for index, (network, samples) in enumerate(
+        fit_federation(federation, images, clients_dir / federation.name)
+    ):
+        paths.append(folder / federation.name / method / f"client-{index:04d}.safetensors")
         if paths[-1].is_file():
             continue
         loader = DataLoader(
@@ -102,13 +104,13 @@ def trained_updates(
 
 
 def untrained(model: str) -> Classifier:
-    """A classifier of the paper for its images, with the same weights at every call.
+    """Builds an untrained classifier of the paper.
 
     Args:
-        model: its name.
+        model: name of its network.
 
     Returns:
-        The classifier.
+        The classifier, with the same weights at every call.
     """
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -117,32 +119,32 @@ def untrained(model: str) -> Classifier:
 
 
 def _image(model: str) -> tuple[int, int]:
-    """Channels and size of the images that a network of the paper takes."""
+    """Channels and height of the images that a network of the paper takes."""
     return (1, 28) if model == "lenet" else (3, 32)
 
 
 def speed(flags: Any) -> dict[str, Any]:
-    """Times the default method and the published server, which is given its labels or none.
+    """Times the default method, and the published server with and without its labels.
 
     Args:
         flags: of the command line.
 
     Returns:
-        The report; accuracies in percent of the test set.
+        The report: seconds, accuracies in percent of the test set, and labels used.
     """
-    cell = _cell(flags.model)
-    images = load_images(cell.dataset, flags.data_dir)
-    labelled = labelled_samples(images.train, cell.seed)
+    federation = benchmark_federation(flags.model)
+    images = load_images(federation.dataset, flags.data_dir)
+    labelled = labelled_samples(images.train, federation.seed)
     rows = {}
     for name, method, seen, repeats in (
         ("fedfisher", "fedfisher", None, flags.repeats),
         ("fedfisher_kfac", _PUBLISHED, labelled, 1),
         ("fedfisher_kfac, without a look at labels", _PUBLISHED, None, 1),
     ):
-        files = trained_updates(cell, method, images, flags.clients_dir, flags.output_dir)
+        files = trained_updates(federation, method, images, flags.clients_dir, flags.output_dir)
         seconds = []
         for _ in range(repeats):
-            network = build_model(cell.model, *images.train.images.shape[1:3], images.classes)
+            network = build_model(federation.model, *images.train.images.shape[1:3], images.classes)
             classifier = Classifier(network, 0.0)
             result = merge(method, files, classifier, seen, QUIET)
             seconds.append(result.seconds)
@@ -161,17 +163,17 @@ def speed(flags: Any) -> dict[str, Any]:
 
 
 def clients(flags: Any) -> dict[str, Any]:
-    """Measures the default merge of perturbed updates, each number of them in its own process.
+    """Measures the default merge of different numbers of updates, each in its own process.
 
     Args:
         flags: of the command line.
 
     Returns:
-        The report; ratios are those of one row to the row before.
+        The report; its ratios compare each row with the row before.
     """
     folder = flags.output_dir / f"{flags.what}-{flags.model}"
-    shares = (4, 2, 1) if flags.what == "clients" else (1,)
-    counts = sorted({max(flags.clients // share, 1) for share in shares})
+    divisors = (4, 2, 1) if flags.what == "clients" else (1,)
+    counts = sorted({max(flags.clients // divisor, 1) for divisor in divisors})
     try:
         _write(flags, folder, trained=flags.what == "clients")
         rows = {}
@@ -202,15 +204,17 @@ def processes(flags: Any) -> dict[str, Any]:
         flags: of the command line.
 
     Returns:
-        The report; the difference is the Frobenius norm's, of the tensor where it is largest.
+        The report, with the largest relative difference (Frobenius norm) of any merged tensor.
     """
     folder = flags.output_dir / f"processes-{flags.model}"
     if flags.clients_dir is None:
         _write(flags, folder, trained=False)
     else:
-        cell = _cell(flags.model)
-        images = load_images(cell.dataset, flags.data_dir)
-        files = trained_updates(cell, "fedfisher", images, flags.clients_dir, flags.output_dir)
+        federation = benchmark_federation(flags.model)
+        images = load_images(federation.dataset, flags.data_dir)
+        files = trained_updates(
+            federation, "fedfisher", images, flags.clients_dir, flags.output_dir
+        )
         folder = files[0].parent
     rows, merged = {}, []
     for count in (1, 2):
@@ -232,7 +236,7 @@ def processes(flags: Any) -> dict[str, Any]:
 
 
 def upload(flags: Any) -> dict[str, Any]:
-    """Measures what an update with made-up factors costs on its way.
+    """Measures what it takes to compress, verify and read an update with made-up factors.
 
     Args:
         flags: of the command line.
@@ -241,7 +245,7 @@ def upload(flags: Any) -> dict[str, Any]:
         The report; sizes in multiples of the weights.
     """
     channels, size = _image(flags.model)
-    update = made_up(untrained(flags.model), torch.rand(2, channels, size, size))
+    update = synthetic_update(untrained(flags.model), torch.rand(2, channels, size, size))
     path = flags.output_dir / "upload.safetensors"
     rows = {}
     for name, budget in _BUDGETS.items():
@@ -267,27 +271,25 @@ def upload(flags: Any) -> dict[str, Any]:
 def _median(
     folder: Path, clients: int, repeats: int, **options: Any
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The run of median time in the fit, with the times of all."""
+    """Repeats a merge, and gives the run of median time with the times of all."""
     runs = [measure_merge(folder, clients, **options) for _ in range(repeats)]
     times = [took["fit_seconds"] for took, _ in runs]
     took, merged = runs[times.index(statistics.median_low(times))]
     return {**took, "every_fit_seconds": times}, merged
 
 
-def _cell(model: str) -> Cell:
-    return next(cell for cell in CELLS["development"] if cell.model == model)
-
-
 def _write(flags: Any, folder: Path, trained: bool) -> None:
-    """Writes perturbations of one trained client's update, or of one made up."""
+    """Writes perturbed copies of one trained client's update, or of a synthetic one."""
 
     def first() -> ClientUpdate:
         if not trained:
             channels, size = _image(flags.model)
-            return made_up(untrained(flags.model), torch.rand(2, channels, size, size))
-        cell = _cell(flags.model)
-        images = load_images(cell.dataset, flags.data_dir)
-        files = trained_updates(cell, "fedfisher", images, flags.clients_dir, flags.output_dir)
+            return synthetic_update(untrained(flags.model), torch.rand(2, channels, size, size))
+        federation = benchmark_federation(flags.model)
+        images = load_images(federation.dataset, flags.data_dir)
+        files = trained_updates(
+            federation, "fedfisher", images, flags.clients_dir, flags.output_dir
+        )
         return ClientUpdate.open(files[0])
 
     write_perturbed(first, folder, flags.clients)
@@ -297,8 +299,8 @@ def show(report: dict[str, Any], console: Console) -> None:
     """Prints the table of a report.
 
     Args:
-        report: as written.
-        console: where to.
+        report: from `write_benchmark_report`.
+        console: where to print.
     """
     header, *rows = merge_benchmark_rows(report)
     table = Table(title=f"{report['config']['what']}, {report['config']['model']}")
@@ -309,28 +311,47 @@ def show(report: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the benchmark from the command line.
+def make_parser() -> ArgumentParser:
+    """Describes the command line.
 
-    Args:
-        arguments: of the command line; `sys.argv` if None.
+    Returns:
+        The parser.
     """
     parser = ArgumentParser(prog="merge_benchmark.py", description=__doc__)
     parser.add_argument("--what", type=What, default="speed", help="what to measure")
     parser.add_argument("--model", type=str, default=None, help="lenet, cnn or resnet18")
-    parser.add_argument("--clients", type=int, default=None, help="updates, where not five")
-    parser.add_argument("--repeats", type=int, default=None, help="of which the median counts")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="of image folders")
+    parser.add_argument(
+        "--clients", type=int, default=None, help="number of updates; by default what suits --what"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=None, help="runs, of which the median counts"
+    )
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of images")
     parser.add_argument(
         "--clients-dir",
         type=Path,
         default=None,
-        help="of the curvature study; `processes` makes its updates up without it",
+        help="folder of the curvature study's trained clients; without it `processes` merges "
+        "synthetic updates",
     )
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/merge_benchmark"))
-    parser.add_argument("--keep", action="store_true", help="the updates of resnet18")
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        default=Path("runs/merge_benchmark"),
+        help="folder for update files",
+    )
+    parser.add_argument("--keep", action="store_true", help="keep the update files of resnet18")
     parser.add_argument("--output", type=Path, default=None, help="JSON file to write")
-    flags = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the benchmark from the command line.
+
+    Args:
+        arguments: of the command line; None reads `sys.argv`.
+    """
+    flags = make_parser().parse_args(arguments)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     flags.model = flags.model or _MODELS[flags.what]
@@ -348,10 +369,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     try:
         report = run[flags.what](flags)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         sys.exit(f"error: {error}")
     config = {name: flags[name] for name in ("what", "model", "clients", "repeats")}
-    show(write_report(report, config, flags.output), Console())
+    show(write_benchmark_report(report, config, flags.output), Console())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Whether a server can be harmed by a file: many mutated updates, each opened, checked and read.
+"""Tests whether a file can harm a server: opens, verifies and reads many mutated updates.
 
 A file must be refused with an `UpdateError`, or be an update like any other: finite, of the shapes
-it says, and merged beside honest ones or refused by name. Anything else ends in an error.
+that its header states, and merged beside honest ones or refused by name. Anything else is counted
+as a crash, and the command fails.
 """
 
 from __future__ import annotations
@@ -18,20 +19,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from benchmarks.extraction_benchmark import write_report
 from fuzzing.mutations import MUTATIONS
 from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.table import Table
 from simulation.clients import QUIET, merge
+from simulation.json_report import write_benchmark_report
 from simulation.memory import status_bytes
-from studies.tables import fuzz_rows
+from simulation.tables.benchmarks import fuzz_rows
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
-from lightning_fedfisher import ClientUpdate, MergeError, UpdateError, extract_curvature
-from lightning_fedfisher.merge.methods import MethodName
+from lightning_fedfisher import ClientUpdate, extract_curvature
+from lightning_fedfisher.errors import MergeError, UpdateError
 from lightning_fedfisher.update import client_update as update_module
 
 _CURVATURES = ("kfac", "ekfac", "diagonal", "identity")
@@ -40,7 +41,7 @@ _MERGED = 20  # one accepted file of so many is merged as well
 
 
 class _Network(nn.Module):
-    """A little of all a file can hold: layers, normalisation, buffers and a shared weight."""
+    """A small network whose update holds layers, normalisation, buffers and a shared weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,16 +56,16 @@ class _Network(nn.Module):
 
 
 def sound_files(folder: Path) -> list[list[Path]]:
-    """Updates of three clients for each kind of curvature and budget.
+    """Writes honest updates of three clients for each kind of curvature and budget.
 
     Args:
         folder: to write them to.
 
     Returns:
-        The clients' files, by kind and budget.
+        A list of three files for each kind and budget.
     """
     groups = []
-    # Small updates are granted more than they take: here they are packed all the same.
+    # So small an update would be within any budget: here it is compressed all the same.
     update_module._SMALLEST_BUDGET = 0
     for curvature, budget in itertools.product(_CURVATURES, _BUDGETS):
         torch.manual_seed(0)
@@ -82,16 +83,16 @@ def sound_files(folder: Path) -> list[list[Path]]:
 
 
 def examine(path: Path) -> bool:
-    """Does with a file what a server does.
+    """Opens, verifies and reads a file, as a server does.
 
     Args:
         path: of the file.
 
     Returns:
-        Whether it is accepted.
+        True if the file is accepted, False if it is refused.
 
     Raises:
-        AssertionError: if what it yields is no curvature.
+        AssertionError: if it is accepted and holds what is no curvature.
     """
     try:
         update = ClientUpdate.open(path)
@@ -107,19 +108,19 @@ def examine(path: Path) -> bool:
 
 
 def merges(path: Path, honest: Sequence[Path]) -> bool:
-    """Merges a file with honest ones.
+    """Merges a mutated file with honest ones.
 
     Args:
-        path: of the file.
-        honest: of the same model, before it was mutated.
+        path: of the mutated file.
+        honest: updates of the same model.
 
     Returns:
-        Whether it could be; not if it was refused by name.
+        True if it was merged, False if it was refused by name.
 
     Raises:
         AssertionError: if the merged model is not finite.
     """
-    method: MethodName = "fedavg" if "identity" in honest[0].name else "fedfisher"
+    method: str = "fedavg" if "identity" in honest[0].name else "fedfisher"
     try:
         merged = merge(method, [*honest, path], _Network(), None, QUIET)
     except MergeError:
@@ -129,15 +130,15 @@ def merges(path: Path, honest: Sequence[Path]) -> bool:
 
 
 def fuzz(folder: Path, files: int, seed: int) -> Iterator[tuple[str, str, float]]:
-    """Mutates and examines.
+    """Mutates and examines one file after the other.
 
     Args:
-        folder: for the files.
-        files: how many.
+        folder: where files are written.
+        files: how many to mutate.
         seed: of the mutations.
 
     Yields:
-        How each was mutated, what became of it, and the seconds that took.
+        For each file the kind of mutation, what became of it, and the seconds that took.
     """
     dice = random.Random(seed)
     groups = sound_files(folder)
@@ -160,16 +161,16 @@ def fuzz(folder: Path, files: int, seed: int) -> Iterator[tuple[str, str, float]
 
 
 def run(files: int, seed: int, folder: Path) -> dict[str, object]:
-    """Fuzzes, and counts.
+    """Mutates files, and counts what became of them.
 
     Args:
-        files: how many.
+        files: how many to mutate.
         seed: of the mutations.
-        folder: for the files.
+        folder: where files are written.
 
     Returns:
-        The report: by kind, files, refused and accepted; the slowest; growth of memory in bytes;
-        and what crashed.
+        The report: files, refused and accepted for each kind of mutation; the seconds of the
+        slowest; the growth of memory in bytes; and the errors that were counted as crashes.
     """
     counts: Counter[tuple[str, str]] = Counter()
     slowest, before, began = 0.0, 0.0, time.perf_counter()
@@ -198,18 +199,29 @@ def run(files: int, seed: int, folder: Path) -> dict[str, object]:
     }
 
 
+def make_parser() -> ArgumentParser:
+    """Describes the command line.
+
+    Returns:
+        The parser.
+    """
+    parser = ArgumentParser(prog="fuzz_updates.py", description=__doc__)
+    parser.add_argument("--files", type=int, default=200_000, help="number of files to mutate")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the mutations")
+    parser.add_argument("--output", type=Path | None, default=None, help="JSON file to write")
+    parser.add_argument(
+        "--keep", type=Path | None, default=None, help="folder that keeps files which crash"
+    )
+    return parser
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the fuzzer from the command line.
 
     Args:
-        arguments: of the command line; `sys.argv` if None.
+        arguments: of the command line; None reads `sys.argv`.
     """
-    parser = ArgumentParser(prog="fuzz_updates.py", description=__doc__)
-    parser.add_argument("--files", type=int, default=200_000, help="how many to mutate")
-    parser.add_argument("--seed", type=int, default=0, help="of the mutations")
-    parser.add_argument("--output", type=Path | None, default=None, help="JSON file to write")
-    parser.add_argument("--keep", type=Path | None, default=None, help="folder for what crashes")
-    flags = parser.parse_args(arguments)
+    flags = make_parser().parse_args(arguments)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
@@ -218,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         report = run(flags.files, flags.seed, folder)
     config = {"files": flags.files, "seed": flags.seed}
-    written = write_report(report, config, flags.output)
+    written = write_benchmark_report(report, config, flags.output)
     header, *rows = fuzz_rows(written)
     table = Table(title="mutated update files")
     for name in header:

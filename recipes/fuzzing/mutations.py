@@ -1,4 +1,4 @@
-"""Update files as a stranger might send them: damaged, cut, or forged and signed anew."""
+"""Makes update files as a stranger might send them: damaged, cut, or forged and signed anew."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _TYPES = {"U8": "torch.uint8", "F32": "torch.float32", "F64": "torch.float64", "
 
 @dataclass
 class UpdateParts:
-    """An update file taken apart.
+    """The parts of an update file.
 
     Attributes:
-        index: the tensors of the file: type, shape and place of each, by name.
-        fields: what the update says of itself.
-        content: bytes of all tensors.
+        index: type, shape and place of each tensor, by name.
+        fields: the update's own header.
+        content: the bytes of all tensors.
     """
 
     index: dict[str, Any]
@@ -36,13 +36,13 @@ class UpdateParts:
 
     @classmethod
     def read(cls, data: bytes) -> UpdateParts:
-        """Takes a sound file apart.
+        """Takes an honest file apart.
 
         Args:
-            data: all of its bytes.
+            data: all bytes of the file.
 
         Returns:
-            The parts.
+            Its parts.
         """
         (size,) = struct.unpack("<Q", data[:8])
         index = json.loads(data[8 : 8 + size])
@@ -50,7 +50,7 @@ class UpdateParts:
         return cls(index, json.loads(envelope["header"]), bytearray(data[8 + size :]))
 
     def signed(self) -> bytes:
-        """A file of these parts whose digests are right, whatever they hold."""
+        """Puts a file together again, with right digests whatever it holds."""
         if isinstance(self.fields, dict) and isinstance(self.fields.get("digests"), dict):
             for name in self.fields["digests"].keys() & self.index.keys():
                 self.fields["digests"][name] = self._digest(self.index[name])
@@ -62,6 +62,7 @@ class UpdateParts:
         return struct.pack("<Q", len(header)) + header + bytes(self.content)
 
     def _digest(self, entry: Any) -> str:
+        """The digest that a tensor should have; empty if its place in the file is nonsense."""
         try:
             start, end = entry["data_offsets"]
             found = hashlib.sha256(f"{_TYPES[entry['dtype']]} {tuple(entry['shape'])}".encode())
@@ -72,10 +73,11 @@ class UpdateParts:
 
 
 Mutation: TypeAlias = Callable[[bytes, bytes, random.Random], bytes]
-"""Makes a file of two sound ones."""
+"""Makes a mutated file of the bytes of two honest ones and a source of randomness."""
 
 
 def _damage(data: bytes, other: bytes, dice: random.Random) -> bytes:
+    """Changes a few bytes."""
     changed = bytearray(data)
     for _ in range(dice.randint(1, 16)):
         changed[dice.randrange(len(changed))] = dice.randrange(256)
@@ -83,17 +85,20 @@ def _damage(data: bytes, other: bytes, dice: random.Random) -> bytes:
 
 
 def _cut(data: bytes, other: bytes, dice: random.Random) -> bytes:
+    """Cuts the file off, and may add random bytes."""
     where = dice.randrange(len(data))
     return data[:where] + dice.randbytes(dice.choice((0, 0, 1, 100)))
 
 
 def _splice(data: bytes, other: bytes, dice: random.Random) -> bytes:
+    """Puts a piece of another file in."""
     start, end = sorted(dice.choices(range(len(data)), k=2))
     place = dice.randrange(len(other))
     return data[:start] + other[place : place + end - start] + data[end:]
 
 
 def _forge_header(data: bytes, other: bytes, dice: random.Random) -> bytes:
+    """Changes the update's own header."""
     parts = UpdateParts.read(data)
     for _ in range(dice.randint(1, 3)):
         parts.fields = _changed(parts.fields, dice)
@@ -101,6 +106,7 @@ def _forge_header(data: bytes, other: bytes, dice: random.Random) -> bytes:
 
 
 def _forge_index(data: bytes, other: bytes, dice: random.Random) -> bytes:
+    """Changes the list of tensors."""
     parts = UpdateParts.read(data)
     parts.index = _changed(parts.index, dice)
     if not isinstance(parts.index, dict):
@@ -109,6 +115,7 @@ def _forge_index(data: bytes, other: bytes, dice: random.Random) -> bytes:
 
 
 def _forge_content(data: bytes, other: bytes, dice: random.Random) -> bytes:
+    """Changes bytes of tensors."""
     parts = UpdateParts.read(data)
     for _ in range(dice.randint(1, 4)):
         parts.content[dice.randrange(len(parts.content))] = dice.randrange(256)
@@ -123,11 +130,11 @@ MUTATIONS: dict[str, Mutation] = {
     "index forged": _forge_index,
     "content forged": _forge_content,
 }
-"""Every way, by name; what is forged is signed anew."""
+"""Every way to mutate a file, by name; forged files are signed anew."""
 
 
 def _changed(value: Any, dice: random.Random) -> Any:
-    """JSON with one value in it made another, taken away or doubled."""
+    """Replaces, removes or doubles one value somewhere in JSON."""
     if not isinstance(value, dict | list) or not value or dice.random() < 0.1:
         return copy.deepcopy(dice.choice(_VALUES))
     if isinstance(value, dict):

@@ -1,1 +1,4 @@
-"""The pieces of the simulated federation: data, partition and models."""
+"""What the recipes share: a simulated federation, its studies and their tables.
+
+Imports nothing of the scripts beside it.
+"""

@@ -1,4 +1,4 @@
-"""The steps of a simulated federation: fit a client, merge the updates, evaluate a model."""
+"""The steps of a simulated federation: fits a client, merges updates, tests a model."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ from torchmetrics.functional.classification import (
 )
 from tqdm import tqdm
 
-from lightning_fedfisher import METHODS, FedFisherCallback, FisherMergeModule
+from lightning_fedfisher import FedFisherCallback, FisherMergeModule
 from lightning_fedfisher.merge.compatibility import UpdateSource
-from lightning_fedfisher.merge.methods import MergeMethod, MethodName
+from lightning_fedfisher.merge.methods import METHODS, MergeMethod, str
 from lightning_fedfisher.results.from_merge import describe_merge
 from lightning_fedfisher.results.record import MergeRecord, ModelScore
 from simulation.data import TensorImages, collate_images
+from simulation.json_report import write_json
 
 EXTRACTIONS: dict[str, tuple[str, str]] = {
     "fedavg": ("identity", "exact"),
@@ -40,7 +41,7 @@ EXTRACTIONS: dict[str, tuple[str, str]] = {
     "fedfisher_kfac": ("kfac", "exact"),
     "fedfisher": ("kfac", "normalised"),
 }
-"""Curvature and Fisher type that a client extracts for each method."""
+"""The kind of curvature and the Fisher type that clients extract for each merge method."""
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -50,7 +51,7 @@ QUIET: dict[str, Any] = {
     "enable_model_summary": False,
     "enable_progress_bar": False,
 }
-"""Options of a Trainer that says nothing."""
+"""Options of a Trainer that runs on the CPU and prints, logs and saves nothing."""
 
 _EVALUATION_BATCH = 500
 _EXTRACTION_BATCH = 250
@@ -64,7 +65,7 @@ class Classifier(LightningModule):
         """Wraps a network.
 
         Args:
-            network: maps images to logits.
+            network: maps images ``(n, channels, height, width)`` to logits ``(n, classes)``.
             learning_rate: of SGD with momentum 0.9.
         """
         super().__init__()
@@ -76,26 +77,26 @@ class Classifier(LightningModule):
         return cast(Tensor, self.network(x))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Cross-entropy of a batch."""
+        """Computes the mean cross-entropy of a batch of images and labels."""
         x, y = batch
         loss = functional.cross_entropy(self(x), y)
         self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True)
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """SGD with the paper's momentum."""
+        """Makes SGD with the paper's momentum."""
         return torch.optim.SGD(self.parameters(), lr=self.learning_rate, momentum=0.9)
 
 
 @dataclass(frozen=True)
 class ClientResult:
-    """What the simulation keeps of a finished client, beside its updates.
+    """The results of a finished client that are kept beside its updates.
 
     Attributes:
-        num_samples: training samples it holds.
-        accuracy: of its own model, percent of the test set.
-        extraction_seconds: wall-clock time of each extraction, by update file name.
-        train_loss: mean loss of each epoch.
+        num_samples: number of its training samples.
+        accuracy: test accuracy of its own model, in percent.
+        extraction_seconds: seconds of each extraction, by the name of the update file.
+        train_loss: mean training loss of each epoch.
     """
 
     num_samples: int
@@ -105,7 +106,7 @@ class ClientResult:
 
 
 class _TrainLosses(Callback):
-    """Keeps the training loss of every epoch, which loggers may not."""
+    """Keeps the training loss of every epoch."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -115,45 +116,56 @@ class _TrainLosses(Callback):
 
 
 class ClientFolder:
-    """Files of one client below the output folder: present means finished."""
+    """The files of one client; once its results are there, the client is finished."""
 
     def __init__(self, output_dir: Path, index: int) -> None:
-        """Names the files; creates nothing.
+        """Names the files and creates none.
 
         Args:
-            output_dir: of the federation.
-            index: of the client.
+            output_dir: folder of the round.
+            index: of the client, counted from 0.
         """
         self.updates = output_dir / "updates" / f"client-{index}"
         self._result = output_dir / "clients" / f"client-{index}.json"
         self._predictions = self._result.with_suffix(".safetensors")
 
     def update(self, method: str) -> Path:
-        """The update file that a method merges."""
+        """Names the update file that a method merges.
+
+        Args:
+            method: name of the merge method.
+
+        Returns:
+            The path; methods that need the same curvature share a file.
+        """
         curvature, fisher = EXTRACTIONS[method]
         name = curvature if curvature == "identity" else f"{curvature}-{fisher}"
         return self.updates / f"{name}.safetensors"
 
     def save(self, setting: Mapping[str, Any], result: ClientResult, predicted: Tensor) -> None:
-        """Marks the client as finished, last of all."""
+        """Writes the results of a client, which marks it as finished.
+
+        Args:
+            setting: everything that its training depended on.
+            result: of the client.
+            predicted: its log-probabilities ``(n, classes)`` on the test set.
+        """
         self._result.parent.mkdir(parents=True, exist_ok=True)
         save_file({"log_probabilities": predicted}, self._predictions)
-        text = json.dumps({"setting": setting, "result": asdict(result)}, indent=2)
-        partial = self._result.with_suffix(".partial")
-        partial.write_text(text)
-        partial.replace(self._result)
+        write_json(self._result, {"setting": setting, "result": asdict(result)})
 
     def load(
         self, setting: Mapping[str, Any], methods: Sequence[str]
     ) -> tuple[ClientResult, Tensor] | None:
-        """The finished client, or None.
+        """Loads the results of a client, if it is finished.
 
         Args:
-            setting: everything that its training depended on.
-            methods: those its updates must serve.
+            setting: everything that its training should depend on.
+            methods: merge methods that its updates must serve.
 
         Returns:
-            The result and its log-probabilities on the test set.
+            Its result and its log-probabilities ``(n, classes)`` on the test set; None if it is not
+            finished or lacks an update.
 
         Raises:
             ValueError: if it was trained under another setting.
@@ -190,24 +202,24 @@ def fit_client(
     seed: int,
     trainer_options: Mapping[str, Any],
 ) -> tuple[Classifier, dict[str, float], list[float]]:
-    """Trains one client; the callbacks on its Trainer write one update for each kind needed.
+    """Trains one client; callbacks on its Trainer write an update for each kind of curvature.
 
     Args:
-        network: with the weights all clients start from; trained in place.
-        samples: the client's own.
+        network: has the weights that all clients start from, and is trained in place.
+        samples: the client's own training samples.
         folder: where its updates go.
-        methods: merge methods the updates must serve.
-        epochs: of local training.
+        methods: merge methods that the updates must serve.
+        epochs: number of epochs of local training.
         learning_rate: of SGD.
-        batch_size: of SGD.
-        curvature_samples: samples to average the curvature over; all if None.
-        upload_budget: as the callback takes it.
+        batch_size: samples in a step of SGD.
+        curvature_samples: number of samples to average the curvature over; None takes all.
+        upload_budget: most bytes of an update, in multiples of its weights; None sends everything.
         seed: of shuffling and augmentation.
-        trainer_options: accelerator, devices, logger and the like.
+        trainer_options: further options of the Trainer, such as accelerator and logger.
 
     Returns:
-        The trained classifier, the seconds of each extraction by update file name, and the
-        training loss of each epoch.
+        The trained classifier, the seconds of each extraction by the name of its update file, and
+        the training loss of each epoch.
     """
     lightning.seed_everything(seed, verbose=False)
     plain = DataLoader(
@@ -236,14 +248,14 @@ def fit_client(
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What one method made of the updates.
+    """A merged model, and what it took to merge it.
 
     Attributes:
         state_dict: the merged model.
         seconds: wall-clock time from the updates to the model.
-        labels: labelled samples the server used.
-        history: the merge, sweep by sweep (see `FisherMergeModule.history`).
-        record: of the merge.
+        labels: number of labelled samples that the server used.
+        history: numbers of each epoch of the merge (see `FisherMergeModule.history`).
+        record: all that there is to report of the merge.
     """
 
     state_dict: dict[str, Tensor]
@@ -254,14 +266,14 @@ class MergeResult:
 
 
 def labelled_samples(train: TensorImages, seed: int) -> TensorImages:
-    """Those that the published methods look at on the server.
+    """Draws the labelled samples by which the published methods choose their iterate.
 
     Args:
         train: all training samples.
-        seed: of the federation.
+        seed: of the draw.
 
     Returns:
-        Un-augmented samples drawn at random.
+        500 samples, without augmentation, or all if there are fewer.
     """
     plain = train.without_augmentation()
     count = min(_LABELLED_SAMPLES, len(plain))
@@ -269,23 +281,25 @@ def labelled_samples(train: TensorImages, seed: int) -> TensorImages:
 
 
 def merge(
-    method: MethodName | MergeMethod,
+    method: str | MergeMethod,
     updates: Sequence[UpdateSource],
     model: nn.Module | None,
     labelled: TensorImages | None,
     trainer_options: Mapping[str, Any],
 ) -> MergeResult:
-    """Merges updates with one method; only methods that select an iterate see labels.
+    """Merges updates with one method.
 
     Args:
-        method: its name, or a method of one's own.
-        updates: one for each client.
-        model: takes the merged weights, if any; methods that see labels need it.
-        labelled: samples for the methods that need some; they return their last iterate if None.
-        trainer_options: accelerator, devices, logger and the like.
+        method: name of a method, or a `MergeMethod` of your own.
+        updates: one for each client, as files or in memory.
+        model: receives the merged weights; None merges without one. Methods that look at labels
+            need it.
+        labelled: samples by which the published methods choose their iterate; with None they return
+            their last one. Other methods never see them.
+        trainer_options: further options of the Trainer, such as accelerator and logger.
 
     Returns:
-        The merged model and what it took.
+        The merged model, and what it took to merge it.
     """
     started = time.perf_counter()
     module = FisherMergeModule(updates, model=model, method=cast(Any, method))
@@ -307,16 +321,16 @@ def merge(
         seconds,
         module.server_labels,
         module.history,
-        describe_merge(module, seconds),
+        describe_merge(module.result, seconds),
     )
 
 
 def predict(classifier: Classifier, samples: TensorImages, device: torch.device) -> Tensor:
-    """Class log-probabilities of a model.
+    """Computes the log-probabilities of a model on test images.
 
     Args:
-        classifier: the model; left in eval mode on the device.
-        samples: images.
+        classifier: the model; it is left in eval mode on the device.
+        samples: the images.
         device: where to run.
 
     Returns:
@@ -333,26 +347,26 @@ def predict(classifier: Classifier, samples: TensorImages, device: torch.device)
 
 
 def ensemble(predictions: Sequence[Tensor]) -> Tensor:
-    """Log of the mean probability over models: what inference with all of them would say.
+    """Averages the probabilities of several models, as inference with all of them does.
 
     Args:
         predictions: log-probabilities ``(n, classes)`` of each model.
 
     Returns:
-        Log-probabilities ``(n, classes)``.
+        Log-probabilities ``(n, classes)`` of the ensemble.
     """
     return torch.stack(list(predictions)).logsumexp(dim=0) - math.log(len(predictions))
 
 
 def assess(log_probabilities: Tensor, labels: Tensor) -> ModelScore:
-    """Everything that is told of a model on test data.
+    """Scores a model on test data in every way that is reported.
 
     Args:
-        log_probabilities: ``(n, classes)``.
-        labels: ``(n,)``.
+        log_probabilities: of shape ``(n, classes)``.
+        labels: of shape ``(n,)``.
 
     Returns:
-        Accuracy, negative log-likelihood, calibration error and confusion.
+        Accuracy and calibration error in percent, negative log-likelihood in nats, and confusion.
     """
     classes = log_probabilities.shape[1]
     off = multiclass_calibration_error(log_probabilities.exp(), labels, classes, n_bins=15)
@@ -361,14 +375,14 @@ def assess(log_probabilities: Tensor, labels: Tensor) -> ModelScore:
 
 
 def score(log_probabilities: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Accuracy in percent and negative log-likelihood.
+    """Scores a model on test data by accuracy and likelihood.
 
     Args:
-        log_probabilities: ``(n, classes)``.
-        labels: ``(n,)``.
+        log_probabilities: of shape ``(n, classes)``.
+        labels: of shape ``(n,)``.
 
     Returns:
-        Accuracy, and the mean negative log-likelihood in nats.
+        Accuracy in percent, and the mean negative log-likelihood in nats.
     """
     classes = log_probabilities.shape[1]
     accuracy = multiclass_accuracy(log_probabilities, labels, num_classes=classes, average="micro")

@@ -1,4 +1,4 @@
-"""The command line of the recipe: its flags, and the defaults that data and hardware decide."""
+"""The command line of `cifar_resnet.py`, and the defaults that depend on data and hardware."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 import torch
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
-from lightning_fedfisher import METHODS
-from lightning_fedfisher.merge.methods import MethodName
+from lightning_fedfisher.merge.methods import METHODS
 from simulation.data import ImageData
 
 DatasetName = Literal[
@@ -35,12 +34,13 @@ _OUTPUT_VARIABLE = "FEDFISHER_RECIPE_OUTPUT"
 
 
 def _flag(default: Any, text: str) -> Any:
+    """A field of `Flags` with its help."""
     return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
 class Flags:
-    """What the command line takes; every attribute is a flag, with its own help."""
+    """The values of all flags; every attribute is a flag of its name, with its own help."""
 
     dataset: DatasetName = _flag("auto", "data set; auto: CIFAR-10 if it can be had, else digits")
     data_dir: Path = _flag(Path("data"), "folder of the data, and of downloads")
@@ -54,11 +54,11 @@ class Flags:
     rounds: int = _flag(1, "rounds of fit and merge, each from the model merged in the one before")
     epochs: int | None = _flag(None, "local epochs; by default what suits model and hardware")
     max_train_samples: int | None = _flag(None, "train on a random subset of this size")
-    learning_rate: float = _flag(0.01, "of SGD with momentum 0.9")
-    batch_size: int = _flag(64, "of local training")
+    learning_rate: float = _flag(0.01, "learning rate of SGD with momentum 0.9")
+    batch_size: int = _flag(64, "batch size of local training")
     curvature_samples: int | None = _flag(None, "samples a client averages its curvature over")
     upload_budget: float = _flag(1.0, "most bytes of an update, in multiples of a FedAvg upload")
-    methods: list[MethodName] = field(
+    methods: list[str] = field(
         default_factory=lambda: list(METHODS),
         metadata={"help": "merge methods to compare"},
     )
@@ -69,7 +69,11 @@ class Flags:
     resume: bool = _flag(False, "go on in --output-dir, keeping finished clients and rounds")
 
     def plain(self) -> dict[str, Any]:
-        """The flags in types that JSON and W&B know."""
+        """Gives the flags in types that JSON and W&B know.
+
+        Returns:
+            Values by name, without flags that were left out and change nothing.
+        """
         return {
             key: str(value) if isinstance(value, Path) else value
             for key, value in asdict(self).items()
@@ -77,17 +81,17 @@ class Flags:
         }
 
 
-def parse_flags(arguments: Sequence[str] | None = None, description: str | None = None) -> Flags:
-    """Reads the command line and config files.
+def flags_parser(description: str | None = None, script: str = "cifar_resnet.py") -> ArgumentParser:
+    """Describes the command line.
 
     Args:
-        arguments: of the command line; `sys.argv` if None.
-        description: of the recipe, for ``--help``.
+        description: what the script does, for ``--help``.
+        script: name of the script.
 
     Returns:
-        The flags.
+        A parser with a flag for every attribute of `Flags`, and ``--config``.
     """
-    parser = ArgumentParser(prog="cifar_resnet.py", description=description)
+    parser = ArgumentParser(prog=script, description=description)
     parser.add_argument("--config", action="config", help="YAML file of flags")
     hints = get_type_hints(Flags)
     defaults = Flags()
@@ -96,22 +100,46 @@ def parse_flags(arguments: Sequence[str] | None = None, description: str | None 
         if hints[flag.name] is bool:
             how = {"action": "store_true"}
         elif flag.name == "methods":
-            how |= {"type": MethodName, "nargs": "+"}
+            how |= {"choices": list(METHODS), "nargs": "+"}
         name = "--" + flag.name.replace("_", "-")
         parser.add_argument(name, help=flag.metadata["help"], **how)
-    parsed = parser.parse_args(arguments)
+    return parser
+
+
+def parse_flags(arguments: Sequence[str] | None = None, description: str | None = None) -> Flags:
+    """Reads the command line and config files.
+
+    Args:
+        arguments: of the command line; None reads `sys.argv`.
+        description: what the script does, for ``--help``.
+
+    Returns:
+        The flags.
+    """
+    return flags_from(flags_parser(description).parse_args(arguments))
+
+
+def flags_from(parsed: Namespace) -> Flags:
+    """Takes the flags out of a parsed command line.
+
+    Args:
+        parsed: by `flags_parser`, to which a script may have added flags of its own.
+
+    Returns:
+        The flags.
+    """
     return Flags(**{flag.name: parsed[flag.name] for flag in fields(Flags)})
 
 
 def settle(flags: Flags, images: ImageData) -> Flags:
-    """Replaces what was left open by what suits the data and the hardware.
+    """Decides the flags that were left open, by the data and the hardware.
 
     Args:
-        flags: as given.
-        images: the data in hand.
+        flags: as parsed.
+        images: the data set that was loaded.
 
     Returns:
-        Flags with dataset, model, epochs, subset and output folder decided.
+        The flags with dataset, model, epochs, subset and output folder decided.
     """
     on_gpu = torch.cuda.is_available() and flags.accelerator in ("auto", "gpu", "cuda")
     model = flags.model

@@ -1,4 +1,4 @@
-"""The weights that a round starts from: read from a file, checked, and told apart by a digest."""
+"""Reads the weights that all clients start from, and checks that they fit the network."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ from lightning_fedfisher.update.file_format import digest
 _PREFIX = "network."  # of the classifier's own state dict
 
 
-def read_start(path: Path, network: nn.Module, new_head: bool = False) -> dict[str, Tensor]:
-    """Reads weights that must fit the network entry for entry; nothing is unpickled.
+def read_initial_weights(
+    path: Path, network: nn.Module, new_head: bool = False
+) -> dict[str, Tensor]:
+    """Reads weights from a safetensors file; they must fit the network entry for entry.
 
     Args:
-        path: safetensors file of a state dict, of the network's or of the classifier's around it.
-        network: which the weights are for; not changed.
-        new_head: keep the network's last linear layer, whatever the file holds of it.
+        path: file of a state dict, of the network or of the `Classifier` around it.
+        network: the network that the weights are for. It is not changed.
+        new_head: whether to keep the network's last linear layer, whatever the file holds for it.
 
     Returns:
         The weights, by the network's own names.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no safetensors file, or does not fit; all misfits are named.
+        ValueError: if it is no safetensors file, or does not fit; the message names all misfits.
     """
     if not path.is_file():
         raise FileNotFoundError(f"--init {path} is no file")
@@ -62,37 +64,38 @@ def read_start(path: Path, network: nn.Module, new_head: bool = False) -> dict[s
 
 
 def without_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The network's state dict, of the classifier's that holds it.
+    """Turns the state dict of a `Classifier` into that of the network inside.
 
     Args:
-        state: of a `Classifier`.
+        state: state dict of a `Classifier`.
 
     Returns:
-        The same tensors by the network's names.
+        The same tensors, by the network's own names.
     """
     return {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}
 
 
-def start_digest(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 of all names and tensors, in whatever order.
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """Computes the SHA-256 digest of a state dict, whatever the order of its entries.
 
     Args:
-        weights: on the CPU.
+        weights: tensors on the CPU, by name.
 
     Returns:
-        In hexadecimal.
+        The digest in hexadecimal.
     """
     lines = (f"{name} {digest(weights[name])}\n" for name in sorted(weights))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _last_linear(network: nn.Module) -> str:
-    """The name of the layer that gives the classes."""
+    """The name of the output layer."""
     *_, last = (name for name, part in network.named_modules() if isinstance(part, nn.Linear))
     return last
 
 
 def _misfit(found: Tensor | None, expected: Tensor | None) -> str | None:
+    """What is wrong with a tensor, or None if it fits."""
     if found is None:
         return "is missing"
     if expected is None:

@@ -1,4 +1,4 @@
-"""How much memory this process takes."""
+"""Measures how much memory this process takes (Linux only)."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 
 
 def peak_memory(run: Callable[[], Any]) -> tuple[Any, float]:
-    """Runs something and tells how much memory it took at most beyond what was there.
+    """Calls a function and measures the most memory that it took.
 
     Args:
-        run: what to run.
+        run: the function.
 
     Returns:
-        Its result, and bytes.
+        Its result, and the bytes beyond those that were resident before.
     """
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    # Five: the high-water mark starts anew.
+    # Writing 5 resets the peak that the kernel keeps (VmHWM).
     Path("/proc/self/clear_refs").write_text("5")
     before = status_bytes("VmRSS")
     result = run()
@@ -28,16 +28,15 @@ def peak_memory(run: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def status_bytes(field: str) -> float:
-    """What the kernel says of this process's memory.
+    """Reads what the kernel reports of this process's memory.
 
-    Unlike `resource.getrusage`, which for a started process counts the memory of the one that
-    started it.
+    (`resource.getrusage` would count the memory of the process that started this one as well.)
 
     Args:
-        field: ``VmRSS``, what is resident now, or ``VmHWM``, the most that was.
+        field: ``VmRSS`` for what is resident now, ``VmHWM`` for the most that was.
 
     Returns:
-        Bytes.
+        The number of bytes.
     """
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * float(next(line for line in lines if line.startswith(field)).split()[1])

@@ -1,6 +1,6 @@
-"""Merges update files in a process of its own, and writes what that took.
+"""Merges update files in a process of its own, and writes the time and memory that it took.
 
-`measure_merge` starts it; under DDP, Lightning starts it once more for each further process.
+`measure_merge` starts the process; under DDP, Lightning starts one more for each further device.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ def measure_merge(
     """Merges the first updates of a folder with the default method, in a new process.
 
     Args:
-        folder: holds the updates; takes the results.
-        clients: updates to merge.
-        devices: processes to merge with.
-        variables: of the environment, beside this process's own.
+        folder: holds the updates, and receives the results.
+        clients: number of updates to merge.
+        devices: number of processes to merge with.
+        variables: environment variables of the process, beside those of this one.
 
     Returns:
-        What it took (see `main`), and the merged weights.
+        Time and memory (see `main`), and the merged weights.
 
     Raises:
-        RuntimeError: if the process failed, with what it said last.
+        RuntimeError: if the process failed, with the end of what it printed.
     """
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
@@ -58,7 +58,7 @@ def measure_merge(
 
 
 class _FitClock(Callback):
-    """When the fit began: all processes are there and have opened the updates."""
+    """Notes when the fit begins: all processes have started and opened the updates."""
 
     began = 0.0
 
@@ -68,12 +68,12 @@ class _FitClock(Callback):
 
 
 def main() -> None:
-    """Merges as the command line says: folder, clients, devices.
+    """Merges as the command line says (folder, number of updates, number of devices).
 
-    Writes ``seconds`` from the files to the model (with several devices, the start of the further
-    processes is among them), ``fit_seconds`` of them after the updates were opened, the processor's
-    own ``cpu_seconds``, which others on the machine change little, resident memory before the merge
-    and at its most, all of rank 0, and the last sweep's numbers.
+    Writes a JSON file with the numbers of rank 0: ``seconds`` from the files to the model (with
+    several devices, the start of the further processes included), ``fit_seconds`` of them after the
+    updates were opened, ``cpu_seconds`` of the process, resident memory before the merge and at its
+    peak, and the iterations and residual of the last epoch.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
@@ -103,6 +103,7 @@ def main() -> None:
 
 
 def _results(folder: Path, clients: int, devices: int) -> tuple[Path, Path]:
+    """The files of the numbers and of the merged weights."""
     report = folder / f"merged-{clients}-by-{devices}.json"
     return report, report.with_suffix(".safetensors")
 

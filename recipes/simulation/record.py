@@ -1,4 +1,4 @@
-"""What a round was, as the record of a federation: for its report and for W&B."""
+"""Describes a finished round as a `FederationRecord`, for the report and for W&B."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from simulation.clients import ClientResult, assess, ensemble
 from simulation.round import Merged, Round
 
 
-def record(
+def record_round(
     current: Round,
     clients: Sequence[ClientResult],
     predictions: Sequence[Tensor],
@@ -22,18 +22,18 @@ def record(
     headline: str,
     environment: Mapping[str, str],
 ) -> FederationRecord:
-    """Puts together what a round was.
+    """Gathers all that there is to report of a round.
 
     Args:
         current: the round.
-        clients: result of each client.
-        predictions: log-probabilities of each client's model on the test set.
-        merged: what each method made of it.
-        headline: the method that matters.
+        clients: the result of each client.
+        predictions: log-probabilities ``(n, classes)`` of each client's model on the test set.
+        merged: the merged model of each method.
+        headline: the method whose model is kept.
         environment: date, versions and hardware.
 
     Returns:
-        The record, the headline first among the merges.
+        The record, with the headline first among its merges.
     """
     flags, labels = current.flags, current.images.test.labels
     scores = [assess(predicted, labels) for predicted in predictions]
@@ -71,6 +71,7 @@ def record(
 def _merge(
     current: Round, clients: Sequence[ClientResult], method: str, merged: Mapping[str, Merged]
 ) -> MergeRecord:
+    """The record of one merge, with what only a simulation knows: test scores and client times."""
     file = current.folders[0].update(method).name
     seconds = [client.extraction_seconds[file] for client in clients]
     return replace(

@@ -19,7 +19,6 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lightning_fedfisher.merge.methods import MethodName
 from lightning_fedfisher.results.record import ModelScore
 from lightning_fedfisher.tracking import federation_logger
 from simulation.clients import (
@@ -35,18 +34,18 @@ from simulation.clients import (
 )
 from simulation.data import ImageData
 from simulation.flags import Flags
-from simulation.initial_weights import start_digest, without_prefix
+from simulation.initial_weights import weights_digest, without_prefix
 from simulation.models import build_model
 from simulation.partition import class_histogram, reference_partition
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What one method made of a round.
+    """The model that one method merged, and its test scores.
 
     Attributes:
-        result: the merge.
-        score: of the merged model, on the test set.
+        result: the merged model, and the time that it took.
+        score: scores of the merged model on the test set.
     """
 
     result: MergeResult
@@ -54,23 +53,29 @@ class Merged:
 
 
 class Round:
-    """One round of a simulated federation, from the split to the merged models."""
+    """One round of a simulated federation, from the split of the data to the merged models."""
 
     def __init__(
-        self, flags: Flags, images: ImageData, number: int, start: Mapping[str, Tensor] | None
+        self,
+        flags: Flags,
+        images: ImageData,
+        number: int,
+        initial_weights: Mapping[str, Tensor] | None,
     ) -> None:
         """Splits the data; trains nothing yet.
 
         Args:
-            flags: settled flags.
-            images: the data.
-            number: of the round, from 1.
-            start: weights of the network that all clients start from; the seeded ones if None.
+            flags: from `settle`.
+            images: the data set.
+            number: of the round, counted from 1.
+            initial_weights: state dict of the network that all clients start from; None takes the
+                weights that the seed gives.
 
         Raises:
             ValueError: if a client would be empty.
         """
-        self.flags, self.images, self.number, self.start = flags, images, number, start
+        self.flags, self.images, self.number = flags, images, number
+        self.initial_weights = initial_weights
         self.output = round_folder(flags, number)
         self.report_file = self.output / "results.json"
         self.model_file = self.output / "merged.safetensors"
@@ -90,29 +95,34 @@ class Round:
         )
 
     def network(self) -> nn.Module:
-        """The weights all clients start from; the same at every call."""
+        """Builds the network that all clients start from, with the same weights at every call."""
         network = seeded_network(self.flags, self.images)
-        if self.start is not None:
-            network.load_state_dict(self.start)
+        if self.initial_weights is not None:
+            network.load_state_dict(self.initial_weights)
         return network
 
     def setting(self) -> dict[str, str]:
-        """Everything that the training of a client depends on."""
+        """Names everything that the training of a client depends on.
+
+        Returns:
+            Values as text, by name.
+        """
         elsewhere = {"methods", "output_dir", "wandb", "accelerator", "devices", "resume"}
-        elsewhere |= {"init", "new_head", "rounds"}  # what it starts from counts, not whence
+        elsewhere |= {"init", "new_head", "rounds"}  # the initial weights count, not their file
         flags = asdict(self.flags).items()
         setting = {name: str(value) for name, value in flags if name not in elsewhere}
-        if self.start is not None:
-            setting["start"] = start_digest(self.start)
+        if self.initial_weights is not None:
+            setting["initial_weights"] = weights_digest(self.initial_weights)
         if self.number > 1:
             setting["round"] = str(self.number)
         return setting
 
     def finished(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """What an earlier run made of this round with the same methods, if it came to its end.
+        """Loads the results of this round, if an earlier run finished it with the same methods.
 
         Returns:
-            The report, and the weights that went on; or None.
+            The content of its ``results.json`` and the weights that the next round starts from, or
+            None.
 
         Raises:
             ValueError: if a client was trained under another setting.
@@ -165,7 +175,7 @@ class Round:
                 if logger:
                     logger.log_metrics(_test_metrics(own))
                 _close(logger)
-                if is_first_process():
+                if is_rank_zero():
                     folder.save(setting, *finished)
             else:
                 title += " (kept)"
@@ -174,12 +184,12 @@ class Round:
             predictions.append(finished[1])
         return results, predictions
 
-    def merge(self, method: MethodName, logger: WandbLogger | None) -> Merged:
+    def merge(self, method: str, logger: WandbLogger | None) -> Merged:
         """Merges the update files with one method.
 
         Args:
             method: its name.
-            logger: of the merge, if any.
+            logger: that the merge logs to; None logs nothing.
 
         Returns:
             The merged model and its score.
@@ -198,13 +208,13 @@ class Round:
 
     @contextmanager
     def server_logger(self, method: str) -> Iterator[WandbLogger | None]:
-        """Opens a run of the server.
+        """Opens a W&B run of the server, and closes it at the end.
 
         Args:
-            method: that it merges with.
+            method: that the server merges with.
 
         Yields:
-            Its logger; None if nothing is to be logged.
+            The logger, or None if nothing is to be logged.
         """
         logger = self._logger(f"server-{method}", method=method)
         try:
@@ -213,6 +223,7 @@ class Round:
             _close(logger)
 
     def _logger(self, name: str, client: str | None = None, **config: str) -> WandbLogger | None:
+        """Opens a W&B run of a client or of the server, unless W&B is disabled."""
         if self.flags.wandb == "disabled":
             return None
         tags = [str(self.flags.dataset), str(self.flags.model)]
@@ -221,7 +232,7 @@ class Round:
             tags.append(f"round-{self.number}")
         if self.number > 1:
             name += f"-round-{self.number}"
-        # One run tells of all packages installed; it takes as long as all the rest of opening one.
+        # Only one run lists all installed packages: that takes as long as the rest of opening it.
         whole = config.get("method") == headline(self.flags.methods)
         return federation_logger(
             self.group,
@@ -235,6 +246,7 @@ class Round:
         )
 
     def _trainer_options(self, logger: WandbLogger | None) -> dict[str, Any]:
+        """Options of the Trainers of clients and server."""
         return {
             "accelerator": self.flags.accelerator,
             "devices": self.flags.devices,
@@ -245,34 +257,41 @@ class Round:
         }
 
 
-def headline(methods: Sequence[MethodName]) -> MethodName:
-    """The method whose model is written, and goes on in the next round."""
+def headline(methods: Sequence[str]) -> str:
+    """Chooses the method whose model is written, and starts the next round.
+
+    Args:
+        methods: merge methods, at least one.
+
+    Returns:
+        ``fedfisher`` if it is among them, else the last.
+    """
     return "fedfisher" if "fedfisher" in methods else methods[-1]
 
 
 def round_folder(flags: Flags, number: int) -> Path:
-    """Where a round writes.
+    """Names the folder that a round writes to.
 
     Args:
-        flags: settled flags.
-        number: of the round, from 1.
+        flags: from `settle`.
+        number: of the round, counted from 1.
 
     Returns:
-        The output folder for the first round, and folders in it for all others.
+        The output folder for the first round, and a folder in it for every other.
     """
     assert flags.output_dir is not None
     return flags.output_dir if number == 1 else flags.output_dir / f"round-{number}"
 
 
 def seeded_network(flags: Flags, images: ImageData) -> nn.Module:
-    """A network for the data, initialised from the seed.
+    """Builds a network for the data, initialised from the seed.
 
     Args:
-        flags: settled flags.
-        images: the data.
+        flags: from `settle`.
+        images: the data set.
 
     Returns:
-        The same weights at every call.
+        The network, with the same weights at every call.
     """
     channels, size = images.train.images.shape[1:3]
     with torch.random.fork_rng():
@@ -282,16 +301,21 @@ def seeded_network(flags: Flags, images: ImageData) -> nn.Module:
 
 @rank_zero_only
 def say(text: str) -> None:
-    """Prints a line of progress, once."""
+    """Prints a line of progress, on rank 0 alone.
+
+    Args:
+        text: of the line.
+    """
     Console(highlight=False).print(text, soft_wrap=True, markup=False)
 
 
-def is_first_process() -> bool:
-    """Whether this process writes and prints, of those that Lightning started for the devices."""
+def is_rank_zero() -> bool:
+    """Tells whether this process has rank 0, the one that writes and prints."""
     return rank_zero_only.rank == 0
 
 
 def _test_metrics(score: ModelScore) -> dict[str, float]:
+    """Test scores under the names they are logged by."""
     return {
         "test/accuracy": score.accuracy,
         "test/nll": score.nll,
@@ -300,8 +324,8 @@ def _test_metrics(score: ModelScore) -> dict[str, float]:
 
 
 def _show_classes(logger: WandbLogger | None, counts: np.ndarray) -> None:
-    """Shows which data a client holds, which only a simulation may know."""
-    if logger is None or not is_first_process():
+    """Logs how many samples of each class a client holds, which only a simulation may know."""
+    if logger is None or not is_rank_zero():
         return
     rows: list[Any] = [[f"class {klass}", int(count)] for klass, count in enumerate(counts)]
     table = wandb.Table(["class", "samples"], rows)
@@ -311,6 +335,7 @@ def _show_classes(logger: WandbLogger | None, counts: np.ndarray) -> None:
 
 
 def _close(logger: WandbLogger | None) -> None:
+    """Ends a W&B run."""
     if logger is not None:
         # Otherwise the next run would go on in this one.
         logger.experiment.finish()

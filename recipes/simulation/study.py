@@ -1,4 +1,4 @@
-"""What the studies share: federations trained once, and a table that grows by a row at a time."""
+"""What the studies share: federations trained once, and a table that grows row by row."""
 
 from __future__ import annotations
 
@@ -8,21 +8,20 @@ import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
-from cifar_resnet import environment
 from jsonargparse import ArgumentParser
 from safetensors.torch import load_file, save_file
-from studies.tables import read_rows
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from lightning_fedfisher import ClientUpdate
+from lightning_fedfisher._utils.files import atomic_write
 from lightning_fedfisher.extraction.extract import ExtractedCurvature, extract_curvatures
 from lightning_fedfisher.extraction.layer_report import CurvatureType
 from simulation.clients import (
@@ -34,94 +33,86 @@ from simulation.clients import (
     score,
 )
 from simulation.data import ImageData, TensorImages, collate_images, load_images
+from simulation.environment import environment
+from simulation.federations import Federation
 from simulation.models import build_model
 from simulation.partition import reference_partition
+from simulation.rows import read_rows
 
 Client: TypeAlias = tuple[nn.Module, TensorImages]
 """A trained network and the samples it was trained on."""
 
+_CLIENTS = 5  # as in the paper
 _EPOCHS = {"lenet": 30, "cnn": 10, "resnet18": 6}
-_MOST_IMAGES = {"resnet18": 4000}  # of which a processor trains it within minutes
+_MOST_IMAGES = {"resnet18": 4000}  # a CPU trains on so many within minutes
 _EXTRACTION_BATCH = 250
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One federation: a data set, a network, a split and a training."""
-
-    dataset: str
-    model: str
-    alpha: float
-    partition_seed: int
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """Of its folder."""
-        return f"{self.dataset}-{self.model}-a{self.alpha:g}-p{self.partition_seed}-s{self.seed}"
-
-
-Rows: TypeAlias = Callable[
-    [Cell, Sequence[Client], ImageData, Sequence[tuple[str, ...]]], Iterator[Cell]
+MakeRows: TypeAlias = Callable[
+    [Federation, Sequence[Client], ImageData, Sequence[tuple[str, ...]]], Iterator[Federation]
 ]
-"""Makes the rows of a cell for the given settings: cells with further columns, in that order."""
+"""Makes a study's rows of one federation, one for each setting, in the order of the settings.
+
+It takes the federation, its trained clients, the data set and the settings. A row is a dataclass
+that adds columns to those of `Federation`.
+"""
 
 
-def initial_network(cell: Cell, images: ImageData) -> nn.Module:
-    """The network all clients of a cell start from; the same at every call.
+def initial_network(federation: Federation, images: ImageData) -> nn.Module:
+    """Builds the network that all clients of a federation start from.
 
     Args:
-        cell: the federation.
-        images: its data set.
+        federation: names the network and the seed.
+        images: the data set, for the shape of its images and the number of its classes.
 
     Returns:
-        The untrained network.
+        The untrained network, with the same weights at every call.
     """
     with torch.random.fork_rng():
-        torch.manual_seed(cell.seed)
-        return build_model(cell.model, *images.train.images.shape[1:3], images.classes)
+        torch.manual_seed(federation.seed)
+        return build_model(federation.model, *images.train.images.shape[1:3], images.classes)
 
 
-def fit_cell(cell: Cell, images: ImageData, folder: Path) -> Iterator[Client]:
-    """Each client's trained network and its samples, trained if they are not there yet.
+def fit_federation(federation: Federation, images: ImageData, folder: Path) -> Iterator[Client]:
+    """Trains the clients of a federation, or loads those that were trained before.
 
     Args:
-        cell: the federation.
+        federation: what to train.
         images: its data set.
-        folder: of the cell.
+        folder: where the trained networks are kept.
 
     Yields:
         One client after the other.
     """
     train = images.train
-    if len(train) > (most := _MOST_IMAGES.get(cell.model, len(train))):
+    if len(train) > (most := _MOST_IMAGES.get(federation.model, len(train))):
         train = train.subset(
-            np.random.default_rng(cell.partition_seed).permutation(len(train))[:most]
+            np.random.default_rng(federation.partition_seed).permutation(len(train))[:most]
         )
-    labels = train.labels.numpy()
-    for index, part in enumerate(reference_partition(labels, 5, cell.alpha, cell.partition_seed)):
-        network = initial_network(cell, images)
+    parts = reference_partition(
+        train.labels.numpy(), _CLIENTS, federation.alpha, federation.partition_seed
+    )
+    for index, part in enumerate(parts):
+        network = initial_network(federation, images)
         file = folder / f"client-{index}.safetensors"
         samples = train.subset(part)
         if not file.is_file():
-            print(f"{cell.name}: training client {index} on {len(part)} samples", flush=True)
+            print(f"{federation.name}: training client {index} on {len(part)} samples", flush=True)
             fit_client(
                 network,
                 samples,
                 ClientFolder(folder, index),
                 [],
-                epochs=_EPOCHS[cell.model],
+                epochs=_EPOCHS[federation.model],
                 learning_rate=0.01,
                 batch_size=64,
                 curvature_samples=None,
                 upload_budget=None,
-                seed=1000 * cell.seed + index,
+                seed=1000 * federation.seed + index,
                 trainer_options=QUIET,
             )
-            folder.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(".partial")
-            save_file(network.state_dict(), partial)
-            partial.replace(file)
+            with atomic_write(file) as partial:
+                save_file(network.state_dict(), partial)
         network.load_state_dict(load_file(file))
         yield network, samples
 
@@ -129,16 +120,16 @@ def fit_cell(cell: Cell, images: ImageData, folder: Path) -> Iterator[Client]:
 def extract(
     client: Client, kinds: Sequence[str], fisher: str, max_samples: int | str | None
 ) -> dict[str, ExtractedCurvature]:
-    """Extracts from a client's un-augmented samples, in one pass.
+    """Extracts curvature from a client's samples, without augmentation and in one pass.
 
     Args:
         client: network and samples.
-        kinds: of curvature.
-        fisher: Fisher type.
+        kinds: kinds of curvature, for example ``kfac``.
+        fisher: Fisher type, for example ``normalised``.
         max_samples: as `extract_curvatures` takes it.
 
     Returns:
-        What was extracted, by kind.
+        What was extracted, by kind of curvature.
     """
     network, samples = client
     plain = samples.without_augmentation()
@@ -155,13 +146,13 @@ def extract(
 
 
 def default_update(client: Client) -> tuple[ClientUpdate, float]:
-    """What the callback extracts of a client by default, as it is.
+    """Makes the update that the callback's defaults give, but for compression.
 
     Args:
         client: network and samples.
 
     Returns:
-        The update, and the seconds its extraction took.
+        The update, and the seconds that its extraction took.
     """
     extracted = extract(client, ["kfac"], "normalised", "auto")["kfac"]
     update = ClientUpdate.from_model(client[0], extracted.header(), extracted.blocks)
@@ -169,23 +160,23 @@ def default_update(client: Client) -> tuple[ClientUpdate, float]:
 
 
 def scores_of(network: nn.Module, images: ImageData) -> tuple[float, float]:
-    """How a network does on the whole test set.
+    """Tests a network on the whole test set.
 
     Args:
-        network: left in eval mode.
+        network: maps images to logits; left in eval mode.
         images: the data set.
 
     Returns:
-        Accuracy in percent, and negative log-likelihood.
+        Accuracy in percent, and the mean negative log-likelihood in nats.
     """
     predicted = predict(Classifier(network, 0.0), images.test, torch.device("cpu"))
     return score(predicted, images.test.labels)
 
 
 class Table:
-    """A CSV file of results, under a comment that tells date and hardware."""
+    """A CSV file of results, whose first line is a comment with date and hardware."""
 
-    def __init__(self, path: Path, row: type[Cell]) -> None:
+    def __init__(self, path: Path, row: type[Federation]) -> None:
         """Opens the table, or begins it.
 
         Args:
@@ -204,73 +195,96 @@ class Table:
             raise ValueError(f"{path} is of another study: choose another --output-dir")
         self._rows = [tuple(found.values()) for found in read_rows(path)]
 
-    def has(self, cell: Cell, setting: tuple[str, ...]) -> bool:
-        """Whether it held a row that begins with these when it was opened."""
-        key = (*map(str, astuple(cell)), *setting)
+    def has(self, federation: Federation, setting: tuple[str, ...]) -> bool:
+        """Tells whether the table held a row of this federation and setting when it was opened.
+
+        Args:
+            federation: the first columns of the row.
+            setting: the columns that follow.
+
+        Returns:
+            True if there was such a row.
+        """
+        key = (*map(str, astuple(federation)), *setting)
         return any(row[: len(key)] == key for row in self._rows)
 
-    def append(self, row: Cell) -> None:
-        """Writes a row."""
+    def append(self, row: Federation) -> None:
+        """Writes a row to the end of the file.
+
+        Args:
+            row: of the table's own dataclass.
+        """
         with self._path.open("a", newline="") as file:
             csv.writer(file, lineterminator="\n").writerow(astuple(row))
 
 
 def study_parser(
-    name: str, text: str | None, cells: Mapping[str, Sequence[Cell]]
+    name: str, text: str | None, federations: Mapping[str, Sequence[Federation]]
 ) -> ArgumentParser:
-    """The command line of a study.
+    """Describes the command line of a study.
 
     Args:
-        name: of the recipe.
-        text: what it does.
-        cells: sets of cells to choose from, by name.
+        name: of the script, without its suffix.
+        text: what the study does, for ``--help``.
+        federations: sets of federations to choose from, by name.
 
     Returns:
-        The parser; a study may add flags of its own.
+        The parser, to which a study may add flags of its own.
     """
     parser = ArgumentParser(prog=f"{name}.py", description=text)
-    parser.add_argument("--cells", type=str, default="development", help=" or ".join(cells))
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="of image folders")
-    parser.add_argument("--output-dir", type=Path, default=Path("runs") / name)
+    parser.add_argument(
+        "--federations",
+        type=str,
+        default="development",
+        help=f"set of federations: {', '.join(federations)}",
+    )
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of images")
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        default=Path("runs") / name,
+        help="folder for trained clients and results",
+    )
     return parser
 
 
 def run_study(
     flags: Namespace,
-    cells: Mapping[str, Sequence[Cell]],
+    federations: Mapping[str, Sequence[Federation]],
     settings: Sequence[tuple[str, ...]],
-    row: type[Cell],
-    make_rows: Rows,
+    row: type[Federation],
+    make_rows: MakeRows,
 ) -> None:
-    """Fills the table of a set of cells; rows it has are not made again.
+    """Fills the table of a set of federations; rows that it has are not made again.
 
     Args:
-        flags: of `study_parser`.
-        cells: sets of cells, by name.
-        settings: what to do with each cell: the columns that name it.
-        row: dataclass of a row: a cell, a setting and results.
-        make_rows: does it.
+        flags: parsed by `study_parser`.
+        federations: sets of federations, by name.
+        settings: what to do with each federation, as the columns that name it.
+        row: dataclass of a row: a federation, a setting and results.
+        make_rows: makes the rows of one federation.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
-    if flags.cells not in cells:
-        sys.exit(f"error: --cells {flags.cells} is not one of {', '.join(cells)}")
+    chosen = flags.federations
+    if chosen not in federations:
+        sys.exit(f"error: --federations {chosen} is not one of {', '.join(federations)}")
     flags.output_dir.mkdir(parents=True, exist_ok=True)
-    path = flags.output_dir / f"{flags.cells}.csv"
+    path = flags.output_dir / f"{chosen}.csv"
     try:
         table = Table(path, row)
     except ValueError as error:
         sys.exit(f"error: {error}")
     loaded: dict[str, ImageData] = {}
-    for cell in cells[flags.cells]:
-        missing = [setting for setting in settings if not table.has(cell, setting)]
+    for federation in federations[chosen]:
+        missing = [setting for setting in settings if not table.has(federation, setting)]
         if not missing:
             continue
-        if cell.dataset not in loaded:
-            loaded[cell.dataset] = load_images(cell.dataset, flags.data_dir)
-        images = loaded[cell.dataset]
-        clients = list(fit_cell(cell, images, flags.output_dir / cell.name))
-        made = make_rows(cell, clients, images, missing)
-        for result in tqdm(made, desc=cell.name, total=len(missing), disable=None):
+        if federation.dataset not in loaded:
+            loaded[federation.dataset] = load_images(federation.dataset, flags.data_dir)
+        images = loaded[federation.dataset]
+        clients = list(fit_federation(federation, images, flags.output_dir / federation.name))
+        made = make_rows(federation, clients, images, missing)
+        for result in tqdm(made, desc=federation.name, total=len(missing), disable=None):
             table.append(result)
     print(path)

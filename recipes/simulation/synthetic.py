@@ -1,4 +1,4 @@
-"""Updates of clients that never trained, to measure what the server costs with many of them."""
+"""Makes updates of clients that never trained, to measure a server with many of them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from lightning_fedfisher import ClientUpdate, extract_curvature
 from lightning_fedfisher.curvature.kronecker import Kronecker
 
-_NOISE = 0.3
-_ROWS = 256
-_FLOOR = 0.01
+_NOISE = 0.3  # standard deviation, in multiples of that of the weights
+_ROWS = 256  # samples behind each factor
+_FLOOR = 0.01  # least eigenvalue, in mean ones
 
 
-def made_up(model: nn.Module, images: Tensor) -> ClientUpdate:
-    """An update of an untrained network, with K-FAC factors of random rows.
+def synthetic_update(model: nn.Module, images: Tensor) -> ClientUpdate:
+    """Makes an update of an untrained network, with K-FAC factors of random samples.
 
     Args:
-        model: without biases or normalisation, as all in `simulation.models`.
-        images: a few that it takes, for the order of its layers.
+        model: a network without biases or normalisation, as all in `simulation.models`.
+        images: a few images that the network takes, from which the order of its layers is read.
 
     Returns:
         The update.
@@ -45,8 +45,8 @@ def made_up(model: nn.Module, images: Tensor) -> ClientUpdate:
     def factor(size: int) -> Tensor:
         rows = scales.unsqueeze(1) * torch.randn(_ROWS, size, generator=generator)
         moments = rows.mT @ rows / _ROWS
-        # Of full rank, or directions that few clients know would slow the solver as none that
-        # trained do.
+        # Of full rank: directions that few clients know would slow the solver more than those of
+        # trained clients do.
         moments.diagonal().add_(_FLOOR * moments.trace() / size)
         return (moments + moments.mT) / 2  # a product is symmetric only up to rounding
 
@@ -55,15 +55,15 @@ def made_up(model: nn.Module, images: Tensor) -> ClientUpdate:
 
 
 def perturbed(update: ClientUpdate, seed: int) -> ClientUpdate:
-    """Another client's update, unlike the given one in every number of weights and curvature.
+    """Makes another client's update, which differs in every number of weights and curvature.
 
     Args:
-        update: with K-FAC curvature.
-        seed: of the other client.
+        update: an update with K-FAC curvature.
+        seed: tells the other client from further ones.
 
     Returns:
-        The update: weights with noise, and factors ``D M D`` with random diagonal ``D``, which
-        keeps them symmetric and positive semi-definite.
+        An update with noise on its weights, and with factors ``D M D`` for a random diagonal ``D``,
+        which keeps them symmetric and positive semi-definite.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -88,18 +88,18 @@ def perturbed(update: ClientUpdate, seed: int) -> ClientUpdate:
 
 
 def write_perturbed(first: Callable[[], ClientUpdate], folder: Path, clients: int) -> list[Path]:
-    """Writes an update and perturbations of it, those that are not there yet.
+    """Writes an update and perturbed copies of it, those that are not there yet.
 
     Args:
         first: makes the update.
-        folder: where they go.
-        clients: files in all.
+        folder: where the files go.
+        clients: number of files in all.
 
     Returns:
-        The files, in the order of their names.
+        The files, sorted by name.
 
     Raises:
-        OSError: if they do not fit on the disk.
+        OSError: if the files do not fit on the disk.
     """
     paths = [folder / f"client-{index:04d}.safetensors" for index in range(clients)]
     missing = [index for index, path in enumerate(paths) if not path.is_file()]

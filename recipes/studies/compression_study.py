@@ -1,8 +1,8 @@
-"""What an upload may weigh: accuracy of the default merge by the bytes that a client sends.
+"""Studies how small an upload may be: accuracy of the default merge by the bytes a client sends.
 
-Trains the clients of several federations once (and keeps them), extracts what the callback would by
-default, and merges the updates as they are, packed to several budgets, and truncated as FedFisher
-publishes it. Started again, it goes on where it was interrupted.
+Trains the clients of several federations once (and keeps them), extracts what the callback does by
+default, and merges the updates as they are, compressed to several budgets, and truncated as the
+FedFisher paper does. Started again, it goes on where it was interrupted.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from jsonargparse import ArgumentParser
 from simulation.clients import QUIET, merge
 from simulation.data import ImageData
+from simulation.federations import MERGE_FEDERATIONS, Federation
 from simulation.study import (
-    Cell,
     Client,
     default_update,
     initial_network,
@@ -26,27 +27,26 @@ from simulation.study import (
     scores_of,
     study_parser,
 )
-from studies.merge_study import CELLS as MERGE_CELLS
 from torch import Tensor
 
 from lightning_fedfisher import ClientUpdate
 
 PLAIN, PUBLISHED = "as it is", "published truncation"
 BUDGETS = {f"budget {budget:g}": budget for budget in (0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5)}
-CELLS = {
+FEDERATIONS = {
     "development": [
-        *MERGE_CELLS["seeds"],
-        *(Cell("imagefolder", "cnn", 0.1, 3, seed) for seed in range(3)),
+        *MERGE_FEDERATIONS["seeds"],
+        *(Federation("imagefolder", "cnn", 0.1, 3, seed) for seed in range(3)),
     ],
-    "held-out": MERGE_CELLS["held-out"],
-    "resnet18": [Cell("fashionmnist", "resnet18", 0.1, 3, seed) for seed in range(3)],
+    "held-out": MERGE_FEDERATIONS["held-out"],
+    "resnet18": [Federation("fashionmnist", "resnet18", 0.1, 3, seed) for seed in range(3)],
 }
 _WEIGHT_BITS, _FACTOR_BITS = 16, 9  # of the published truncation
 
 
 @dataclass(frozen=True)
-class Row(Cell):
-    """A result; means over clients, accuracy in percent, seconds of one client."""
+class Row(Federation):
+    """A result: means over clients, accuracy in percent, seconds of one client."""
 
     sent: str
     upload: float
@@ -57,18 +57,18 @@ class Row(Cell):
 
 
 def truncated(update: ClientUpdate) -> tuple[ClientUpdate, float]:
-    """An update as FedFisher (arXiv 2403.12329) truncates it to about the bits of fp32 weights.
+    """Truncates an update to about the bits of float32 weights, as FedFisher does.
 
-    Weights take 16 bits, and of each factor as many singular triples are kept as there is room for,
-    one number for all factors, at 9 bits an entry. Bits are counted, as published; no file holds
-    them.
+    See arXiv 2403.12329. Weights take 16 bits. Of each factor, the leading singular triples are
+    kept at 9 bits an entry: the same number of triples for all factors, as many as there is room
+    for. Bits are counted, as published; no file holds them.
 
     Args:
         update: with K-FAC factors.
 
     Returns:
-        What a server would make of it, its factors the nearest that are symmetric and positive
-        semi-definite, and its bytes.
+        The update that a server would read, with the nearest symmetric positive semi-definite
+        factors, and the bytes that were sent.
     """
     weights = sum(tensor.numel() for tensor in update.parameters.values())
     factors = {
@@ -97,28 +97,28 @@ def truncated(update: ClientUpdate) -> tuple[ClientUpdate, float]:
 
 
 def _uniform(tensor: Tensor, bits: int) -> Tensor:
-    """Rounds to so many bits, scaled by the largest magnitude."""
+    """Rounds to integers of so many bits, scaled by the largest magnitude."""
     steps = 2 ** (bits - 1) - 1
     scale = tensor.abs().max().clamp_min(torch.finfo(tensor.dtype).tiny)
     return (tensor / scale * steps).round() * scale / steps
 
 
 def run_budgets(
-    cell: Cell,
+    federation: Federation,
     clients: Sequence[Client],
     images: ImageData,
     settings: Sequence[tuple[str, ...]],
 ) -> Iterator[Row]:
-    """Merges one federation's updates at one size after the other, and tests the models.
+    """Merges the updates of one federation at one size after the other, and tests the models.
 
     Args:
-        cell: the federation.
-        clients: trained networks and samples.
-        images: the data, for the test set.
-        settings: what is sent.
+        federation: what the clients were trained as.
+        clients: trained networks and their samples.
+        images: the data set, for its test set.
+        settings: the sizes, as keys of `BUDGETS`, `PLAIN` or `PUBLISHED`.
 
     Yields:
-        The results.
+        A result for each setting.
     """
     updates, extraction = [], 0.0
     for client in clients:
@@ -140,20 +140,33 @@ def run_budgets(
                 packing += (time.perf_counter() - started) / len(updates)
                 sizes.append(size / update.fedavg_bytes)
                 arrived.append(path)
-            network = initial_network(cell, images)
+            network = initial_network(federation, images)
             merge("fedfisher", arrived, network, None, QUIET)
         scores = scores_of(network, images)
         upload = math.fsum(sizes) / len(sizes)
-        yield Row(*astuple(cell), sent, upload, *scores, extraction, packing)
+        yield Row(*astuple(federation), sent, upload, *scores, extraction, packing)
 
 
-def main() -> None:
-    """Runs the study from the command line."""
-    flags = study_parser("compression_study", __doc__, CELLS).parse_args()
+def make_parser() -> ArgumentParser:
+    """Describes the command line.
+
+    Returns:
+        The parser.
+    """
+    return study_parser("compression_study", __doc__, FEDERATIONS)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the study from the command line.
+
+    Args:
+        arguments: of the command line; None reads `sys.argv`.
+    """
+    flags = make_parser().parse_args(arguments)
     names = [PLAIN, "budget 1"]
-    if flags.cells != "resnet18":  # whose merge takes a quarter of an hour
+    if flags.federations != "resnet18":  # whose merge takes a quarter of an hour
         names = [PLAIN, *BUDGETS, PUBLISHED]
-    run_study(flags, CELLS, [(name,) for name in names], Row, run_budgets)
+    run_study(flags, FEDERATIONS, [(name,) for name in names], Row, run_budgets)
 
 
 if __name__ == "__main__":

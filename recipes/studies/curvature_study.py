@@ -1,4 +1,4 @@
-"""Which curvature is worth sending: merged accuracy against kind, Fisher type, samples and bytes.
+"""Studies which curvature is worth sending: merged accuracy by kind, Fisher type and samples.
 
 Trains the clients of several federations once (and keeps them), extracts every setting of a grid
 from them, merges each with the default method, and writes one row for each federation and setting.
@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 
+from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
 from simulation.clients import QUIET
 from simulation.data import ImageData
+from simulation.federations import CURVATURE_FEDERATIONS, Federation
 from simulation.study import (
-    Cell,
     Client,
     extract,
     initial_network,
@@ -28,7 +29,13 @@ from lightning_fedfisher import ClientUpdate, FisherMergeModule
 
 @dataclass(frozen=True)
 class Setting:
-    """What the clients extract: from so many samples of each, ``all`` or ``auto``."""
+    """What each client extracts.
+
+    Attributes:
+        curvature: kind of curvature.
+        fisher: Fisher type.
+        samples: number of samples to average over, ``all`` or ``auto``.
+    """
 
     curvature: str
     fisher: str
@@ -36,15 +43,15 @@ class Setting:
 
     @property
     def max_samples(self) -> int | str | None:
-        """As the extraction takes it."""
+        """The number of samples as the extraction takes it."""
         if self.samples == "auto":
             return self.samples
         return None if self.samples == "all" else int(self.samples)
 
 
 @dataclass(frozen=True)
-class Row(Cell):
-    """A result; accuracies in percent, seconds and bytes the mean of the clients."""
+class Row(Federation):
+    """A result: accuracy in percent; seconds and bytes are means over clients."""
 
     curvature: str
     fisher: str
@@ -56,24 +63,6 @@ class Row(Cell):
     fedavg_bytes: float
 
 
-# Development cells, and further ones that no choice was made on.
-CELLS = {
-    "development": [
-        Cell("fashionmnist", "lenet", 0.1, 3, 0),
-        Cell("fashionmnist", "lenet", 0.1, 4, 0),
-        Cell("fashionmnist", "lenet", 0.1, 5, 0),
-        Cell("fashionmnist", "lenet", 0.3, 3, 0),
-        Cell("fashionmnist", "lenet", 0.05, 4, 0),
-        Cell("fashionmnist", "lenet", 0.07, 11, 7),
-        Cell("imagefolder", "cnn", 0.1, 3, 0),
-    ],
-    "held-out": [
-        Cell("fashionmnist", "lenet", 0.1, 30, 1),
-        Cell("fashionmnist", "lenet", 0.2, 31, 1),
-        Cell("fashionmnist", "lenet", 0.05, 32, 1),
-        Cell("imagefolder", "cnn", 0.3, 30, 1),
-    ],
-}
 _SAMPLES = ("64", "125", "250", "500", "1000", "2000", "auto", "all")
 _TYPES = ("normalised", "exact", "mc", "empirical")
 SETTINGS = [
@@ -83,7 +72,7 @@ SETTINGS = [
 
 
 def run_settings(
-    cell: Cell,
+    federation: Federation,
     clients: Sequence[Client],
     images: ImageData,
     settings: Sequence[tuple[str, ...]],
@@ -91,13 +80,13 @@ def run_settings(
     """Extracts, merges and tests one setting after the other.
 
     Args:
-        cell: the federation.
-        clients: trained networks and samples.
-        images: the data, for the test set.
+        federation: what the clients were trained as.
+        clients: trained networks and their samples.
+        images: the data set, for its test set.
         settings: what to extract, as the fields of `Setting`.
 
     Yields:
-        The results.
+        A result for each setting.
     """
     for setting in (Setting(*columns) for columns in settings):
         updates, seconds = [], []
@@ -106,12 +95,12 @@ def run_settings(
             extracted = extract(client, [kind], fisher, setting.max_samples)[kind]
             seconds.append(extracted.seconds)
             updates.append(ClientUpdate.from_model(client[0], extracted.header(), extracted.blocks))
-        network = initial_network(cell, images)
+        network = initial_network(federation, images)
         Trainer(max_epochs=-1, **QUIET).fit(FisherMergeModule(updates, model=network))
         accuracy, nll = scores_of(network, images)
         sent = [_bytes(update) for update in updates]
         yield Row(
-            *astuple(cell),
+            *astuple(federation),
             *astuple(setting),
             accuracy,
             nll,
@@ -122,16 +111,29 @@ def run_settings(
 
 
 def _bytes(update: ClientUpdate) -> int:
-    """Of the tensors that would be sent."""
+    """Counts the bytes of the tensors that would be sent."""
     blocks = [tensor for block in update.blocks.values() for tensor in block.tensors().values()]
     return update.fedavg_bytes + sum(t.numel() * t.element_size() for t in blocks)
 
 
-def main() -> None:
-    """Runs the study from the command line."""
-    flags = study_parser("curvature_study", __doc__, CELLS).parse_args()
+def make_parser() -> ArgumentParser:
+    """Describes the command line.
+
+    Returns:
+        The parser.
+    """
+    return study_parser("curvature_study", __doc__, CURVATURE_FEDERATIONS)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the study from the command line.
+
+    Args:
+        arguments: of the command line; None reads `sys.argv`.
+    """
+    flags = make_parser().parse_args(arguments)
     settings = [astuple(setting) for setting in SETTINGS]
-    run_study(flags, CELLS, settings, Row, run_settings)
+    run_study(flags, CURVATURE_FEDERATIONS, settings, Row, run_settings)
 
 
 if __name__ == "__main__":

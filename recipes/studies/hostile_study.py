@@ -1,7 +1,7 @@
-"""What one hostile client does to a merge, by what a client may weigh.
+"""Studies what one hostile client does to a merge, by the cap on a client's influence.
 
-To the five clients of several federations a sixth is added who forges its update, and all are
-merged by default with several bounds (see `lightning_fedfisher.merge.influence_cap`).
+A sixth client, who forges its update, joins the five of several federations. All six are merged
+with the default method under several caps (see `lightning_fedfisher.merge.influence_cap`).
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 
 import torch
+from jsonargparse import ArgumentParser
 from simulation.clients import QUIET, merge
 from simulation.data import ImageData
+from simulation.federations import Federation
 from simulation.study import (
-    Cell,
     Client,
     default_update,
     initial_network,
@@ -26,24 +27,25 @@ from simulation.study import (
 )
 from torch import Tensor
 
-from lightning_fedfisher import METHODS, ClientUpdate
+from lightning_fedfisher import ClientUpdate
+from lightning_fedfisher.merge.methods import METHODS
 from lightning_fedfisher.update.header import UpdateHeader
 
 _MUCH, _MANY = 1e8, 10**6
 BOUNDS = {"none": math.inf, "10": 10.0, "3": 3.0, "2": 2.0}
-CELLS = {
+FEDERATIONS = {
     "development": [
-        *(Cell("fashionmnist", "lenet", 0.1, 3, seed) for seed in range(3)),
-        *(Cell("fashionmnist", "lenet", 0.05, 3, seed) for seed in range(3)),
-        Cell("imagefolder", "cnn", 0.1, 3, 0),
+        *(Federation("fashionmnist", "lenet", 0.1, 3, seed) for seed in range(3)),
+        *(Federation("fashionmnist", "lenet", 0.05, 3, seed) for seed in range(3)),
+        Federation("imagefolder", "cnn", 0.1, 3, 0),
     ]
 }
 Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Row(Cell):
-    """A result; accuracy in percent."""
+class Row(Federation):
+    """A result: accuracy in percent."""
 
     attack: str
     bound: str
@@ -51,57 +53,66 @@ class Row(Cell):
     nll: float
 
 
-def _curvature(tensors: Tensors, much: float) -> Tensors:
+def _scaled_curvature(tensors: Tensors, much: float) -> Tensors:
     """Scales every layer's curvature, by one of its factors."""
     return {n: t * much if n.endswith("/row_factor") else t for n, t in tensors.items()}
 
 
-def _weights(tensors: Tensors, change: Callable[[str, Tensor], Tensor]) -> Tensors:
+def _changed_weights(tensors: Tensors, change: Callable[[str, Tensor], Tensor]) -> Tensors:
+    """Changes every weight tensor, given its name."""
     return {n: change(n, t) if n.startswith("parameters/") else t for n, t in tensors.items()}
 
 
 def _noise(name: str, weights: Tensor) -> Tensor:
+    """Noise of a hundred times the size of the weights, the same at every call."""
     generator = torch.Generator().manual_seed(len(name))
     return 100 * weights.std() * torch.randn(weights.shape, generator=generator)
 
 
 def _flat(tensors: Tensors) -> Tensors:
+    """Replaces every factor by a large multiple of the identity."""
     return {
         n: 1e4 * torch.eye(len(t)) if n.startswith("curvature/") else t for n, t in tensors.items()
     }
 
 
 def _opposite(name: str, weights: Tensor) -> Tensor:
+    """Turns weights around."""
     return -weights
 
 
 ATTACKS: Mapping[str, Callable[[Tensors], Tensors]] = {
     "samples": lambda tensors: tensors,
-    "curvature": lambda tensors: _curvature(tensors, _MUCH),
-    "opposite weights, curvature": lambda t: _curvature(_weights(t, _opposite), _MUCH),
-    "noise for weights": lambda tensors: _weights(tensors, _noise),
-    "noise for weights, curvature": lambda t: _curvature(_weights(t, _noise), _MUCH),
-    "opposite weights, flat curvature": lambda t: _flat(_weights(t, _opposite)),
+    "curvature": lambda tensors: _scaled_curvature(tensors, _MUCH),
+    "opposite weights, curvature": lambda t: _scaled_curvature(
+        _changed_weights(t, _opposite), _MUCH
+    ),
+    "noise for weights": lambda tensors: _changed_weights(tensors, _noise),
+    "noise for weights, curvature": lambda t: _scaled_curvature(_changed_weights(t, _noise), _MUCH),
+    "opposite weights, flat curvature": lambda t: _flat(_changed_weights(t, _opposite)),
 }
-"""What the sixth client makes of a copy of the first one's update.
+"""Each attack changes the tensors of a copy of the first client's update.
 
-Curvature is scaled by 1e8, and the number of samples, of which the merge takes the root, by 1e6.
+Curvature is scaled by 1e8. The attack on ``samples`` scales the number of samples, of which the
+merge takes the square root, by 1e6.
 """
 
 SHREWD, NOBODY = "just within the bound", "none"
 
 
 def forge(updates: Sequence[ClientUpdate], attack: str, bound: float) -> ClientUpdate:
-    """The sixth client's update.
+    """Forges the update of the sixth client.
 
     Args:
-        updates: of the others; the first is forged.
-        attack: a key of `ATTACKS`, or the one that knows the bound and the others' updates: weights
-            on the other side of the median, and curvature, as far as is allowed.
-        bound: on what a client may weigh; 10 is taken for none.
+        updates: of the honest clients; a copy of the first is changed.
+        attack: a key of `ATTACKS`, or `SHREWD`, which knows the cap and the honest updates: it
+            moves the weights to the other side of the median, and scales curvature, as far as the
+            cap allows.
+        bound: the cap on influence, in multiples of the median client's; `SHREWD` takes 10 if it is
+            infinite.
 
     Returns:
-        The update.
+        The forged update.
     """
     first = updates[0]
     names = [*(f"parameters/{name}" for name in first.parameters)]
@@ -115,7 +126,7 @@ def forge(updates: Sequence[ClientUpdate], attack: str, bound: float) -> ClientU
             others = [update.parameters[name.removeprefix("parameters/")] for update in updates]
             middle = torch.stack(others).quantile(0.5, dim=0)
             tensors[name] = middle - most * (tensors[name] - middle)
-        tensors = _curvature(tensors, most**2)  # of which the merge takes the root
+        tensors = _scaled_curvature(tensors, most**2)  # of which the merge takes the root
     else:
         tensors = ATTACKS[attack](tensors)
     if attack == "samples":
@@ -124,39 +135,52 @@ def forge(updates: Sequence[ClientUpdate], attack: str, bound: float) -> ClientU
 
 
 def run_attacks(
-    cell: Cell,
+    federation: Federation,
     clients: Sequence[Client],
     images: ImageData,
     settings: Sequence[tuple[str, ...]],
 ) -> Iterator[Row]:
-    """Merges one federation under each attack with each bound, and tests the models.
+    """Merges one federation under each attack with each cap, and tests the models.
 
     Args:
-        cell: the federation.
-        clients: trained networks and samples.
-        images: the data, for the test set.
-        settings: attacks and bounds.
+        federation: what the clients were trained as.
+        clients: trained networks and their samples.
+        images: the data set, for its test set.
+        settings: attacks and names of caps.
 
     Yields:
-        The results.
+        A result for each setting.
     """
     updates = [default_update(client)[0] for client in clients]
     for attack, name in settings:
         bound = BOUNDS[name]
         method = dataclasses.replace(METHODS["fedfisher"], max_influence=bound)
         sent = updates if attack == NOBODY else [*updates, forge(updates, attack, bound)]
-        network = initial_network(cell, images)
+        network = initial_network(federation, images)
         merge(method, sent, network, None, QUIET)
         scores = scores_of(network, images)
-        yield Row(*astuple(cell), attack, name, *scores)
+        yield Row(*astuple(federation), attack, name, *scores)
 
 
-def main() -> None:
-    """Runs the study from the command line."""
-    flags = study_parser("hostile_study", __doc__, CELLS).parse_args()
+def make_parser() -> ArgumentParser:
+    """Describes the command line.
+
+    Returns:
+        The parser.
+    """
+    return study_parser("hostile_study", __doc__, FEDERATIONS)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the study from the command line.
+
+    Args:
+        arguments: of the command line; None reads `sys.argv`.
+    """
+    flags = make_parser().parse_args(arguments)
     warnings.filterwarnings("ignore", message="(?s).*median client")
     settings = [(attack, bound) for attack in (NOBODY, *ATTACKS, SHREWD) for bound in BOUNDS]
-    run_study(flags, CELLS, settings, Row, run_attacks)
+    run_study(flags, FEDERATIONS, settings, Row, run_attacks)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Which merge is best: every method on the same clients, beside the clients and their ensemble.
+"""Studies which merge is best: every method on the same clients, beside clients and ensemble.
 
 Trains the clients of several federations once (and keeps them), extracts what the methods need from
 all of their samples, and writes one row for each federation and method. Started again, it goes on
@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from jsonargparse import ArgumentParser
 from simulation.clients import (
     EXTRACTIONS,
     QUIET,
@@ -24,8 +25,8 @@ from simulation.clients import (
     score,
 )
 from simulation.data import ImageData
+from simulation.federations import MERGE_FEDERATIONS, Federation
 from simulation.study import (
-    Cell,
     Client,
     extract,
     initial_network,
@@ -35,16 +36,16 @@ from simulation.study import (
 )
 from tqdm import tqdm
 
-from lightning_fedfisher import METHODS, ClientUpdate
+from lightning_fedfisher import ClientUpdate
 from lightning_fedfisher.curvature.base import Curvature
-from lightning_fedfisher.merge.methods import MergeMethod, MethodName
+from lightning_fedfisher.merge.methods import METHODS, MergeMethod, str
 
 _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Row(Cell):
-    """A result; accuracy in percent, seconds from updates in memory to the model."""
+class Row(Federation):
+    """A result: accuracy in percent, seconds from updates in memory to the model."""
 
     method: str
     accuracy: float
@@ -55,40 +56,41 @@ class Row(Cell):
 
 @dataclass(frozen=True)
 class Merge:
-    """How a row is merged.
+    """How the updates of one row are merged.
 
     Attributes:
         base: name of the method.
-        extraction: curvature and Fisher type of the updates.
-        changes: fields of the method that are different here.
+        extraction: kind of curvature and Fisher type of the updates.
+        changes: fields of the method to replace, by name.
     """
 
-    base: MethodName
+    base: str
     extraction: tuple[str, str]
     changes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def method(self) -> MethodName | MergeMethod:
-        """As the merge takes it."""
+    def method(self) -> str | MergeMethod:
+        """The method as the merge takes it: a name, or a row of its own."""
         return replace(METHODS[self.base], **self.changes) if self.changes else self.base
 
 
 def temper(curvature: Curvature, head: bool, *, power: float, average_head: bool) -> Curvature:
-    """The default method's transform, with what was chosen in it open.
+    """Transforms curvature as the default method does, with its choices left open.
 
     Args:
-        curvature: of one client.
-        head: whether the layer is the classifier head.
-        power: of the spectrum.
-        average_head: average the head's curvature over the inputs first.
+        curvature: of one client and layer.
+        head: whether the layer is the output layer.
+        power: that the spectrum is raised to.
+        average_head: whether to average the output layer's curvature over its inputs first.
 
     Returns:
         The curvature to merge.
     """
-    return (curvature.over_outputs() if head and average_head else curvature).power(power)
+    return (curvature.average_over_columns() if head and average_head else curvature).power(power)
 
 
 def _variant(**changes: Any) -> Merge:
+    """The default method with other values of some of its fields."""
     return Merge("fedfisher", EXTRACTIONS["fedfisher"], changes)
 
 
@@ -102,16 +104,19 @@ VARIANTS = {
     },
     "fedfisher, head as any layer": _variant(transform=_ANY_LAYER),
     **{
-        f"fedfisher, shares to the power {power:g}": _variant(share_power=power)
+        f"fedfisher, shares to the power {power:g}": _variant(client_weight_power=power)
         for power in (1.0, 0.75, 0.25, 0.0)
     },
     "fedfisher, not aligned": _variant(aligns=False),
-    "fedfisher, as before": _variant(transform=_ANY_LAYER, share_power=1.0, aligns=False),
+    "fedfisher, as before": _variant(transform=_ANY_LAYER, client_weight_power=1.0, aligns=False),
     "fedfisher, exact Fisher": Merge("fedfisher", ("kfac", "exact")),
     "fedfisher, diagonal": Merge("fedfisher", ("diagonal", "normalised")),
 }
-"""The default method with one choice made otherwise; ``as before``: with head, shares and inputs as
-they once were."""
+"""Variants of the default method, each with one choice made otherwise.
+
+``as before`` treats the output layer like any other, weighs clients by their samples, and aligns no
+layer: the default of an earlier version.
+"""
 
 # What a merge is measured against.
 BEST_CLIENT, ENSEMBLE = "best client", "ensemble"
@@ -120,43 +125,15 @@ MERGES: dict[str, Merge] = {
     **VARIANTS,
 }
 
-# Development cells, training seeds of three of their splits, cells held out from an earlier form of
-# the default, and cells that no choice was made on.
-_ALPHAS = (0.1, 0.2, 0.05, 0.3, 0.05, 0.1, 0.2, 0.3)
-CELLS = {
-    "development": [
-        *(
-            Cell("fashionmnist", "lenet", alpha, split, 0)
-            for alpha in (0.05, 0.1, 0.2, 0.3)
-            for split in range(3, 8)
-        ),
-        Cell("imagefolder", "cnn", 0.1, 3, 0),
-    ],
-    "seeds": [
-        Cell("fashionmnist", "lenet", alpha, 3, seed)
-        for alpha in (0.05, 0.1, 0.2)
-        for seed in range(3)
-    ],
-    "earlier": [
-        *(Cell("fashionmnist", "lenet", a, p, 1) for p, a in enumerate(_ALPHAS, start=30)),
-        Cell("imagefolder", "cnn", 0.3, 30, 1),
-        Cell("imagefolder", "cnn", 0.05, 31, 1),
-    ],
-    "held-out": [
-        *(Cell("fashionmnist", "lenet", a, p, 1) for p, a in enumerate(_ALPHAS, start=38)),
-        Cell("imagefolder", "cnn", 0.2, 32, 1),
-    ],
-}
-
 
 def extract_updates(
     clients: Sequence[Client], extractions: Collection[tuple[str, str]]
 ) -> dict[tuple[str, str], list[ClientUpdate]]:
-    """What the clients would send, from all of their samples; one pass for each Fisher type.
+    """Extracts what the clients would send, from all of their samples.
 
     Args:
-        clients: trained networks and samples.
-        extractions: curvatures and Fisher types.
+        clients: trained networks and their samples.
+        extractions: kinds of curvature and Fisher types; each Fisher type takes one data pass.
 
     Returns:
         An update of each client, for each extraction.
@@ -172,11 +149,11 @@ def extract_updates(
 
 
 def score_clients(clients: Sequence[Client], images: ImageData) -> dict[str, tuple[float, float]]:
-    """What is to be had without a merge.
+    """Tests what there is without a merge: the best client and the ensemble of all.
 
     Args:
         clients: trained networks.
-        images: the data, for the test set.
+        images: the data set, for its test set.
 
     Returns:
         Accuracy and negative log-likelihood of the best client's model and of the ensemble.
@@ -190,7 +167,7 @@ def score_clients(clients: Sequence[Client], images: ImageData) -> dict[str, tup
 
 
 def run_methods(
-    cell: Cell,
+    federation: Federation,
     clients: Sequence[Client],
     images: ImageData,
     settings: Sequence[tuple[str, ...]],
@@ -198,38 +175,51 @@ def run_methods(
     """Merges the same updates with one method after the other, and tests the models.
 
     Args:
-        cell: the federation.
-        clients: trained networks and samples.
-        images: the data, for labelled samples and the test set.
+        federation: what the clients were trained as.
+        clients: trained networks and their samples.
+        images: the data set, for labelled samples and the test set.
         settings: names of methods.
 
     Yields:
-        The results.
+        A result for each setting.
     """
     names = [name for (name,) in settings]
     if {BEST_CLIENT, ENSEMBLE} & set(names):
         for name, scores in score_clients(clients, images).items():
             if name in names:
-                yield Row(*astuple(cell), name, *scores, 0, 0.0)
+                yield Row(*astuple(federation), name, *scores, 0, 0.0)
     merges = {name: MERGES[name] for name in names if name in MERGES}
     updates = extract_updates(clients, {how.extraction for how in merges.values()})
-    labelled = labelled_samples(images.train, cell.seed)
+    labelled = labelled_samples(images.train, federation.seed)
     for name, how in merges.items():
-        network = initial_network(cell, images)
+        network = initial_network(federation, images)
         merged = merge(how.method, updates[how.extraction], network, labelled, QUIET)
         scores = scores_of(network, images)
-        yield Row(*astuple(cell), name, *scores, merged.labels, merged.seconds)
+        yield Row(*astuple(federation), name, *scores, merged.labels, merged.seconds)
 
 
-def main() -> None:
-    """Runs the study from the command line."""
-    parser = study_parser("merge_study", __doc__, CELLS)
+def make_parser() -> ArgumentParser:
+    """Describes the command line.
+
+    Returns:
+        The parser.
+    """
+    parser = study_parser("merge_study", __doc__, MERGE_FEDERATIONS)
     parser.add_argument(
         "--variants", action="store_true", help="add variants of the default method"
     )
-    flags = parser.parse_args()
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the study from the command line.
+
+    Args:
+        arguments: of the command line; None reads `sys.argv`.
+    """
+    flags = make_parser().parse_args(arguments)
     names = [BEST_CLIENT, ENSEMBLE, *METHODS, *(VARIANTS if flags.variants else ())]
-    run_study(flags, CELLS, [(name,) for name in names], Row, run_methods)
+    run_study(flags, MERGE_FEDERATIONS, [(name,) for name in names], Row, run_methods)
 
 
 if __name__ == "__main__":

@@ -2,26 +2,27 @@
 
 import pytest
 import torch
-from simulation import study as cells
-from simulation.study import Cell
+from simulation import study as shared
+from simulation.federations import Federation
+from simulation.rows import read_rows
+from simulation.tables.studies import compression_table
 from studies import compression_study
 from studies.compression_study import BUDGETS, PLAIN, PUBLISHED, truncated
-from studies.tables import compression_table, read_rows
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fedfisher import ClientUpdate, extract_curvature
 from lightning_fedfisher.curvature.kronecker import Kronecker
 
-CELL = Cell("digits", "lenet", 1.0, 3, 0)
+FEDERATION = Federation("digits", "lenet", 1.0, 3, 0)
 
 
 @pytest.fixture
-def study(monkeypatch, tmp_path):
-    """Runs the study on a tiny cell."""
-    monkeypatch.setattr(compression_study, "CELLS", {"development": [CELL]})
+def study(monkeypatch, tmp_path, few_digits):
+    """Runs the study on a tiny federation."""
+    monkeypatch.setattr(compression_study, "FEDERATIONS", {"development": [FEDERATION]})
     monkeypatch.setattr(compression_study, "BUDGETS", {"budget 0.5": 0.5})
-    monkeypatch.setattr(cells, "_EPOCHS", {"lenet": 1})
+    monkeypatch.setattr(shared, "_EPOCHS", {"lenet": 1})
     command = ["compression_study.py", "--output-dir", str(tmp_path)]
     monkeypatch.setattr("sys.argv", command)
 

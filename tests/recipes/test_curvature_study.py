@@ -5,22 +5,25 @@ import math
 
 import pytest
 from benchmarks import extraction_benchmark
-from simulation import study as cells
-from simulation.study import Cell
+from simulation import study as shared
+from simulation.federations import Federation
+from simulation.rows import read_rows
+from simulation.tables.benchmarks import benchmark_table
+from simulation.tables.studies import study_table
 from studies import curvature_study
 from studies.curvature_study import Setting
-from studies.tables import benchmark_table, read_rows, study_table
 
-CELL = Cell("digits", "lenet", 1.0, 3, 0)
+FEDERATION = Federation("digits", "lenet", 1.0, 3, 0)
 SETTINGS = [Setting("kfac", "normalised", "auto"), Setting("ekfac", "exact", "50")]
 
 
 @pytest.fixture
-def small(monkeypatch):
-    monkeypatch.setattr(curvature_study, "CELLS", {"development": [CELL]})
-    monkeypatch.setattr(extraction_benchmark, "CELLS", {"development": [CELL]})
+def small(monkeypatch, few_digits):
+    chosen = {"development": [FEDERATION]}
+    monkeypatch.setattr(curvature_study, "CURVATURE_FEDERATIONS", chosen)
+    monkeypatch.setattr("simulation.federations.CURVATURE_FEDERATIONS", chosen)
     monkeypatch.setattr(curvature_study, "SETTINGS", SETTINGS)
-    monkeypatch.setattr(cells, "_EPOCHS", {"lenet": 1})
+    monkeypatch.setattr(shared, "_EPOCHS", {"lenet": 1})
 
 
 def _study(monkeypatch, output):
@@ -39,7 +42,7 @@ def test_study_writes_a_row_for_each_setting_and_goes_on(small, monkeypatch, tmp
     assert "| ekfac | exact | 50 |" in study_table(rows)
     # Interrupted before the last row: only that is done again, from the clients kept.
     table.write_text("".join(whole.splitlines(keepends=True)[:-1]))
-    monkeypatch.setattr(cells, "fit_client", None)
+    monkeypatch.setattr(shared, "fit_client", None)
     again = read_rows(_study(monkeypatch, tmp_path))
     assert again[0] == rows[0]
     assert again[1]["accuracy"] == rows[1]["accuracy"]
@@ -63,7 +66,7 @@ def test_benchmark_measures_and_compares(small, tmp_path):
         clients_dir=tmp_path,
         output=None,
     )
-    report = extraction_benchmark.client(flags)
+    report = extraction_benchmark.trained_client(flags)
     assert report["samples"] == 60
     ours = {name: row for name, row in report["rows"].items() if name.startswith("ours")}
     assert len(ours) == 5

@@ -7,7 +7,7 @@ import pytest
 from fuzzing import fuzz_updates
 from fuzzing.fuzz_updates import examine, main, sound_files
 from fuzzing.mutations import MUTATIONS, UpdateParts
-from studies.tables import fuzz_table
+from simulation.tables.benchmarks import fuzz_table
 
 from lightning_fedfisher import ClientUpdate
 

@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from simulation import study as cells
-from simulation.study import Cell
+from simulation import study as shared
+from simulation.federations import Federation
+from simulation.rows import read_rows
+from simulation.tables.studies import hostile_table
 from studies import hostile_study
 from studies.hostile_study import ATTACKS, BOUNDS, NOBODY, SHREWD, forge
-from studies.tables import hostile_table, read_rows
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -17,11 +18,11 @@ from lightning_fedfisher import ClientUpdate, extract_curvature
 
 @pytest.fixture
 def study(monkeypatch, tmp_path):
-    """Runs the study on a tiny cell."""
-    cell = Cell("digits", "lenet", 1.0, 3, 0)
-    monkeypatch.setattr(hostile_study, "CELLS", {"development": [cell]})
+    """Runs the study on a tiny federation."""
+    federation = Federation("digits", "lenet", 1.0, 3, 0)
+    monkeypatch.setattr(hostile_study, "FEDERATIONS", {"development": [federation]})
     monkeypatch.setattr(hostile_study, "BOUNDS", {"none": math.inf, "2": 2.0})
-    monkeypatch.setattr(cells, "_EPOCHS", {"lenet": 2})
+    monkeypatch.setattr(shared, "_EPOCHS", {"lenet": 2})
     monkeypatch.setattr("sys.argv", ["hostile_study.py", "--output-dir", str(tmp_path)])
     hostile_study.main()
     return read_rows(tmp_path / "development.csv")

@@ -5,18 +5,20 @@ import json
 import pytest
 import torch
 from benchmarks import merge_benchmark
-from simulation import study as cells
-from simulation.study import Cell
-from simulation.synthetic import made_up, perturbed, write_perturbed
-from studies.tables import merge_benchmark_table
+from simulation import study as shared
+from simulation.federations import Federation
+from simulation.synthetic import perturbed, synthetic_update, write_perturbed
+from simulation.tables.benchmarks import merge_benchmark_table
 
-CELL = Cell("digits", "lenet", 1.0, 3, 0)
+FEDERATION = Federation("digits", "lenet", 1.0, 3, 0)
 
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    monkeypatch.setattr(merge_benchmark, "CELLS", {"development": [CELL]})
-    monkeypatch.setattr(cells, "_EPOCHS", {"lenet": 1})
+    monkeypatch.setattr(
+        "simulation.federations.CURVATURE_FEDERATIONS", {"development": [FEDERATION]}
+    )
+    monkeypatch.setattr(shared, "_EPOCHS", {"lenet": 1})
     monkeypatch.setattr("simulation.clients._LABELLED_SAMPLES", 20)
     # More threads than free cores make small eigenproblems many times slower.
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -32,7 +34,7 @@ def run(monkeypatch, tmp_path):
     return measure
 
 
-def test_speed_compares_with_the_published_server(run, monkeypatch, tmp_path):
+def test_speed_compares_with_the_published_server(run, few_published_steps, tmp_path):
     report = run("--what", "speed", "--clients-dir", str(tmp_path / "clients"))
     assert [row["labels"] for row in report["rows"].values()] == [0, 20, 0]
     assert all(0 <= row["accuracy"] <= 100 for row in report["rows"].values())
@@ -80,7 +82,7 @@ def test_numbers_of_clients_are_compared(run, monkeypatch, tmp_path):
 
 
 def test_perturbed_updates_differ_and_keep_their_curvature_positive(tmp_path):
-    update = made_up(merge_benchmark.untrained("lenet"), torch.rand(2, 1, 28, 28))
+    update = synthetic_update(merge_benchmark.untrained("lenet"), torch.rand(2, 1, 28, 28))
     other = perturbed(update, 1)
     for layer in update.layers:
         assert not torch.equal(other.weights(layer), update.weights(layer))
@@ -96,7 +98,7 @@ def test_perturbed_updates_differ_and_keep_their_curvature_positive(tmp_path):
 
 
 def test_too_small_a_disk_is_refused(monkeypatch, tmp_path):
-    update = made_up(merge_benchmark.untrained("lenet"), torch.rand(2, 1, 28, 28))
+    update = synthetic_update(merge_benchmark.untrained("lenet"), torch.rand(2, 1, 28, 28))
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 0}))
     with pytest.raises(OSError, match="room"):
         write_perturbed(lambda: update, tmp_path, 3)

@@ -5,28 +5,31 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from simulation import study as cells
+from simulation import study as shared
 from simulation.clients import EXTRACTIONS, labelled_samples
 from simulation.data import load_images
-from simulation.study import Cell
+from simulation.federations import MERGE_FEDERATIONS, Federation
+from simulation.rows import read_rows
+from simulation.tables.studies import merge_summary, merge_table
 from studies import merge_study
-from studies.merge_study import CELLS, VARIANTS
-from studies.tables import merge_summary, merge_table, read_rows
+from studies.merge_study import VARIANTS
 
-from lightning_fedfisher import METHODS
+from lightning_fedfisher.merge.methods import METHODS
 
-CELL = Cell("digits", "lenet", 1.0, 3, 0)
+FEDERATION = Federation("digits", "lenet", 1.0, 3, 0)
 NAMES = ["best client", "ensemble", *METHODS]
 
 
 @pytest.fixture
 def study(monkeypatch, tmp_path):
-    """Runs the study on a tiny cell, with few steps of the published server."""
-    monkeypatch.setattr(merge_study, "CELLS", {"development": [CELL]})
-    monkeypatch.setattr(cells, "_EPOCHS", {"lenet": 1})
+    """Runs the study on a tiny federation, with few steps of the published server."""
+    monkeypatch.setattr(merge_study, "MERGE_FEDERATIONS", {"development": [FEDERATION]})
+    monkeypatch.setattr(shared, "_EPOCHS", {"lenet": 1})
     for name, method in METHODS.items():
-        steps = min(method.iterations, 10 if method.keeps_best else 1000)
-        quick = dataclasses.replace(method, iterations=steps, sweep=min(method.sweep, 5))
+        steps = min(method.max_iterations, 10 if method.keeps_best else 1000)
+        quick = dataclasses.replace(
+            method, iterations=steps, steps_per_epoch=min(method.steps_per_epoch, 5)
+        )
         monkeypatch.setitem(METHODS, name, quick)
 
     def run(*flags):
@@ -50,7 +53,7 @@ def test_study_writes_a_row_for_each_method_and_goes_on(study, monkeypatch):
     assert labels == {name: 500 if name in published else 0 for name in NAMES}
     merged = [float(row["server_seconds"]) > 0 for row in rows]
     assert merged == [False] * 2 + [True] * len(METHODS)
-    clients = sorted((table.parent / CELL.name).iterdir())
+    clients = sorted((table.parent / FEDERATION.name).iterdir())
     assert [file.name for file in clients] == [f"client-{k}.safetensors" for k in range(5)]
 
     # Interrupted before the last row: only that is done again, from the clients kept.
@@ -58,11 +61,11 @@ def test_study_writes_a_row_for_each_method_and_goes_on(study, monkeypatch):
 
     def extract(client, kinds, fisher, max_samples):
         extracted.append((kinds, fisher))
-        return cells.extract(client, kinds, fisher, max_samples)
+        return shared.extract(client, kinds, fisher, max_samples)
 
     monkeypatch.setattr(merge_study, "extract", extract)
     monkeypatch.setattr(merge_study, "score_clients", None)
-    monkeypatch.setattr(cells, "fit_client", None)
+    monkeypatch.setattr(shared, "fit_client", None)
     table.write_text("".join(whole.splitlines(keepends=True)[:-1]))
     again = read_rows(study())
     assert extracted == [(["kfac"], "normalised")] * 5
@@ -70,13 +73,13 @@ def test_study_writes_a_row_for_each_method_and_goes_on(study, monkeypatch):
     assert again[-1]["accuracy"] == rows[-1]["accuracy"]
 
     # With all rows there, nothing is even loaded.
-    monkeypatch.setattr(cells, "load_images", None)
+    monkeypatch.setattr(shared, "load_images", None)
     assert read_rows(study()) == again
 
 
 def test_variants_merge_the_same_clients(study, monkeypatch):
     study()
-    monkeypatch.setattr(cells, "fit_client", None)
+    monkeypatch.setattr(shared, "fit_client", None)
     rows = read_rows(study("--variants"))
     assert [row["method"] for row in rows] == [*NAMES, *VARIANTS]
     models = {row["method"]: row["nll"] for row in rows if row["method"].startswith("fedfisher")}
@@ -118,12 +121,13 @@ def test_labelled_samples_are_those_of_the_recipe(tmp_path):
 
 def test_cells_are_distinct_and_the_held_out_ones_new():
     sizes = {"development": 21, "seeds": 9, "earlier": 10, "held-out": 9}
-    assert {name: len(cells) for name, cells in CELLS.items()} == sizes
-    known = {*CELLS["development"], *CELLS["seeds"], *CELLS["earlier"]}
-    splits = {(cell.dataset, cell.partition_seed) for cell in known}
-    assert not splits & {(cell.dataset, cell.partition_seed) for cell in CELLS["held-out"]}
-    assert Cell("fashionmnist", "lenet", 0.3, 45, 1) in CELLS["held-out"]
-    assert Cell("imagefolder", "cnn", 0.2, 32, 1) in CELLS["held-out"]
+    assert {name: len(federations) for name, federations in MERGE_FEDERATIONS.items()} == sizes
+    known = {each for name in sizes if name != "held-out" for each in MERGE_FEDERATIONS[name]}
+    splits = {(each.dataset, each.partition_seed) for each in known}
+    held_out = MERGE_FEDERATIONS["held-out"]
+    assert not splits & {(each.dataset, each.partition_seed) for each in held_out}
+    assert Federation("fashionmnist", "lenet", 0.3, 45, 1) in MERGE_FEDERATIONS["held-out"]
+    assert Federation("imagefolder", "cnn", 0.2, 32, 1) in MERGE_FEDERATIONS["held-out"]
 
 
 def _rows(model, alpha, split, *scores):

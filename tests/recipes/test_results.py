@@ -4,26 +4,32 @@ import json
 from pathlib import Path
 
 import pytest
-from studies.tables import (
+from simulation.rows import read_rows
+from simulation.tables.benchmarks import (
     benchmark_table,
-    compression_table,
-    costs_table,
     extraction_summary,
     fuzz_table,
-    hostile_table,
     large_table,
     logging_table,
     merge_benchmark_table,
+)
+from simulation.tables.runs import costs_table, results_table, rounds_table
+from simulation.tables.studies import (
+    compression_table,
+    hostile_table,
     merge_summary,
     merge_table,
-    read_rows,
-    results_table,
-    rounds_table,
     study_table,
 )
+from studies import tables
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "recipes" / "results"
+
+
+def readme(folder=""):
+    """The README of the recipes, or of one of their folders."""
+    return (ROOT / "recipes" / folder / "README.md").read_text()
 
 
 def load(*names):
@@ -34,32 +40,57 @@ def load(*names):
 def test_recorded_results_tell_date_and_hardware(path):
     report = json.loads(path.read_text())
     assert set(report["environment"]) == {"date", "hardware", "python", "torch", "lightning"}
-    assert path.stem in (ROOT / "recipes" / "README.md").read_text()
+    assert f"`{path.stem}`" in readme("results")
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.csv")), ids=lambda path: path.stem)
+def test_recorded_studies_tell_date_and_hardware(path):
+    assert path.read_text().startswith("# 20")
+    assert f"`{path.stem}`" in readme("results")
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted(path for path in RESULTS.iterdir() if path.suffix != ".md"),
+    ids=lambda path: path.name,
+)
+def test_every_recorded_file_is_printed_as_a_table_of_some_readme(path, capsys):
+    tables.main([str(path)])
+    printed = capsys.readouterr().out.split("\n\n")
+    shown = "".join(map(readme, ("", "results", "studies", "benchmarks", "fuzzing")))
+    shown += (ROOT / "README.md").read_text()
+    found = [part.strip() for part in printed if part.strip().startswith("|")]
+    assert found
+    titled = [part for part in found if part in shown]
+    # Further training seeds of a federation are shown in one table with the first.
+    assert titled or path.stem.startswith("fashionmnist-lenet")
 
 
 def test_readme_shows_the_recorded_accuracies():
-    cells = load("fashionmnist-lenet-a0.1-p3-s0", "fashionmnist-lenet-a0.07-p11-s7", "cifar10-cnn")
-    table = results_table(cells)
+    runs = load("fashionmnist-lenet-a0.1-p3-s0", "fashionmnist-lenet-a0.07-p11-s7", "cifar10-cnn")
+    table = results_table(runs)
     assert table in (ROOT / "README.md").read_text()
 
 
-def test_recipes_readme_shows_every_recorded_table():
-    text = (ROOT / "recipes" / "README.md").read_text()
+def test_recipes_readme_shows_three_seeds():
     seeds = load(*(f"fashionmnist-lenet-a0.1-p3-s{seed}" for seed in range(3)))
-    assert results_table(seeds, mean=True) in text
+    assert results_table(seeds, mean=True) in readme()
+
+
+def test_results_readme_shows_what_the_recorded_runs_cost():
     for name in ("fashionmnist-lenet-a0.1-p3-s0", "cifar10-cnn", "cifar10-resnet18"):
-        assert costs_table(*load(name)) in text
+        assert costs_table(*load(name)) in readme("results")
 
 
-@pytest.mark.parametrize("cells", ["development", "held_out"])
-def test_recipes_readme_shows_the_curvature_studies(cells):
-    path = RESULTS / f"curvature_study_{cells}.csv"
+@pytest.mark.parametrize("federations", ["development", "held_out"])
+def test_studies_readme_shows_the_curvature_studies(federations):
+    path = RESULTS / f"curvature_study_{federations}.csv"
     assert path.read_text().startswith("# 20")  # the date, then the hardware
-    assert study_table(read_rows(path)) in (ROOT / "recipes" / "README.md").read_text()
+    assert study_table(read_rows(path)) in readme("studies")
 
 
-def test_recipes_readme_shows_several_rounds_and_a_start_from_given_weights():
-    text = (ROOT / "recipes" / "README.md").read_text()
+def test_results_readme_shows_several_rounds_and_a_start_from_given_weights():
+    text = readme("results")
     rounds, init = load(
         "fashionmnist-lenet-a0.1-p3-s0-rounds", "fashionmnist-lenet-a0.07-p11-s7-init"
     )
@@ -67,43 +98,43 @@ def test_recipes_readme_shows_several_rounds_and_a_start_from_given_weights():
     assert results_table([init]) in text
 
 
-@pytest.mark.parametrize("cells", ["development", "seeds", "held_out", "earlier", "variants"])
-def test_recipes_readme_shows_the_merge_studies(cells):
-    path = RESULTS / f"merge_study_{cells}.csv"
+@pytest.mark.parametrize("federations", ["development", "seeds", "held_out", "earlier", "variants"])
+def test_studies_readme_shows_the_merge_studies(federations):
+    path = RESULTS / f"merge_study_{federations}.csv"
     assert path.read_text().startswith("# 20")
     rows = read_rows(path)
-    text = (ROOT / "recipes" / "README.md").read_text()
+    text = readme("studies")
     assert merge_table(rows) in text
-    if cells not in ("seeds", "variants"):
+    if federations not in ("seeds", "variants"):
         assert merge_summary(rows) in text
 
 
 def test_readmes_show_what_a_hostile_client_does():
     table = hostile_table(read_rows(RESULTS / "hostile_study.csv"))
-    for readme in (ROOT / "README.md", ROOT / "recipes" / "README.md"):
-        assert table in readme.read_text()
+    assert table in readme("studies")
+    assert table in (ROOT / "README.md").read_text()
 
 
-def test_recipes_readme_shows_what_became_of_mutated_files():
+def test_fuzzing_readme_shows_what_became_of_mutated_files():
     (report,) = load("fuzz_updates")
     assert report["config"]["files"] >= 200_000
     assert report["crashes"] == []
-    assert fuzz_table(report) in (ROOT / "recipes" / "README.md").read_text()
+    assert fuzz_table(report) in readme("fuzzing")
     assert f"{report['config']['files']:,} mutated files" in (ROOT / "README.md").read_text()
 
 
-def test_recipes_readme_shows_what_logging_costs():
+def test_benchmarks_readme_shows_what_logging_costs():
     (report,) = load("logging_cost")
-    assert logging_table(report) in (ROOT / "recipes" / "README.md").read_text()
+    assert logging_table(report) in readme("benchmarks")
 
 
 @pytest.mark.parametrize(
     "name", ["compression_study", "compression_study_held_out", "compression_study_resnet18"]
 )
-def test_recipes_readme_shows_the_compression_study(name):
+def test_studies_readme_shows_the_compression_study(name):
     path = RESULTS / f"{name}.csv"
     assert path.read_text().startswith("# 20")
-    assert compression_table(read_rows(path)) in (ROOT / "recipes" / "README.md").read_text()
+    assert compression_table(read_rows(path)) in readme("studies")
 
 
 def test_readme_shows_the_merges_no_choice_was_made_on():
@@ -113,7 +144,7 @@ def test_readme_shows_the_merges_no_choice_was_made_on():
 
 def test_readmes_show_the_extraction_benchmarks():
     reports = load("extraction_lenet", "extraction_cnn")
-    text = (ROOT / "recipes" / "README.md").read_text()
+    text = readme("benchmarks")
     for report in reports:
         assert benchmark_table(report) in text
     assert large_table(*load("extraction_resnet18")) in text
@@ -122,8 +153,8 @@ def test_readmes_show_the_extraction_benchmarks():
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("merge_*.json")), ids=lambda path: path.stem)
-def test_recipes_readme_shows_the_merge_benchmarks(path):
-    text = (ROOT / "recipes" / "README.md").read_text()
+def test_benchmarks_readme_shows_the_merge_benchmarks(path):
+    text = readme("benchmarks")
     report = json.loads(path.read_text())
     assert merge_benchmark_table(report) in text
     if "times_faster" in report:

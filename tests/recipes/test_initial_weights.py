@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import save_file
-from simulation.initial_weights import read_start, start_digest, without_prefix
+from simulation.initial_weights import read_initial_weights, weights_digest, without_prefix
 from simulation.models import build_model
 
 
@@ -21,7 +21,7 @@ def state():
 
 def read(path, state, network, **options):
     save_file(state, path / "start.safetensors")
-    return read_start(path / "start.safetensors", network, **options)
+    return read_initial_weights(path / "start.safetensors", network, **options)
 
 
 def equal(one, other):
@@ -72,21 +72,21 @@ def test_what_is_no_safetensors_file_is_refused_and_not_unpickled(state, network
     path = tmp_path / "start.pt"
     torch.save({"state_dict": state, "more": Harmful()}, path)
     with pytest.raises(ValueError, match="pickled checkpoints are not opened"):
-        read_start(path, network)
+        read_initial_weights(path, network)
     assert not (tmp_path / "harm").exists()
     save_file(state, path)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match="no whole safetensors file"):
-        read_start(path, network)
+        read_initial_weights(path, network)
     for missing in (tmp_path / "none.safetensors", tmp_path):
         with pytest.raises(FileNotFoundError, match="is no file"):
-            read_start(missing, network)
+            read_initial_weights(missing, network)
 
 
 def test_the_digest_tells_names_and_values_apart_and_no_order(state):
-    found = start_digest(state)
-    assert found == start_digest(dict(reversed(state.items())))
-    assert found == start_digest(without_prefix({"network." + n: t for n, t in state.items()}))
+    found = weights_digest(state)
+    assert found == weights_digest(dict(reversed(state.items())))
+    assert found == weights_digest(without_prefix({"network." + n: t for n, t in state.items()}))
     changed = state | {"fc3.weight": state["fc3.weight"] + 1}
     renamed = {name.replace("fc3", "fc4"): tensor for name, tensor in state.items()}
-    assert len({found, start_digest(changed), start_digest(renamed)}) == 3
+    assert len({found, weights_digest(changed), weights_digest(renamed)}) == 3
