@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from lightning_fedfisher import FedFisherCallback, FisherMergeModule
 from lightning_fedfisher.merge.compatibility import UpdateSource
-from lightning_fedfisher.merge.methods import METHODS, MergeMethod, str
+from lightning_fedfisher.merge.methods import METHODS, MergeMethod
 from lightning_fedfisher.results.from_merge import describe_merge
 from lightning_fedfisher.results.record import MergeRecord, ModelScore
 from simulation.data import TensorImages, collate_images

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_fedfisher import ClientUpdate
 from lightning_fedfisher.results.record import FederationRecord
-from lightning_fedfisher.tracking.wandb_run import log_federation, log_merged_model
+from lightning_fedfisher.tracking import log_federation, log_merged_model
 from simulation.data import load_images
 from simulation.environment import environment
 from simulation.flags import Flags, settle

@@ -100,7 +100,7 @@ def flags_parser(description: str | None = None, script: str = "cifar_resnet.py"
         if hints[flag.name] is bool:
             how = {"action": "store_true"}
         elif flag.name == "methods":
-            how |= {"choices": list(METHODS), "nargs": "+"}
+            how |= {"type": str, "choices": list(METHODS), "nargs": "+"}
         name = "--" + flag.name.replace("_", "-")
         parser.add_argument(name, help=flag.metadata["help"], **how)
     return parser

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from lightning_fedfisher import ClientUpdate
 from lightning_fedfisher.curvature.base import Curvature
-from lightning_fedfisher.merge.methods import METHODS, MergeMethod, str
+from lightning_fedfisher.merge.methods import METHODS, MergeMethod
 
 _CPU = torch.device("cpu")
 
@@ -71,7 +71,8 @@ class Merge:
     @property
     def method(self) -> str | MergeMethod:
         """The method as the merge takes it: a name, or a row of its own."""
-        return replace(METHODS[self.base], **self.changes) if self.changes else self.base
+        own = f"{self.base}, changed"
+        return replace(METHODS[self.base], name=own, **self.changes) if self.changes else self.base
 
 
 def temper(curvature: Curvature, head: bool, *, power: float, average_head: bool) -> Curvature:

@@ -14,7 +14,7 @@ def few_published_steps():
     with pytest.MonkeyPatch.context() as patch:
         for name, method in METHODS.items():
             if method.keeps_best:
-                quick = dataclasses.replace(method, iterations=20, steps_per_epoch=10)
+                quick = dataclasses.replace(method, max_iterations=20, steps_per_epoch=10)
                 patch.setitem(METHODS, name, quick)
         yield
 

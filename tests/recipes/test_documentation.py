@@ -14,8 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_fedfisher
 from lightning_fedfisher import ClientUpdate, FedFisherCallback, extract_curvature
-from lightning_fedfisher.secure_aggregation.fixed_point import to_fixed
-from lightning_fedfisher.secure_aggregation.sums import client_sums
+from lightning_fedfisher.secure_aggregation import client_sums, divisors, to_fixed
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "recipes").rglob("*.md"))]
@@ -147,10 +146,8 @@ def test_the_snippets_of_the_readme_run_one_after_the_other(namespace):
     for number, text in enumerate(snippets(ROOT / "README.md"), start=1):
         if wants_sums(text):
             updates = [diagonal_update(namespace["module"], seed) for seed in range(2)]
-            sums = [
-                to_fixed(client_sums(one, "fisher_merge", sample_unit=10_000), clients=100)
-                for one in updates
-            ]
+            alone = [client_sums(one, "fisher_merge", sample_unit=10_000) for one in updates]
+            sums = [to_fixed(own, clients=100, divisors=divisors(own)) for own in alone]
             total = {name: sums[0][name] + sums[1][name] for name in sums[0]}
             namespace |= {"update": updates[0], "any_update": updates[0], "total": total}
         try:

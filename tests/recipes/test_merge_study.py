@@ -28,7 +28,7 @@ def study(monkeypatch, tmp_path):
     for name, method in METHODS.items():
         steps = min(method.max_iterations, 10 if method.keeps_best else 1000)
         quick = dataclasses.replace(
-            method, iterations=steps, steps_per_epoch=min(method.steps_per_epoch, 5)
+            method, max_iterations=steps, steps_per_epoch=min(method.steps_per_epoch, 5)
         )
         monkeypatch.setitem(METHODS, name, quick)
 
