@@ -26,10 +26,10 @@ from lightning_fedfisher.extraction.options import ExtractionOptions
 from lightning_fedfisher.extraction.result import ExtractedCurvature
 from lightning_fedfisher.extraction.sampling import MaxSamples, most_samples, partition_samples
 from lightning_fedfisher.layers import find_layers
+from lightning_fedfisher.tracking import keys
 from lightning_fedfisher.tracking.client import log_update, progress_log, warn_of_used_runs
 from lightning_fedfisher.update.client_update import ClientUpdate
 
-_PREFIX = "fedfisher"
 # Two at least, so that a sample whose logits depend on another is noticed.
 _REHEARSED_SAMPLES = 2
 
@@ -253,15 +253,15 @@ class FedFisherCallback(Callback):
         written = copy(self.update)  # the same tensors, under the name of the file
         written.source = str(self.path)
         metrics = {
-            "extraction_seconds": extracted.seconds,
-            "curvature_samples": float(extracted.num_samples),
-            "upload_bytes": float(self.path.stat().st_size),
+            keys.EXTRACTION_SECONDS: extracted.seconds,
+            keys.CURVATURE_SAMPLES: float(extracted.num_samples),
+            keys.UPLOAD_BYTES: float(self.path.stat().st_size),
         }
         prefix = self._prefix(trainer)
         curvature = []
         if self._options.curvature != "identity":  # which says nothing
             # Of several callbacks' curvature, one has its eigenvalues shown.
-            describe = partial(summarize_curvature, spectrum=prefix == _PREFIX)
+            describe = partial(summarize_curvature, spectrum=prefix == keys.CLIENT_PREFIX)
             curvature = [describe(name, block) for name, block in extracted.blocks.items()]
         # LightningModule.log is closed at this point of a fit; the loggers are not.
         log_update(trainer.loggers, prefix, written, curvature, metrics, trainer.global_step)
@@ -269,8 +269,8 @@ class FedFisherCallback(Callback):
     def _prefix(self, trainer: Trainer) -> str:
         """The start of all logged names: further callbacks beside the first have their own."""
         first = next(c for c in _callbacks(trainer) if isinstance(c, FedFisherCallback))
-        own = f"{_PREFIX}/{self._options.curvature}-{self._options.fisher}"
-        return _PREFIX if first is self else own
+        own = keys.join(keys.CLIENT_PREFIX, f"{self._options.curvature}-{self._options.fisher}")
+        return keys.CLIENT_PREFIX if first is self else own
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:

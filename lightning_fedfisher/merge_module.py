@@ -24,13 +24,12 @@ from lightning_fedfisher.distributed.assignment import assign_layers
 from lightning_fedfisher.distributed.strategies import require_whole_model, sum_over_ranks
 from lightning_fedfisher.merge.checkpoint import load_state, save_state
 from lightning_fedfisher.merge.compatibility import UpdateSource, check_model
-from lightning_fedfisher.merge.layer_state import by_layer
 from lightning_fedfisher.merge.merger import Merger
 from lightning_fedfisher.merge.methods import MergeMethod
 from lightning_fedfisher.merge.options import DEFAULT_MEMORY_BUDGET, MergeOptions
 from lightning_fedfisher.merge.result import MergeResult
 from lightning_fedfisher.merge.validation import Validation, require_one_loader
-from lightning_fedfisher.tracking.server import define_merge_axes, log_merge
+from lightning_fedfisher.tracking.server import define_merge_axes, layer_metrics, log_merge
 
 _CHECKPOINT_KEY = "lightning_fedfisher_merge"
 
@@ -276,7 +275,7 @@ class FisherMergeModule(LightningModule):
         log = partial(self.log_dict, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
         log(self.history[-1], prog_bar=True)
         if self.loggers:  # each of many names costs as much as a small layer
-            log(by_layer([layer.name for layer in self.layers], self.merger.states))
+            log(layer_metrics([layer.name for layer in self.layers], self.merger.states))
 
 
 class _EpochCounter(Optimizer):

@@ -52,7 +52,7 @@ MAY_IMPORT = {
     ],
     "secure_aggregation": ["merge", "update", "curvature", "layers", "errors"],
     "results": ["merge", "update", "curvature", "_utils", "errors"],
-    "tracking": ["results", "update", "merge", "curvature", "_utils"],
+    "tracking": ["results", "update", "merge", "curvature", "distributed", "_utils"],
     "report": ["results", "merge", "curvature", "_utils"],
     "callback": ANYTHING,
     "merge_module": ANYTHING,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_fedfisher.merge.influence_cap import cap_values
 from lightning_fedfisher.merge.objective import average
+from lightning_fedfisher.update.buffer_roles import variance_partner
 from lightning_fedfisher.update.client_update import ClientUpdate
 
 
@@ -40,8 +41,8 @@ def merge_buffers(
             continue
         # In float64, where no difference of two numbers overflows.
         found = average(*capped([value.double() for value in values]))
-        location = name.removesuffix("running_var") + "running_mean"
-        if name.endswith("running_var") and location in clients[0]:
+        location = variance_partner(name)
+        if location is not None and location in clients[0]:
             weights, means = capped([buffers[location].double() for buffers in clients])
             center = average(weights, means)
             spread = average(weights, [(mean - center).square() for mean in means])

@@ -15,7 +15,7 @@ from lightning_fedfisher._utils.progress import progress_bar
 from lightning_fedfisher.curvature.base import Curvature
 from lightning_fedfisher.errors import MergeError
 from lightning_fedfisher.layers import Layer
-from lightning_fedfisher.merge.alignment import LayerAlignments
+from lightning_fedfisher.merge.alignment import Alignment, LayerAlignments
 from lightning_fedfisher.merge.disk_cache import OnDiskCurvatures
 from lightning_fedfisher.merge.influence_cap import cap, measure
 from lightning_fedfisher.merge.memory_budget import MemoryBudget, sent_bytes, working_dtype
@@ -144,14 +144,17 @@ class LayerLoader:
         Raises:
             MergeError: If weights or curvature overflow float32, naming the clients.
         """
-        layer, weights = self.layers[index], self.weights(index, device)
-        curvatures = self.curvatures(index, device) if prepared is None else prepared
-        if self.alignments.waits_for(index) is not None:
-            aligned = self.alignments.of_layer(index, device, merged)
-            weights = [a.weights(w) for a, w in zip(aligned, weights, strict=True)]
-            pairs = zip(self.alignments.of_layer(index, device, merged), curvatures, strict=True)
-            curvatures = (alignment.curvature(curvature) for alignment, curvature in pairs)
-        held, nbytes = self._hold(layer, curvatures, self._dtypes[index], device)
+        layer, weights = self.layers[index], list[Tensor]()
+
+        def curvatures() -> Iterator[Curvature]:
+            """Curvature of one client after the other; its weights are read along with it."""
+            for client, alignment in enumerate(self._alignments(index, device, merged)):
+                matrix, curvature = self._read_client(index, client, device, ready)
+                weights.append(alignment.weights(matrix) if alignment else matrix)
+                yield alignment.curvature(curvature) if alignment else curvature
+
+        ready = None if prepared is None else iter(prepared)
+        held, nbytes = self._hold(layer, curvatures(), self._dtypes[index], device)
         problem = Quadratic(self.client_weights, weights, held)
         influence = measure(problem)
         if overflown := [
@@ -161,6 +164,25 @@ class LayerLoader:
         ]:
             raise MergeError(overflown)
         return LoadedLayer(cap(problem, influence, self.method.max_influence), influence, nbytes)
+
+    def _alignments(
+        self, index: int, device: torch.device, merged: Sequence[Tensor]
+    ) -> Iterable[Alignment | None]:
+        """For each client how its inputs relate to the merged model's; None if not aligned."""
+        if self.alignments.waits_for(index) is None:
+            return [None] * len(self.updates)
+        return self.alignments.of_layer(index, device, merged)
+
+    def _read_client(
+        self, index: int, client: int, device: torch.device, prepared: Iterator[Curvature] | None
+    ) -> tuple[Tensor, Curvature]:
+        """One client's weights and what the method makes of its curvature, in one opening."""
+        update = self.updates[client]
+        with update.opened():
+            weights = update.weights(self.layers[index]).to(device, self._dtypes[index])
+            if prepared is not None:
+                return weights, next(prepared)
+            return weights, self.curvature(index, client, device)
 
     def offload(
         self, index: int, curvatures: Iterable[Curvature], device: torch.device

@@ -110,25 +110,6 @@ def summarize(states: Sequence[LayerState]) -> dict[str, float]:
     }
 
 
-def by_layer(names: Sequence[str], states: Sequence[LayerState]) -> dict[str, float]:
-    """The numbers that are logged of each layer.
-
-    Args:
-        names: The layers' names.
-        states: The state of every layer.
-
-    Returns:
-        ``iterations/NAME`` and ``residual/NAME`` of every layer.
-    """
-    logged: dict[str, float] = {}
-    for name, state in zip(names, states, strict=True):
-        logged |= {
-            f"iterations/{name}": float(state.iterations),
-            f"residual/{name}": state.residual,
-        }
-    return logged
-
-
 def describe_unsolved(names: Sequence[str], states: Sequence[LayerState], converges: bool) -> str:
     """Names the layers that are not where the method promises them to be.
 

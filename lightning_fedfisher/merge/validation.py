@@ -59,7 +59,8 @@ class Validation:
         if accuracy is None:
             self._has_accuracy = False
         else:
-            self._accuracy.update(accuracy * 100)
+            observed = ~accuracy.isnan()  # a sample without a label is neither right nor wrong
+            self._accuracy.update(accuracy[observed] * 100)
 
     def compute(self) -> tuple[dict[str, float], int]:
         """Averages over all samples.

@@ -1,6 +1,6 @@
 """A merge from sums over clients, so that nobody sees a single update.
 
-May import: merge, update, curvature, errors.
+May import: merge, update, curvature, layers, errors.
 """
 
 from lightning_fedfisher.secure_aggregation.fixed_point import from_fixed, to_fixed

@@ -1,6 +1,6 @@
 """What is logged to W&B and to Lightning's other loggers, under which names, and its dashboards.
 
-May import: results, update, curvature, merge, _utils.
+May import: results, update, curvature, merge, distributed, _utils.
 """
 
 from __future__ import annotations

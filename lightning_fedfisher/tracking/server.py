@@ -10,6 +10,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_fedfisher.merge.influence_cap import MEASURES
+from lightning_fedfisher.merge.layer_state import LayerState
 from lightning_fedfisher.tracking import keys
 from lightning_fedfisher.tracking.wandb_run import may_upload, update_artifact_name
 from lightning_fedfisher.update.client_update import ClientUpdate
@@ -27,6 +28,27 @@ def define_merge_axes(loggers: Iterable[Logger]) -> None:
             axis = f"{start}{keys.ITERATIONS}"
             for name in (keys.RESIDUAL, keys.OBJECTIVE):
                 logger.experiment.define_metric(f"{start}{name}", step_metric=axis)
+
+
+def layer_metrics(names: Sequence[str], states: Sequence[LayerState]) -> dict[str, float]:
+    """Makes the scalars that tell how far the merge of each layer has come.
+
+    Args:
+        names: The layers' names.
+        states: How far each layer has come.
+
+    Returns:
+        Iterations and residual of every layer by key.
+
+    Example:
+        >>> layer_metrics(["fc"], [LayerState.waiting(clients=2)])
+        {'iterations/fc': 0.0, 'residual/fc': 1.0}
+    """
+    metrics: dict[str, float] = {}
+    for name, state in zip(names, states, strict=True):
+        metrics[keys.join(keys.ITERATIONS, name)] = float(state.iterations)
+        metrics[keys.join(keys.RESIDUAL, name)] = state.residual
+    return metrics
 
 
 def log_merge(

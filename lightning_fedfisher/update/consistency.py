@@ -10,6 +10,7 @@ from typing import get_args
 
 from lightning_fedfisher.curvature.registry import KINDS, KINDS_OF
 from lightning_fedfisher.layers import Activation, Layer
+from lightning_fedfisher.likelihoods.registry import LIKELIHOODS
 from lightning_fedfisher.update.header import UpdateHeader
 
 _MAX_SAMPLES = 2**40  # of 8,192 clients with so many, the sum is still exact in float64
@@ -31,8 +32,9 @@ def inconsistencies(header: UpdateHeader, shapes: Mapping[str, tuple[int, ...]])
         ['num_samples is 0: an empty client has no say']
     """
     offenders = _count_problems(header)
-    # The one place for what a text may be: the likelihood joins the curvature here, as
-    # `header.likelihood not in LIKELIHOODS`, as soon as `likelihoods.registry` has them.
+    if header.likelihood not in LIKELIHOODS:
+        names = ", ".join(LIKELIHOODS)
+        offenders.append(f"the likelihood is {header.likelihood!r}, not one of {names}")
     expected, problems = _promised_shapes(header)
     offenders += problems
     for name, first in header.aliases.items():

@@ -6,7 +6,6 @@ import torch
 from lightning_fedfisher.merge.layer_state import (
     LayerState,
     Progress,
-    by_layer,
     describe_unsolved,
     summarize,
 )
@@ -42,13 +41,6 @@ def test_the_summary_is_of_all_layers():
     # In float64: many small objectives beside a large one are not lost.
     many = [LayerState((), objective=1e8), *[LayerState((), objective=1e-3)] * 1000]
     assert summarize(many)["objective"] == pytest.approx(1e8 + 1, abs=1e-6)
-
-
-def test_each_layer_is_logged_by_name():
-    logged = by_layer(["a", "b", "c"], STATES)
-    assert logged["iterations/b"] == 1000.0
-    assert logged["residual/c"] == 1.0
-    assert len(logged) == 6
 
 
 def test_layers_that_are_not_solved_are_named():
