@@ -83,6 +83,7 @@ def align(
         from merged units to the client's, and from the client's to merged ones.
 
     Example:
+        >>> from lightning_fedfisher.curvature import Identity
         >>> weights = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
         >>> to_client, _ = align(weights, weights, Identity((2, 2)), "identity")
         >>> torch.allclose(to_client, torch.eye(2).double())

@@ -31,6 +31,11 @@ class CheckedUpdate:
         source: The file, or a word for an update in memory.
         update: The opened update; None if it cannot be opened.
         offenders: Reasons to refuse it; none if it is usable.
+
+    Example:
+        >>> found = CheckedUpdate("a.safetensors", offenders=["it is truncated"])
+        >>> found.update is None
+        True
     """
 
     source: str
@@ -90,6 +95,11 @@ def check_updates(
 
     Returns:
         What was found of each source, in the order given.
+
+    Example:
+        >>> (found,) = check_updates(["nowhere.safetensors"])
+        >>> found.offenders
+        ['there is no update file nowhere.safetensors']
     """
     checked = [_opened(source, verify) for source in progress_bar(sources, "verify")]
     opened = [(found, found.update) for found in checked if found.update]
@@ -165,6 +175,13 @@ def check_model(model: nn.Module, state: Mapping[str, Tensor], frozen: Mapping[s
 
     Raises:
         ValueError: If parameters or buffers differ, naming every one.
+
+    Example:
+        >>> import torch
+        >>> check_model(nn.Linear(2, 1), {"weight": torch.ones(1, 2), "bias": torch.ones(1)}, {})
+        >>> check_model(nn.Linear(2, 1), {"weight": torch.ones(1, 2)}, {})
+        Traceback (most recent call last):
+        ValueError: the model does not fit the updates: bias is (1,) in it, absent in the updates
     """
     # Other names of a frozen parameter are neither merged nor brought along twice.
     twice = {name for name, first in aliases(model).items() if first in frozen}

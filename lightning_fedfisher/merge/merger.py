@@ -135,7 +135,22 @@ class Merger:
         influence: What each client weighs, of shape ``(layers, clients, 3)``.
         history: What is logged of each epoch.
         validation_samples: Labelled samples that the last validation saw.
-        best: The best accuracy on them, with the merged matrices there; None without validation.
+        best: The best score on them, with the merged matrices there; None without validation.
+
+    Example:
+        What `merge_updates` does, without its options:
+
+        >>> def merge(updates, options):
+        ...     merger = Merger.open(updates, options)
+        ...     while not merger.done:
+        ...         for index in range(len(merger.layers)):
+        ...             merger.advance(index)
+        ...         merger.finish_epoch()
+        ...     return merger.result()
+        >>> merge([], MergeOptions())
+        Traceback (most recent call last):
+        lightning_fedfisher.errors.MergeError: These updates cannot be merged:
+          - there are none: pass the update files of at least one client
     """
 
     def __init__(self, updates: Sequence[ClientUpdate], method: MergeMethod, budget: int) -> None:

@@ -71,6 +71,18 @@ def outliers_as_sent(updates: Sequence[ClientUpdate]) -> str:
 
     Returns:
         As `describe_outliers`, judged by the curvature as it was sent.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_fedfisher.layers import find_layers
+        >>> from lightning_fedfisher.update import UpdateHeader
+        >>> model = nn.Linear(2, 1)
+        >>> header = UpdateHeader(
+        ...     10, "identity", "", "categorical", 0, find_layers(model), {"weight": "identity"}
+        ... )
+        >>> updates = [ClientUpdate.from_model(model, header, {})] * 3
+        >>> outliers_as_sent(updates)
+        ''
     """
     as_sent = replace(METHODS["fisher_merge"], curvatures=())
     loader = LayerLoader(updates, as_sent)

@@ -22,6 +22,11 @@ class ClientContribution:
         weight: Its weight in the merge by its samples alone; all clients' sum to one.
         upload_bytes: Bytes of its update file.
         digest: SHA-256 of its update.
+
+    Example:
+        >>> client = ClientContribution("ann", "ann.safetensors", 100, 0.25, 4096, "c0ffee")
+        >>> f"{client.name} weighs {client.weight:.0%}"
+        'ann weighs 25%'
     """
 
     name: str
@@ -43,6 +48,11 @@ class LayerResult:
         objective: Value of the layer's quadratic at the merged weights.
         residual: Norm of the gradient there, relative to the clients' gradients at the average.
         solved: Whether the solver reached what the method promises.
+
+    Example:
+        >>> layer = LayerResult("fc", (10, 65), 12, 0.5, 8e-5, solved=True)
+        >>> layer.name, layer.iterations
+        ('fc', 12)
     """
 
     name: str
@@ -77,6 +87,20 @@ class MergeResult:
         likelihood: Likelihood of the clients' labels.
         model_fingerprint: SHA-256 of the model's parameter names, shapes and dtypes.
         fedavg_bytes: Bytes that a FedAvg client would send.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_fedfisher.layers import find_layers
+        >>> from lightning_fedfisher.merge import merge_updates
+        >>> from lightning_fedfisher.update import UpdateHeader
+        >>> model = nn.Linear(2, 1)
+        >>> header = UpdateHeader(
+        ...     10, "identity", "", "categorical", 0, find_layers(model), {"weight": "identity"}
+        ... )
+        >>> update = ClientUpdate.from_model(model, header, {})
+        >>> result = merge_updates([update, update], method="fedavg")
+        >>> result.solved, [client.weight for client in result.clients]
+        (True, [0.5, 0.5])
     """
 
     state_dict: Mapping[str, Tensor] = field(repr=False)

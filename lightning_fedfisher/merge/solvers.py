@@ -1,7 +1,7 @@
-"""Solvers of the merge objective: iterations toward its minimum, one layer at a time.
+"""Solvers of the merge objective: closed form, conjugate gradients, and the published server.
 
-They start at the average ``sum_k p_k W_k``, and a direction (of either factor, for Kronecker
-products) that no client has information on stays there.
+They start at the average ``sum_k p_k W_k``. A direction that no client has information on (of
+either factor, for Kronecker products) stays there.
 """
 
 from __future__ import annotations
@@ -27,6 +27,17 @@ class Solver(ABC):
         weights: The current iterate, a matrix; the clients' average at first.
         iterations: Steps made so far.
         finished: Whether further steps would change nothing that matters.
+
+    Example:
+        >>> class Downhill(Solver):
+        ...     def _step(self):
+        ...         self.weights -= 0.1 * self.problem.gradient(self.weights)
+        >>> from lightning_fedfisher.curvature import Diagonal
+        >>> curvatures = [Diagonal(torch.tensor([[1.0]])), Diagonal(torch.tensor([[3.0]]))]
+        >>> solver = Downhill(Quadratic([1, 1], [torch.zeros(1, 1), torch.ones(1, 1)], curvatures))
+        >>> solver.advance(100)
+        >>> solver.weights
+        tensor([[0.7500]])
     """
 
     def __init__(self, problem: Quadratic) -> None:
@@ -92,19 +103,29 @@ class Solver(ABC):
 
 
 class ClosedForm(Solver):
-    """``sum p F W / sum p F``, entry by entry: the minimum in one step, for elementwise curvature.
+    """The minimum in one step, for curvature that acts on each weight alone.
 
-    Fisher merging (Matena & Raffel, 2022), and FedAvg with the identity.
+    It is ``sum p F W / sum p F``, entry by entry: Fisher merging (Matena & Raffel, 2022), or FedAvg
+    with the identity.
+
+    Example:
+        >>> from lightning_fedfisher.curvature import Diagonal
+        >>> curvatures = [Diagonal(torch.tensor([[1.0]])), Diagonal(torch.tensor([[3.0]]))]
+        >>> weights = [torch.zeros(1, 1), torch.ones(1, 1)]
+        >>> solver = ClosedForm(Quadratic([1, 1], weights, curvatures))
+        >>> solver.advance(1)
+        >>> solver.weights, solver.finished
+        (tensor([[0.7500]]), True)
     """
 
     def __init__(self, problem: Quadratic) -> None:
         """Refuses curvature that couples weights.
 
         Args:
-            problem: the quadratic.
+            problem: The quadratic to minimise.
 
         Raises:
-            ValueError: if a curvature is not elementwise.
+            ValueError: If a curvature couples weights.
         """
         if not problem.kind.elementwise:
             kind = problem.kind.kind
@@ -129,13 +150,22 @@ class ConjugateGradient(Solver):
     """Preconditioned conjugate gradients (Hestenes & Stiefel, 1952) to a relative residual.
 
     The preconditioner is the pseudo-inverse of the clients' mean curvature. For Kronecker factors
-    that takes tens of steps where plain conjugate gradients take a thousand, and directions of
-    either factor in which no client has curvature stay where they are: at the average. The residual
-    is kept in the preconditioner's coordinates, which takes half the turning. If float32 cannot
-    reach the tolerance, it goes on in float64.
+    it makes tens of steps enough where plain conjugate gradients take a thousand. Directions of
+    either factor in which no client has curvature stay at the average. The residual is kept in the
+    preconditioner's eigenbasis, which saves half the changes of basis. If float32 cannot reach the
+    tolerance, the solver goes on in float64.
+
+    Example:
+        >>> from lightning_fedfisher.curvature import Dense
+        >>> weights = [torch.zeros(1, 2), torch.ones(1, 2)]
+        >>> curvature = Dense(torch.tensor([[2.0, 1.0], [1.0, 2.0]]), (1, 2))
+        >>> solver = ConjugateGradient(Quadratic([1, 3], weights, [curvature, curvature]))
+        >>> solver.advance(10)
+        >>> solver.weights, solver.converged
+        (tensor([[0.7500, 0.7500]]), True)
     """
 
-    # Steps without progress after which it cannot be hoped for.
+    # Steps without progress after which none is to be expected.
     _PATIENCE = 100
     # A true residual that agrees with the one carried along.
     _AGREES = 1.1
@@ -144,10 +174,10 @@ class ConjugateGradient(Solver):
         """Starts at the average.
 
         Args:
-            problem: the quadratic.
-            tolerance: `residual` at which it is finished.
-            rcond: share of the mean curvature's largest eigenvalue (for a Kronecker product, of
-                either factor) up to which a direction counts as one without curvature.
+            problem: The quadratic to minimise.
+            tolerance: The `residual` at which it is finished.
+            rcond: Part of the mean curvature's largest eigenvalue (for a Kronecker product, of
+                either factor's) up to which a direction counts as one without curvature.
         """
         super().__init__(problem)
         self._tolerance, self._rcond = tolerance, rcond
@@ -205,7 +235,10 @@ class ConjugateGradient(Solver):
         self._squared = squared
 
     def _check(self) -> None:
-        """Compares with the true residual: done, once more, in float64, or as far as it goes."""
+        """Compares with the true residual, and decides how to go on.
+
+        The solver is finished, starts anew, goes on in float64, or has come as far as it can.
+        """
         before = self._started_at
         self._begin()
         if self.finished or self._started_at < before / 2:
@@ -219,7 +252,7 @@ class ConjugateGradient(Solver):
 
 
 def _rounding(tensor: Tensor) -> float:
-    """The share of a sum of products that may be rounding."""
+    """The part of a sum of products that may be rounding."""
     return 100 * torch.finfo(tensor.dtype).eps
 
 
@@ -227,11 +260,11 @@ def exact_solver(problem: Quadratic, rcond: float = 1e-6) -> Solver:
     """The solver that reaches the minimum: the closed form where there is one.
 
     Args:
-        problem: the quadratic.
-        rcond: of `ConjugateGradient`.
+        problem: The quadratic to minimise.
+        rcond: As for `ConjugateGradient`.
 
     Returns:
-        A solver at the average.
+        A solver that starts at the average.
     """
     return (
         ClosedForm(problem) if problem.kind.elementwise else ConjugateGradient(problem, rcond=rcond)
@@ -243,14 +276,22 @@ class PublishedServer(Solver):
 
     ``m = 0.9 m + g``, ``v = 0.99 v + g * g``, ``W -= 0.01 m / d``, with the damping 0.01 either
     inside the root (K-FAC) or added to it (diagonal). It never finishes by itself.
+
+    Example:
+        >>> from lightning_fedfisher.curvature import Identity
+        >>> problem = Quadratic([1], [torch.ones(1, 1)], [Identity((1, 1))])
+        >>> solver = PublishedServer(problem, damping_inside=True)
+        >>> solver.advance(2000)
+        >>> solver.iterations, solver.finished
+        (2000, False)
     """
 
     def __init__(self, problem: Quadratic, *, damping_inside: bool) -> None:
         """Starts at the average.
 
         Args:
-            problem: the quadratic.
-            damping_inside: whether ``d`` is ``sqrt(v + 0.01)`` rather than ``sqrt(v) + 0.01``.
+            problem: The quadratic to minimise.
+            damping_inside: Whether ``d`` is ``sqrt(v + 0.01)`` rather than ``sqrt(v) + 0.01``.
         """
         super().__init__(problem)
         self._damping_inside = damping_inside
