@@ -8,7 +8,7 @@ server knows of merging is in the room `merge`, which needs no Trainer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_fedfisher._utils.text import client_names
-from lightning_fedfisher.distributed.assignment import assign_layers
+from lightning_fedfisher.distributed.assignment import IDLE, LayerBatches, assign_layers
 from lightning_fedfisher.distributed.strategies import require_whole_model, sum_over_ranks
 from lightning_fedfisher.merge.checkpoint import load_state, save_state
 from lightning_fedfisher.merge.compatibility import UpdateSource, check_model
@@ -32,9 +32,6 @@ from lightning_fedfisher.merge.validation import Validation, require_one_loader
 from lightning_fedfisher.tracking.server import define_merge_axes, layer_metrics, log_merge
 
 _CHECKPOINT_KEY = "lightning_fedfisher_merge"
-
-IDLE = -1
-"""In place of a layer's index: a batch in which a rank has nothing to do."""
 
 
 class FisherMergeModule(LightningModule):
@@ -189,11 +186,11 @@ class FisherMergeModule(LightningModule):
         return _EpochCounter(self.merged)
 
     @override
-    def train_dataloader(self) -> _LayerBatches:
+    def train_dataloader(self) -> LayerBatches:
         shapes = [layer.shape for layer in self.layers]
         assigned = assign_layers(shapes, self.trainer.world_size)
         self._turns = max(map(len, assigned))
-        return _LayerBatches(assigned[self.trainer.global_rank], self._turns)
+        return LayerBatches(assigned[self.trainer.global_rank], self._turns)
 
     @override
     def on_train_start(self) -> None:
@@ -290,21 +287,3 @@ class _EpochCounter(Optimizer):
     @override
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         return None if closure is None else closure()
-
-
-class _LayerBatches:
-    """The indices of one rank's layers, as batches. A `DataLoader` would sample or repeat them.
-
-    Lightning exchanges a signal at every batch, so all ranks take the same number; a rank with
-    fewer layers has idle ones. They come first, then the cheaper layers, because the other ranks
-    wait for rank 0's signal at the start of a batch.
-    """
-
-    def __init__(self, owned: Sequence[int], turns: int) -> None:
-        self._turns = [IDLE] * (turns - len(owned)) + list(owned)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._turns)
-
-    def __len__(self) -> int:
-        return len(self._turns)

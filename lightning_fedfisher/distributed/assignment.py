@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+
+IDLE = -1
+"""In place of a layer's index: a batch in which a rank has nothing to do."""
 
 
 def assign_layers(shapes: Sequence[tuple[int, int]], ranks: int) -> list[list[int]]:
@@ -52,6 +55,34 @@ def oversized_layers(shapes: Sequence[tuple[int, int]], ranks: int) -> dict[int,
         for index in indices
         if costs[index] * ranks > sum(costs)
     }
+
+
+class LayerBatches:
+    """The indices of one rank's layers, as the batches of an epoch.
+
+    Ranks meet at every batch, so all of them take the same number; a rank with fewer layers has
+    idle ones. They come first, then the cheaper layers, because the other ranks wait for rank 0 at
+    the start of a batch. (A `DataLoader` would sample the indices, or repeat some.)
+
+    Example:
+        >>> list(LayerBatches([4, 2], turns=3))
+        [-1, 4, 2]
+    """
+
+    def __init__(self, owned: Sequence[int], turns: int) -> None:
+        """Fills up with idle batches.
+
+        Args:
+            owned: Indices of the rank's layers, the cheapest first.
+            turns: Number of batches that every rank takes.
+        """
+        self._turns = [IDLE] * (turns - len(owned)) + list(owned)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._turns)
+
+    def __len__(self) -> int:
+        return len(self._turns)
 
 
 def _costs(shapes: Sequence[tuple[int, int]]) -> list[int]:

@@ -50,8 +50,7 @@ def merge_updates(
 ) -> MergeResult:
     """Merges client updates into the one model that minimises the sum of their quadratics.
 
-    It does what `FisherMergeModule` does on a Trainer, to the bit, in this process. Use the module
-    for several GPUs, checkpoints or loggers.
+    `FisherMergeModule` does the same on a Trainer: for several GPUs, checkpoints or loggers.
 
     Args:
         updates: Update files or `ClientUpdate` objects, one for each client.
@@ -77,7 +76,6 @@ def merge_updates(
     Example:
         >>> from torch.utils.data import DataLoader, TensorDataset
         >>> from lightning_fedfisher.extraction import extract_curvature
-        >>> torch.set_grad_enabled(True) and None
         >>> updates = []
         >>> for client in range(2):
         ...     model = nn.Linear(3, 2)
@@ -95,22 +93,20 @@ def merge_updates(
     merger = Merger.open(updates, options)
     if model is not None:
         check_model(model, merger.state_dict(), merger.updates[0].header.frozen)
-    judged = validation_loader is not None
-    if judged and model is None:
+    if validation_loader is not None and model is None:
         raise ValueError("a validation loader needs a model to run: pass model=...")
-    where = torch.device(device)
-    merger.move_to(where)
+    at_once = merger.method.keeps_best and validation_loader is not None
+    merger.move_to(where := torch.device(device))
     (order,) = assign_layers([layer.shape for layer in merger.layers], ranks=1)
     with progress_bar(merger.layers, "merge") as bar:
         while not merger.done:
             for index in order:
-                merger.advance(index, at_once=options.row.keeps_best and judged)
+                merger.advance(index, at_once)
             merger.finish_epoch()
             bar.update(sum(state.done for state in merger.states) - bar.n)
             if validation_loader is not None and model is not None:
-                state = merger.state_dict()
-                scores = validate(model, state, validation_loader, merger.likelihood, where)
-                merger.judge(*scores)
+                state, likelihood = merger.state_dict(), merger.likelihood
+                merger.judge(*validate(model, state, validation_loader, likelihood, where))
     merger.take_best()
     result = merger.result()
     for warning in result.warnings:
@@ -369,33 +365,34 @@ class Merger:
 
     def result(self) -> MergeResult:
         """What came of the merge so far."""
-        first, promised = self.updates[0], self.method.converges
+        header, promised = self.updates[0].header, self.method.converges
+        layers = tuple(
+            LayerResult(
+                layer.name,
+                layer.shape,
+                state.iterations,
+                state.objective,
+                state.residual,
+                state.progress is Progress.CONVERGED or (state.done and not promised),
+            )
+            for layer, state in zip(self.layers, self.states, strict=True)
+        )
         return MergeResult(
             state_dict={name: tensor.cpu() for name, tensor in self.state_dict().items()},
             method=self.method.name,
             max_influence=self.method.max_influence,
-            layers=tuple(
-                LayerResult(
-                    layer.name,
-                    layer.shape,
-                    state.iterations,
-                    state.objective,
-                    state.residual,
-                    state.progress is Progress.CONVERGED or (state.done and not promised),
-                )
-                for layer, state in zip(self.layers, self.states, strict=True)
-            ),
+            layers=layers,
             clients=contributions(self.updates, self.loader.client_weights),
             distances=self.distances,
             influence=self.influence.clone(),
             history=tuple(dict(entry) for entry in self.history),
             warnings=self.warnings,
             server_labels=self.server_labels,
-            curvature=first.header.curvature,
-            fisher=first.header.fisher,
-            likelihood=first.header.likelihood,
-            model_fingerprint=first.model_fingerprint,
-            fedavg_bytes=first.fedavg_bytes,
+            curvature=header.curvature,
+            fisher=header.fisher,
+            likelihood=header.likelihood,
+            model_fingerprint=self.updates[0].model_fingerprint,
+            fedavg_bytes=self.updates[0].fedavg_bytes,
         )
 
     def _set(self, matrices: Sequence[Tensor]) -> None:
