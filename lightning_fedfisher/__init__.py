@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from lightning_fedfisher.merge.methods import METHODS, MergeMethod
     from lightning_fedfisher.merge_module import FisherMergeModule
     from lightning_fedfisher.report import write_report
-    from lightning_fedfisher.tracking.wandb_run import federation_logger
+    from lightning_fedfisher.tracking.wandb_logger import federation_logger
     from lightning_fedfisher.update.client_update import ClientUpdate
 
 __all__ = [
@@ -61,7 +61,7 @@ _ROOMS = {
     "merge.methods": ("METHODS", "MergeMethod"),
     "merge_module": ("FisherMergeModule",),
     "report": ("write_report",),
-    "tracking.wandb_run": ("federation_logger",),
+    "tracking.wandb_logger": ("federation_logger",),
     "update.client_update": ("ClientUpdate",),
 }
 

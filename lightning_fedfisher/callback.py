@@ -15,18 +15,18 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
+from lightning_fedfisher.curvature.registry import CurvatureType
 from lightning_fedfisher.curvature.summary import summarize_curvature
+from lightning_fedfisher.distributed.lightning_strategies import require_whole_model, sum_over_ranks
 from lightning_fedfisher.distributed.processes import Shard
-from lightning_fedfisher.distributed.strategies import require_whole_model, sum_over_ranks
 from lightning_fedfisher.extraction.batches import Forward
 from lightning_fedfisher.extraction.extract import extract_curvature
 from lightning_fedfisher.extraction.fisher_types import FisherType
-from lightning_fedfisher.extraction.layer_report import CurvatureType
 from lightning_fedfisher.extraction.options import ExtractionOptions
 from lightning_fedfisher.extraction.result import ExtractedCurvature
 from lightning_fedfisher.extraction.sampling import MaxSamples, most_samples, partition_samples
 from lightning_fedfisher.layers import find_layers
-from lightning_fedfisher.tracking import keys
+from lightning_fedfisher.tracking import logged_keys as keys
 from lightning_fedfisher.tracking.client import log_update, progress_log, warn_of_used_runs
 from lightning_fedfisher.update.client_update import ClientUpdate
 

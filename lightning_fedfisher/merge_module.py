@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from lightning_fedfisher._utils.text import client_names
 from lightning_fedfisher.distributed.assignment import IDLE, LayerBatches, assign_layers
-from lightning_fedfisher.distributed.strategies import require_whole_model, sum_over_ranks
+from lightning_fedfisher.distributed.lightning_strategies import require_whole_model, sum_over_ranks
 from lightning_fedfisher.merge.checkpoint import load_state, save_state
 from lightning_fedfisher.merge.compatibility import UpdateSource, check_model
 from lightning_fedfisher.merge.merger import Merger
@@ -158,7 +158,7 @@ class FisherMergeModule(LightningModule):
 
     @property
     def server_labels(self) -> int:
-        """Labelled samples that decided which iterate is returned."""
+        """Number of labelled samples that decided which iterate is returned."""
         return self.merger.server_labels
 
     @override

@@ -61,8 +61,8 @@ MAY_IMPORT = {
 }
 # What a room may not import although it may import the room or anything.
 NEVER = {
-    "extraction": ["distributed.strategies"],
-    "merge": ["distributed.strategies"],
+    "extraction": ["distributed.lightning_strategies"],
+    "merge": ["distributed.lightning_strategies"],
     "callback": ["report", "cli", TOP],
     "merge_module": ["report", "cli", TOP],
     TOP: ["cli"],

@@ -1,9 +1,12 @@
 """Every kind of curvature, by the name under which an update file records it.
 
-To add a kind, write a subclass of `Curvature`, and add it to `KINDS`.
+To add a kind, write a subclass of `Curvature` and add it to `KINDS`. A kind that an extraction
+gives also needs a row of `extraction.accumulators.model_sums.ACCUMULATORS`.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 from lightning_fedfisher.curvature.base import Curvature, Identity
 from lightning_fedfisher.curvature.dense import Dense
@@ -42,7 +45,7 @@ Example:
 EIGEN_CORRECTED: dict[str, str] = {
     cls.factored.kind: name for name, cls in KINDS.items() if issubclass(cls, Eigenbased)
 }
-"""The kind that EKFAC uses, by the kind with the factors that K-FAC uses.
+"""The kind that a layer gets with ``"ekfac"``, by the kind that it gets with ``"kfac"``.
 
 Example:
     >>> EIGEN_CORRECTED["kronecker"]
@@ -50,6 +53,9 @@ Example:
 """
 
 _FACTORED = tuple(name for name, cls in KINDS.items() if issubclass(cls, Factored))
+
+CurvatureType = Literal["identity", "diagonal", "kfac", "ekfac", "dense"]
+"""What an extraction can be asked for."""
 
 KINDS_OF: dict[str, tuple[str, ...]] = {
     "identity": (Identity.kind,),

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import CheckpointError
 from tqdm import tqdm
 
 from lightning_fedfisher.curvature.base import Curvature
+from lightning_fedfisher.curvature.registry import CurvatureType
 from lightning_fedfisher.distributed.processes import Shard
 from lightning_fedfisher.errors import UnsupportedModelError
 from lightning_fedfisher.extraction.accumulators.model_sums import ModelAccumulator
@@ -32,7 +33,7 @@ from lightning_fedfisher.extraction.backends.backpack import (
 )
 from lightning_fedfisher.extraction.batches import BatchRunner, map_samples, require_same_logits
 from lightning_fedfisher.extraction.fisher_types import Directions, residual_directions
-from lightning_fedfisher.extraction.layer_report import CurvatureType, LayerReport
+from lightning_fedfisher.extraction.layer_report import LayerReport
 from lightning_fedfisher.extraction.model_copy import copy_around_parameters, copy_model
 from lightning_fedfisher.extraction.options import ExtractionOptions
 from lightning_fedfisher.extraction.sampling import PREVIEW, SamplePartition

@@ -11,9 +11,10 @@ from torch import nn
 from tqdm import tqdm
 
 from lightning_fedfisher.curvature.base import Identity
+from lightning_fedfisher.curvature.registry import CurvatureType
 from lightning_fedfisher.distributed.processes import Shard
 from lightning_fedfisher.extraction.data_pass import DataPass
-from lightning_fedfisher.extraction.layer_report import CurvatureType, LayerReport
+from lightning_fedfisher.extraction.layer_report import LayerReport
 from lightning_fedfisher.extraction.model_copy import isolated
 from lightning_fedfisher.extraction.options import ExtractionOptions, OptionOverrides
 from lightning_fedfisher.extraction.result import ExtractedCurvature

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
-from lightning_fedfisher.curvature.registry import EIGEN_CORRECTED
+from lightning_fedfisher.curvature.registry import EIGEN_CORRECTED, CurvatureType
 from lightning_fedfisher.extraction.layer_types.base import LayerType
 from lightning_fedfisher.layers import Layer
 
-CurvatureType = Literal["identity", "diagonal", "kfac", "ekfac", "dense"]
 CURVATURE_TYPES: tuple[CurvatureType, ...] = get_args(CurvatureType)
 
 _NAMED_LAYERS = 3  # in a line of `format_layer_reports`, so that a line stays a line

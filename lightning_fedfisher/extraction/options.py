@@ -6,10 +6,11 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TypedDict
 
+from lightning_fedfisher.curvature.registry import CurvatureType
 from lightning_fedfisher.errors import FedFisherError
 from lightning_fedfisher.extraction.batches import Forward
 from lightning_fedfisher.extraction.fisher_types import FISHER_TYPES, FisherType
-from lightning_fedfisher.extraction.layer_report import CURVATURE_TYPES, CurvatureType
+from lightning_fedfisher.extraction.layer_report import CURVATURE_TYPES
 from lightning_fedfisher.extraction.sampling import MaxSamples, check_max_samples
 from lightning_fedfisher.likelihoods.registry import LIKELIHOODS
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lightning_fedfisher.curvature.base import Curvature
+from lightning_fedfisher.curvature.registry import CurvatureType
 from lightning_fedfisher.extraction.layer_report import (
-    CurvatureType,
     LayerReport,
     format_layer_reports,
 )

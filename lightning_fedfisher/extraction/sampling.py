@@ -100,7 +100,7 @@ class SamplePartition:
     rebatch: Callable[[int], SamplePartition] | None = None
 
     def uniforms(self, seed: int) -> Callable[[int, int], Tensor]:
-        """Makes a source of uniform draws that belong to samples, not to batches or processes.
+        """Makes random numbers that are the same for a sample whatever its batch or process.
 
         Args:
             seed: Seed of all draws.

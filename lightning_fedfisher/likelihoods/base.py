@@ -128,7 +128,7 @@ class Likelihood(ABC):
 
     @abstractmethod
     def parts(self) -> Tensor:
-        """Squared lengths of the directions whose second moment is the labels' covariance.
+        """Squared lengths of the terms that sum to the labels' covariance, such as ``p (1 - p)``.
 
         Returns:
             A tensor of shape ``(samples, parts)``.

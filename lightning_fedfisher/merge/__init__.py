@@ -45,7 +45,7 @@ __all__ = [
     "outliers_as_sent",
 ]
 
-# On demand, so that the table of methods comes without torchmetrics.
+# On demand, so that each name brings no more than it needs.
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {

@@ -20,7 +20,7 @@ def merge_buffers(
 ) -> dict[str, Tensor]:
     """Merges buffers: BatchNorm's variances by the law of total variance, others by their average.
 
-    Whole numbers, which are counters or indices, become the largest of them.
+    Whole numbers (counters, indices) become what most clients agree on, else the largest of them.
 
     Args:
         updates: The updates of all clients, found to belong together.
@@ -53,7 +53,7 @@ def merge_buffers(
 
 
 def _merge_counts(values: Sequence[Tensor]) -> Tensor:
-    """The largest of whole numbers; where most clients agree, as on an index, theirs."""
+    """Merges whole numbers: what most clients agree on, else the largest of them."""
     ordered = torch.stack(list(values)).sort(dim=0).values
     usual = ordered[(len(values) - 1) // 2]
     agreed = 2 * (ordered == usual).sum(dim=0) > len(values)

@@ -41,7 +41,10 @@ MEASURES = ("information", "distance", "pull")
 """The columns of what `measure` returns."""
 
 DEFAULT_MAX_INFLUENCE = 10.0
-"""Times what the median client weighs: twice the most that any client of 27 federations did."""
+"""Default of `max_influence`: a client may weigh ten times what the median client does.
+
+That is twice the most that any client of 27 honest federations weighed.
+"""
 
 _AT_ONCE = 2**22  # entries whose median is taken in one go
 

@@ -17,7 +17,7 @@ class Progress(IntEnum):
     OPEN = 0
     """It has steps to make, or the layer waits for its turn."""
     CONVERGED = 1
-    """It has reached what it promises."""
+    """The residual is below the tolerance, or the closed form is computed."""
     STOPPED = 2
     """It ran out of iterations before."""
 

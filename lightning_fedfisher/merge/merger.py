@@ -48,9 +48,10 @@ def merge_updates(
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
     device: torch.device | str = "cpu",
 ) -> MergeResult:
-    """Merges client updates into the one model that minimises the sum of their quadratics.
+    """Merges client updates into one model.
 
-    `FisherMergeModule` does the same on a Trainer: for several GPUs, checkpoints or loggers.
+    An update is a quadratic around the client's weights, from the curvature of its loss there, and
+    the merged model minimises their sum. `FisherMergeModule` does the same on a Trainer.
 
     Args:
         updates: Update files or `ClientUpdate` objects, one for each client.
@@ -71,7 +72,7 @@ def merge_updates(
     Raises:
         MergeError: If updates are missing, corrupt, of different models, or without the curvature
             that the method needs; all are named.
-        ValueError: If an option is out of range or the model does not fit the updates.
+        ValueError: If an option is out of range or the model does not fit.
 
     Example:
         >>> from torch.utils.data import DataLoader, TensorDataset
@@ -117,8 +118,7 @@ def merge_updates(
 class Merger:
     """A merge in work: a solver for each layer, and what came of them so far.
 
-    An epoch is `advance` for each layer, on whichever rank owns it, and `finish_epoch` on all
-    ranks. `merge_updates` and `FisherMergeModule` drive it; nothing here needs a Trainer.
+    An epoch is `advance` for each layer, on the rank that owns it, and `finish_epoch` on all ranks.
 
     Attributes:
         updates: The updates of all clients.
@@ -221,7 +221,7 @@ class Merger:
         return LIKELIHOODS[self.updates[0].header.likelihood]
 
     def prepare(self, rank: int, ranks: int) -> None:
-        """Prepares with all other ranks what would make them wait; each must call it.
+        """Prepares curvature that other ranks would have to wait for; each rank must call this.
 
         Args:
             rank: The rank of this process.
@@ -349,7 +349,7 @@ class Merger:
 
     @property
     def server_labels(self) -> int:
-        """Labelled samples that decided which iterate is returned."""
+        """Number of labelled samples that decided which iterate is returned."""
         return self.validation_samples if self.method.keeps_best else 0
 
     @property

@@ -1,6 +1,7 @@
 """The merge methods: which curvature each needs, what it makes of it, and how it solves.
 
-Add a merge method here: a row of `METHODS`. No other code knows a method by its name.
+Add a merge method here: a row of `METHODS`. The code that merges asks a row what to do, and never
+for its name.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class Solver(ABC):
 
     @property
     def converged(self) -> bool:
-        """Whether it has reached what it promises."""
+        """Whether it reached the minimum, up to its tolerance."""
         return self.finished
 
     def advance(self, iterations: int) -> None:
@@ -94,7 +94,7 @@ class Solver(ABC):
         return self._gradient
 
     def _visible(self, gradient: Tensor) -> Tensor:
-        """The part of a gradient that steps can take away."""
+        """The part of a gradient in directions where some client has curvature."""
         return gradient
 
     @abstractmethod

@@ -10,7 +10,6 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
-from torchmetrics import MeanMetric
 
 from lightning_fedfisher.likelihoods.base import Likelihood
 
@@ -34,8 +33,9 @@ class Validation:
             device: Where to run.
         """
         self._likelihood = likelihood
-        self._accuracy, self._nll = MeanMetric().to(device), MeanMetric().to(device)
-        self._has_accuracy = True
+        # Sums over samples, on the CPU.
+        self._samples, self._nll = 0, 0.0
+        self._judged, self._correct = 0, 0.0
         self._model = copy.deepcopy(model).to(device).eval()
         self._model.load_state_dict(state, strict=False)
 
@@ -54,13 +54,13 @@ class Validation:
             )
         x, y = batch
         logits = self._model(x)
-        self._nll.update(self._likelihood.nll(logits, y))
+        self._samples += len(logits)
+        self._nll += float(self._likelihood.nll(logits, y).double().sum())
         accuracy = self._likelihood.accuracy(logits, y)
-        if accuracy is None:
-            self._has_accuracy = False
-        else:
-            observed = ~accuracy.isnan()  # a sample without a label is neither right nor wrong
-            self._accuracy.update(accuracy[observed] * 100)
+        if accuracy is not None:
+            judged = accuracy[~accuracy.isnan()]  # a sample without a label is not judged
+            self._judged += len(judged)
+            self._correct += float(judged.double().sum())
 
     def compute(self) -> tuple[dict[str, float], int]:
         """Averages over all samples.
@@ -69,11 +69,10 @@ class Validation:
             ``val_nll`` in nats, and ``val_accuracy`` in percent where the likelihood has one; and
             the number of samples.
         """
-        samples = int(self._nll.weight)
-        scores = {"val_nll": float(self._nll.compute())}
-        if self._has_accuracy:
-            scores = {"val_accuracy": float(self._accuracy.compute()), **scores}
-        return scores, samples
+        scores = {"val_nll": self._nll / max(self._samples, 1)}
+        if self._judged:
+            scores = {"val_accuracy": 100 * self._correct / self._judged, **scores}
+        return scores, self._samples
 
 
 def validate(

@@ -12,15 +12,15 @@ from lightning_fedfisher._utils.lazy_import import lazy_exports
 if TYPE_CHECKING:
     from lightning_fedfisher.tracking.federation import log_federation
     from lightning_fedfisher.tracking.server import log_merged_model
-    from lightning_fedfisher.tracking.wandb_run import federation_logger
+    from lightning_fedfisher.tracking.wandb_logger import federation_logger
 
 __all__ = ["federation_logger", "log_federation", "log_merged_model"]
 
-# On demand, so that the names of `keys` come without Lightning.
+# On demand, so that the names of `logged_keys` come without Lightning.
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
-        "federation_logger": f"{__name__}.wandb_run",
+        "federation_logger": f"{__name__}.wandb_logger",
         "log_federation": f"{__name__}.federation",
         "log_merged_model": f"{__name__}.server",
     },

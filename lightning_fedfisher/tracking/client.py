@@ -12,8 +12,8 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_fedfisher.curvature.summary import CurvatureSummary
 from lightning_fedfisher.distributed.processes import is_rank_zero
-from lightning_fedfisher.tracking import keys
-from lightning_fedfisher.tracking.wandb_run import may_upload, update_artifact_name
+from lightning_fedfisher.tracking import logged_keys as keys
+from lightning_fedfisher.tracking.wandb_logger import may_upload, update_artifact_name
 from lightning_fedfisher.update.client_update import ClientUpdate
 
 _SECONDS_BETWEEN_LOGS = 5.0

@@ -7,7 +7,7 @@ from typing import Any, cast
 from lightning.pytorch.loggers import WandbLogger
 
 from lightning_fedfisher.results.record import FederationRecord, ModelScore
-from lightning_fedfisher.tracking import keys
+from lightning_fedfisher.tracking import logged_keys as keys
 
 
 def log_federation(logger: WandbLogger, record: FederationRecord) -> None:

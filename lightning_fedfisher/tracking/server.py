@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lightning_fedfisher.merge.influence_cap import MEASURES
 from lightning_fedfisher.merge.layer_state import LayerState
-from lightning_fedfisher.tracking import keys
-from lightning_fedfisher.tracking.wandb_run import may_upload, update_artifact_name
+from lightning_fedfisher.tracking import logged_keys as keys
+from lightning_fedfisher.tracking.wandb_logger import may_upload, update_artifact_name
 from lightning_fedfisher.update.client_update import ClientUpdate
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import wandb_workspaces.reports.v2 as wr
 
 from lightning_fedfisher.merge.influence_cap import DEFAULT_MAX_INFLUENCE
-from lightning_fedfisher.tracking import keys
+from lightning_fedfisher.tracking import logged_keys as keys
 
 MOST_RUNS = 100
 """The most runs that a panel shows; W&B's own limit of 10 would hide clients."""
@@ -65,7 +65,10 @@ def sections() -> list[Section]:
                     8,
                     [
                         _bars(
-                            keys.DATA_CLASSES, "class", "samples", "Few classes: a one-sided client"
+                            keys.DATA_CLASSES,
+                            "class",
+                            "samples",
+                            "Few classes: a one-sided client",
                         )
                     ],
                 ),
@@ -87,7 +90,8 @@ def sections() -> list[Section]:
                             log=True,
                         ),
                         _values(
-                            [keys.TEST_ACCURACY], "Accuracy by run: is a merge above every client?"
+                            [keys.TEST_ACCURACY],
+                            "Accuracy by run: is a merge above every client?",
                         ),
                     ],
                 )
@@ -190,7 +194,8 @@ def sections() -> list[Section]:
                     11,
                     [
                         _confusion(
-                            keys.CONFUSION_BEFORE, "Best client: which classes does it never name?"
+                            keys.CONFUSION_BEFORE,
+                            "Best client: which classes does it never name?",
                         ),
                         _confusion(keys.CONFUSION_AFTER, "Merged: is the diagonal filled?"),
                     ],
@@ -201,7 +206,8 @@ def sections() -> list[Section]:
                         _values([keys.TEST_ACCURACY], "Accuracy, %: higher is better"),
                         _values([keys.TEST_NLL], "Negative log-likelihood: lower is better"),
                         _values(
-                            [keys.TEST_CALIBRATION_ERROR], "Calibration error, %: lower is better"
+                            [keys.TEST_CALIBRATION_ERROR],
+                            "Calibration error, %: lower is better",
                         ),
                     ],
                 ),

@@ -1,7 +1,7 @@
 """W&B dashboards as code: a workspace and a report of one federation's runs.
 
-They show what clients and servers log, by the names in `keys`. Nothing here reads a run, so both
-can be made before the first client has trained.
+They show what clients and servers log, by the names in `logged_keys`. Nothing here reads a run, so
+both can be made before the first client has trained.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ except ImportError as error:
     ) from error
 
 from lightning_fedfisher._utils.text import wandb_title
-from lightning_fedfisher.tracking import keys
+from lightning_fedfisher.tracking import logged_keys as keys
 from lightning_fedfisher.tracking.wandb_panels import MOST_RUNS, sections
 
 _NOT_IN_NAMES = frozenset("/\\#?%:")  # of W&B's entities and projects

@@ -2,6 +2,7 @@
 
 import weakref
 from dataclasses import FrozenInstanceError
+from typing import get_args
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from lightning_fedfisher.curvature.kronecker import (
     TransposedEigenKronecker,
     TransposedKronecker,
 )
-from lightning_fedfisher.curvature.registry import KINDS
+from lightning_fedfisher.curvature.registry import KINDS, KINDS_OF, CurvatureType
 
 SHAPE = (3, 4)
 CPU = torch.device("cpu")
@@ -590,3 +591,8 @@ def test_kinds_are_frozen_and_pure(kind):
     field = "size" if kind == "identity" else next(iter(before))
     with pytest.raises(FrozenInstanceError):
         setattr(curvature, field, None)
+
+
+def test_what_can_be_asked_for_has_kinds():
+    assert set(get_args(CurvatureType)) == KINDS_OF.keys()
+    assert {kind for kinds in KINDS_OF.values() for kind in kinds} == KINDS.keys()

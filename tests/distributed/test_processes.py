@@ -28,6 +28,6 @@ def test_processes_need_no_lightning():
     code = (
         "import sys, lightning_fedfisher.distributed.processes as p; "
         "assert p.is_rank_zero(); "
-        "assert 'lightning_fedfisher.distributed.strategies' not in p.__dict__"
+        "assert 'lightning_fedfisher.distributed.lightning_strategies' not in p.__dict__"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -5,7 +5,7 @@ from itertools import chain
 
 import pytest
 
-from lightning_fedfisher.tracking import keys
+from lightning_fedfisher.tracking import logged_keys as keys
 from lightning_fedfisher.tracking.wandb_panels import MOST_RUNS, sections
 
 CLIENTS = ["client-0", "ward 3/scanner.b", "a.b/c d", "residual"]

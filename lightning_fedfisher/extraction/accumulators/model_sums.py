@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_fedfisher.curvature.base import Curvature
 from lightning_fedfisher.curvature.kronecker import Eigenbased, Factored
-from lightning_fedfisher.curvature.registry import EIGEN_CORRECTED, KINDS
+from lightning_fedfisher.curvature.registry import EIGEN_CORRECTED, KINDS, CurvatureType
 from lightning_fedfisher.extraction.accumulators.base import Accumulator, GradientAccumulator
 from lightning_fedfisher.extraction.accumulators.dense import DenseAccumulator
 from lightning_fedfisher.extraction.accumulators.diagonal import DiagonalAccumulator
@@ -19,7 +19,7 @@ from lightning_fedfisher.extraction.accumulators.per_sample_gradients import mat
 from lightning_fedfisher.extraction.accumulators.spectrum import SpectrumAccumulator
 from lightning_fedfisher.extraction.backends.output_gradients import OutputGradients
 from lightning_fedfisher.extraction.backends.per_sample import PerSampleGradients
-from lightning_fedfisher.extraction.layer_report import CurvatureType, LayerReport, block_kind
+from lightning_fedfisher.extraction.layer_report import LayerReport, block_kind
 from lightning_fedfisher.extraction.tracing.model_trace import ModelTrace
 from lightning_fedfisher.extraction.tracing.recorder import LayerCall, LayerCallRecorder
 from lightning_fedfisher.layers import Layer

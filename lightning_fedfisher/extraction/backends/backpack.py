@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from lightning_fedfisher.curvature.base import Curvature
 from lightning_fedfisher.curvature.diagonal import Diagonal
-from lightning_fedfisher.extraction.layer_report import CurvatureType, LayerReport
+from lightning_fedfisher.curvature.registry import CurvatureType
+from lightning_fedfisher.extraction.layer_report import LayerReport
 from lightning_fedfisher.extraction.layer_types.conv_geometry import ConvGeometry
 from lightning_fedfisher.extraction.tracing.model_trace import ModelTrace
 from lightning_fedfisher.layers import Layer

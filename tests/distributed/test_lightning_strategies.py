@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
-from lightning_fedfisher.distributed.strategies import sum_over_ranks
+from lightning_fedfisher.distributed.lightning_strategies import sum_over_ranks
 
 
 def test_a_sum_over_ranks_is_that_of_the_strategy():

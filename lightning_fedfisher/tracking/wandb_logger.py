@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from lightning_fedfisher._utils.environment import provenance
 from lightning_fedfisher.distributed.processes import is_rank_zero
-from lightning_fedfisher.tracking import keys
+from lightning_fedfisher.tracking import logged_keys as keys
 from lightning_fedfisher.update.client_update import ClientUpdate
 
 WandbMode = Literal["online", "offline", "disabled"]
