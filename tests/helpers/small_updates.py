@@ -40,3 +40,13 @@ def update_of(model, **changes):
 def linear(**changes):
     torch.manual_seed(0)
     return nn.Linear(3, 2, **changes)
+
+
+class Shared(nn.Module):
+    """A frozen layer, and two that share a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(3, 3).requires_grad_(False)
+        self.second, self.third = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.third.weight = self.second.weight
