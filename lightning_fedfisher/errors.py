@@ -35,7 +35,13 @@ class FedFisherError(ValueError):
 
 
 class UnsupportedModelError(FedFisherError):
-    """The curvature of a model would be missing or wrong for some of its parameters."""
+    """The curvature of a model would be missing or wrong for some of its parameters.
+
+    Example:
+        >>> print(UnsupportedModelError(["rnn.weight_hh_l0: freeze it"]))
+        The curvature of this model cannot be extracted as asked:
+          - rnn.weight_hh_l0: freeze it
+    """
 
     def __init__(self, offenders: Sequence[str]) -> None:
         """Lists every parameter or module refused.
@@ -71,7 +77,14 @@ class UpdateError(FedFisherError):
 
 
 class MergeError(FedFisherError):
-    """Updates cannot be merged: some are unusable, or they do not belong together."""
+    """Updates cannot be merged: some are unusable, or they do not belong together.
+
+    Example:
+        >>> print(MergeError(["a.safetensors is damaged", "b.safetensors is empty"]))
+        These updates cannot be merged:
+          - a.safetensors is damaged
+          - b.safetensors is empty
+    """
 
     def __init__(self, offenders: Sequence[str]) -> None:
         """Lists every update refused.
@@ -83,7 +96,12 @@ class MergeError(FedFisherError):
 
 
 class BudgetError(FedFisherError):
-    """An update does not fit into the bytes that it may take."""
+    """An update does not fit into the bytes that it may take.
+
+    Example:
+        >>> str(BudgetError("at least 9 bytes are needed, there is room for 5: raise the budget"))
+        'at least 9 bytes are needed, there is room for 5: raise the budget'
+    """
 
     def __init__(self, reason: str) -> None:
         """Says what does not fit.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+from lightning_fedfisher.errors import FedFisherError
 
 _HALF_RING = 2.0**63  # integers of 64 bits from here on count as negative
 _FAINT = 256  # steps: up to there, a divisor would be half rounding
@@ -42,8 +45,8 @@ def to_fixed(
         them modulo ``2**64``.
 
     Raises:
-        ValueError: If tensors leave no room for the sum, or are not finite; all are named. Also if
-            there are no clients, bits or limbs.
+        FedFisherError: If tensors leave no room for the sum, or are not finite; all are named.
+        ValueError: If there are no clients, bits or limbs.
 
     Example:
         >>> sent = [to_fixed({"a": torch.tensor(x)}, clients=2, divisors={}) for x in (0.5, -1.25)]
@@ -57,7 +60,7 @@ def to_fixed(
         )
     limit = _HALF_RING / clients - clients
     faint = _FAINT * 2.0 ** -(limbs * fraction_bits)
-    fixed, offenders = {}, []
+    fixed, offenders = {}, {}
     for name, tensor in tensors.items():
         rest = tensor.double() * 2.0**fraction_bits
         if name in divisors:
@@ -67,14 +70,18 @@ def to_fixed(
             rest = (rest - parts[-1]) * 2.0**fraction_bits
             parts.append(rest.round())
         stacked = torch.stack(parts)
-        if stacked.numel() and not stacked.abs().max() < limit:
-            offenders.append(name)
+        largest = float(stacked.abs().max()) if stacked.numel() else 0.0
+        if not math.isfinite(largest):
+            offenders[name] = f"{name} is not finite"
+        elif largest >= limit:
+            offenders[name] = f"{name} takes integers up to {largest:.4g}, not below {limit:.4g}"
         fixed[name] = stacked.to(torch.int64)
     if offenders:
-        raise ValueError(
+        raise FedFisherError(
             f"{', '.join(offenders)} hold numbers too large for {clients} clients and "
             f"{fraction_bits} fraction bits, or not finite: take fewer bits in a limb and more "
-            "limbs, or a larger sample_unit in client_sums"
+            "limbs, or a larger sample_unit in client_sums",
+            tuple(offenders.values()),
         )
     return fixed
 
@@ -90,14 +97,18 @@ def from_fixed(tensors: Mapping[str, Tensor], fraction_bits: int = 40) -> dict[s
         The numbers in float64, in tensors of shape ``shape``.
 
     Raises:
-        ValueError: If tensors are of another type, or without limbs; all are named.
+        FedFisherError: If tensors are of another type, or without limbs; all are named.
 
     Example:
         >>> from_fixed({"a": torch.tensor([[3], [0]])}, fraction_bits=1)
         {'a': tensor([1.5000], dtype=torch.float64)}
     """
-    if odd := [n for n, t in tensors.items() if t.dtype != torch.int64 or not t.dim()]:
-        raise ValueError(f"{', '.join(odd)} are not int64 of shape (limbs, ...), as of to_fixed")
+    odd = {name: t for name, t in tensors.items() if t.dtype != torch.int64 or not t.dim()}
+    if odd:
+        raise FedFisherError(
+            f"{', '.join(odd)} are not int64 of shape (limbs, ...), as of to_fixed",
+            [f"{name} is {t.dtype} of shape {tuple(t.shape)}" for name, t in odd.items()],
+        )
     numbers = {}
     for name, tensor in tensors.items():
         places = -fraction_bits * torch.arange(1, len(tensor) + 1, dtype=torch.float64)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_fedfisher.curvature.base import Curvature
 from lightning_fedfisher.curvature.registry import KINDS
-from lightning_fedfisher.errors import BudgetError, UpdateError
+from lightning_fedfisher.errors import BudgetError, FedFisherError, UpdateError
 from lightning_fedfisher.layers import Layer
 from lightning_fedfisher.update.architecture import describe_architecture, fingerprint
 from lightning_fedfisher.update.buffer_roles import buffer_role
@@ -322,6 +322,8 @@ class ClientUpdate:
                 f"{self.source} does not fit into upload_budget={upload_budget:g}, {size} bytes: "
                 f"{error}. Raise it, send a smaller kind of curvature, or pass None"
             ) from None
+        except FedFisherError as error:
+            raise UpdateError(self.source, error.offenders) from error
         except ValueError as error:
             raise UpdateError(self.source, [str(error)]) from error
         return type(self)(header, tensors, self.source)

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from lightning_fedfisher.curvature.registry import KINDS
-from lightning_fedfisher.errors import BudgetError
+from lightning_fedfisher.errors import BudgetError, FedFisherError
 from lightning_fedfisher.update.file_format import file_size
 from lightning_fedfisher.update.header import QUANTIZED_TYPES, QuantizedTensor, UpdateHeader
 from lightning_fedfisher.update.integer_coding import LARGEST, decode, encode, encoded_size
@@ -68,7 +68,7 @@ def compress(
         Header and tensors of the smaller update. Buffers are the same.
 
     Raises:
-        ValueError: If a curvature is not positive semi-definite; all such are named.
+        FedFisherError: If a curvature is not positive semi-definite; all such are named.
         BudgetError: If nothing of use fits.
     """
     compression = Compression(header, tensors, size)
@@ -103,7 +103,7 @@ class Compression:
             room: Bytes for all of them together, about.
 
         Raises:
-            ValueError: If a curvature is not positive semi-definite; all such are named.
+            FedFisherError: If a curvature is not positive semi-definite; all such are named.
         """
         self._parts: list[_Part] = []
         energy, offenders, width = 0.0, [], _width(header, room)
@@ -129,7 +129,7 @@ class Compression:
                 dtype = tensors[name].dtype
                 self._parts.append(_Part(name, entries, spread * cost, dtype, rank, tail))
         if offenders:
-            raise ValueError("; ".join(offenders))
+            raise FedFisherError("This curvature cannot be compressed:", offenders)
         self._count = sum(len(part.entries) for part in self._parts)
         # Where rounding is expected to leave nothing of what the curvature says.
         self._useless = math.sqrt(energy / (_ROUNDING_ERROR * max(self._count, 1))) or 1.0

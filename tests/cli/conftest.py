@@ -7,7 +7,7 @@ from helpers.federation import tiny_updates
 CLIENTS = 10
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     tiny_updates(folder, clients=CLIENTS, epochs=1)

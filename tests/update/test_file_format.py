@@ -20,7 +20,6 @@ from lightning_fedfisher import ClientUpdate, UpdateError
 from lightning_fedfisher.curvature import Diagonal
 from lightning_fedfisher.layers import find_layers
 from lightning_fedfisher.update import UpdateHeader, file_format
-from lightning_fedfisher.update.buffer_roles import buffer_role, variance_partner
 from lightning_fedfisher.update.file_format import digest
 
 LONG_AGO = 10**18  # ns since 1970: 2001
@@ -318,17 +317,6 @@ def test_a_digest_tells_type_shape_and_bytes(dtype):
         {digest(tensor), digest(tensor.mT), digest(tensor.flatten()), digest(~tensor.bool())}
     )
     assert digest(tensor[:0]) != digest(tensor[:, :0])
-
-
-def test_running_statistics_are_known_by_their_names():
-    assert variance_partner("a.norm.running_var") == "a.norm.running_mean"
-    assert variance_partner("running_var") == "running_mean"
-    for name in ("running_mean", "norm.num_batches_tracked", "running_var.scale", ""):
-        assert variance_partner(name) is None
-    assert buffer_role("a.running_var") == "values"
-    assert buffer_role("a.running_mean") == "mean"
-    assert buffer_role("a.num_batches_tracked") is None
-    assert buffer_role("buffers/a.running_var") == "values"
 
 
 def test_the_room_is_quick_to_enter():

@@ -7,18 +7,15 @@ import struct
 
 import pytest
 import torch
+from helpers.small_updates import ASKED, header_of, linear, update_of
 from torch import nn
 
 from lightning_fedfisher import ClientUpdate, UpdateError
-from lightning_fedfisher.curvature.base import Identity
 from lightning_fedfisher.curvature.dense import Dense
 from lightning_fedfisher.curvature.diagonal import Diagonal
 from lightning_fedfisher.curvature.embedding import EmbeddingEigenKronecker, EmbeddingKronecker
 from lightning_fedfisher.curvature.kronecker import Kronecker
 from lightning_fedfisher.curvature.registry import KINDS
-from lightning_fedfisher.layers import find_layers
-from lightning_fedfisher.update import UpdateHeader
-from lightning_fedfisher.update.consistency import inconsistencies
 from lightning_fedfisher.update.file_format import UpdateFile
 from lightning_fedfisher.update.header import QuantizedTensor
 from lightning_fedfisher.update.integer_coding import encode
@@ -146,24 +143,6 @@ def test_buffers_are_what_float32_can_hold():
 # In files
 
 
-def _header(model, kind="identity", **changes):
-    layers = find_layers(model)
-    kinds = {layer.name: kind for layer in layers}
-    curvature = "kfac" if kind == "kronecker" else kind
-    plain = UpdateHeader(7, curvature, "", "categorical", 0, layers, kinds)
-    return dataclasses.replace(plain, **changes)
-
-
-def _update(model, **changes):
-    blocks = {layer.name: Identity(layer.shape) for layer in find_layers(model)}
-    return ClientUpdate.from_model(model, _header(model, **changes), blocks)
-
-
-def _linear(**changes):
-    torch.manual_seed(0)
-    return nn.Linear(3, 2, **changes)
-
-
 @pytest.mark.parametrize(
     ("blocks", "curvature", "reason"),
     [
@@ -173,8 +152,8 @@ def _linear(**changes):
     ],
 )
 def test_an_update_with_a_false_curvature_is_refused(blocks, curvature, reason, tmp_path):
-    model = _linear()
-    header = _header(model, blocks.kind)
+    model = linear()
+    header = header_of(model, blocks.kind)
     assert header.curvature == curvature
     name = header.layers[0].name
     with pytest.raises(UpdateError, match=reason):
@@ -187,20 +166,10 @@ def test_an_update_with_a_false_curvature_is_refused(blocks, curvature, reason, 
     assert len(error.value.offenders) == 1
 
 
-def test_a_kind_that_its_extraction_cannot_give_is_refused():
-    header = _header(_linear(), "kronecker", curvature="diagonal")
-    tensors = {"parameters/weight": torch.ones(2, 3), "parameters/bias": torch.ones(2)}
-    tensors |= {"curvature/weight/row_factor": torch.eye(2)}
-    tensors |= {"curvature/weight/column_factor": torch.eye(4)}
-    with pytest.raises(UpdateError, match="kronecker is not diagonal curvature"):
-        ClientUpdate(header, tensors)
-    ClientUpdate(dataclasses.replace(header, curvature="kfac"), tensors)
-
-
 def test_a_small_file_does_not_become_a_large_tensor(tmp_path):
     """A root of one column: a few bytes for the square of its length."""
     layer = nn.Linear(2**20, 1, bias=False)
-    header = _header(layer, "kronecker")
+    header = header_of(layer, "kronecker")
     (name,) = header.kinds
     packed = {"parameters/weight": QuantizedTensor(1.0, "float32")}
     packed[f"curvature/{name}/column_factor"] = QuantizedTensor(1.0, "float32", 1, 0.0)
@@ -220,17 +189,10 @@ def test_a_small_file_does_not_become_a_large_tensor(tmp_path):
 
 
 def test_a_limit_of_ones_own_is_kept(tmp_path):
-    path = _update(_linear()).save(tmp_path / "small.safetensors")
+    path = update_of(linear()).save(tmp_path / "small.safetensors")
     assert ClientUpdate.open(path, max_tensor_bytes=24).num_samples == 7
     with pytest.raises(UpdateError, match="parameters/weight takes 24 bytes, more than"):
         ClientUpdate.open(path, max_tensor_bytes=23)
-
-
-@pytest.mark.parametrize("name", ["num_samples", "curvature_samples"])
-def test_counts_nobody_has_are_refused(name):
-    _update(_linear(), **{name: 2**40})
-    with pytest.raises(UpdateError, match=f"{name} is more than"):
-        _update(_linear(), **{name: 2**40 + 1})
 
 
 def test_a_long_header_is_not_read(tmp_path):
@@ -240,22 +202,6 @@ def test_a_long_header_is_not_read(tmp_path):
         file.truncate(2**30)  # sparse
     with pytest.raises(UpdateError, match="truncated or damaged: a header of 16777217 bytes"):
         ClientUpdate.open(path)
-
-
-@pytest.mark.parametrize(
-    ("statistic", "value", "reason"),
-    [
-        ("running_var", -1.0, r"buffers/2\.running_var holds negative values"),
-        ("running_var", 1e19, r"buffers/2\.running_var holds values up to"),
-        ("running_mean", -1e19, r"buffers/2\.running_mean holds values up to"),
-    ],
-)
-def test_running_statistics_that_cannot_be_merged_are_refused(statistic, value, reason):
-    model = nn.Sequential(_linear(), nn.Linear(3, 2), nn.BatchNorm1d(2, affine=False))
-    _update(model)
-    getattr(model[2], statistic).fill_(value)
-    with pytest.raises(UpdateError, match=reason):
-        _update(model)
 
 
 def _moments(*sizes):
@@ -278,16 +224,6 @@ def _of_kind(kind):
     return EmbeddingEigenKronecker(torch.eye(4), values)
 
 
-ASKED = {
-    "diagonal": "diagonal",
-    "dense": "dense",
-    "kronecker": "kfac",
-    "transposed_kronecker": "kfac",
-    "embedding_kronecker": "kfac",
-    "ekfac": "ekfac",
-    "transposed_ekfac": "ekfac",
-    "embedding_ekfac": "ekfac",
-}
 FORMS = {
     ("diagonal", "values"): "values",
     ("dense", "matrix"): "factor",
@@ -306,6 +242,8 @@ FORMS = {
     ("embedding_ekfac", "column_basis"): "basis",
     ("embedding_ekfac", "spectrum"): "values",
 }
+
+
 FLAWS = {
     "asymmetric": (lambda t: t + t.triu(1), "is not symmetric", ("factor",)),
     "indefinite": (
@@ -322,8 +260,8 @@ FLAWS = {
 
 def _file_of(kind, tmp_path, change=None, dtype=torch.float32):
     """A file of one linear layer, with one tensor of its curvature changed; every digest holds."""
-    model, block = _linear().to(dtype), _of_kind(kind)
-    header = _header(model, kind, curvature=ASKED[kind])
+    model, block = linear().to(dtype), _of_kind(kind)
+    header = header_of(model, kind, curvature=ASKED[kind])
     (name,) = header.kinds
     tensors = {f"parameters/{n}": p.detach() for n, p in model.named_parameters()}
     for part, tensor in block.tensors().items():
@@ -372,26 +310,11 @@ def test_no_curvature_at_all_is_sound(kind, part, tmp_path):
     ClientUpdate.open(_file_of(kind, tmp_path, (part, torch.zeros_like))).verify()
 
 
-@pytest.mark.parametrize("kind", [*ASKED, "identity"])
-@pytest.mark.parametrize("asked", [*dict.fromkeys(ASKED.values()), "identity", "", "kronecker"])
-def test_kinds_are_those_that_an_extraction_gives(asked, kind):
-    given = {(asked, kind) for kind, asked in ASKED.items()} | {("identity", "identity")}
-    given |= {("kfac", "diagonal"), ("ekfac", "diagonal")}  # of layers without a matrix product
-    header = _header(_linear(), kind, curvature=asked)
-    shapes = {"parameters/weight": (2, 3), "parameters/bias": (2,)}
-    (name,) = header.kinds
-    parts = KINDS[kind].tensor_shapes((2, 4))
-    shapes |= {f"curvature/{name}/{part}": shape for part, shape in parts.items()}
-    found = inconsistencies(header, shapes)
-    expected = [] if (asked, kind) in given else [f"layer {name}: {kind} is not {asked} curvature"]
-    assert found == expected
-
-
 def _packed_file(tmp_path, how, numbers, outputs=1):
     """A file whose output factor is packed, of a layer of so many outputs."""
     model = nn.Linear(2, outputs, bias=False)
     key = "curvature/weight/row_factor"
-    header = _header(model, "kronecker", quantized={key: how})
+    header = header_of(model, "kronecker", quantized={key: how})
     tensors = {"parameters/weight": torch.ones(outputs, 2), key: encode(numbers)}
     tensors["curvature/weight/column_factor"] = torch.eye(2)
     return ClientUpdate(header, tensors).save(tmp_path / "packed.safetensors")
@@ -440,7 +363,7 @@ def test_a_tail_counts_as_well(tmp_path):
 
 
 def test_nothing_is_allocated_for_what_is_refused(tmp_path, monkeypatch):
-    update = _update(_linear())
+    update = update_of(linear())
     path = update.save(tmp_path / "small.safetensors")
 
     def read(*_):
@@ -477,115 +400,3 @@ def test_the_length_of_the_header_is_judged_before_it_is_read(size, tmp_path):
     with pytest.raises(UpdateError, match="truncated or damaged") as error:
         ClientUpdate.open(path)
     assert (f"a header of {size} bytes" in str(error.value)) == (size > 2**24)
-
-
-@pytest.mark.parametrize(
-    ("header", "tensor", "reason"),
-    [
-        ({}, "buffers/weight", "weight is a buffer, and a parameter too"),
-        ({"frozen": {"scale": "0"}}, "buffers/scale", "scale is a buffer, and a parameter too"),
-        (
-            {"frozen": {"scale": "0"}, "aliases": {"scale": "weight"}},
-            None,
-            "scale cannot be another name of weight",
-        ),
-    ],
-    ids=str,
-)
-def test_a_name_stands_for_one_tensor(header, tensor, reason):
-    update = _update(_linear())
-    tensors = dict(update._tensors) | ({tensor: torch.ones(2, 3)} if tensor else {})
-    with pytest.raises(UpdateError) as error:
-        ClientUpdate(dataclasses.replace(update.header, **header), tensors)
-    assert error.value.offenders == (reason,)
-
-
-def test_other_buffers_may_be_negative_and_large():
-    model = nn.Sequential(_linear(), nn.Linear(3, 2))
-    model.register_buffer("offset", torch.tensor([-3e38, 3e38]))
-    model.register_buffer("running", torch.tensor([-(2**62), 2**62]))
-    _update(model).verify()
-
-
-# The model's fingerprint
-
-
-def _tied():
-    model = nn.Sequential(_linear(), nn.Linear(3, 2))
-    model[1].weight = model[0].weight
-    return model
-
-
-def _untied():
-    return nn.Sequential(_linear(), nn.Linear(3, 2))
-
-
-def _frozen(value):
-    model = _untied()
-    model[1].requires_grad_(False)
-    nn.init.constant_(model[1].weight, value)
-    return model
-
-
-MODELS = {
-    "plain": _untied(),
-    "shared": _tied(),
-    "double": _untied().double(),
-    "wider": nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)),
-    "named": nn.ModuleDict({"a": _linear(), "b": nn.Linear(3, 2)}),
-    "frozen": _frozen(1.0),
-    "frozen otherwise": _frozen(2.0),
-    "with buffers": nn.Sequential(_linear(), nn.Linear(3, 2), nn.BatchNorm1d(2, affine=False)),
-}
-
-
-def test_models_are_told_apart_by_their_fingerprint():
-    found = {name: _update(model).model_fingerprint for name, model in MODELS.items()}
-    assert len(set(found.values())) == len(MODELS)
-    other = _update(_untied(), num_samples=8)
-    assert other.model_fingerprint == found["plain"]
-    assert other.digest != _update(_untied()).digest
-
-
-def test_digest_and_size_are_those_of_the_file(tmp_path):
-    update = _update(MODELS["with buffers"])
-    path = update.save(tmp_path / "update.safetensors")
-    opened = ClientUpdate.open(path)
-    assert opened.digest == update.digest
-    assert opened.upload_bytes == update.upload_bytes == path.stat().st_size
-    assert opened.sent_bytes("buffers/") == 2 * 2 * 4 + 8
-    assert opened.sent_bytes("parameters/0.weight") == 24
-
-
-def test_clients_of_one_model_have_one_fingerprint(tmp_path):
-    first = _update(MODELS["with buffers"])
-    opened = ClientUpdate.open(first.save(tmp_path / "first.safetensors"))
-    other = nn.Sequential(_linear(), nn.Linear(3, 2), nn.BatchNorm1d(2, affine=False))
-    nn.init.constant_(other[1].weight, 7.0)
-    other[2].running_mean.fill_(3)
-    second = _update(other, num_samples=9, metadata={"client": "second"}, output_layer="1")
-    assert opened.architecture == first.architecture == second.architecture
-    assert opened.model_fingerprint == first.model_fingerprint == second.model_fingerprint
-    assert len(first.architecture) == 4 + 3
-    assert first.architecture["2.running_mean"] == "(2,) float32"
-
-
-@pytest.mark.parametrize("name", ["2.running_mean", "2.num_batches_tracked"])
-def test_the_type_of_a_buffer_is_part_of_the_model(name):
-    first = _update(MODELS["with buffers"])
-    other = nn.Sequential(_linear(), nn.Linear(3, 2), nn.BatchNorm1d(2, affine=False))
-    setattr(other[2], name[2:], getattr(other[2], name[2:]).to(torch.float64))
-    second = _update(other)
-    assert second.model_fingerprint != first.model_fingerprint
-    changed = {n for n, what in second.architecture.items() if first.architecture[n] != what}
-    assert changed == {name}
-
-
-def test_whose_other_name_it_is_is_part_of_the_model():
-    models = [nn.Sequential(*(nn.Linear(3, 3, bias=False) for _ in range(3))) for _ in range(2)]
-    models[0][2].weight = models[0][0].weight
-    models[1][2].weight = models[1][1].weight
-    first, second = map(_update, models)
-    assert first.architecture["2.weight"] == "another name of 0.weight"
-    assert second.architecture["2.weight"] == "another name of 1.weight"
-    assert first.model_fingerprint != second.model_fingerprint

@@ -1,0 +1,60 @@
+"""Refusals: one family, one message, and each reason in a line of its own."""
+
+import pytest
+
+import lightning_fedfisher
+from lightning_fedfisher import errors
+from lightning_fedfisher.errors import (
+    BudgetError,
+    FedFisherError,
+    MergeError,
+    UnsupportedModelError,
+    UpdateError,
+)
+
+REASONS = ["first is odd: leave it out", "second is missing"]
+KINDS = [
+    (FedFisherError("Refused:", REASONS), "Refused:"),
+    (
+        UnsupportedModelError(REASONS),
+        "The curvature of this model cannot be extracted as asked:",
+    ),
+    (UpdateError("a.safetensors", REASONS), "a.safetensors is not a usable client update:"),
+    (MergeError(REASONS), "These updates cannot be merged:"),
+]
+
+
+@pytest.mark.parametrize(("error", "heading"), KINDS, ids=lambda value: type(value).__name__)
+def test_a_message_has_a_heading_and_a_line_for_each_reason(error, heading):
+    assert str(error).splitlines() == [heading, *(f"  - {reason}" for reason in REASONS)]
+    assert error.offenders == tuple(REASONS)
+
+
+def test_a_budget_is_refused_in_one_line():
+    error = BudgetError("9 bytes are needed, there is room for 5: raise the budget")
+    assert str(error) == "9 bytes are needed, there is room for 5: raise the budget"
+    assert error.offenders == ()
+
+
+def test_an_update_is_refused_with_its_source():
+    assert UpdateError("this update", REASONS).source == "this update"
+
+
+def test_offenders_are_those_of_the_time():
+    reasons = list(REASONS)
+    error = MergeError(reasons)
+    reasons.clear()
+    assert error.offenders == tuple(REASONS)
+
+
+def test_all_are_public_and_caught_as_one_or_as_value_errors():
+    family = [
+        kind
+        for kind in vars(errors).values()
+        if isinstance(kind, type) and issubclass(kind, Exception)
+    ]
+    assert len(family) == 5
+    for kind in family:
+        assert issubclass(kind, FedFisherError)
+        assert issubclass(kind, ValueError)
+        assert getattr(lightning_fedfisher, kind.__name__) is kind
