@@ -10,7 +10,7 @@ import torch
 from helpers.federation import quiet_trainer, tiny_updates
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_fedfisher import ClientUpdate, FisherMergeModule, extract_curvature
 
@@ -47,6 +47,22 @@ def update_of(
     loader = DataLoader(data, batch_size=10)
     extracted = extract_curvature(model, loader, curvature, max_samples=None, progress=False)
     return ClientUpdate.from_model(model, extracted.header(num_samples), extracted.blocks)
+
+
+def small_classifier(
+    activation: type[nn.Module] = nn.Tanh, seed: int = 0, bias: bool = True
+) -> nn.Sequential:
+    """Layers ``0`` and ``2``, of which the second is aligned if the activation is a ReLU."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(5, 4), activation(), nn.Linear(4, 3, bias=bias))
+
+
+def small_data(seed: int = 0, samples: int = 30) -> TensorDataset:
+    """Labelled inputs of the small classifier."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, 5, generator=generator) + 1
+    return TensorDataset(x, torch.randint(0, 3, (samples,), generator=generator))
 
 
 def merge(updates, root, val=None, trainer=(), **options) -> FisherMergeModule:
