@@ -6,7 +6,7 @@ from helpers.federation import TinyClassifier, quiet_trainer, tiny_loader
 from helpers.merging import merge
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from torchvision.models import resnet18
+from torchvision.models.resnet import BasicBlock, ResNet
 
 from lightning_fedfisher import (
     ClientUpdate,
@@ -17,27 +17,27 @@ from lightning_fedfisher import (
 )
 
 
-def test_a_torchvision_resnet18_goes_through_callback_and_merge(tmp_path):
-    class ResNet(TinyClassifier):
+def test_a_torchvision_resnet_goes_through_callback_and_merge(tmp_path):
+    class Residual(TinyClassifier):
         def __init__(self):
-            super().__init__()
-            self.network = resnet18(num_classes=3)
+            super().__init__()  # as ResNet-18, with one block of each kind in place of two
+            self.network = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=3)
 
     torch.manual_seed(0)
-    start = ResNet().state_dict()
+    start = Residual().state_dict()
     updates, models = [], []
     for client in range(2):
         generator = torch.Generator().manual_seed(client)
         x = 2 * torch.randn(6 + 6 * client, 3, 32, 32, generator=generator) + client
         data = TensorDataset(x, torch.arange(len(x)) % 3)
-        model = ResNet()
+        model = Residual()
         model.load_state_dict(start)
         callback = FedFisherCallback(tmp_path / f"{client}.safetensors", curvature="diagonal")
         trainer = quiet_trainer(tmp_path, callbacks=[callback])
         trainer.fit(model, DataLoader(data, batch_size=3, shuffle=True))
         updates.append(callback.update)
         models.append(model.network)
-    server = ResNet()
+    server = Residual()
     merge(updates, tmp_path, model=server)
     means = [model.bn1.running_mean for model in models]
     variances = [model.bn1.running_var for model in models]

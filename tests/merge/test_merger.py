@@ -52,7 +52,7 @@ def test_the_function_and_the_module_give_the_same_merge(updates, method, budget
 
 def test_the_best_iterate_on_labels_is_the_modules(updates, tmp_path):
     clients, loader = updates["fedfisher_kfac"], tiny_loader(seed=50, samples=40, shuffle=False)
-    options = {"method": "fedfisher_kfac", "model": tiny_model()}
+    options = {"method": "fedfisher_kfac", "model": tiny_model(), "max_iterations": 600}
     result = merge_updates(clients, validation_loader=loader, **options)
     assert result.server_labels == 40
     best = max(entry["val_accuracy"] for entry in result.history)
