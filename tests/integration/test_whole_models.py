@@ -20,8 +20,12 @@ from lightning_fedfisher import (
 def test_a_torchvision_resnet_goes_through_callback_and_merge(tmp_path):
     class Residual(TinyClassifier):
         def __init__(self):
-            super().__init__()  # as ResNet-18, with one block of each kind in place of two
-            self.network = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=3)
+            super().__init__()
+            # ResNet-18 up to its second stage: a block that keeps its input's shape, and one that
+            # does not.
+            self.network = ResNet(BasicBlock, [1, 1, 1, 1])
+            self.network.layer3 = self.network.layer4 = nn.Identity()
+            self.network.fc = nn.Linear(128, 3)
 
     torch.manual_seed(0)
     start = Residual().state_dict()
