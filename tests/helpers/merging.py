@@ -1,15 +1,68 @@
-"""Merges on a silent Trainer: whole, stopped half way, and resumed."""
+"""Clients' updates, and merges on a silent Trainer: whole, stopped half way, and resumed."""
 
 from __future__ import annotations
 
 import dataclasses
 import warnings
+from pathlib import Path
 
 import torch
-from helpers.federation import quiet_trainer
+from helpers.federation import quiet_trainer, tiny_updates
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from lightning_fedfisher import ClientUpdate, FisherMergeModule
+from lightning_fedfisher import ClientUpdate, FisherMergeModule, extract_curvature
+
+METHOD_OPTIONS = {  # what a client extracts for each method: curvature and Fisher type
+    "fedavg": ("identity", "exact"),
+    "fisher_merge": ("diagonal", "exact"),
+    "regmean": ("kfac", "normalised"),
+    "fedfisher_diag": ("diagonal", "exact"),
+    "fedfisher_kfac": ("kfac", "exact"),
+    "fedfisher": ("kfac", "normalised"),
+}
+
+
+def updates_by_method(root: Path, methods=tuple(METHOD_OPTIONS)) -> dict[str, list[ClientUpdate]]:
+    """Three clients' updates for each method; methods that need the same share them."""
+    trained = {
+        (curvature, fisher): tiny_updates(
+            root / f"{curvature}-{fisher}", curvature=curvature, fisher=fisher
+        )
+        for curvature, fisher in dict.fromkeys(METHOD_OPTIONS[method] for method in methods)
+    }
+    return {method: trained[METHOD_OPTIONS[method]] for method in methods}
+
+
+def updates_by_curvature(root: Path, *curvatures: str) -> dict[str, list[ClientUpdate]]:
+    """Three clients' updates with each kind of curvature, and the same weights."""
+    return {kind: tiny_updates(root / kind, curvature=kind) for kind in curvatures}
+
+
+def update_of(
+    model: nn.Module, data: Dataset, curvature: str = "diagonal", num_samples: int | None = None
+) -> ClientUpdate:
+    """The update of a model as it is, in memory."""
+    loader = DataLoader(data, batch_size=10)
+    extracted = extract_curvature(model, loader, curvature, max_samples=None, progress=False)
+    return ClientUpdate.from_model(model, extracted.header(num_samples), extracted.blocks)
+
+
+def small_classifier(
+    activation: type[nn.Module] = nn.Tanh, seed: int = 0, bias: bool = True
+) -> nn.Sequential:
+    """Layers ``0`` and ``2``, of which the second is aligned if the activation is a ReLU."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(5, 4), activation(), nn.Linear(4, 3, bias=bias))
+
+
+def small_data(seed: int = 0, samples: int = 30) -> TensorDataset:
+    """Labelled inputs of the small classifier."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, 5, generator=generator) + 1
+    return TensorDataset(x, torch.randint(0, 3, (samples,), generator=generator))
 
 
 def merge(updates, root, val=None, trainer=(), **options) -> FisherMergeModule:

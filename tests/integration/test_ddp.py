@@ -9,35 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.ddp import run_ddp
-from helpers.federation import NormedClassifier, tiny_loader, tiny_model, tiny_updates
-from helpers.merging import assert_same, merge
+from helpers.federation import NormedClassifier, tiny_loader, tiny_model
+from helpers.merging import assert_same, merge, update_of, updates_by_method
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 from lightning_fedfisher import ClientUpdate, extract_curvature
 
 SCRIPT = Path(__file__).with_name("ddp_cases.py")
 
 
-def _update(model, data, batch_size):
-    loader = DataLoader(data, batch_size=batch_size)
-    found = extract_curvature(model, loader, "kfac", max_samples=None, progress=False)
-    return ClientUpdate.from_model(model, found.header(len(data)), found.blocks)
-
-
-def _trained(root):
-    """Clients of the tiny classifier, by what they are merged with."""
-    needs = {"fedfisher": ("kfac", "normalised"), "fedfisher_kfac": ("kfac", "exact")}
-    return {
-        method: tiny_updates(root / method, curvature=curvature, fisher=fisher)
-        for method, (curvature, fisher) in needs.items()
-    }
-
-
 def _of_one_layer():
     torch.manual_seed(0)
     data = TensorDataset(torch.randn(12, 4), torch.arange(12) % 3)
-    return [_update(nn.Linear(4, 3), data, batch_size=4) for _ in range(2)]
+    return [update_of(nn.Linear(4, 3), data, "kfac") for _ in range(2)]
 
 
 def _apart(seed, spread=0.5):
@@ -62,7 +47,7 @@ def _apart(seed, spread=0.5):
             parameter += spread * float(parameter.square().mean().sqrt()) * noise
     x = torch.randn(100 + 50 * seed, 36, generator=generator) + 0.2 * seed
     y = torch.randint(0, 6, (len(x),), generator=generator)
-    return _update(model, TensorDataset(x, y), batch_size=50)
+    return update_of(model, TensorDataset(x, y), "kfac")
 
 
 MERGES = {  # of trained clients: method, processes, memory budget
@@ -76,7 +61,8 @@ MERGES = {  # of trained clients: method, processes, memory budget
 @pytest.fixture(scope="module")
 def clients(tmp_path_factory):
     """The clients whose updates each case merges."""
-    trained = _trained(tmp_path_factory.mktemp("trained"))
+    methods = {method for method, _, _ in MERGES.values()}
+    trained = updates_by_method(tmp_path_factory.mktemp("trained"), sorted(methods))
     with torch.random.fork_rng():
         apart = [_apart(seed) for seed in range(3)]
         small = _of_one_layer()

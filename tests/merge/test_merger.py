@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.federation import quiet_trainer, tiny_loader, tiny_model, tiny_updates
+from helpers.federation import quiet_trainer, tiny_loader, tiny_model
+from helpers.merging import merge, updates_by_method
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -18,30 +19,11 @@ from lightning_fedfisher.merge.methods import METHODS
 from lightning_fedfisher.merge_module import FisherMergeModule
 from lightning_fedfisher.update.client_update import ClientUpdate
 
-NEEDS = {
-    "fedavg": ("identity", "exact"),
-    "fisher_merge": ("diagonal", "exact"),
-    "regmean": ("kfac", "normalised"),
-    "fedfisher_diag": ("diagonal", "exact"),
-    "fedfisher_kfac": ("kfac", "exact"),
-    "fedfisher": ("kfac", "normalised"),
-}
-
 
 @pytest.fixture(scope="module")
 def updates(tmp_path_factory):
     """Three clients' updates for each method."""
-    root = tmp_path_factory.mktemp("updates")
-    return {
-        method: tiny_updates(root / method, curvature=curvature, fisher=fisher)
-        for method, (curvature, fisher) in NEEDS.items()
-    }
-
-
-def _on_trainer(updates, root, val=None, **options):
-    module = FisherMergeModule(updates, **options)
-    quiet_trainer(root, max_epochs=-1).fit(module, val_dataloaders=val)
-    return module
+    return updates_by_method(tmp_path_factory.mktemp("updates"))
 
 
 def assert_equal(result, module):
@@ -65,12 +47,12 @@ def test_the_function_and_the_module_give_the_same_merge(updates, method, budget
     options["max_iterations"] = 300
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*has not converged")
-        assert_equal(merge_updates(clients, **options), _on_trainer(clients, tmp_path, **options))
+        assert_equal(merge_updates(clients, **options), merge(clients, tmp_path, **options))
 
 
 def test_the_best_iterate_on_labels_is_the_modules(updates, tmp_path):
     clients, loader = updates["fedfisher_kfac"], tiny_loader(seed=50, samples=40, shuffle=False)
-    options = {"method": "fedfisher_kfac", "model": tiny_model()}
+    options = {"method": "fedfisher_kfac", "model": tiny_model(), "max_iterations": 600}
     result = merge_updates(clients, validation_loader=loader, **options)
     assert result.server_labels == 40
     best = max(entry["val_accuracy"] for entry in result.history)
@@ -78,7 +60,7 @@ def test_the_best_iterate_on_labels_is_the_modules(updates, tmp_path):
     model.load_state_dict(result.state_dict)
     x, y = loader.dataset.tensors
     assert 100 * float((model(x).argmax(1) == y).float().mean()) == pytest.approx(best)
-    assert_equal(result, _on_trainer(clients, tmp_path, loader, **options))
+    assert_equal(result, merge(clients, tmp_path, loader, **options))
     last = merge_updates(clients, validation_loader=loader, keep_best=False, **options)
     assert last.server_labels == 0
     assert last.history == result.history

@@ -6,11 +6,12 @@ from itertools import product
 
 import pytest
 import torch
+from helpers.merging import small_classifier, small_data, update_of
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_fedfisher import ClientUpdate, extract_curvature
+from lightning_fedfisher import extract_curvature
 from lightning_fedfisher.curvature.base import Identity
 from lightning_fedfisher.curvature.dense import Dense
 from lightning_fedfisher.curvature.diagonal import Diagonal
@@ -217,35 +218,17 @@ def test_only_the_published_methods_keep_their_best_iterate():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_sweep_is_a_part_of_the_steps(method):
+def test_an_epoch_is_a_part_of_the_steps(method):
     row = METHODS[method]
     assert 1 <= row.steps_per_epoch <= row.max_iterations
     assert row.max_iterations % row.steps_per_epoch == 0
 
 
-# The head
-
-
-def _classifier(bias=True, seed=0):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3, bias=bias))
-
-
-def _chain(seed=0):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
-
-
-def _classified(seed=0, samples=30):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(samples, 5, generator=generator) + 1
-    return TensorDataset(x, torch.randint(0, 3, (samples,), generator=generator))
+# Of clients that were extracted: the output layer, and RegMean
 
 
 def _blocks(model, data, kind, fisher="normalised", **options):
-    """Hidden layer and head, by the extraction."""
+    """Hidden and output layer, by the extraction."""
     loader = DataLoader(data, batch_size=10)
     options = {"fisher": fisher, "max_samples": None, "progress": False} | options
     return extract_curvature(model, loader, kind, **options).blocks
@@ -265,8 +248,8 @@ def _written_out(curvature):
 
 
 @pytest.mark.parametrize("kind", ["kfac", "ekfac", "dense"])
-def test_fedfisher_weighs_the_head_by_its_outputs_alone(kind):
-    head = _blocks(_classifier(), _classified(), kind)["2"]
+def test_fedfisher_weighs_the_output_layer_by_its_outputs_alone(kind):
+    head = _blocks(small_classifier(), small_data(), kind)["2"]
     found = METHODS["fedfisher"].transform(head, True)
     assert type(found) is type(head)
     dense = _written_out(head)
@@ -282,100 +265,11 @@ def test_fedfisher_weighs_the_head_by_its_outputs_alone(kind):
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "fedfisher"])
-def test_other_methods_know_no_head(method):
+def test_other_methods_know_no_output_layer(method):
     for curvature in _curvatures().values():
         here, there = (METHODS[method].transform(curvature, head) for head in (True, False))
         assert type(here) is type(there)
         torch.testing.assert_close(here.dense(), there.dense(), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("make", [_chain, _classifier])
-@pytest.mark.parametrize("method", METHODS)
-def test_a_method_is_told_which_layer_is_an_aligned_head(method, make):
-    kind = METHODS[method].curvatures[0] if METHODS[method].curvatures else "kfac"
-    updates = [_update(make(seed=s), _classified(s), kind) for s in range(2)]
-    told, transform = [], METHODS[method].transform
-    row = replace(
-        METHODS[method],
-        name="own",
-        transform=lambda f, head: (told.append(head), transform(f, head))[1],
-    )
-    aligned = METHODS[method].aligns and make is _chain
-    for head, expected in (("2", [False, aligned]), ("0", [False, False]), ("", [False, False])):
-        headed = [(replace(u.header, output_layer=head), u.blocks) for u in updates]
-        renamed = [ClientUpdate.from_model(make(), *parts) for parts in headed]
-        problems = LayerLoader(renamed, row, 2**30)
-        merged = [problems.average(index) for index in range(2)]
-        for index in range(2):
-            told.clear()
-            problems.read(index, CPU, merged)
-            assert told == [expected[index]] * 2
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_only_what_is_aligned_is_read_more_than_once(method, monkeypatch):
-    kind = METHODS[method].curvatures[0] if METHODS[method].curvatures else "kfac"
-    updates = [_update(_chain(s), _classified(s), kind) for s in range(2)]
-    reads, original = [], ClientUpdate.block
-    monkeypatch.setattr(
-        ClientUpdate, "block", lambda u, layer: (reads.append(layer.name), original(u, layer))[1]
-    )
-    problems = LayerLoader(updates, METHODS[method], 2**30)
-    merged = [problems.average(index) for index in range(2)]
-    for index in range(2):
-        problems.read(index, CPU, merged)
-    aligned = METHODS[method].aligns and kind == "kfac"
-    assert reads == ["0"] * (4 if aligned else 2) + ["2"] * 2
-
-
-# The server's problems
-
-
-@pytest.mark.parametrize("kind", ["kfac", "ekfac", "diagonal"])
-def test_a_layer_prepared_beforehand_is_read_as_any(kind):
-    updates = [_update(_chain(s), _classified(s), kind) for s in range(2)]
-    told, transform = [], METHODS["fedfisher"].transform
-    row = replace(
-        METHODS["fedfisher"],
-        name="own",
-        transform=lambda f, head: (told.append(head), transform(f, head))[1],
-    )
-    at_once, beforehand = (LayerLoader(updates, row, 2**30) for _ in range(2))
-    merged = [at_once.average(index) for index in range(2)]
-    expected = at_once.read(1, CPU, merged).problem
-    prepared = beforehand.offload(1, beforehand.curvatures(1, CPU), CPU)
-    told.clear()
-    problem = beforehand.read(1, CPU, merged, prepared).problem
-    assert not told
-    for ours, theirs in zip(problem.curvatures, expected.curvatures, strict=True):
-        for one, other in zip(ours.tensors().values(), theirs.tensors().values(), strict=True):
-            assert torch.equal(one, other)
-    for ours, theirs in zip(problem.weights, expected.weights, strict=True):
-        assert torch.equal(ours, theirs)
-
-
-def _update(model, data, kind, num_samples=None):
-    loader = DataLoader(data, batch_size=10)
-    extracted = extract_curvature(model, loader, kind, max_samples=None, progress=False)
-    return ClientUpdate.from_model(model, extracted.header(num_samples), extracted.blocks)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_shares_are_powers_of_the_sample_counts(method):
-    updates = [
-        _update(_classifier(seed=client), _classified(client), "kfac", samples)
-        for client, samples in enumerate((400, 100, 25))
-    ]
-    power = 0.5 if method == "fedfisher" else 1.0
-    assert METHODS[method].client_weight_power == power
-    expected = [20 / 35, 10 / 35, 5 / 35] if power == 0.5 else [400 / 525, 100 / 525, 25 / 525]
-    problems = LayerLoader(updates, METHODS[method], 2**30)
-    for index, layer in enumerate(updates[0].layers):
-        problem = problems.read(index, CPU, []).problem
-        assert problem.client_weights == pytest.approx(expected)
-        average = sum(p * u.weights(layer).double() for p, u in zip(expected, updates, strict=True))
-        torch.testing.assert_close(problem.average.double(), average, rtol=1e-5, atol=1e-6)
-        assert torch.equal(problems.average(index), problem.average)
 
 
 class _Mixed(nn.Module):
@@ -404,7 +298,7 @@ def test_regmean_is_its_closed_form_over_unfolded_inputs():
         with torch.random.fork_rng():
             torch.manual_seed(client)
             model = _Mixed()
-        updates.append(_update(model, data, "kfac"))
+        updates.append(update_of(model, data, "kfac"))
         assert updates[-1].num_samples == size
         x = data.tensors[0].double()
         model = model.double()
@@ -441,7 +335,7 @@ def test_regmean_weighs_the_rows_of_an_embedding_by_how_often_they_are_read():
             torch.manual_seed(client)
             model = nn.Sequential(nn.Embedding(6, 4), nn.Flatten(), nn.Linear(12, 3))
         data = TensorDataset(tokens, torch.randint(0, 3, (size,), generator=generator))
-        updates.append(_update(model, data, "kfac"))
+        updates.append(update_of(model, data, "kfac"))
         counts.append(torch.bincount(tokens.flatten(), minlength=6).double().unsqueeze(1))
     problem = LayerLoader(updates, row).read(0, CPU).problem
     solver = row.solver(problem)
@@ -468,7 +362,7 @@ def test_regmean_of_a_transposed_convolution_weighs_its_rows_by_their_inputs(cur
             transposed = nn.ConvTranspose2d(2, 3, 1, bias=False)
             model = nn.Sequential(transposed, nn.Flatten(), nn.Linear(27, 3)).double()
         data = TensorDataset(x, torch.randint(0, 3, (size,), generator=generator))
-        updates.append(_update(model, data, curvature))
+        updates.append(update_of(model, data, curvature))
         pixels = x.movedim(1, 0).flatten(1)
         grams.append(pixels @ pixels.mT)
     problem = LayerLoader(updates, row).read(0, CPU).problem

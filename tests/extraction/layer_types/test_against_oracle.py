@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision.models.convnext import CNBlockConfig
 
 from lightning_fedfisher.errors import UnsupportedModelError
 from lightning_fedfisher.extraction.accumulators import model_sums as second_moments
@@ -1457,6 +1458,11 @@ def _vision_transformer():
     )
 
 
+def _convnext():
+    widths = [CNBlockConfig(8, 16, 1), CNBlockConfig(16, 24, 1), CNBlockConfig(24, None, 2)]
+    return torchvision.models.ConvNeXt(widths, num_classes=5)
+
+
 class _TextClassifier(_Encoder):
     """The text classifier at a size that is used."""
 
@@ -1490,9 +1496,7 @@ VIT = ("class_token", "pos_embedding")
 REAL = {
     "resnet18": Real(lambda: torchvision.models.resnet18(num_classes=5), 21),
     "mobilenet_v3_small": Real(lambda: torchvision.models.mobilenet_v3_small(num_classes=5), 43),
-    "convnext_tiny": Real(
-        lambda: torchvision.models.convnext_tiny(num_classes=5), 41, ("layer_scale",)
-    ),
+    "convnext": Real(_convnext, 12, ("layer_scale",)),
     "vision transformer": Real(_vision_transformer, 10, VIT),
     "text, samples first": Real(lambda: _TextClassifier(True), 10, ("places",), True),
     "text, positions first": Real(lambda: _TextClassifier(False), 10, ("places",), True),

@@ -1,0 +1,171 @@
+"""Merge problems as they are read from updates: what is read, how often, and for whom."""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.merging import small_classifier, small_data, update_of
+from torch import nn
+
+from lightning_fedfisher import ClientUpdate
+from lightning_fedfisher.merge.layer_loader import LayerLoader
+from lightning_fedfisher.merge.methods import METHODS
+
+CPU = torch.device("cpu")
+
+
+def _updates(kind, activation=nn.ReLU):
+    return [update_of(small_classifier(activation, seed=s), small_data(s), kind) for s in range(2)]
+
+
+def _curvature_of(method):
+    """A kind of curvature that the method accepts."""
+    return METHODS[method].curvatures[0] if METHODS[method].curvatures else "kfac"
+
+
+def _averages(loader):
+    return [loader.average(index) for index in range(len(loader.layers))]
+
+
+def _noting(method):
+    """The method, and a list of what its transform is told: whether a layer is the output layer."""
+    told, transform = [], METHODS[method].transform
+
+    def noted(curvature, is_output_layer):
+        told.append(is_output_layer)
+        return transform(curvature, is_output_layer)
+
+    return replace(METHODS[method], name="own", transform=noted), told
+
+
+def _assert_same_problem(one, other):
+    """To the bit."""
+    assert one.client_weights == other.client_weights
+    for ours, theirs in zip(one.weights, other.weights, strict=True):
+        assert torch.equal(ours, theirs)
+    for ours, theirs in zip(one.curvatures, other.curvatures, strict=True):
+        assert ours.kind == theirs.kind
+        assert ours.tensors().keys() == theirs.tensors().keys()
+        for name, tensor in ours.tensors().items():
+            assert torch.equal(tensor, theirs.tensors()[name])
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_is_told_which_layer_is_an_aligned_output_layer(method, activation):
+    updates = _updates(_curvature_of(method), activation)
+    row, told = _noting(method)
+    aligned = METHODS[method].aligns and activation is nn.ReLU
+    outputs = {"2": [False, aligned], "0": [False, False], "": [False, False]}
+    for output_layer, expected in outputs.items():
+        headers = [replace(update.header, output_layer=output_layer) for update in updates]
+        renamed = [
+            ClientUpdate.from_model(small_classifier(activation), header, update.blocks)
+            for header, update in zip(headers, updates, strict=True)
+        ]
+        loader = LayerLoader(renamed, row, 2**30)
+        merged = _averages(loader)
+        for index in range(2):
+            told.clear()
+            loader.read(index, CPU, merged)
+            assert told == [expected[index]] * 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_what_is_aligned_is_read_more_than_once(method, monkeypatch):
+    kind = _curvature_of(method)
+    updates = _updates(kind)
+    reads, original = [], ClientUpdate.block
+    monkeypatch.setattr(
+        ClientUpdate, "block", lambda u, layer: (reads.append(layer.name), original(u, layer))[1]
+    )
+    loader = LayerLoader(updates, METHODS[method], 2**30)
+    merged = _averages(loader)
+    for index in range(2):
+        loader.read(index, CPU, merged)
+    aligned = METHODS[method].aligns and kind == "kfac"
+    assert reads == ["0"] * (4 if aligned else 2) + ["2"] * 2
+
+
+@pytest.fixture
+def openings(monkeypatch):
+    """How often each update file was opened, by its name."""
+    counts, original = Counter(), Path.open
+
+    def opening(self, *arguments, **options):
+        if self.suffix == ".safetensors":
+            counts[self.name] += 1
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", opening)
+    return counts
+
+
+def _opened(updates, folder):
+    """The same updates, of files."""
+    paths = [update.save(folder / f"{k}.safetensors") for k, update in enumerate(updates)]
+    return [ClientUpdate.open(path) for path in paths]
+
+
+@pytest.mark.parametrize("budget", [0, 2**30])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_read_opens_each_file_once(method, budget, openings, tmp_path):
+    kind = _curvature_of(method)
+    loader = LayerLoader(_opened(_updates(kind), tmp_path), METHODS[method], budget)
+    merged = _averages(loader)
+    each, aligned = Counter(["0.safetensors", "1.safetensors"]), METHODS[method].aligns
+    # What has become of the layer before an aligned one is found out once, in an opening before.
+    for index, expected in ((0, each), (1, each + each if aligned else each), (1, each)):
+        openings.clear()
+        loader.read(index, CPU, merged)
+        assert openings == expected
+
+
+@pytest.mark.parametrize("budget", [0, 300, 2**30])
+@pytest.mark.parametrize("kind", ["kfac", "ekfac", "diagonal", "dense"])
+def test_reading_twice_gives_the_same_problem_and_changes_no_size(kind, budget, tmp_path):
+    updates = _updates(kind)
+    loader = LayerLoader(_opened(updates, tmp_path), METHODS["fedfisher"], budget)
+    sizes, merged = list(loader.budget.sizes), _averages(loader)
+    in_memory = LayerLoader(updates, METHODS["fedfisher"], budget)
+    for index in range(2):
+        first, second = (loader.read(index, CPU, merged) for _ in range(2))
+        for other in (second, in_memory.read(index, CPU, merged)):
+            _assert_same_problem(first.problem, other.problem)
+            assert torch.equal(first.influence, other.influence)
+            assert first.nbytes == other.nbytes
+    assert loader.budget.sizes == in_memory.budget.sizes == sizes
+
+
+@pytest.mark.parametrize("kind", ["kfac", "ekfac", "diagonal"])
+def test_a_layer_prepared_beforehand_is_read_as_any(kind):
+    row, told = _noting("fedfisher")
+    updates = _updates(kind)
+    at_once, beforehand = (LayerLoader(updates, row, 2**30) for _ in range(2))
+    merged = _averages(at_once)
+    expected = at_once.read(1, CPU, merged).problem
+    prepared = beforehand.offload(1, beforehand.curvatures(1, CPU), CPU)
+    told.clear()
+    problem = beforehand.read(1, CPU, merged, prepared).problem
+    assert not told
+    _assert_same_problem(problem, expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_client_weights_are_powers_of_the_sample_counts(method):
+    updates = [
+        update_of(small_classifier(seed=client), small_data(client), "kfac", samples)
+        for client, samples in enumerate((400, 100, 25))
+    ]
+    power = 0.5 if method == "fedfisher" else 1.0
+    assert METHODS[method].client_weight_power == power
+    expected = [20 / 35, 10 / 35, 5 / 35] if power == 0.5 else [400 / 525, 100 / 525, 25 / 525]
+    loader = LayerLoader(updates, METHODS[method], 2**30)
+    for index, layer in enumerate(updates[0].layers):
+        problem = loader.read(index, CPU, []).problem
+        assert problem.client_weights == pytest.approx(expected)
+        average = sum(p * u.weights(layer).double() for p, u in zip(expected, updates, strict=True))
+        torch.testing.assert_close(problem.average.double(), average, rtol=1e-5, atol=1e-6)
+        assert torch.equal(loader.average(index), problem.average)
