@@ -5,7 +5,7 @@ file. A server merges the files with `merge_updates`, or with `FisherMergeModule
 into the one model that minimises the sum of the clients' quadratics.
 
 A name is imported when it is first used, so that a client does not pay for the server, nor anybody
-for what they do not touch. Everything else is imported from its room, as
+for what they do not touch. Everything else is imported from its folder, as
 ``from lightning_fedfisher.curvature import Kronecker``.
 """
 

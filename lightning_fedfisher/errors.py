@@ -6,6 +6,9 @@ May import: nothing of this package.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+from typing_extensions import override
 
 
 class FedFisherError(ValueError):
@@ -32,6 +35,11 @@ class FedFisherError(ValueError):
         """
         self.offenders = tuple(offenders)
         super().__init__("\n".join([heading, *(f"  - {offender}" for offender in offenders)]))
+
+    @override
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Pickled as it is, for process pools: subclasses are made from other arguments.
+        return Exception.__new__, (type(self), *self.args), vars(self)
 
 
 class UnsupportedModelError(FedFisherError):

@@ -3,7 +3,7 @@
 The merge is a separate problem for each layer, so a `Trainer` runs it with the parts it has: the
 train loader yields this rank's layers, a training step advances one layer's solver, and at the end
 of each epoch the ranks put the global model together. Nothing is exchanged in between. All that the
-server knows of merging is in the room `merge`, which needs no Trainer.
+server knows of merging is in `lightning_fedfisher.merge`, which needs no Trainer.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """Refusals: one family, one message, and each reason in a line of its own."""
 
+import pickle
+
 import pytest
 
 import lightning_fedfisher
@@ -58,3 +60,11 @@ def test_all_are_public_and_caught_as_one_or_as_value_errors():
         assert issubclass(kind, FedFisherError)
         assert issubclass(kind, ValueError)
         assert getattr(lightning_fedfisher, kind.__name__) is kind
+
+
+@pytest.mark.parametrize("error", [*(error for error, _ in KINDS), BudgetError("big")])
+def test_an_error_comes_back_from_another_process(error):
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is type(error)
+    assert str(again) == str(error)
+    assert vars(again) == vars(error)

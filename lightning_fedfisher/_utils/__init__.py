@@ -1,4 +1,4 @@
-"""Small things every room needs: text, files, versions, progress bars.
+"""Small things that every part of the package needs: text, files, versions, progress bars.
 
 May import: nothing of this package.
 """

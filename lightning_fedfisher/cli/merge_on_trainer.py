@@ -48,9 +48,12 @@ def merge_on_trainer(
             enable_progress_bar=sys.stderr.isatty(),
         )
         merge = FisherMergeModule(files, **options)
-        trainer.fit(merge)
-        if trainer.interrupted:
-            raise KeyboardInterrupt
+        try:
+            trainer.fit(merge)
+        except SystemExit:  # as Lightning ends an interrupted fit
+            if trainer.interrupted:
+                raise KeyboardInterrupt from None
+            raise
         return merge.result
 
 

@@ -12,7 +12,7 @@ is no differential privacy. A diagonal merge can do without seeing any single up
 
 *What a file can do*: a malformed file can only be refused. It is never unpickled or executed, it is
 checked before it is used, and the memory that it may take is bounded before it is allocated (see
-the room `update`).
+`lightning_fedfisher.update`).
 
 *What a client can do* with a valid file: send wrong weights, or claim more weight in the merge than
 it should have, by its curvature or its number of samples. In every layer it is compared with the

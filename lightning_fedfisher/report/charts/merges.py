@@ -67,7 +67,7 @@ def convergence_chart(record: FederationRecord) -> Chart | None:
         sentences(
             "Largest relative residual of a layer after so many solver iterations, of "
             + (most if len(shown) < len(curves) else "each iterative method"),
-            "A sweep is left out while a layer waits to begin",
+            "An epoch is left out while a layer waits to begin",
             f"Less than {number(_LEAST_RESIDUAL)} is drawn there" if floored else "",
         ),
         [Panel(lines(series, x, y, "%{x:,.0f} iterations: residual %{y:.2~g}"))],
