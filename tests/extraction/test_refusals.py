@@ -23,7 +23,7 @@ def test_numbers_below_one(option, value):
 
 
 @pytest.mark.parametrize("tolerance", [-0.1, 1.0, float("nan")])
-def test_tolerances_that_are_no_share(tolerance):
+def test_tolerances_that_are_no_fraction(tolerance):
     with pytest.raises(ValueError, match="tolerance must lie in"):
         extract(nn.Linear(4, 3), make_data(VECTOR), tolerance=tolerance)
 
@@ -92,17 +92,13 @@ def test_samples_that_depend_on_each_other(kind):
             extract(model, make_data(VECTOR), kind, fisher=fisher)
 
 
-def _checkpointed(first):
-    def forward(net, x):
-        x = net.first(x) if first else x
-        return net.head(checkpoint(lambda x: torch.tanh(net.body(x)), x, use_reentrant=False))
-
-    return forward
+def _checkpointed(net, x):
+    return net.head(checkpoint(lambda x: torch.tanh(net.body(x)), x, use_reentrant=False))
 
 
 @pytest.mark.parametrize("kind", ["kfac", "ekfac", "dense"])
 def test_checkpointed_activations_from_the_input(kind):
-    model = Net(_checkpointed(False), body=nn.Linear(4, 4), head=nn.Linear(4, 3))
+    model = Net(_checkpointed, body=nn.Linear(4, 4), head=nn.Linear(4, 3))
     with pytest.raises(UnsupportedModelError, match="switch gradient checkpointing off"):
         extract(model.double(), make_data(VECTOR), kind)
 

@@ -63,12 +63,9 @@ def test_inputs_of_one_branch_that_require_gradients(kind):
     assert are_equal(found, expected, 1e-12)
 
 
-def _checkpointed(first):
-    def forward(net, x):
-        x = net.first(x) if first else x
-        return net.head(checkpoint(lambda x: torch.tanh(net.body(x)), x, use_reentrant=False))
-
-    return forward
+def _checkpointed(net, x):
+    x = net.first(x)
+    return net.head(checkpoint(lambda x: torch.tanh(net.body(x)), x, use_reentrant=False))
 
 
 @every_extracted_kind
@@ -76,7 +73,7 @@ def test_checkpointed_activations_behind_a_layer(kind):
     torch.manual_seed(0)
     modules = {name: nn.Linear(4, 4).double() for name in ("first", "body")}
     modules["head"] = nn.Linear(4, 3).double()
-    found = extract(Net(_checkpointed(True), **modules), make_data(VECTOR), kind)
+    found = extract(Net(_checkpointed, **modules), make_data(VECTOR), kind)
     plain = Net(lambda n, x: n.head(torch.tanh(n.body(n.first(x)))), **modules)
     assert are_equal(found, extract(plain, make_data(VECTOR), kind), 1e-12)
 

@@ -77,15 +77,15 @@ def test_memory_does_not_change_a_bit(kinds, kind, method, offloads, tmp_path):
     freely = merge(paths, tmp_path, method=method)
     assert offloads == []
     sizes = _bytes(clients)
-    held = []
+    in_work = []
 
-    def look(trainer, module, *_):
-        held.append([sizes[index] for index in module.merger.solvers])
+    def note_sizes(trainer, module, *_):
+        in_work.append([sizes[index] for index in module.merger.solvers])
 
     for budget in (0, min(sizes), sorted(sizes)[2], max(sizes), sum(sizes) - 1):
         offloads.clear()
-        held.clear()
-        watch = {"callbacks": [LambdaCallback(on_train_batch_end=look)]}
+        in_work.clear()
+        watch = {"callbacks": [LambdaCallback(on_train_batch_end=note_sizes)]}
         module = merge(paths, tmp_path, method=method, memory_budget=budget, trainer=watch)
         assert_same(module.merged_state_dict(), freely.merged_state_dict(), rtol=0, atol=0)
         assert module.history[-1] == freely.history[-1]
@@ -93,7 +93,7 @@ def test_memory_does_not_change_a_bit(kinds, kind, method, offloads, tmp_path):
         # No curvature is left of FedAvg's; what is known of merged layers takes room as well.
         assert offloaded <= len(offloads) <= offloaded + len(clients[0].header.fed_by)
         assert not any(folder.exists() for folder in offloads)
-        assert all(len(now) <= 1 or sum(now) <= budget for now in held)
+        assert all(len(now) <= 1 or sum(now) <= budget for now in in_work)
 
 
 def test_layers_wait_for_room(kinds, tmp_path):
@@ -141,9 +141,9 @@ def test_memory_does_not_change_published_methods(updates, method, labels, offlo
 
 @pytest.mark.parametrize("loader", [None, "unused"])
 def test_a_model_without_labels_leaves_the_memory_bounded(updates, loader, tmp_path):
-    held, val = [], loader and tiny_loader(seed=50, samples=40, shuffle=False)
+    in_work, val = [], loader and tiny_loader(seed=50, samples=40, shuffle=False)
     watch = LambdaCallback(
-        on_train_batch_end=lambda _, module, *__: held.append(len(module.merger.solvers))
+        on_train_batch_end=lambda _, module, *__: in_work.append(len(module.merger.solvers))
     )
     merge(
         updates["fedfisher_kfac"],
@@ -155,8 +155,8 @@ def test_a_model_without_labels_leaves_the_memory_bounded(updates, loader, tmp_p
         memory_budget=0,
         trainer={"callbacks": [watch], "limit_val_batches": 0 if val else 1.0},
     )
-    assert held
-    assert max(held) <= 1
+    assert in_work
+    assert max(in_work) <= 1
 
 
 def test_offloaded_folders_go_with_a_merge_that_is_stopped(updates, offloads, tmp_path):
