@@ -1,10 +1,10 @@
 """The runs that clients and servers open, read back from disk."""
 
 import pytest
+import wandb
 from helpers.wandb_runs import open_run, read_runs
 from lightning.pytorch.loggers import WandbLogger
 
-import wandb
 from lightning_fedfisher._utils.environment import provenance
 
 
