@@ -8,9 +8,10 @@ server knows of merging is in `lightning_fedfisher.merge`, which needs no Traine
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, cast
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
@@ -22,11 +23,12 @@ from typing_extensions import override
 from lightning_fedfisher._utils.text import client_names
 from lightning_fedfisher.distributed.assignment import IDLE, LayerBatches, assign_layers
 from lightning_fedfisher.distributed.lightning_strategies import require_whole_model, sum_over_ranks
-from lightning_fedfisher.merge.checkpoint import load_state, save_state
+from lightning_fedfisher.merge.checkpoint import fingerprint, load_state, save_state
 from lightning_fedfisher.merge.compatibility import UpdateSource, check_model
+from lightning_fedfisher.merge.memory_budget import DEFAULT_MEMORY_BUDGET
 from lightning_fedfisher.merge.merger import Merger
 from lightning_fedfisher.merge.methods import MergeMethod
-from lightning_fedfisher.merge.options import DEFAULT_MEMORY_BUDGET, MergeOptions
+from lightning_fedfisher.merge.options import MergeOptions
 from lightning_fedfisher.merge.result import MergeResult
 from lightning_fedfisher.merge.validation import Validation, require_one_loader
 from lightning_fedfisher.tracking.server import define_merge_axes, layer_metrics, log_merge
@@ -109,13 +111,18 @@ class FisherMergeModule(LightningModule):
         # Parameters, so that checkpoints hold them and DDP takes the module. Buffers or submodules
         # would be overwritten by rank 0's, so the model stays outside the module tree.
         self.merged = nn.ParameterList(nn.Parameter(matrix) for matrix in self.merger.merged)
-        self.merger.merged = list(self.merged)
+        self.merger.merged = cast(Sequence[Tensor], self.merged)  # whatever replaces its parameters
         self._target: list[nn.Module] = [] if model is None else [model]
         if model is not None:
             check_model(model, self.merged_state_dict(), self.updates[0].header.frozen)
         self._validation: Validation | None = None
         self._turns = 0
         self._ended = False
+        self._started = 0.0
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint(self.merger.method, self.updates)
 
     @property
     def result(self) -> MergeResult:
@@ -171,15 +178,16 @@ class FisherMergeModule(LightningModule):
             )
         if stage == TrainerFn.FITTING:
             self._ended = False
+            self._started = time.perf_counter()
             self.merger.restart()
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[_CHECKPOINT_KEY] = save_state(self.merger)
+        checkpoint[_CHECKPOINT_KEY] = save_state(self.merger, self._fingerprint)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        load_state(self.merger, checkpoint.get(_CHECKPOINT_KEY, {}))
+        load_state(self.merger, checkpoint.get(_CHECKPOINT_KEY, {}), self._fingerprint)
 
     @override
     def configure_optimizers(self) -> Optimizer:
@@ -256,6 +264,7 @@ class FisherMergeModule(LightningModule):
     @override
     def on_train_end(self) -> None:
         self._ended = True
+        self.merger.seconds = time.perf_counter() - self._started
         clients = client_names([update.source for update in self.updates])
         layers, step = [layer.name for layer in self.layers], self.trainer.global_step
         log_merge(self.trainer.loggers, layers, clients, self.distances, self.influence, step)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,12 +47,10 @@ def run(flags: Namespace) -> int:
         _tell_plan(files, flags, model, [output, card, record])
         return 0
     output.parent.mkdir(parents=True, exist_ok=True)  # or it fails after the work
-    started = time.perf_counter()
     try:
         result = _merge(files, flags, model)
     except KeyboardInterrupt:
         raise ValueError("the merge was interrupted: nothing is written") from None
-    seconds = time.perf_counter() - started
     if not is_rank_zero():
         return 0
     state = dict(result.state_dict)
@@ -66,7 +63,7 @@ def run(flags: Namespace) -> int:
     with atomic_write(card) as partial:
         partial.write_text(model_card(result, output.name, ["fedfisher", *sys.argv[1:]]))
     config = {name: value for name, value in flags.items() if name != "config"}
-    describe_federation(result, output.name, seconds, config).save(record)
+    describe_federation(result, output.name, config).save(record)
     show(f"{output}: {len(result.clients)} updates merged by {result.method}; {card} tells more")
     return 0
 
@@ -80,19 +77,31 @@ def _merge(files: Sequence[str], flags: Namespace, model: nn.Module | None) -> M
         "skip_invalid": flags.skip_invalid,
         "memory_budget": flags.memory_budget,
     }
-    gpu = torch.cuda.is_available()
-    alone = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "auto": "cuda" if gpu else "cpu"}
-    if flags.devices == 1 and flags.accelerator in alone:
-        return merge_updates(files, device=alone[flags.accelerator], **options)
+    if (device := _device(flags)) is not None:
+        return merge_updates(files, device=device, **options)
     from lightning_fedfisher.cli.merge_on_trainer import merge_on_trainer
 
     return merge_on_trainer(files, flags.accelerator, flags.devices, options)
 
 
+def _device(flags: Namespace) -> str | None:
+    """The device on which this process merges alone; None if that takes a Trainer."""
+    accelerator = flags.accelerator
+    if flags.devices != 1:
+        return None
+    if torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda"):
+        return "cuda"
+    return "cpu" if accelerator in ("auto", "cpu") else None
+
+
 def _tell_plan(
     files: Sequence[str], flags: Namespace, model: nn.Module | None, outputs: Sequence[Path]
 ) -> None:
-    """Prints what a merge would do, for ``--dry-run``."""
+    """Checks all that a merge would, and prints what it would do, for ``--dry-run``."""
+    if _device(flags) is None:
+        from lightning_fedfisher.cli.merge_on_trainer import check_devices
+
+        check_devices(flags.accelerator, flags.devices)
     options = MergeOptions(
         flags.method,
         max_iterations=flags.max_iterations,
@@ -103,6 +112,8 @@ def _tell_plan(
     merger = Merger.open(files, options)
     if model is not None:
         check_model(model, merger.state_dict(), merger.updates[0].header.frozen)
+    if not is_rank_zero():
+        return
     weights = sum(layer.shape[0] * layer.shape[1] for layer in merger.layers)
     show(
         f"would merge {len(merger.updates)} updates, {len(merger.layers)} layers of {weights:,} "

@@ -36,17 +36,7 @@ def merge_on_trainer(
         ValueError: If Lightning refuses the devices.
     """
     with _quiet_lightning():
-        trainer = Trainer(
-            accelerator=accelerator,
-            devices=devices,
-            strategy="ddp" if devices > 1 else "auto",
-            max_epochs=-1,
-            use_distributed_sampler=False,
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=sys.stderr.isatty(),
-        )
+        trainer = _make_trainer(accelerator, devices)
         merge = FisherMergeModule(files, **options)
         try:
             trainer.fit(merge)
@@ -55,6 +45,34 @@ def merge_on_trainer(
                 raise KeyboardInterrupt from None
             raise
         return merge.result
+
+
+def check_devices(accelerator: str, devices: int) -> None:
+    """Refuses devices that Lightning does not have here, before any update is read.
+
+    Args:
+        accelerator: Lightning's name of the accelerator.
+        devices: Number of devices, or of processes on a CPU.
+
+    Raises:
+        ValueError: If Lightning refuses the devices.
+    """
+    with _quiet_lightning():
+        _make_trainer(accelerator, devices)
+
+
+def _make_trainer(accelerator: str, devices: int) -> Trainer:
+    return Trainer(
+        accelerator=accelerator,
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        max_epochs=-1,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=sys.stderr.isatty(),
+    )
 
 
 @contextmanager

@@ -5,8 +5,8 @@ from __future__ import annotations
 from jsonargparse import ArgumentParser
 
 from lightning_fedfisher._utils.environment import package_version
+from lightning_fedfisher.merge.memory_budget import DEFAULT_MEMORY_BUDGET
 from lightning_fedfisher.merge.methods import METHODS
-from lightning_fedfisher.merge.options import DEFAULT_MEMORY_BUDGET
 
 _MODEL = "module.path:factory, a function without arguments that makes the model to check against"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,15 +10,23 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 
+# Where launchers tell a process its rank, in the order in which Lightning looks.
+_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+
 
 def is_rank_zero() -> bool:
     """Tells whether this is the process of rank 0, or the only one.
+
+    Lightning sets the rank when it is imported. Before, the launcher's environment tells it.
 
     Example:
         >>> is_rank_zero()
         True
     """
-    return getattr(rank_zero_only, "rank", 0) == 0
+    rank = getattr(rank_zero_only, "rank", None)
+    if rank is None:
+        rank = next((os.environ[name] for name in _RANKS if name in os.environ), 0)
+    return int(rank) == 0
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_fedfisher._utils.progress import progress_bar
 from lightning_fedfisher.curvature.base import Curvature
 from lightning_fedfisher.curvature.input_map import InputMap
 from lightning_fedfisher.curvature.registry import KINDS
+from lightning_fedfisher.distributed.progress import progress_bar
 from lightning_fedfisher.layers import Activation
 from lightning_fedfisher.merge.disk_cache import OnDiskTensors
 from lightning_fedfisher.merge.memory_budget import MemoryBudget, working_dtype

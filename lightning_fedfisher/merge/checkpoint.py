@@ -40,17 +40,18 @@ def fingerprint(method: MergeMethod, updates: Sequence[ClientUpdate]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def save_state(merger: Merger) -> dict[str, Any]:
+def save_state(merger: Merger, fingerprint: str) -> dict[str, Any]:
     """What a checkpoint has to hold beside the merged matrices.
 
     Args:
         merger: The merge in work.
+        fingerprint: Its `fingerprint`, computed once: it may hash all updates.
 
     Returns:
         Numbers, words and tensors, which load with ``weights_only=True``.
     """
     return {
-        "fingerprint": fingerprint(merger.method, merger.updates),
+        "fingerprint": fingerprint,
         "states": torch.stack([state.to_row() for state in merger.states]),
         "max_iterations": merger.method.max_iterations,
         "history": merger.history,
@@ -60,17 +61,18 @@ def save_state(merger: Merger) -> dict[str, Any]:
     }
 
 
-def load_state(merger: Merger, saved: Mapping[str, Any]) -> None:
+def load_state(merger: Merger, saved: Mapping[str, Any], fingerprint: str) -> None:
     """Goes on where `save_state` left off; the merged matrices are restored elsewhere.
 
     Args:
         merger: A merge of the same updates by the same method.
         saved: What `save_state` returned.
+        fingerprint: The `fingerprint` of this merge.
 
     Raises:
         ValueError: If it is of another merge.
     """
-    if saved.get("fingerprint") != fingerprint(merger.method, merger.updates):
+    if saved.get("fingerprint") != fingerprint:
         raise ValueError(
             "the checkpoint is of another merge, or of another version: resume it with the same "
             "updates, in the same order, and the same method"

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_fedfisher._utils.progress import progress_bar
 from lightning_fedfisher.distributed.processes import is_rank_zero
+from lightning_fedfisher.distributed.progress import progress_bar
 from lightning_fedfisher.errors import MergeError, UpdateError
 from lightning_fedfisher.layers import aliases
 from lightning_fedfisher.merge.methods import MergeMethod

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_fedfisher._utils.progress import progress_bar
 from lightning_fedfisher.curvature.base import Curvature
+from lightning_fedfisher.distributed.progress import progress_bar
 from lightning_fedfisher.errors import MergeError
 from lightning_fedfisher.layers import Layer
 from lightning_fedfisher.merge.alignment import Alignment, LayerAlignments
 from lightning_fedfisher.merge.disk_cache import OnDiskCurvatures
 from lightning_fedfisher.merge.influence_cap import cap, measure
-from lightning_fedfisher.merge.memory_budget import MemoryBudget, sent_bytes, working_dtype
+from lightning_fedfisher.merge.memory_budget import (
+    DEFAULT_MEMORY_BUDGET,
+    MemoryBudget,
+    sent_bytes,
+    working_dtype,
+)
 from lightning_fedfisher.merge.methods import MergeMethod
 from lightning_fedfisher.merge.objective import Quadratic, average
 from lightning_fedfisher.update.client_update import ClientUpdate
@@ -54,7 +58,7 @@ class LayerLoader:
         self,
         updates: Sequence[ClientUpdate],
         method: MergeMethod,
-        memory_budget: int = sys.maxsize,
+        memory_budget: int = DEFAULT_MEMORY_BUDGET,
     ) -> None:
         """Reads headers alone.
 
@@ -95,8 +99,11 @@ class LayerLoader:
             index: Index of the layer.
             device: Where to put them.
         """
-        layer, dtype = self.layers[index], self._dtypes[index]
-        return [update.weights(layer).to(device, dtype) for update in self.updates]
+        return [self._weights(index, update, device) for update in self.updates]
+
+    def _weights(self, index: int, update: ClientUpdate, device: torch.device) -> Tensor:
+        with update.opened():
+            return update.weights(self.layers[index]).to(device, self._dtypes[index])
 
     def curvature(self, index: int, client: int, device: torch.device) -> Curvature:
         """Reads what the method makes of one client's curvature of a layer.
@@ -179,7 +186,7 @@ class LayerLoader:
         """One client's weights and what the method makes of its curvature, in one opening."""
         update = self.updates[client]
         with update.opened():
-            weights = update.weights(self.layers[index]).to(device, self._dtypes[index])
+            weights = self._weights(index, update, device)
             if prepared is not None:
                 return weights, next(prepared)
             return weights, self.curvature(index, client, device)

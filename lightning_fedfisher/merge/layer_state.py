@@ -130,7 +130,7 @@ def describe_unsolved(names: Sequence[str], states: Sequence[LayerState], conver
     ]
     if not short:
         return ""
-    return (
-        f"the merge has not converged in {len(short)} of {len(states)} layers: {', '.join(short)}. "
-        "Use Trainer(max_epochs=-1), and a larger max_iterations if that is not enough"
-    )
+    stopped = all(state.done for state in states)
+    remedy = "Raise max_iterations" if stopped else "Let it run on, with Trainer(max_epochs=-1)"
+    where = f"in {len(short)} of {len(states)} layers: {', '.join(short)}"
+    return f"the merge has not converged {where}. {remedy}"

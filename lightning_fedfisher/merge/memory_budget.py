@@ -12,6 +12,9 @@ from lightning_fedfisher.curvature.registry import KINDS
 from lightning_fedfisher.layers import Layer
 from lightning_fedfisher.update.client_update import ClientUpdate
 
+DEFAULT_MEMORY_BUDGET = 2**30
+"""Bytes of clients' weights and curvature that a merge holds at a time, unless told otherwise."""
+
 # Bytes of a number in float32; float64 updates are the exception.
 _FLOAT_BYTES = 4
 # A decomposition holds about this many float64 matrices of a factor's size at once.

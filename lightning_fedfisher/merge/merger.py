@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from lightning_fedfisher._utils.progress import progress_bar
 from lightning_fedfisher._utils.text import client_names
 from lightning_fedfisher.curvature.base import Curvature
 from lightning_fedfisher.distributed.assignment import assign_layers
+from lightning_fedfisher.distributed.progress import progress_bar
 from lightning_fedfisher.likelihoods.base import Likelihood
 from lightning_fedfisher.likelihoods.registry import LIKELIHOODS
 from lightning_fedfisher.merge.buffers import merge_buffers
@@ -25,13 +26,14 @@ from lightning_fedfisher.merge.layer_state import (
     describe_unsolved,
     summarize,
 )
+from lightning_fedfisher.merge.memory_budget import DEFAULT_MEMORY_BUDGET
 from lightning_fedfisher.merge.methods import MergeMethod
-from lightning_fedfisher.merge.options import DEFAULT_MEMORY_BUDGET, MergeOptions
+from lightning_fedfisher.merge.options import MergeOptions
 from lightning_fedfisher.merge.outliers import describe_outliers
 from lightning_fedfisher.merge.preparation import prepare_by_ranks
 from lightning_fedfisher.merge.result import LayerResult, MergeResult, contributions
 from lightning_fedfisher.merge.solvers import Solver
-from lightning_fedfisher.merge.validation import validate
+from lightning_fedfisher.merge.validation import goodness, validate
 from lightning_fedfisher.update.client_update import ClientUpdate
 
 
@@ -58,8 +60,8 @@ def merge_updates(
         method: Name of the merge method, a key of `METHODS`, or a row of your own.
         model: A model to check the updates against and to validate with. It is not changed; load
             the result with ``model.load_state_dict(result.state_dict, strict=False)``.
-        validation_loader: Batches ``(x, y)`` on which the model is scored after every epoch.
-        keep_best: See `MergeOptions`, as for the next four.
+        validation_loader: Batches ``(x, y)`` on which the model is scored, one pass an epoch.
+        keep_best: Whether to return the iterate that scores best; the method's own choice if None.
         max_iterations: Solver steps to make for a layer at most.
         max_influence: What a client may weigh, as a multiple of the median client.
         skip_invalid: Whether to leave out the updates that would be refused, with a warning.
@@ -70,8 +72,7 @@ def merge_updates(
         The merged state dict, with how each layer and each client fared.
 
     Raises:
-        MergeError: If updates are missing, corrupt, of different models, or without the curvature
-            that the method needs; all are named.
+        MergeError: If updates cannot be merged by the method; all are named.
         ValueError: If an option is out of range or the model does not fit.
 
     Example:
@@ -91,13 +92,17 @@ def merge_updates(
     options = MergeOptions(
         method, keep_best, max_iterations, max_influence, skip_invalid, memory_budget
     )
+    if validation_loader is not None and model is None:
+        raise ValueError("a validation loader needs a model to run: pass model=...")
+    if isinstance(validation_loader, Iterator):
+        raise ValueError("validation takes one pass an epoch: pass a DataLoader or a list")
+    where = torch.device(device)
     merger = Merger.open(updates, options)
     if model is not None:
         check_model(model, merger.state_dict(), merger.updates[0].header.frozen)
-    if validation_loader is not None and model is None:
-        raise ValueError("a validation loader needs a model to run: pass model=...")
     at_once = merger.method.keeps_best and validation_loader is not None
-    merger.move_to(where := torch.device(device))
+    started = time.perf_counter()
+    merger.move_to(where)
     (order,) = assign_layers([layer.shape for layer in merger.layers], ranks=1)
     with progress_bar(merger.layers, "merge") as bar:
         while not merger.done:
@@ -109,6 +114,7 @@ def merge_updates(
                 state, likelihood = merger.state_dict(), merger.likelihood
                 merger.judge(*validate(model, state, validation_loader, likelihood, where))
     merger.take_best()
+    merger.seconds = time.perf_counter() - started
     result = merger.result()
     for warning in result.warnings:
         warnings.warn(warning, stacklevel=2)
@@ -132,10 +138,9 @@ class Merger:
         history: What is logged of each epoch.
         validation_samples: Labelled samples that the last validation saw.
         best: The best score on them, with the merged matrices there; None without validation.
+        seconds: Wall-clock time of the merge; None before its end.
 
     Example:
-        What `merge_updates` does, without its options:
-
         >>> def merge(updates, options):
         ...     merger = Merger.open(updates, options)
         ...     while not merger.done:
@@ -150,7 +155,7 @@ class Merger:
     """
 
     def __init__(self, updates: Sequence[ClientUpdate], method: MergeMethod, budget: int) -> None:
-        """Starts at the clients' average.
+        """Starts at the clients' average; see `open`.
 
         Args:
             updates: The updates of all clients, found to belong together.
@@ -174,8 +179,7 @@ class Merger:
             options: What is asked of the merge.
 
         Raises:
-            MergeError: If updates are missing, corrupt, of different models, or without the
-                curvature that the method needs; all are named.
+            MergeError: If updates cannot be merged by the method; all are named.
         """
         method = options.row
         updates = open_updates(sources, method, options.skip_invalid)
@@ -191,6 +195,7 @@ class Merger:
         self.history: list[dict[str, float]] = []
         self.best: tuple[float, list[Tensor]] | None = None
         self.validation_samples = 0
+        self.seconds: float | None = None
 
     def release(self) -> None:
         """Lets go of solvers, and of what was held in memory or on disk for them."""
@@ -232,14 +237,11 @@ class Merger:
 
     @torch.no_grad()
     def advance(self, index: int, at_once: bool = False) -> None:
-        """Moves one layer's solver by an epoch's steps, and lets go of it when it is done.
-
-        What comes of it is seen after `finish_epoch`.
+        """Moves one layer's solver by an epoch's steps; `finish_epoch` shows what came of it.
 
         Args:
             index: Index of the layer.
-            at_once: Begin the layer even if the memory budget has no room for it, so that all
-                layers move together.
+            at_once: Whether to begin the layer even beyond the memory budget.
 
         Raises:
             MergeError: If weights or curvature overflow float32, naming the clients.
@@ -317,13 +319,12 @@ class Merger:
         """Takes note of how the merged model scores, and keeps the best one.
 
         Args:
-            scores: ``val_...`` scores by name; the best has the most ``val_accuracy``, or the least
-                ``val_nll`` where there is no accuracy.
+            scores: What `validation.validate` returned.
             samples: Labelled samples that were seen.
         """
         self.validation_samples = samples
         self.history[-1] |= scores
-        score = scores.get("val_accuracy", -scores["val_nll"])
+        score = goodness(scores)
         if self.best is None or score > self.best[0]:
             self.best = score, [matrix.detach().cpu().clone() for matrix in self.merged]
 
@@ -357,11 +358,9 @@ class Merger:
         """What a user should look at: layers that are not solved, and outliers."""
         clients = client_names([update.source for update in self.updates])
         names, most = [layer.name for layer in self.layers], self.method.max_influence
-        told = (
-            describe_unsolved(names, self.states, self.method.converges),
-            describe_outliers(self.influence, clients, names, most),
-        )
-        return tuple(text for text in told if text)
+        unsolved = describe_unsolved(names, self.states, self.method.converges)
+        outliers = describe_outliers(self.influence, clients, names, most)
+        return tuple(text for text in (unsolved, outliers) if text)
 
     def result(self) -> MergeResult:
         """What came of the merge so far."""
@@ -393,6 +392,7 @@ class Merger:
             likelihood=header.likelihood,
             model_fingerprint=self.updates[0].model_fingerprint,
             fedavg_bytes=self.updates[0].fedavg_bytes,
+            seconds=self.seconds,
         )
 
     def _set(self, matrices: Sequence[Tensor]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 from lightning_fedfisher.curvature.base import Curvature, Identity
@@ -26,7 +26,7 @@ class MergeMethod:
     Attributes:
         name: What it is called. A checkpoint tells methods apart by their names and numbers.
         transform: What it makes of a client's curvature. The second argument tells whether the
-            layer's outputs are the logits of a softmax and its inputs are aligned.
+            layer is an output layer with aligned inputs: its outputs are the logits of a softmax.
         solver: Makes the solver of a layer's quadratic.
         max_iterations: Steps after which it stops, unless its solver finishes before.
         steps_per_epoch: Steps that a solver makes between two evaluations of the merged model.
@@ -188,14 +188,31 @@ def find_method(method: str | MergeMethod) -> MergeMethod:
         >>> find_method("fedavg").max_iterations
         1
     """
-    if isinstance(method, str):
+    if not isinstance(method, MergeMethod):
         if method not in METHODS:
             raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
         return METHODS[method]
     known = METHODS.get(method.name)
-    if known is not None and (method.transform, method.solver) != (known.transform, known.solver):
+    if known is not None and (changed := _differences(method, known)):
         raise ValueError(
-            f"a method with another transform or solver than {method.name!r} needs a name of its "
-            "own: dataclasses.replace(method, name=...)"
+            f"a method with another {' or '.join(changed)} than {method.name!r} needs a name of "
+            "its own: dataclasses.replace(method, name=...)"
         )
     return method
+
+
+# What `MergeOptions` may change of a method, and what changes no result.
+_ADJUSTABLE = {"max_iterations", "steps_per_epoch", "keeps_best", "max_influence"}
+
+
+def _differences(one: MergeMethod, other: MergeMethod) -> list[str]:
+    """The fields in which two methods of one name differ and should not."""
+    names = [field.name for field in fields(MergeMethod) if field.name not in _ADJUSTABLE]
+    return [n for n in names if _told(getattr(one, n)) != _told(getattr(other, n))]
+
+
+def _told(value: object) -> object:
+    """A value to compare by: partial functions that are alike are not equal by themselves."""
+    if isinstance(value, partial):
+        return value.func, value.args, tuple(sorted(value.keywords.items()))
+    return value

@@ -168,7 +168,7 @@ class Quadratic:
         return max(0.0, start.objective + rise)  # rounding may leave a little less than zero
 
     def objective(self, matrix: Tensor) -> float:
-        """``Q(W)``, zero only where every client is content.
+        """``Q(W)``, zero only where no client wants to move.
 
         Args:
             matrix: ``W``.

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from lightning_fedfisher.merge.memory_budget import DEFAULT_MEMORY_BUDGET
 from lightning_fedfisher.merge.methods import MergeMethod, find_method
-
-DEFAULT_MEMORY_BUDGET = 2**30
-"""Bytes of clients' weights and curvature that a merge holds at a time, unless told otherwise."""
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightning_fedfisher._utils.progress import progress_bar
-from lightning_fedfisher.merge.influence_cap import DEFAULT_MAX_INFLUENCE, MEASURES, measure
+from lightning_fedfisher.distributed.progress import progress_bar
+from lightning_fedfisher.merge.influence_cap import DEFAULT_MAX_INFLUENCE, MEASURES
 from lightning_fedfisher.merge.layer_loader import LayerLoader
 from lightning_fedfisher.merge.methods import METHODS
 from lightning_fedfisher.update.client_update import ClientUpdate
@@ -88,7 +88,7 @@ def outliers_as_sent(updates: Sequence[ClientUpdate]) -> str:
     loader = LayerLoader(updates, as_sent)
     device = torch.device("cpu")
     indices = progress_bar(range(len(loader.layers)), "weigh")
-    influence = torch.stack([measure(loader.read(index, device).problem) for index in indices])
+    influence = torch.stack([loader.read(index, device).influence for index in indices])
     usual = [DEFAULT_MAX_INFLUENCE ** _AS_SENT[what] for what in MEASURES]
     names = [layer.name for layer in loader.layers]
     clients = [update.source for update in updates]

@@ -87,6 +87,8 @@ class MergeResult:
         likelihood: Likelihood of the clients' labels.
         model_fingerprint: SHA-256 of the model's parameter names, shapes and dtypes.
         fedavg_bytes: Bytes that a FedAvg client would send.
+        seconds: Wall-clock time of the merge itself, without opening and checking the updates; None
+            before it has ended.
 
     Example:
         >>> from torch import nn
@@ -118,6 +120,7 @@ class MergeResult:
     likelihood: str
     model_fingerprint: str
     fedavg_bytes: int
+    seconds: float | None = None
 
     @property
     def solved(self) -> bool:

@@ -53,6 +53,7 @@ class Solver(ABC):
         self._scale = problem.gradient_scale
         # The gradient at the iterate, where it is known. A step makes it unknown.
         self._gradient: Tensor | None = problem.gradient_at_average
+        self._gradient_before: Tensor | None = None  # the same where the current step began
 
     @property
     def converged(self) -> bool:
@@ -68,7 +69,7 @@ class Solver(ABC):
         for _ in range(iterations):
             if self.finished:
                 return
-            self._gradient = None
+            self._gradient_before, self._gradient = self._gradient, None
             self._step()
             self.iterations += 1
 
@@ -194,7 +195,8 @@ class ConjugateGradient(Solver):
 
     @override
     def _visible(self, gradient: Tensor) -> Tensor:
-        # In directions without curvature there is none, but for rounding.
+        # In the preconditioner's eigenbasis, which keeps the norm. Along directions without
+        # curvature there is no gradient, but for rounding.
         if self._inverse is None:
             return gradient
         return self._inverse.support * self._inverse.to_eigenbasis(gradient)
@@ -299,7 +301,9 @@ class PublishedServer(Solver):
         self._square = torch.zeros_like(self.weights)
 
     def _step(self) -> None:
-        gradient = self.problem.gradient(self.weights)
+        gradient = self._gradient_before
+        if gradient is None:
+            gradient = self.problem.gradient(self.weights)
         self._mean = 0.9 * self._mean + gradient
         self._square = 0.99 * self._square + gradient.square()
         inside, outside = (0.01, 0.0) if self._damping_inside else (0.0, 0.01)

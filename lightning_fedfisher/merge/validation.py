@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -68,8 +69,13 @@ class Validation:
         Returns:
             ``val_nll`` in nats, and ``val_accuracy`` in percent where the likelihood has one; and
             the number of samples.
+
+        Raises:
+            ValueError: If there was no sample.
         """
-        scores = {"val_nll": self._nll / max(self._samples, 1)}
+        if not self._samples:
+            raise ValueError("the validation loader gives no samples")
+        scores = {"val_nll": self._nll / self._samples}
         if self._judged:
             scores = {"val_accuracy": 100 * self._correct / self._judged, **scores}
         return scores, self._samples
@@ -99,6 +105,24 @@ def validate(
         for batch in batches:
             validation.update(apply_to_collection(batch, Tensor, lambda tensor: tensor.to(device)))
     return validation.compute()
+
+
+def goodness(scores: Mapping[str, float]) -> float:
+    """A number that is the larger, the better a model is.
+
+    Args:
+        scores: What `validate` returned.
+
+    Returns:
+        ``val_accuracy``, or the negative ``val_nll`` where there is no accuracy; minus infinity
+        for NaN.
+
+    Example:
+        >>> goodness({"val_nll": 0.5}), goodness({"val_nll": float("nan")})
+        (-0.5, -inf)
+    """
+    score = scores.get("val_accuracy", -scores["val_nll"])
+    return -math.inf if math.isnan(score) else score
 
 
 def require_one_loader(loaders: Any) -> None:

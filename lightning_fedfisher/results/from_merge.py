@@ -16,7 +16,7 @@ def describe_merge(result: MergeResult, seconds: float | None = None) -> MergeRe
 
     Args:
         result: The result of the merge.
-        seconds: Wall-clock time that it took; None if nobody measured it.
+        seconds: Wall-clock time that it took; the result's own if None.
 
     Returns:
         All that the server knows by itself: no score, and no time of the clients.
@@ -30,20 +30,19 @@ def describe_merge(result: MergeResult, seconds: float | None = None) -> MergeRe
         result.influence.amax(2).tolist(),
         round(sum(sizes) / len(sizes)),
         result.fedavg_bytes,
-        server_seconds=seconds,
+        server_seconds=result.seconds if seconds is None else seconds,
         server_labels=result.server_labels,
     )
 
 
 def describe_federation(
-    result: MergeResult, title: str, seconds: float, config: Mapping[str, Any]
+    result: MergeResult, title: str, config: Mapping[str, Any]
 ) -> FederationRecord:
     """Records all that a server knows of a federation after its merge.
 
     Args:
         result: The result of the merge.
         title: A few words on what it is.
-        seconds: Wall-clock time that the merge took.
         config: What the merge was asked for.
 
     Returns:
@@ -54,5 +53,5 @@ def describe_federation(
         for client in result.clients
     ]
     environment = {"date": f"{datetime.now(UTC):%Y-%m-%d}", **versions()}
-    merges = [describe_merge(result, seconds)]
+    merges = [describe_merge(result)]
     return FederationRecord(title, clients, merges, config=dict(config), environment=environment)

@@ -186,3 +186,15 @@ def test_two_processes_write_the_same(folder):
         (folder / f"{name}.md").read_text().split("## Clients")[1] for name in ("one", "two")
     ]
     assert clients[0] == clients[1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+@pytest.mark.parametrize("accelerator", ["gpu", "cuda", "abacus"])
+def test_devices_that_are_not_there_are_refused_in_a_line(folder, capsys, accelerator, dry):
+    command = ["merge", "missing.safetensors", "--output", "m.safetensors", *dry]
+    assert main([*command, "--accelerator", accelerator]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert "missing.safetensors" not in told  # before any update is read
+    assert "Traceback" not in told

@@ -1,8 +1,10 @@
 """Ranks: which process this is, and what the process of rank 0 has."""
 
+import os
 import subprocess
 import sys
 
+import pytest
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 
@@ -31,3 +33,21 @@ def test_processes_need_no_lightning():
         "assert 'lightning_fedfisher.distributed.lightning_strategies' not in p.__dict__"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "SLURM_PROCID"])
+def test_the_launcher_tells_the_rank_before_lightning_does(name):
+    script = (
+        "import sys, lightning_fedfisher.distributed.processes as p; "
+        "assert 'lightning' not in sys.modules; print(p.is_rank_zero())"
+    )
+    clean = {key: value for key, value in os.environ.items() if "RANK" not in key}
+    for rank, told in (("0", "True"), ("1", "False")):
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env=clean | {name: rank},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.strip() == told

@@ -97,7 +97,9 @@ def test_memory_does_not_change_a_bit(kinds, kind, method, offloads, tmp_path):
 
 
 def test_layers_wait_for_room(kinds, tmp_path):
-    single = dataclasses.replace(METHODS["fedfisher"], steps_per_epoch=1, aligns=False)
+    single = dataclasses.replace(
+        METHODS["fedfisher"], name="not aligned", steps_per_epoch=1, aligns=False
+    )
     freely = merge(kinds["kfac"], tmp_path, method=single)
     alone = merge(kinds["kfac"], tmp_path, method=single, memory_budget=0)
     # The next layer begins in the epoch in which the one before it is solved.

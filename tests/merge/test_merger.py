@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 import warnings
 from dataclasses import replace
 
@@ -199,3 +200,35 @@ def test_labels_that_cannot_be_the_likelihoods_are_refused():
     wrong = DataLoader(TensorDataset(x, y[:, :1]), 8)
     with pytest.raises(ValueError, match="labels"):
         merge_updates([update], model=model, validation_loader=wrong)
+
+
+def test_validation_that_cannot_be_repeated_is_refused():
+    model, update = _trained("gaussian", 0)
+    batch = _regression("gaussian", 9).tensors
+    with pytest.raises(ValueError, match="one pass an epoch: pass a DataLoader or a list"):
+        merge_updates([update], model=model, validation_loader=iter([batch]))
+    with pytest.raises(ValueError, match="gives no samples"):
+        merge_updates([update], model=model, validation_loader=[])
+
+
+def test_what_costs_nothing_is_refused_before_anything_is_read():
+    with pytest.raises(ValueError, match="needs a model to run"):
+        merge_updates(["missing"], validation_loader=[])
+    with pytest.raises(RuntimeError, match="device"):
+        merge_updates(["missing"], device="nonsense")
+    with pytest.raises(ValueError, match="method None is not one of"):
+        merge_updates(["missing"], method=None)
+
+
+def test_advice_speaks_of_what_there_is(updates):
+    with pytest.warns(UserWarning, match="Raise max_iterations") as caught:
+        merge_updates(updates["fedfisher"], max_iterations=1)
+    assert not any("Trainer" in str(warning.message) for warning in caught)
+
+
+def test_the_time_is_that_of_the_merge(updates, monkeypatch):
+    original = ClientUpdate.verify
+    monkeypatch.setattr(ClientUpdate, "verify", lambda u: (time.sleep(0.5), original(u))[1])
+    started = time.perf_counter()
+    result = merge_updates(updates["fedavg"], method="fedavg")
+    assert 0 < result.seconds < time.perf_counter() - started - 0.5 * len(result.clients)

@@ -1,7 +1,10 @@
 """The table of methods: what each row accepts, makes of curvature, and ends in."""
 
+import copy
+import pickle
 import re
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import pytest
@@ -20,8 +23,9 @@ from lightning_fedfisher.curvature.kronecker import EigenKronecker, Kronecker
 from lightning_fedfisher.extraction.fisher_types import FISHER_TYPES
 from lightning_fedfisher.extraction.layer_report import CURVATURE_TYPES
 from lightning_fedfisher.merge.layer_loader import LayerLoader
-from lightning_fedfisher.merge.methods import METHODS
+from lightning_fedfisher.merge.methods import METHODS, find_method
 from lightning_fedfisher.merge.objective import Quadratic
+from lightning_fedfisher.merge.solvers import exact_solver
 
 PUBLISHED = ("fedfisher_diag", "fedfisher_kfac")
 ACCEPTED = {
@@ -377,3 +381,33 @@ def test_regmean_of_a_transposed_convolution_weighs_its_rows_by_their_inputs(cur
     # Between the clients, not far beyond both.
     largest = max(float(w.abs().max()) for w in weights)
     assert float(solver.weights.abs().max()) < 3 * largest
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_row_from_another_process_is_the_same_method(name):
+    again = pickle.loads(pickle.dumps(METHODS[name]))
+    assert find_method(again).name == name
+    assert find_method(copy.deepcopy(METHODS[name])).name == name
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"transform": lambda f, _: f},
+        {"solver": partial(exact_solver, rcond=1e-2)},
+        {"client_weight_power": 1.0},
+        {"aligns": False},
+        {"curvatures": ("kfac",)},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_what_changes_the_result_takes_a_name_of_its_own(changes):
+    (field,) = changes
+    with pytest.raises(ValueError, match=f"another {field} than 'fedfisher' needs a name"):
+        find_method(replace(METHODS["fedfisher"], **changes))
+    assert find_method(replace(METHODS["fedfisher"], name="own", **changes)).name == "own"
+
+
+def test_options_of_a_merge_leave_the_name():
+    adjusted = {"max_iterations": 3, "steps_per_epoch": 1, "keeps_best": True, "max_influence": 2.0}
+    assert find_method(replace(METHODS["fedfisher"], **adjusted)).name == "fedfisher"

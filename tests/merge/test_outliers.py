@@ -1,8 +1,13 @@
 """Clients that weigh far more than the median client are named, with what and where."""
 
-import torch
+import inspect
 
-from lightning_fedfisher.merge.outliers import describe_outliers
+import torch
+from helpers.federation import tiny_updates
+
+from lightning_fedfisher.merge import layer_loader
+from lightning_fedfisher.merge.options import MergeOptions
+from lightning_fedfisher.merge.outliers import describe_outliers, outliers_as_sent
 
 
 def test_outliers_are_named_with_what_and_where():
@@ -19,3 +24,13 @@ def test_outliers_are_named_with_what_and_where():
     assert describe_outliers(torch.full((1, 3, 3), 10.0), list("abc"), ["v"], 2) == ""
     told = describe_outliers(torch.full((1, 3, 3), 9.0), ["a", "b", "c"], ["v"], usual=(9, 8, 9))
     assert told.splitlines()[0] == "a has, of the median client's, 9 times the distance in v"
+
+
+def test_updates_are_measured_once_and_within_the_usual_memory(tmp_path, monkeypatch):
+    measured, original = [], layer_loader.measure
+    monkeypatch.setattr(layer_loader, "measure", lambda p: (measured.append(p), original(p))[1])
+    updates = tiny_updates(tmp_path, curvature="kfac")
+    assert outliers_as_sent(updates) == ""
+    assert len(measured) == len(updates[0].layers)
+    default = inspect.signature(layer_loader.LayerLoader).parameters["memory_budget"].default
+    assert default == MergeOptions().memory_budget

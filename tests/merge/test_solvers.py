@@ -763,3 +763,16 @@ def test_a_step_in_place_is_seen_and_leaves_the_problem_alone(kind):
         assert residual == pytest.approx(norm(gradient) / problem.gradient_scale)
     assert torch.equal(problem.average, average)
     assert solver.iterations == 3
+
+
+@pytest.mark.parametrize("name", [name for name in SOLVERS if name.startswith("published")])
+def test_a_gradient_that_is_known_is_not_computed_again(name):
+    problem = make_problem("kronecker")
+    lazy = _Read(problem.curvatures)
+    solver = SOLVERS[name](Quadratic(SHARES, problem.weights, lazy))
+    begun = lazy.reads
+    for _ in range(5):
+        solver.advance(1)
+        solver.objective_and_residual()
+    # The first step starts where everything is known; each evaluation serves the next step.
+    assert lazy.reads - begun == 5 * len(SHARES)

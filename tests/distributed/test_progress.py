@@ -1,6 +1,6 @@
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from lightning_fedfisher._utils.progress import progress_bar
+from lightning_fedfisher.distributed.progress import progress_bar
 
 
 def test_all_items_come_in_their_order_and_nothing_is_drawn_at_once(capsys, monkeypatch):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TypeVar
 
-from lightning_utilities.core.rank_zero import rank_zero_only
 from tqdm import tqdm
+
+from lightning_fedfisher.distributed.processes import is_rank_zero
 
 _T = TypeVar("_T")
 
@@ -23,5 +24,5 @@ def progress_bar(items: Iterable[_T], title: str, total: int | None = None) -> t
         The bar, which yields the items.
     """
     # None: shown on a terminal only.
-    silent = None if getattr(rank_zero_only, "rank", 0) == 0 else True
+    silent = None if is_rank_zero() else True
     return tqdm(items, desc=title, total=total, delay=2, leave=False, disable=silent)
