@@ -66,7 +66,9 @@ def federation_logger(
     job = "server" if client is None else "client"
     name = name or client or "server"
     run_id = sha256("\0".join((project, federation, job, name)).encode()).hexdigest()[:16]
-    same: dict[str, Any] = {"project": project, "name": name, "save_dir": save_dir}
+    # Absolute: W&B's own process may have been started in another folder.
+    folder = Path(save_dir).absolute()
+    same: dict[str, Any] = {"project": project, "name": name, "save_dir": folder}
     if not is_rank_zero():
         return WandbLogger(id=run_id, **same)  # which opens a run on rank 0 only
     if wandb.run is not None and wandb.run.id != run_id:
@@ -83,7 +85,7 @@ def federation_logger(
         resume="allow",
         tags=list(tags),
         config={**provenance(), **(config or {})},
-        dir=save_dir,
+        dir=folder,
         mode=mode,
         **options,
     )
