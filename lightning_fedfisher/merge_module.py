@@ -24,7 +24,7 @@ from lightning_fedfisher._utils.text import client_names
 from lightning_fedfisher.distributed.assignment import IDLE, LayerBatches, assign_layers
 from lightning_fedfisher.distributed.lightning_strategies import require_whole_model, sum_over_ranks
 from lightning_fedfisher.merge.checkpoint import fingerprint, load_state, save_state
-from lightning_fedfisher.merge.compatibility import UpdateSource, check_model
+from lightning_fedfisher.merge.compatibility import UpdateSource
 from lightning_fedfisher.merge.memory_budget import DEFAULT_MEMORY_BUDGET
 from lightning_fedfisher.merge.merger import Merger
 from lightning_fedfisher.merge.methods import MergeMethod
@@ -105,7 +105,7 @@ class FisherMergeModule(LightningModule):
         options = MergeOptions(
             method, keep_best, max_iterations, max_influence, skip_invalid, memory_budget
         )
-        self.merger = Merger.open(updates, options)
+        self.merger = Merger.open(updates, options, model)
         self.updates, self.layers = self.merger.updates, self.merger.layers
         self.method, self.max_influence = options.row.name, options.row.max_influence
         # Parameters, so that checkpoints hold them and DDP takes the module. Buffers or submodules
@@ -113,8 +113,6 @@ class FisherMergeModule(LightningModule):
         self.merged = nn.ParameterList(nn.Parameter(matrix) for matrix in self.merger.merged)
         self.merger.merged = cast(Sequence[Tensor], self.merged)  # whatever replaces its parameters
         self._target: list[nn.Module] = [] if model is None else [model]
-        if model is not None:
-            check_model(model, self.merged_state_dict(), self.updates[0].header.frozen)
         self._validation: Validation | None = None
         self._turns = 0
         self._ended = False

@@ -15,7 +15,6 @@ from lightning_fedfisher._utils.files import atomic_write
 from lightning_fedfisher.cli.inputs import expand_patterns, make_model
 from lightning_fedfisher.cli.terminal import show
 from lightning_fedfisher.distributed.processes import is_rank_zero
-from lightning_fedfisher.merge.compatibility import check_model
 from lightning_fedfisher.merge.memory_budget import peak_bytes
 from lightning_fedfisher.merge.merger import Merger, merge_updates
 from lightning_fedfisher.merge.options import MergeOptions
@@ -109,9 +108,7 @@ def _tell_plan(
         skip_invalid=flags.skip_invalid,
         memory_budget=flags.memory_budget,
     )
-    merger = Merger.open(files, options)
-    if model is not None:
-        check_model(model, merger.state_dict(), merger.updates[0].header.frozen)
+    merger = Merger.open(files, options, model)
     if not is_rank_zero():
         return
     weights = sum(layer.shape[0] * layer.shape[1] for layer in merger.layers)

@@ -31,7 +31,7 @@ from lightning_fedfisher.merge.methods import MergeMethod
 from lightning_fedfisher.merge.options import MergeOptions
 from lightning_fedfisher.merge.outliers import describe_outliers
 from lightning_fedfisher.merge.preparation import prepare_by_ranks
-from lightning_fedfisher.merge.result import LayerResult, MergeResult, contributions
+from lightning_fedfisher.merge.result import MergeResult, contributions, layer_results
 from lightning_fedfisher.merge.solvers import Solver
 from lightning_fedfisher.merge.validation import goodness, validate
 from lightning_fedfisher.update.client_update import ClientUpdate
@@ -97,9 +97,7 @@ def merge_updates(
     if isinstance(validation_loader, Iterator):
         raise ValueError("validation takes one pass an epoch: pass a DataLoader or a list")
     where = torch.device(device)
-    merger = Merger.open(updates, options)
-    if model is not None:
-        check_model(model, merger.state_dict(), merger.updates[0].header.frozen)
+    merger = Merger.open(updates, options, model)
     at_once = merger.method.keeps_best and validation_loader is not None
     started = time.perf_counter()
     merger.move_to(where)
@@ -171,19 +169,25 @@ class Merger:
         self.restart()
 
     @classmethod
-    def open(cls, sources: Sequence[UpdateSource], options: MergeOptions) -> Self:
+    def open(
+        cls, sources: Sequence[UpdateSource], options: MergeOptions, model: nn.Module | None = None
+    ) -> Self:
         """Opens and checks all updates.
 
         Args:
             sources: Update files or `ClientUpdate` objects, one for each client.
             options: What is asked of the merge.
+            model: A model that the updates must fit; None if there is none.
 
         Raises:
             MergeError: If updates cannot be merged by the method; all are named.
+            ValueError: If the model does not fit.
         """
-        method = options.row
-        updates = open_updates(sources, method, options.skip_invalid)
-        return cls(updates, method, options.memory_budget)
+        updates = open_updates(sources, options.row, options.skip_invalid)
+        merger = cls(updates, options.row, options.memory_budget)
+        if model is not None:
+            check_model(model, merger.state_dict(), updates[0].header.frozen)
+        return merger
 
     def restart(self) -> None:
         """Starts anew, with nothing solved."""
@@ -364,23 +368,12 @@ class Merger:
 
     def result(self) -> MergeResult:
         """What came of the merge so far."""
-        header, promised = self.updates[0].header, self.method.converges
-        layers = tuple(
-            LayerResult(
-                layer.name,
-                layer.shape,
-                state.iterations,
-                state.objective,
-                state.residual,
-                state.progress is Progress.CONVERGED or (state.done and not promised),
-            )
-            for layer, state in zip(self.layers, self.states, strict=True)
-        )
+        header = self.updates[0].header
         return MergeResult(
             state_dict={name: tensor.cpu() for name, tensor in self.state_dict().items()},
             method=self.method.name,
             max_influence=self.method.max_influence,
-            layers=layers,
+            layers=layer_results(self.layers, self.states, self.method.converges),
             clients=contributions(self.updates, self.loader.client_weights),
             distances=self.distances,
             influence=self.influence.clone(),

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from lightning_fedfisher._utils.text import client_names
+from lightning_fedfisher.layers import Layer
+from lightning_fedfisher.merge.layer_state import LayerState, Progress
 from lightning_fedfisher.update.client_update import ClientUpdate
 
 
@@ -126,6 +128,29 @@ class MergeResult:
     def solved(self) -> bool:
         """Whether every layer's solver reached what the method promises."""
         return all(layer.solved for layer in self.layers)
+
+
+def layer_results(
+    layers: Sequence[Layer], states: Sequence[LayerState], converges: bool
+) -> tuple[LayerResult, ...]:
+    """Describes how the merge of each layer went.
+
+    Args:
+        layers: The layers.
+        states: How far each layer has come.
+        converges: Whether the method promises the minimum rather than a number of steps.
+    """
+    return tuple(
+        LayerResult(
+            layer.name,
+            layer.shape,
+            state.iterations,
+            state.objective,
+            state.residual,
+            state.progress is Progress.CONVERGED or (state.done and not converges),
+        )
+        for layer, state in zip(layers, states, strict=True)
+    )
 
 
 def contributions(

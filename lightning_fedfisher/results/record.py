@@ -19,9 +19,6 @@ from lightning_fedfisher.curvature.summary import CurvatureSummary
 FILE_NAME = "record.json"
 """The name of a record's file in the folder of a federation."""
 
-LayerCurvature = CurvatureSummary
-"""What a record holds of a client's curvature of one layer."""
-
 _SCHEMA: Literal[1] = 1
 _MOST_PROBLEMS = 5  # of a file that a refusal lists
 
