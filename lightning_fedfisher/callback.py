@@ -23,6 +23,7 @@ from lightning_fedfisher.extraction.batches import Forward
 from lightning_fedfisher.extraction.extract import extract_curvature
 from lightning_fedfisher.extraction.fisher_types import FisherType
 from lightning_fedfisher.extraction.options import ExtractionOptions
+from lightning_fedfisher.extraction.positions import Positions
 from lightning_fedfisher.extraction.result import ExtractedCurvature
 from lightning_fedfisher.extraction.sampling import MaxSamples, most_samples, partition_samples
 from lightning_fedfisher.layers import find_layers
@@ -69,6 +70,7 @@ class FedFisherCallback(Callback):
         num_samples: int | None = None,
         forward: Forward | None = ExtractionOptions.forward,
         draws: int = ExtractionOptions.draws,
+        positions: Positions = ExtractionOptions.positions,
         seed: int = ExtractionOptions.seed,
         upload_budget: float | None = 1.0,
         metadata: Mapping[str, str] | None = None,
@@ -91,6 +93,8 @@ class FedFisherCallback(Callback):
             forward: Function that maps ``(module, batch)`` to logits, or to ``(logits, labels)``.
                 It is needed if batches are not ``(x, y)`` or the module's output is not its logits.
             draws: Number of directions drawn for each sample, for the Fisher types that draw.
+            positions: Most positions of each sample that a layer's factors are computed from;
+                ``"auto"`` takes a sixteenth of them (at least 4), None takes all.
             seed: Seed of the subset and of all draws.
             upload_budget: Most bytes of the file, in multiples of what FedAvg sends. Weights and
                 curvature are rounded to fit (see `ClientUpdate.compressed`). None rounds nothing,
@@ -109,6 +113,7 @@ class FedFisherCallback(Callback):
             forward=forward,
             draws=draws,
             seed=seed,
+            positions=positions,
         )
         if num_samples is not None and not (isinstance(num_samples, int) and num_samples >= 1):
             raise ValueError(f"num_samples must be a whole number, at least 1, got {num_samples!r}")

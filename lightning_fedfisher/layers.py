@@ -66,6 +66,15 @@ class Layer:
         _, columns = self.shape
         return columns - (len(self.parameters) - 1)
 
+    @property
+    def kernel(self) -> int:
+        """Elements of a convolution's kernel, over which the columns of each input run; else 1.
+
+        A transposed convolution has its inputs on the rows, and so do embeddings: what follows the
+        second dimension of a weight is called its kernel all the same.
+        """
+        return math.prod(self.parameters[0][1][2:])
+
     def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Joins the layer's parameters to one matrix.
 

@@ -57,7 +57,7 @@ def _facts(update: ClientUpdate) -> dict[str, Any]:
     layers = []
     for layer in update.layers:
         kind = KINDS[header.kinds[layer.name]]
-        numbers = sum(map(math.prod, kind.tensor_shapes(layer.shape).values()))
+        numbers = sum(map(math.prod, kind.tensor_shapes(layer.shape, layer.kernel).values()))
         sent = sum(update.sent_bytes(f"parameters/{name}") for name in layer.parameter_names)
         curved = update.sent_bytes(f"curvature/{layer.name}/")
         layers.append(

@@ -5,6 +5,7 @@ May import: nothing of this package.
 """
 
 from lightning_fedfisher.curvature.base import Curvature, Identity
+from lightning_fedfisher.curvature.convolution import ConvolutionKronecker
 from lightning_fedfisher.curvature.dense import Dense
 from lightning_fedfisher.curvature.diagonal import Diagonal
 from lightning_fedfisher.curvature.embedding import EmbeddingEigenKronecker, EmbeddingKronecker
@@ -23,6 +24,7 @@ __all__ = [
     "EIGEN_CORRECTED",
     "KINDS",
     "KINDS_OF",
+    "ConvolutionKronecker",
     "Curvature",
     "CurvatureSummary",
     "Dense",

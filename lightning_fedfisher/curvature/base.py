@@ -67,6 +67,11 @@ class Curvature(ABC):
     def shape(self) -> tuple[int, int]:
         """Shape ``(rows, columns)`` of the weight matrix that the operator acts on."""
 
+    @property
+    def kernel(self) -> int:
+        """Elements of the kernel that the columns run over within each input channel, or 1."""
+        return 1
+
     @abstractmethod
     def apply(self, matrix: Tensor) -> Tensor:
         """Multiplies a weight matrix by the curvature.
@@ -179,7 +184,7 @@ class Curvature(ABC):
 
     def tensors(self) -> dict[str, Tensor]:
         """Gives the tensors that define the operator, by field name."""
-        return {name: getattr(self, name) for name in self.tensor_shapes(self.shape)}
+        return {name: getattr(self, name) for name in self.tensor_roles}
 
     @classmethod
     def mean(cls, curvatures: Iterable[Curvature], client_weights: Sequence[float]) -> Curvature:
@@ -200,18 +205,21 @@ class Curvature(ABC):
         """
         means: dict[str, Tensor] = {}
         for weight, curvature in zip(client_weights, curvatures, strict=True):
-            shape = curvature.shape
+            shape, kernel = curvature.shape, curvature.kernel
             for name, tensor in curvature.tensors().items():
                 means[name] = means.get(name, torch.zeros_like(tensor)) + weight * tensor
-        return cls.from_tensors(means, shape)
+        return cls.from_tensors(means, shape, kernel)
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Self:
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], kernel: int = 1
+    ) -> Self:
         """Builds an operator from its tensors.
 
         Args:
             tensors: Its tensors by field name, as `tensors` gives them.
             shape: Shape ``(rows, columns)`` of the weight matrix that it must act on.
+            kernel: Elements of the kernel of a convolution; 1 for any other layer.
 
         Returns:
             A curvature of this kind.
@@ -219,7 +227,7 @@ class Curvature(ABC):
         Raises:
             ValueError: If a tensor is missing, unknown or of the wrong shape.
         """
-        expected = cls.tensor_shapes(shape)
+        expected = cls.tensor_shapes(shape, kernel)
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if found != expected:
             raise ValueError(
@@ -235,14 +243,18 @@ class Curvature(ABC):
 
     @classmethod
     @abstractmethod
-    def tensor_shapes(cls, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    def tensor_shapes(cls, shape: tuple[int, int], kernel: int = 1) -> dict[str, tuple[int, ...]]:
         """Gives the shape of each tensor that the operator needs.
 
         Args:
             shape: Shape ``(rows, columns)`` of the weight matrix.
+            kernel: Elements of the kernel of a convolution; 1 for any other layer.
 
         Returns:
             Shapes by field name, in the order of the fields.
+
+        Raises:
+            ValueError: If the kind has no such operator.
         """
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Self:
@@ -256,7 +268,7 @@ class Curvature(ABC):
             A curvature of the same kind.
         """
         moved = {name: tensor.to(device, dtype) for name, tensor in self.tensors().items()}
-        return type(self).from_tensors(moved, self.shape)
+        return type(self).from_tensors(moved, self.shape, self.kernel)
 
 
 @dataclass(frozen=True, eq=False)
@@ -308,7 +320,7 @@ class Identity(Curvature):
 
     @classmethod
     @override
-    def tensor_shapes(cls, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    def tensor_shapes(cls, shape: tuple[int, int], kernel: int = 1) -> dict[str, tuple[int, ...]]:
         return {}
 
     @classmethod

@@ -90,7 +90,7 @@ class Dense(Curvature):
 
     @classmethod
     @override
-    def tensor_shapes(cls, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    def tensor_shapes(cls, shape: tuple[int, int], kernel: int = 1) -> dict[str, tuple[int, ...]]:
         entries = shape[0] * shape[1]
         return {"matrix": (entries, entries)}
 

@@ -71,5 +71,5 @@ class Diagonal(Curvature):
 
     @classmethod
     @override
-    def tensor_shapes(cls, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    def tensor_shapes(cls, shape: tuple[int, int], kernel: int = 1) -> dict[str, tuple[int, ...]]:
         return {"values": shape}

@@ -78,7 +78,7 @@ class EmbeddingKronecker(Factored):
 
     @classmethod
     @override
-    def tensor_shapes(cls, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    def tensor_shapes(cls, shape: tuple[int, int], kernel: int = 1) -> dict[str, tuple[int, ...]]:
         rows, columns = shape
         return {"row_values": (rows,), "column_factor": (columns, columns)}
 
@@ -153,7 +153,7 @@ class EmbeddingEigenKronecker(Eigenbased):
 
     @classmethod
     @override
-    def tensor_shapes(cls, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    def tensor_shapes(cls, shape: tuple[int, int], kernel: int = 1) -> dict[str, tuple[int, ...]]:
         rows, columns = shape
         return {"column_basis": (columns, columns), "spectrum": (rows, columns)}
 

@@ -137,7 +137,7 @@ class Eigenbased(Curvature):
         Returns:
             A curvature of the same kind.
         """
-        return self.from_tensors({**self.tensors(), "spectrum": spectrum}, self.shape)
+        return self.from_tensors({**self.tensors(), "spectrum": spectrum}, self.shape, self.kernel)
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,7 +235,7 @@ class Kronecker(Factored):
 
     @classmethod
     @override
-    def tensor_shapes(cls, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    def tensor_shapes(cls, shape: tuple[int, int], kernel: int = 1) -> dict[str, tuple[int, ...]]:
         rows, columns = shape
         return {"row_factor": (rows, rows), "column_factor": (columns, columns)}
 
@@ -296,7 +296,7 @@ class EigenKronecker(Eigenbased):
 
     @classmethod
     @override
-    def tensor_shapes(cls, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    def tensor_shapes(cls, shape: tuple[int, int], kernel: int = 1) -> dict[str, tuple[int, ...]]:
         rows, columns = shape
         return {
             "row_basis": (rows, rows),

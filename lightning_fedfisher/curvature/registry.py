@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Literal
 
 from lightning_fedfisher.curvature.base import Curvature, Identity
+from lightning_fedfisher.curvature.convolution import ConvolutionKronecker
 from lightning_fedfisher.curvature.dense import Dense
 from lightning_fedfisher.curvature.diagonal import Diagonal
 from lightning_fedfisher.curvature.embedding import EmbeddingEigenKronecker, EmbeddingKronecker
@@ -28,6 +29,7 @@ KINDS: dict[str, type[Curvature]] = {
         Diagonal,
         Kronecker,
         TransposedKronecker,
+        ConvolutionKronecker,
         EmbeddingKronecker,
         EigenKronecker,
         TransposedEigenKronecker,
@@ -60,7 +62,7 @@ CurvatureType = Literal["identity", "diagonal", "kfac", "ekfac", "dense"]
 KINDS_OF: dict[str, tuple[str, ...]] = {
     "identity": (Identity.kind,),
     "diagonal": (Diagonal.kind,),
-    "kfac": (*_FACTORED, Diagonal.kind),
+    "kfac": (*_FACTORED, ConvolutionKronecker.kind, Diagonal.kind),
     "ekfac": (*EIGEN_CORRECTED.values(), Diagonal.kind),
     "dense": (Dense.kind,),
 }

@@ -47,6 +47,8 @@ Found = dict[CurvatureType, tuple[dict[str, Curvature], tuple[LayerReport, ...]]
 # direction a sample holds, its inputs and one gradient each: the batch itself is held beside them.
 _HELD_SHARE = 3 / 4
 _HELD_BY_ONE_DIRECTION = 2
+# Tells the random numbers that choose positions from those that draw directions.
+_POSITIONS = 1
 
 
 class DataPass:
@@ -191,7 +193,12 @@ class DataPass:
                 self._sums = BackpackDiagonal(copied, self._layers)
                 return
         self._sums = ModelAccumulator(
-            copied, self._layers, traced, self._curvatures, self._runner.logits
+            copied,
+            self._layers,
+            traced,
+            self._curvatures,
+            self._runner.logits,
+            self._options.positions,
         )
 
     def _trace_model(self, model: nn.Module, samples: SamplePartition) -> ModelTrace:
@@ -242,10 +249,11 @@ class DataPass:
         most = self._options.max_samples
         stop = most if samples.count is None and isinstance(most, int) else None
         self._bar.reset(own)
-        uniforms = samples.uniforms(self._options.seed)
+        draw = samples.uniforms(self._options.seed)
+        choose = samples.uniforms(self._options.seed, _POSITIONS)
         self.count, self.trace, self.discarded = 0, 0.0, 0.0
         for batch in samples.batches:
-            n = self._batch(self._runner.prepare(self._copy, batch), uniforms)
+            n = self._batch(self._runner.prepare(self._copy, batch), draw, choose)
             self.count += n
             if own is not None and self.count > own:
                 raise ValueError(
@@ -258,7 +266,12 @@ class DataPass:
             if stop is not None and self.count >= stop:
                 break
 
-    def _batch(self, batch: Any, uniforms: Callable[[int, int], Tensor]) -> int:
+    def _batch(
+        self,
+        batch: Any,
+        draw: Callable[[int, int], Tensor],
+        choose: Callable[[int, int], Tensor],
+    ) -> int:
         """Runs one batch with all its directions, and returns its number of samples."""
         options = self._options
         # Where the number of directions depends on the logits, these are computed beforehand.
@@ -271,30 +284,35 @@ class DataPass:
             labels,
             options.fisher,
             options.likelihood,
-            draw=lambda n: uniforms(samples, n),
+            draw=lambda n: draw(samples, n),
             draws=options.draws,
             tolerance=options.tolerance,
         )
         self.trace += directions.trace
         self.discarded += directions.discarded
+        uniforms = choose(samples, 1).squeeze(1)  # which choose positions
         if beforehand:
             for rows in _similar_samples(directions):
-                self._some(batch, logits, directions, rows)
+                self._some(batch, logits, directions, rows, uniforms)
         else:
-            self._backward(batch, logits, [directions.first])
+            self._backward(batch, logits, [directions.first], uniforms)
         return samples
 
-    def _some(self, batch: Any, logits: Tensor, directions: Directions, rows: Tensor) -> None:
+    def _some(
+        self, batch: Any, logits: Tensor, directions: Directions, rows: Tensor, uniforms: Tensor
+    ) -> None:
         """Runs some samples of a batch with all their directions."""
         some = map_samples(batch, len(logits), lambda tensor: tensor[rows])
         again, _ = self._forward(some)
         require_same_logits(again, logits, rows)
-        self._backward(some, again, directions.of(rows))
+        self._backward(some, again, directions.of(rows), uniforms[rows.to(uniforms.device)])
 
-    def _backward(self, batch: Any, logits: Tensor, directions: Sequence[Tensor]) -> None:
+    def _backward(
+        self, batch: Any, logits: Tensor, directions: Sequence[Tensor], uniforms: Tensor
+    ) -> None:
         assert self._sums is not None
         try:
-            self._sums.backward(batch, logits, directions)
+            self._sums.backward(batch, logits, directions, uniforms)
         except CheckpointError as error:
             raise UnsupportedModelError(
                 [

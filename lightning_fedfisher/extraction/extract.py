@@ -57,8 +57,8 @@ def extract_curvature(
         on_progress: Function called on every rank after each batch, with the number of its samples
             that are done and the number of all its samples, None if the loader cannot tell.
         **overrides: Single options in place of those of `options`, by their names: ``fisher``,
-            ``likelihood``, ``max_samples``, ``batch_size``, ``seed``, ``draws``, ``tolerance``
-            and ``forward`` (see `ExtractionOptions`).
+            ``likelihood``, ``max_samples``, ``batch_size``, ``seed``, ``positions``, ``draws``,
+            ``tolerance`` and ``forward`` (see `ExtractionOptions`).
 
     Returns:
         The curvature of every layer, averaged over the samples, on the model's device.

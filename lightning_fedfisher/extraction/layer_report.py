@@ -56,10 +56,12 @@ def block_kind(curvature: CurvatureType, layer_types: Sequence[LayerType] | None
     """
     if curvature not in ("kfac", "ekfac"):
         return curvature
-    (kind, *others) = {layer_type.kind for layer_type in layer_types or ()} or {"diagonal"}
+    corrected = curvature == "ekfac"
+    kinds = {t.kind if corrected else t.kfac_kind for t in layer_types or ()} or {"diagonal"}
+    (kind, *others) = kinds
     if others:
         return "diagonal"
-    return EIGEN_CORRECTED.get(kind, kind) if curvature == "ekfac" else kind
+    return EIGEN_CORRECTED.get(kind, kind) if corrected else kind
 
 
 def format_layer_reports(reports: Iterable[LayerReport]) -> str:

@@ -11,6 +11,7 @@ from lightning_fedfisher.errors import FedFisherError
 from lightning_fedfisher.extraction.batches import Forward
 from lightning_fedfisher.extraction.fisher_types import FISHER_TYPES, FisherType
 from lightning_fedfisher.extraction.layer_report import CURVATURE_TYPES
+from lightning_fedfisher.extraction.positions import Positions, check_positions
 from lightning_fedfisher.extraction.sampling import MaxSamples, check_max_samples
 from lightning_fedfisher.likelihoods.registry import LIKELIHOODS
 
@@ -35,6 +36,10 @@ class ExtractionOptions:
         batch_size: Number of samples in a batch; None keeps the loader's own. It is halved, with a
             warning, for as long as memory does not suffice.
         seed: Seed of the subset and of all draws.
+        positions: Most positions of each sample (pixels of a feature map, tokens of a text) that a
+            layer's Kronecker factors are computed from: ``"auto"`` takes a sixteenth of them but at
+            least 4, at random, which costs no accuracy (see the recipes' curvature study), and None
+            takes all. Diagonal and dense curvature and EKFAC's eigenvalues always take all.
         draws: Number of directions that are drawn for each sample, for the Fisher types that draw.
         tolerance: Share of each batch's trace, from 0 to below 1, that the exact Fisher type may
             leave out to save backward passes.
@@ -61,6 +66,7 @@ class ExtractionOptions:
     max_samples: MaxSamples = "auto"
     batch_size: int | None = None
     seed: int = 0
+    positions: Positions = "auto"
     draws: int = 1
     tolerance: float = 5e-6
     forward: Forward | None = None
@@ -77,10 +83,14 @@ class ExtractionOptions:
             for name, given, choices in known
             if given not in choices
         ]
-        try:
-            check_max_samples(self.max_samples)
-        except ValueError as error:
-            offenders.append(str(error))
+        for check, given in (
+            (check_max_samples, self.max_samples),
+            (check_positions, self.positions),
+        ):
+            try:
+                check(given)
+            except ValueError as error:
+                offenders.append(str(error))
         for name, count in (("batch_size", self.batch_size), ("draws", self.draws)):
             if count is not None and not (isinstance(count, int) and count >= 1):
                 offenders.append(f"{name} must be at least 1, a whole number, got {count!r}")
@@ -98,6 +108,7 @@ class OptionOverrides(TypedDict, total=False):
     max_samples: MaxSamples
     batch_size: int | None
     seed: int
+    positions: Positions
     draws: int
     tolerance: float
     forward: Forward | None

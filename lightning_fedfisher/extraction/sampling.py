@@ -99,11 +99,11 @@ class SamplePartition:
     batch_size: int | None = None
     rebatch: Callable[[int], SamplePartition] | None = None
 
-    def uniforms(self, seed: int) -> Callable[[int, int], Tensor]:
+    def uniforms(self, *seed: int) -> Callable[[int, int], Tensor]:
         """Makes random numbers that are the same for a sample whatever its batch or process.
 
         Args:
-            seed: Seed of all draws.
+            *seed: Seed of all draws; another number makes other draws.
 
         Returns:
             A function from the number of samples in a batch and a number ``n`` to draws of shape
@@ -114,7 +114,7 @@ class SamplePartition:
             generators = itertools.repeat(np.random.default_rng(seed))
         else:
             # One generator a sample, so that every split over processes and batches sees the same.
-            generators = (np.random.default_rng((seed, place)) for place in self.indices)
+            generators = (np.random.default_rng((*seed, place)) for place in self.indices)
 
         def draw(samples: int, n: int) -> Tensor:
             return torch.from_numpy(np.stack([next(generators).random(n) for _ in range(samples)]))

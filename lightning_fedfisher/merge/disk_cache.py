@@ -66,7 +66,7 @@ class OnDiskCurvatures(LazyCurvatures):
         """
         self._device = device
         self.kinds: list[type[Curvature]] = []
-        self._specs: list[tuple[tuple[int, int], torch.dtype]] = []
+        self._specs: list[tuple[tuple[int, int], int, torch.dtype]] = []
         self._tensors = OnDiskTensors(self._noted(curvatures), device)
 
     def _noted(self, curvatures: Iterable[Curvature]) -> Iterator[Mapping[str, Tensor]]:
@@ -74,11 +74,11 @@ class OnDiskCurvatures(LazyCurvatures):
             tensors = curvature.tensors()
             dtype = next((tensor.dtype for tensor in tensors.values()), torch.float32)
             self.kinds.append(type(curvature))
-            self._specs.append((curvature.shape, dtype))
+            self._specs.append((curvature.shape, curvature.kernel, dtype))
             yield tensors
 
     @override
     def __getitem__(self, index: Any) -> Any:
         tensors = self._tensors[index]
-        kind, (shape, dtype) = self.kinds[index], self._specs[index]
-        return kind.from_tensors(tensors, shape).to(self._device, dtype)
+        kind, (shape, kernel, dtype) = self.kinds[index], self._specs[index]
+        return kind.from_tensors(tensors, shape, kernel).to(self._device, dtype)

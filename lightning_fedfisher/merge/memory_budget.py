@@ -99,7 +99,7 @@ def sent_bytes(updates: Sequence[ClientUpdate], layer: Layer) -> int:
         Bytes, as sent: a method may make less of it.
     """
     kind = KINDS[updates[0].header.kinds[layer.name]]
-    shapes = (layer.shape, *kind.tensor_shapes(layer.shape).values())
+    shapes = (layer.shape, *kind.tensor_shapes(layer.shape, layer.kernel).values())
     return len(updates) * _FLOAT_BYTES * sum(map(math.prod, shapes))
 
 
@@ -116,7 +116,7 @@ def peak_bytes(updates: Sequence[ClientUpdate], budget: MemoryBudget) -> int:
     kinds, sides = updates[0].header.kinds, [1]
     for layer in updates[0].layers:
         kind = KINDS[kinds[layer.name]]
-        shapes = kind.tensor_shapes(layer.shape)
+        shapes = kind.tensor_shapes(layer.shape, layer.kernel)
         factors = (part for part, role in kind.tensor_roles.items() if role == "factor")
         sides += [max(shapes[part]) for part in factors]
     model = _FLOAT_BYTES * sum(math.prod(layer.shape) for layer in updates[0].layers)

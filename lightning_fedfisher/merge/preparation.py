@@ -56,8 +56,8 @@ def _gathered(
 
     def make(client: int) -> Item:
         curvature = loader.curvature(index, client, device)
-        return Item((curvature.kind, curvature.shape), curvature.tensors())
+        return Item((curvature.kind, curvature.shape, curvature.kernel), curvature.tensors())
 
     for item in gather_at_owner(len(loader.updates), owner, make, device):
-        kind, shape = item.label
-        yield KINDS[kind].from_tensors(item.tensors, shape)
+        kind, shape, kernel = item.label
+        yield KINDS[kind].from_tensors(item.tensors, shape, kernel)

@@ -222,9 +222,9 @@ class ClientUpdate:
             UpdateError: If a tensor of the curvature is damaged.
         """
         kind = KINDS[self.header.kinds[layer.name]]
-        parts = kind.tensor_shapes(layer.shape)
+        parts = kind.tensor_shapes(layer.shape, layer.kernel)
         tensors = {part: self._read(f"curvature/{layer.name}/{part}") for part in parts}
-        return kind.from_tensors(tensors, layer.shape)
+        return kind.from_tensors(tensors, layer.shape, layer.kernel)
 
     def verify(self) -> None:
         """Reads every tensor once, one at a time, and checks it.

@@ -111,7 +111,7 @@ class Compression:
             kind, prefix = KINDS[header.kinds[layer.name]], f"curvature/{layer.name}/"
             weights = [f"parameters/{name}" for name in layer.parameter_names]
             parts = {part: tensors[prefix + part].double() for part in kind.tensor_roles}
-            block = kind.from_tensors(parts, layer.shape)
+            block = kind.from_tensors(parts, layer.shape, layer.kernel)
             matrix = layer.join({n.removeprefix("parameters/"): tensors[n] for n in weights})
             spread, trace = float(matrix.double().square().mean()), float(block.trace())
             energy += spread * trace
@@ -304,7 +304,7 @@ def _width(header: UpdateHeader, room: int) -> float:
         for layer in header.layers:
             kind, weights = KINDS[header.kinds[layer.name]], math.prod(layer.shape)
             count += weights
-            for part, shape in kind.tensor_shapes(layer.shape).items():
+            for part, shape in kind.tensor_shapes(layer.shape, layer.kernel).items():
                 role = kind.tensor_roles[part]
                 count += _entries(shape, role, _rank(shape, role, weights, width))
         if 8 * room >= _FEWEST_BITS * count:

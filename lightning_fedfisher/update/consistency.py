@@ -99,8 +99,12 @@ def _promised_shapes(header: UpdateHeader) -> tuple[dict[str, tuple[int, ...]], 
             if f"parameters/{name}" in expected:
                 offenders.append(f"parameter {name} belongs to two layers")
             expected[f"parameters/{name}"] = shape
-        for part, shape in kind.tensor_shapes(layer.shape).items():
-            expected[f"curvature/{layer.name}/{part}"] = shape
+        try:
+            parts = kind.tensor_shapes(layer.shape, layer.kernel)
+        except ValueError as error:
+            offenders.append(f"layer {layer.name}: {error}")
+            continue
+        expected |= {f"curvature/{layer.name}/{part}": shape for part, shape in parts.items()}
     return expected, offenders
 
 

@@ -162,7 +162,7 @@ class UpdateHeader:
         found: dict[str, tuple[tuple[int, ...], StoredRole]] = {}
         for layer in self.layers:
             kind = KINDS[self.kinds[layer.name]]
-            shapes = kind.tensor_shapes(layer.shape)
+            shapes = kind.tensor_shapes(layer.shape, layer.kernel)
             found |= {f"parameters/{name}": (shape, "weights") for name, shape in layer.parameters}
             for part, role in kind.tensor_roles.items():
                 found[f"curvature/{layer.name}/{part}"] = shapes[part], role

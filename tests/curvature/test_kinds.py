@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lightning_fedfisher.curvature.base import Identity
+from lightning_fedfisher.curvature.convolution import ConvolutionKronecker
 from lightning_fedfisher.curvature.dense import Dense
 from lightning_fedfisher.curvature.diagonal import Diagonal
 from lightning_fedfisher.curvature.embedding import EmbeddingEigenKronecker, EmbeddingKronecker
@@ -22,6 +23,7 @@ from lightning_fedfisher.curvature.kronecker import (
 from lightning_fedfisher.curvature.registry import KINDS, KINDS_OF, CurvatureType
 
 SHAPE = (3, 4)
+KERNELS = {"convolution_kronecker": 2}  # elements; one for every other kind
 CPU = torch.device("cpu")
 EXPONENTS = [0.5, 0.4, 1, 2]
 
@@ -44,6 +46,13 @@ def _make(kind, singular=False, seed=0):
         return KINDS[kind](
             _factor(rows, rows + 2 - 3 * less, generator),
             _factor(columns, columns + 2 - 4 * less, generator),
+        )
+    if kind == "convolution_kronecker":
+        less = 1 if singular else 0
+        return ConvolutionKronecker(
+            _factor(rows, rows + 2 - 3 * less, generator),
+            _factor(2, 4 - 3 * less, generator),
+            _factor(2, 4, generator),
         )
     if kind == "embedding_kronecker":
         values = torch.rand(rows, dtype=torch.float64, generator=generator) + 0.1
@@ -71,6 +80,10 @@ def _reference_dense(curvature):
         return torch.diag(curvature.values.flatten())
     if isinstance(curvature, Kronecker):
         return torch.kron(curvature.row_factor, curvature.column_factor)
+    if isinstance(curvature, ConvolutionKronecker):
+        columns = torch.kron(curvature.channel_factor, curvature.kernel_factor)
+        ones = torch.ones(int(curvature.has_bias), int(curvature.has_bias)).to(columns)
+        return torch.kron(curvature.row_factor, torch.block_diag(columns, ones))
     if isinstance(curvature, EmbeddingKronecker):
         return torch.kron(torch.diag(curvature.row_values), curvature.column_factor)
     if isinstance(curvature, EigenKronecker | EmbeddingEigenKronecker):
@@ -107,6 +120,7 @@ def test_the_names_of_the_kinds_are_a_format():
         "diagonal",
         "kronecker",
         "transposed_kronecker",
+        "convolution_kronecker",
         "embedding_kronecker",
         "ekfac",
         "transposed_ekfac",
@@ -148,7 +162,7 @@ def test_the_norm_of_what_float32_cannot_square_is_finite(kind):
         for name, tensor in curvature.tensors().items()
     }
     times = 1e15 ** sum(form != "basis" for form in KINDS[kind].tensor_roles.values())
-    large = KINDS[kind].from_tensors(tensors, SHAPE).norm()
+    large = KINDS[kind].from_tensors(tensors, SHAPE, KERNELS.get(kind, 1)).norm()
     _close(large, curvature.norm() * times, 1e-6)
 
 
@@ -207,6 +221,9 @@ def test_power_of_a_rank_one_matrix_is_finite(kind, dtype):
         "transposed_ekfac": lambda: TransposedEigenKronecker(
             *(torch.eye(n, dtype=dtype) for n in SHAPE),
             torch.eye(12, dtype=dtype)[0].view(SHAPE) - 1e-9,
+        ),
+        "convolution_kronecker": lambda: ConvolutionKronecker(
+            *(torch.outer(vector[:n], vector[:n]) for n in (3, 2, 2))
         ),
         "embedding_kronecker": lambda: EmbeddingKronecker(
             torch.tensor([1, 0, -1e-9], dtype=dtype), torch.outer(vector[:4], vector[:4])
@@ -276,7 +293,8 @@ def test_pseudo_inverse_of_nothing_is_nothing(kind):
     if kind == "identity":
         return
     tensors = {name: torch.zeros_like(t) for name, t in _make(kind).tensors().items()}
-    prepared = KINDS[kind].from_tensors(tensors, SHAPE).pseudo_inverse(1e-6)
+    nothing = KINDS[kind].from_tensors(tensors, SHAPE, KERNELS.get(kind, 1))
+    prepared = nothing.pseudo_inverse(1e-6)
     assert torch.equal(prepared.solve(_weights()), torch.zeros(SHAPE, dtype=torch.float64))
     assert torch.equal(prepared.project(_weights()), torch.zeros(SHAPE, dtype=torch.float64))
 
@@ -355,7 +373,8 @@ def test_what_has_been_averaged_stays_so_under_powers(kind):
 
 def test_powers_and_averages_over_outputs_are_not_to_be_exchanged():
     # The mean of roots is not the root of the mean, but for a spectrum alike in all inputs.
-    for kind in ("diagonal", "kronecker", "ekfac", "embedding_ekfac", "dense"):
+    kinds = "diagonal", "kronecker", "convolution_kronecker", "ekfac", "embedding_ekfac", "dense"
+    for kind in kinds:
         curvature = _make(kind)
         first = _reference_dense(curvature.average_over_columns().power(0.5))
         last = _reference_dense(curvature.power(0.5).average_over_columns())
@@ -376,6 +395,10 @@ def test_of_inputs_keeps_the_inputs_alone(kind, singular):
         traced = traced / curvature.row_factor.trace()
         _close(_reference_dense(inputs), torch.kron(rows, traced))
         assert type(inputs) is Kronecker
+    elif kind == "convolution_kronecker":
+        _, traced = _partial_traces(_reference_dense(curvature))
+        expected = torch.kron(rows, traced / curvature.row_factor.trace())
+        assert type(inputs) is ConvolutionKronecker
     elif kind == "transposed_kronecker":
         expected = torch.kron(curvature.row_factor, columns)
         traced, _ = _partial_traces(_reference_dense(curvature))
@@ -409,14 +432,17 @@ def test_with_inputs_is_the_operator_for_other_inputs(kind, singular, units, bia
     between = torch.randn(units, units, dtype=torch.float64, generator=generator)
     curvature, inputs = _make(kind, singular), SHAPE[1] - bias
     change = InputMap(between, inputs)
-    if kind not in ("kronecker", "ekfac"):
+    if kind == "convolution_kronecker" and bias:
+        return  # three inputs are no channels of two elements
+    if kind not in ("kronecker", "convolution_kronecker", "ekfac"):
         assert curvature.inputs_on != "columns"
         with pytest.raises(TypeError, match=f"{kind} curvature .* on its columns"):
             curvature.with_inputs(change)
         return
     assert curvature.inputs_on == "columns"
     found = curvature.with_inputs(change)
-    assert type(found) is type(curvature)
+    stays = kind != "convolution_kronecker" or units == len(curvature.channel_factor)
+    assert type(found) is (type(curvature) if stays else Kronecker)
     # Positions of a block go together, and the bias stays: I x (S x I + 1).
     blocks = torch.kron(between, torch.eye(inputs // units, dtype=torch.float64))
     columns = torch.block_diag(blocks, torch.eye(int(bias), dtype=torch.float64))
@@ -523,9 +549,10 @@ def test_mean_of_one_is_itself(kind):
 def test_tensors_round_trip(kind):
     curvature = _make(kind)
     tensors = curvature.tensors()
-    expected = KINDS[kind].tensor_shapes(SHAPE)
+    expected = KINDS[kind].tensor_shapes(SHAPE, KERNELS.get(kind, 1))
+    assert curvature.kernel == KERNELS.get(kind, 1)
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == expected
-    again = KINDS[kind].from_tensors(tensors, SHAPE)
+    again = KINDS[kind].from_tensors(tensors, SHAPE, KERNELS.get(kind, 1))
     assert again.shape == SHAPE
     assert torch.equal(_reference_dense(again), _reference_dense(curvature))
 
@@ -542,9 +569,10 @@ def test_from_tensors_refuses_what_does_not_fit(kind):
         tensors | {name: tensors[name].unsqueeze(0)},
     ):
         with pytest.raises(ValueError, match=f"{kind} curvature of a .* needs tensors of shapes"):
-            KINDS[kind].from_tensors(wrong, SHAPE)
-    with pytest.raises(ValueError, match="needs tensors"):
-        KINDS[kind].from_tensors(tensors, (SHAPE[0], SHAPE[1] + 1))
+            KINDS[kind].from_tensors(wrong, SHAPE, KERNELS.get(kind, 1))
+    more = 1 + (kind in KERNELS)  # one more column than inputs is a bias
+    with pytest.raises(ValueError, match=r"needs tensors|no channels of 2 elements"):
+        KINDS[kind].from_tensors(tensors, (SHAPE[0], SHAPE[1] + more), KERNELS.get(kind, 1))
 
 
 def test_identity_has_no_tensors():
@@ -596,3 +624,45 @@ def test_kinds_are_frozen_and_pure(kind):
 def test_what_can_be_asked_for_has_kinds():
     assert set(get_args(CurvatureType)) == KINDS_OF.keys()
     assert {kind for kinds in KINDS_OF.values() for kind in kinds} == KINDS.keys()
+
+
+def _convolution(has_bias, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    rows, channels, kernel = (_factor(size, 6, generator) for size in (3, 2, 4))
+    return ConvolutionKronecker(rows, channels, kernel, has_bias)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_the_factor_of_patches_is_channels_times_kernel(has_bias):
+    curvature = _convolution(has_bias)
+    dense = _reference_dense(curvature)
+    matrix = torch.randn(curvature.shape, dtype=torch.float64)
+    assert curvature.shape == (3, 8 + has_bias)
+    assert curvature.kernel == 4
+
+    def close(found, matrix_of):
+        _close(found.apply(matrix), (matrix_of @ matrix.flatten()).view(curvature.shape), 1e-9)
+
+    close(curvature, dense)
+    close(curvature.to_kronecker(), dense)
+    close(curvature.power(0.5), _reference_power(dense, 0.5))
+    _close(curvature.diagonal(), dense.diagonal().view(curvature.shape))
+    _close(curvature.trace(), dense.trace())
+    _close(curvature.norm(), dense.square().sum().sqrt())
+    _close(curvature.eigenvalues().flatten().sort().values, torch.linalg.eigvalsh(dense))
+    inverse = curvature.pseudo_inverse(1e-9)
+    expected = torch.linalg.pinv(dense, hermitian=True) @ matrix.flatten()
+    _close(inverse.solve(matrix), expected.view(curvature.shape), 1e-8)
+    averaged = curvature.average_over_columns()
+    blocks = dense.reshape(*curvature.shape, *curvature.shape)
+    rows = torch.einsum("iaja->ij", blocks) / curvature.shape[1]
+    close(averaged, torch.kron(rows, torch.eye(curvature.shape[1], dtype=torch.float64)))
+    between = torch.randn(2, 2, dtype=torch.float64)
+    for_others = curvature.with_inputs(InputMap(between, 8))
+    assert isinstance(for_others, ConvolutionKronecker)
+    blocks = torch.kron(between, torch.eye(4, dtype=torch.float64))
+    columns = torch.block_diag(blocks, torch.eye(int(has_bias), dtype=torch.float64))
+    wide = torch.kron(torch.eye(3, dtype=torch.float64), columns)
+    close(for_others, wide @ dense @ wide.T)
+    again = ConvolutionKronecker.from_tensors(curvature.tensors(), curvature.shape, kernel=4)
+    assert again.has_bias == has_bias

@@ -82,7 +82,7 @@ def test_a_diagonal_goes_on_without_backpack_where_that_fails_on_the_way(monkeyp
     assert {report.layer.name for report in expected.layer_reports} == {"weight"}
     assert "backpack" in expected.report
 
-    def refuse(self, batch, logits, directions):
+    def refuse(self, batch, logits, directions, uniforms):
         raise backpack.BackpackError("weight is used without its module")
 
     monkeypatch.setattr(backpack.BackpackDiagonal, "backward", refuse)

@@ -52,6 +52,7 @@ def test_all_that_is_wrong_is_named_at_once():
             likelihood="poisson",
             max_samples=0,
             batch_size=0,
+            positions=0,
             draws=0,
             tolerance=1.0,
         )

@@ -384,10 +384,10 @@ def make_data(shape, samples=SAMPLES, seed=0):
 
 
 def extract(model, data, kind="kfac", **options):
-    """Curvature of a data set in small batches, or of any loader, without a progress bar."""
+    """Curvature of a data set in small batches, or of any loader, at all positions of a sample."""
     if isinstance(data, TensorDataset):
         data = DataLoader(data, batch_size=BATCH)
-    return extract_curvature(model, data, kind, **{"progress": False} | options)
+    return extract_curvature(model, data, kind, **{"progress": False, "positions": None} | options)
 
 
 class Recording(TensorDataset):

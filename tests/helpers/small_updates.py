@@ -17,6 +17,7 @@ ASKED = {  # the curvature that an extraction is asked for, by the kind that it 
     "dense": "dense",
     "kronecker": "kfac",
     "transposed_kronecker": "kfac",
+    "convolution_kronecker": "kfac",
     "embedding_kronecker": "kfac",
     "ekfac": "ekfac",
     "transposed_ekfac": "ekfac",

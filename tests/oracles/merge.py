@@ -6,7 +6,7 @@ import math
 
 import torch
 
-HOLD_INPUTS = ("kronecker", "ekfac")
+HOLD_INPUTS = ("kronecker", "convolution_kronecker", "ekfac")
 
 
 def written_out(block):
@@ -15,6 +15,10 @@ def written_out(block):
     rows = torch.eye(block.shape[0]).double()
     if block.kind == "kronecker":
         return torch.kron(tensors["row_factor"], tensors["column_factor"])
+    if block.kind == "convolution_kronecker":
+        columns = torch.kron(tensors["channel_factor"], tensors["kernel_factor"])
+        bias = torch.eye(block.shape[1] - len(columns)).double()
+        return torch.kron(tensors["row_factor"], torch.block_diag(columns, bias))
     if block.kind == "embedding_kronecker":
         return torch.kron(torch.diag(tensors["row_values"]), tensors["column_factor"])
     if block.kind in ("ekfac", "embedding_ekfac"):

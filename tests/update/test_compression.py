@@ -18,6 +18,7 @@ from lightning_fedfisher import (
     UpdateError,
     extract_curvature,
 )
+from lightning_fedfisher.curvature.convolution import ConvolutionKronecker
 from lightning_fedfisher.curvature.dense import Dense
 from lightning_fedfisher.curvature.diagonal import Diagonal
 from lightning_fedfisher.curvature.embedding import EmbeddingEigenKronecker, EmbeddingKronecker
@@ -74,6 +75,9 @@ def _make(kind):
         "embedding_ekfac": lambda: EmbeddingEigenKronecker(
             torch.linalg.qr(_normal(columns, columns))[0].contiguous(), values
         ),
+        "convolution_kronecker": lambda: ConvolutionKronecker(
+            _factor(rows, 4), _factor(columns // 2, 4), _factor(2, 4), has_bias=columns % 2 == 1
+        ),
         "dense": lambda: Dense(_factor(rows * columns, 4), SHAPE),
     }
     return made[kind]()
@@ -88,6 +92,10 @@ def _dense_root(kind, roots):
         return roots["matrix"]
     if kind in ("kronecker", "transposed_kronecker"):
         return torch.kron(roots["row_factor"], roots["column_factor"])
+    if kind == "convolution_kronecker":
+        columns = torch.kron(roots["channel_factor"], roots["kernel_factor"])
+        bias = torch.ones([SHAPE[1] % 2] * 2, dtype=torch.float64)
+        return torch.kron(roots["row_factor"], torch.block_diag(columns, bias))
     if kind == "embedding_kronecker":
         return torch.kron(torch.diag(roots["row_values"]), roots["column_factor"])
     basis = torch.kron(roots.get("row_basis", eye), roots["column_basis"])

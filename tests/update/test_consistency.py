@@ -22,7 +22,7 @@ from torch import nn
 from lightning_fedfisher import ClientUpdate, UpdateError
 from lightning_fedfisher.curvature.base import Identity
 from lightning_fedfisher.curvature.registry import KINDS
-from lightning_fedfisher.layers import Source, find_layers
+from lightning_fedfisher.layers import Layer, Source, find_layers
 from lightning_fedfisher.update.consistency import inconsistencies
 
 
@@ -220,3 +220,12 @@ def test_a_name_stands_for_one_tensor(header, tensor, reason):
     with pytest.raises(UpdateError) as error:
         ClientUpdate(dataclasses.replace(update.header, **header), tensors)
     assert error.value.offenders == (reason,)
+
+
+def test_a_layer_that_is_no_channels_times_kernel_is_refused():
+    # Two vectors of a stranger's: their five columns are not those of a convolution and its bias.
+    layer = Layer("odd", (("odd.a", (2, 1, 3)), ("odd.b", (2, 2))))
+    header = make_header("kfac", [layer], {"odd": Identity(layer.shape)})
+    header = dataclasses.replace(header, kinds={"odd": "convolution_kronecker"})
+    (offender, *_) = inconsistencies(header, {"odd.a": (2, 1, 3), "odd.b": (2, 2)})
+    assert offender == "layer odd: 5 columns are no channels of 3 elements and a bias"

@@ -11,6 +11,7 @@ from helpers.small_updates import ASKED, header_of, linear, update_of
 from torch import nn
 
 from lightning_fedfisher import ClientUpdate, UpdateError
+from lightning_fedfisher.curvature.convolution import ConvolutionKronecker
 from lightning_fedfisher.curvature.dense import Dense
 from lightning_fedfisher.curvature.diagonal import Diagonal
 from lightning_fedfisher.curvature.embedding import EmbeddingEigenKronecker, EmbeddingKronecker
@@ -217,6 +218,8 @@ def _of_kind(kind):
             return Dense(_moment(8, 16), (2, 4))
         case "kronecker" | "transposed_kronecker":
             return KINDS[kind](*_moments(2, 4))
+        case "convolution_kronecker":
+            return ConvolutionKronecker(_moment(2, 4), *_moments(2, 2))
         case "embedding_kronecker":
             return EmbeddingKronecker(values[:, 0].contiguous(), _moment(4, 8))
         case "ekfac" | "transposed_ekfac":
@@ -231,6 +234,9 @@ FORMS = {
     ("kronecker", "column_factor"): "factor",
     ("transposed_kronecker", "row_factor"): "factor",
     ("transposed_kronecker", "column_factor"): "factor",
+    ("convolution_kronecker", "row_factor"): "factor",
+    ("convolution_kronecker", "channel_factor"): "factor",
+    ("convolution_kronecker", "kernel_factor"): "factor",
     ("embedding_kronecker", "row_values"): "values",
     ("embedding_kronecker", "column_factor"): "factor",
     ("ekfac", "row_basis"): "basis",
@@ -259,8 +265,9 @@ FLAWS = {
 
 
 def _file_of(kind, tmp_path, change=None, dtype=torch.float32):
-    """A file of one linear layer, with one tensor of its curvature changed; every digest holds."""
-    model, block = linear().to(dtype), _of_kind(kind)
+    """A file of one layer, with one tensor of its curvature changed; every digest holds."""
+    model = nn.Conv1d(2, 2, 2, bias=False) if kind == "convolution_kronecker" else linear()
+    model, block = model.to(dtype), _of_kind(kind)
     header = header_of(model, kind, curvature=ASKED[kind])
     (name,) = header.kinds
     tensors = {f"parameters/{n}": p.detach() for n, p in model.named_parameters()}

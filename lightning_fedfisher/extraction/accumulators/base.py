@@ -31,8 +31,8 @@ class Accumulator(ABC):
             kind: Kind of curvature that the sums become.
             like: A tensor that gives the dtype and device of the sums.
         """
-        self._kind, self._shape = kind, layer.shape
-        shapes = kind.tensor_shapes(layer.shape)
+        self._kind, self._layer = kind, layer
+        shapes = kind.tensor_shapes(layer.shape, layer.kernel)
         self.sums = {name: like.new_zeros(shape) for name, shape in shapes.items()}
 
     @abstractmethod
@@ -55,7 +55,7 @@ class Accumulator(ABC):
             The curvature, averaged over samples.
         """
         means = {name: total / count for name, total in sums.items()}
-        return self._kind.from_tensors(means, self._shape)
+        return self._kind.from_tensors(means, self._layer.shape, self._layer.kernel)
 
 
 class GradientAccumulator(Accumulator):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -20,7 +21,7 @@ class DenseAccumulator(GradientAccumulator):
 
     @override
     def add(self, calls: Sequence[LayerCall], samples: int) -> None:
-        for chunk, n in in_chunks(calls, samples, self._shape[0] * self._shape[1]):
+        for chunk, n in in_chunks(calls, samples, math.prod(self._layer.shape)):
             self.add_gradients(per_sample_gradients(chunk, n))
 
     @override

@@ -51,12 +51,21 @@ class KroneckerAccumulator(Accumulator):
         for call in calls:
             layer_type = call.layer_type
             assert isinstance(layer_type, KroneckerLayer)
-            input_factor, gradient_factor = self.sums["column_factor"], self.sums["row_factor"]
-            if layer_type.inputs_are_rows:
-                input_factor, gradient_factor = gradient_factor, input_factor
+            gradient_factor = "column_factor" if layer_type.inputs_are_rows else "row_factor"
             for (part,), n in in_chunks([call], samples):
-                add_gram(input_factor, layer_type.unfold_inputs(part.inputs, n), 1 / positions)
-                add_gram(gradient_factor, layer_type.unfold_gradients(part.gradients, n), 1.0)
+                self._add_inputs(layer_type.unfold_inputs(part.inputs, n), 1 / positions)
+                gradients = layer_type.unfold_gradients(part.gradients, n)
+                add_gram(self.sums[gradient_factor], gradients, 1.0)
+
+    def _add_inputs(self, unfolded: Tensor, scale: float) -> None:
+        """Adds the second moment of a call's inputs.
+
+        Args:
+            unfolded: The inputs by position, of shape ``(samples, features, positions)``.
+            scale: Factor that it is multiplied by.
+        """
+        name = "row_factor" if self._kind.inputs_on == "rows" else "column_factor"
+        add_gram(self.sums[name], unfolded, scale)
 
 
 def _count_positions(call: LayerCall) -> int:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_fedfisher.curvature.base import Curvature
 from lightning_fedfisher.curvature.kronecker import Eigenbased, Factored
 from lightning_fedfisher.curvature.registry import EIGEN_CORRECTED, KINDS, CurvatureType
 from lightning_fedfisher.extraction.accumulators.base import Accumulator, GradientAccumulator
+from lightning_fedfisher.extraction.accumulators.convolution import ConvolutionAccumulator
 from lightning_fedfisher.extraction.accumulators.dense import DenseAccumulator
 from lightning_fedfisher.extraction.accumulators.diagonal import DiagonalAccumulator
 from lightning_fedfisher.extraction.accumulators.embedding import EmbeddingAccumulator
@@ -20,6 +22,7 @@ from lightning_fedfisher.extraction.accumulators.spectrum import SpectrumAccumul
 from lightning_fedfisher.extraction.backends.output_gradients import OutputGradients
 from lightning_fedfisher.extraction.backends.per_sample import PerSampleGradients
 from lightning_fedfisher.extraction.layer_report import LayerReport, block_kind
+from lightning_fedfisher.extraction.positions import Positions, shifted
 from lightning_fedfisher.extraction.tracing.model_trace import ModelTrace
 from lightning_fedfisher.extraction.tracing.recorder import LayerCall, LayerCallRecorder
 from lightning_fedfisher.layers import Layer
@@ -29,6 +32,7 @@ ACCUMULATORS: Mapping[str, type[Accumulator]] = {
     "dense": DenseAccumulator,
     "kronecker": KroneckerAccumulator,
     "transposed_kronecker": KroneckerAccumulator,
+    "convolution_kronecker": ConvolutionAccumulator,
     "embedding_kronecker": EmbeddingAccumulator,
 }
 """The accumulator of each kind of curvature. EKFAC's are made from those of its factors."""
@@ -73,6 +77,7 @@ class ModelAccumulator:
         trace: ModelTrace,
         curvatures: Sequence[CurvatureType],
         logits_of: Callable[[nn.Module, Any], Tensor],
+        positions: Positions = None,
     ) -> None:
         """Starts at zero.
 
@@ -82,8 +87,10 @@ class ModelAccumulator:
             trace: What a traced forward pass showed about the model.
             curvatures: Curvatures that will be asked for.
             logits_of: Maps the model and a batch to logits, samples first.
+            positions: Most positions of a sample that Kronecker factors are computed from.
         """
-        self._layers = layers
+        self._layers, self._positions = layers, positions
+        self._indices = {layer.name: index for index, layer in enumerate(layers)}
         self._trace = trace
         parameters = dict(model.named_parameters())
         self._accumulators: dict[tuple[str, str], Accumulator] = {}
@@ -105,7 +112,7 @@ class ModelAccumulator:
         self._bases: dict[str, Eigenbased] = {}
         self._spectra: dict[str, SpectrumAccumulator] = {}
         self.needs_second_pass = False
-        self._samples = 0
+        self._samples, self._uniforms = 0, torch.empty(0)
         self._output_gradients = OutputGradients(model, layers, trace, self._add)
         others = [layer for layer in layers if layer.name not in trace.layer_types]
         self._per_sample = PerSampleGradients(model, others, logits_of) if others else None
@@ -114,15 +121,25 @@ class ModelAccumulator:
         """Forgets the last forward pass, and gives the context manager to run the next one in."""
         return self._output_gradients.watch()
 
-    def backward(self, batch: Any, logits: Tensor, directions: Sequence[Tensor]) -> None:
+    def backward(
+        self,
+        batch: Any,
+        logits: Tensor,
+        directions: Sequence[Tensor],
+        uniforms: Tensor | None = None,
+    ) -> None:
         """Back-propagates directions and adds up the second moments of their gradients.
 
         Args:
             batch: The batch that was run, none of whose samples was run before.
             logits: Result of the forward pass inside `watch`.
             directions: Gradients at the logits, each of their shape: all that these samples have.
+            uniforms: A random number from 0 to below 1 for each sample, by which its positions are
+                chosen; zeros if None.
         """
         self._samples = len(logits)
+        drawn = torch.zeros(len(logits), dtype=torch.float64) if uniforms is None else uniforms
+        self._uniforms = drawn.to(logits.device)
         self._output_gradients.backward(logits, directions)
         if self._per_sample is not None and not self._spectra:
             for direction in directions:
@@ -146,7 +163,7 @@ class ModelAccumulator:
             basis = factors.eigendecompose()
             # Eigenbases are not unique, and all processes must use the same.
             same = {field: first(tensor) for field, tensor in basis.tensors().items()}
-            self._bases[name] = type(basis).from_tensors(same, basis.shape)
+            self._bases[name] = type(basis).from_tensors(same, basis.shape, basis.kernel)
         self.begin_second_pass()
 
     def add_kept(self) -> None:
@@ -227,13 +244,20 @@ class ModelAccumulator:
         wants = keeps or any(isinstance(a, GradientAccumulator) for a in accumulators)
         gradients = materialized_gradients(calls, self._samples, layer.shape) if wants else None
         for accumulator in accumulators:
-            if gradients is None or not isinstance(accumulator, GradientAccumulator):
+            if isinstance(accumulator, KroneckerAccumulator):
+                accumulator.add(self._at_positions(layer, calls), self._samples)
+            elif gradients is None or not isinstance(accumulator, GradientAccumulator):
                 accumulator.add(calls, self._samples)
             else:
                 for chunk in gradients:
                     accumulator.add_gradients(chunk)
         if keeps:
             self._keep(layer, calls if gradients is None else gradients)
+
+    def _at_positions(self, layer: Layer, calls: Sequence[LayerCall]) -> list[LayerCall]:
+        """Takes the positions of each sample that the factors are computed from."""
+        uniforms = shifted(self._uniforms, self._indices[layer.name])
+        return [call.at_positions(self._positions, uniforms) for call in calls]
 
     def _keep(self, layer: Layer, items: Sequence[LayerCall] | Sequence[Tensor]) -> None:
         """Keeps calls or gradients for EKFAC, or drops all of them for a second pass."""

@@ -113,13 +113,20 @@ class BackpackDiagonal:
                 raise
             raise BackpackError("an output is changed in place") from error
 
-    def backward(self, batch: Any, logits: Tensor, directions: Sequence[Tensor]) -> None:
+    def backward(
+        self,
+        batch: Any,
+        logits: Tensor,
+        directions: Sequence[Tensor],
+        uniforms: Tensor | None = None,
+    ) -> None:
         """Back-propagates directions and adds up the squares of their per-sample gradients.
 
         Args:
             batch: The batch that was run; not needed.
             logits: Result of the forward pass inside `watch`.
             directions: Gradients at the logits, each of their shape.
+            uniforms: Not needed: a diagonal is computed from all positions.
 
         Raises:
             BackpackError: If a parameter is used without its module.

@@ -91,6 +91,11 @@ class LayerType(ABC):
         """
         return False
 
+    @property
+    def kfac_kind(self) -> str:
+        """Kind of block that K-FAC gives the layer; with EKFAC it is always that of `kind`."""
+        return self.kind
+
     @abstractmethod
     def per_sample_gradients(self, inputs: Tensor, gradients: Tensor, samples: int) -> Tensor:
         """Computes the gradient of each sample with respect to the layer's matrix.
@@ -198,6 +203,32 @@ class KroneckerLayer(LayerType):
             unfolded = unfolded.transpose(0, 1).flatten(1, 2)
         return self.unfold_inputs(inputs, samples), unfolded
 
+    def unfold_inputs_at(self, inputs: Tensor, samples: int, positions: Tensor) -> Tensor:
+        """Arranges the input of a call at some positions of each sample.
+
+        Args:
+            inputs: Input of the call.
+            samples: Number of samples.
+            positions: Indices of positions, of shape ``(samples, some)``.
+
+        Returns:
+            A tensor of shape ``(samples, features, some)``.
+        """
+        return take_positions(self.unfold_inputs(inputs, samples), positions)
+
+    def unfold_gradient_at(self, gradient: Tensor, samples: int, positions: Tensor) -> Tensor:
+        """Arranges a gradient at the output of a call at some positions of each sample.
+
+        Args:
+            gradient: One gradient, of the output's shape.
+            samples: Number of samples.
+            positions: Indices of positions, of shape ``(samples, some)``.
+
+        Returns:
+            A tensor of shape ``(samples, features, some)``.
+        """
+        return take_positions(self.unfold_gradient(gradient, samples), positions)
+
     def outer_products(self, inputs: Tensor, gradients: Tensor, directions: int) -> Tensor:
         """Multiplies the two sides into per-sample gradients.
 
@@ -216,6 +247,39 @@ class KroneckerLayer(LayerType):
     def per_sample_gradients(self, inputs: Tensor, gradients: Tensor, samples: int) -> Tensor:
         unfolded, unfolded_gradients = self.unfold_both(inputs, gradients, samples)
         return self.outer_products(unfolded, unfolded_gradients, len(gradients))
+
+
+@dataclass(frozen=True)
+class Unfolded(KroneckerLayer):
+    """A call that is arranged by position already, at some of the positions that it has.
+
+    Inputs have shape ``(samples, features, some)``, and each gradient as well. Both are multiplied
+    by ``sqrt(positions / some)``, so that their second moments stand for those at all positions.
+
+    Attributes:
+        original: What the call computes.
+        positions: Number of positions that a sample has.
+    """
+
+    original: KroneckerLayer
+    positions: int
+
+    @property
+    def inputs_are_rows(self) -> bool:  # type: ignore[override]
+        """As of the call."""
+        return self.original.inputs_are_rows
+
+    @override
+    def count_positions(self, inputs: Tensor, gradient: Tensor) -> int:
+        return len(inputs) * self.positions
+
+    @override
+    def unfold_inputs(self, inputs: Tensor, samples: int) -> Tensor:
+        return inputs
+
+    @override
+    def unfold_gradient(self, gradient: Tensor, samples: int) -> Tensor:
+        return gradient
 
 
 class SparseLayer(LayerType):
@@ -278,6 +342,19 @@ def append_ones(tensor: Tensor, dim: int) -> Tensor:
     shape = list(tensor.shape)
     shape[dim] = 1
     return torch.cat([tensor, tensor.new_ones(shape)], dim=dim)
+
+
+def take_positions(tensor: Tensor, positions: Tensor) -> Tensor:
+    """Takes some positions of each sample.
+
+    Args:
+        tensor: A tensor of shape ``(samples, features, positions)``.
+        positions: Indices of positions, of shape ``(samples, some)``.
+
+    Returns:
+        A tensor of shape ``(samples, features, some)``.
+    """
+    return tensor.gather(2, positions.unsqueeze(1).expand(-1, tensor.shape[1], -1))
 
 
 def flatten_positions(tensor: Tensor, samples: int) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -70,6 +71,55 @@ class ConvGeometry:
         """Number of patches that an entry of the input is part of, about and at least 1."""
         return max(1, math.prod(self.kernel) // math.prod(self.stride))
 
+    def unfold_at(self, image: Tensor, samples: int, positions: Tensor) -> Tensor:
+        """Copies out the patches at some positions of each sample, and no others.
+
+        Args:
+            image: A tensor of shape ``(samples * frames, channels, *spatial)``.
+            samples: Number of samples.
+            positions: Indices of positions, the frames of a sample after each other, of shape
+                ``(samples, some)``.
+
+        Returns:
+            A tensor of shape ``(samples, channels * kernel elements, some)``.
+
+        Example:
+            >>> import torch
+            >>> geometry = ConvGeometry.from_arguments(kernel=[2], stride=1, padding=1, dilation=1)
+            >>> geometry.unfold_at(torch.tensor([[[1.0, 2.0]]]), 1, torch.tensor([[0, 1]]))
+            tensor([[[0., 1.],
+                     [1., 2.]]])
+        """
+        sizes = image.shape[2:]
+        counts = self._positions(sizes)
+        frames, remaining = positions // math.prod(counts), positions % math.prod(counts)
+        index, inside = frames.unsqueeze(1), torch.ones_like(frames, dtype=torch.bool).unsqueeze(1)
+        # From the first dimension to the last, as the numbering of positions runs.
+        for axis, size in enumerate(sizes):
+            span = math.prod(counts[axis + 1 :])
+            start = remaining // span * self.stride[axis] - self.padding[axis][0]
+            remaining = remaining % span
+            elements = torch.arange(self.kernel[axis], device=image.device) * self.dilation[axis]
+            place = start.unsqueeze(1) + elements.unsqueeze(1)
+            within = (place >= 0) & (place < size)
+            place = place.clamp(0, size - 1)
+            index = (index.unsqueeze(2) * size + place.unsqueeze(1)).flatten(1, 2)
+            inside = (inside.unsqueeze(2) & within.unsqueeze(1)).flatten(1, 2)
+        elements_first = index.flatten(1).unsqueeze(1)  # kernel elements, then positions
+        apart = image.reshape(samples, -1, image.shape[1], math.prod(sizes)).transpose(1, 2)
+        patches = apart.flatten(2).gather(2, elements_first.expand(-1, image.shape[1], -1))
+        patches = patches * inside.flatten(1).unsqueeze(1).to(patches.dtype)
+        return patches.reshape(samples, -1, positions.shape[1])
+
+    def _positions(self, sizes: Sequence[int]) -> list[int]:
+        """Counts the positions of the kernel in each dimension of an image of this size."""
+        return [
+            (size + sum(sides) - d * (k - 1) - 1) // s + 1
+            for size, k, s, sides, d in zip(
+                sizes, self.kernel, self.stride, self.padding, self.dilation, strict=True
+            )
+        ]
+
     def unfold(self, image: Tensor) -> Tensor:
         """Copies out the patch that the kernel covers at each of its positions.
 
@@ -79,14 +129,11 @@ class ConvGeometry:
         Returns:
             A tensor of shape ``(channels * kernel elements, batch, positions)``.
         """
+        positions = self._positions(image.shape[2:])
         sides = [side for pair in reversed(self.padding) for side in pair]
         image = functional.pad(image, sides).contiguous()
-        batch, channels, *sizes = image.shape
+        batch, channels = image.shape[:2]
         steps = image.stride()[2:]
-        positions = [
-            (size - d * (k - 1) - 1) // s + 1
-            for size, k, s, d in zip(sizes, self.kernel, self.stride, self.dilation, strict=True)
-        ]
         patches = image.as_strided(
             (channels, *self.kernel, batch, *positions),
             (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -19,6 +20,10 @@ from lightning_fedfisher.extraction.layer_types.base import (
 from lightning_fedfisher.extraction.layer_types.conv_geometry import ConvGeometry
 from lightning_fedfisher.extraction.layer_types.scale_shift import lone_bias
 
+# Entries of a patch above which its second moment is taken apart into channels and kernel: a
+# matrix of 1024 rows takes 4 MB, and a second to decompose.
+_LARGEST_PATCH = 1024
+
 
 @dataclass(frozen=True)
 class Convolution(KroneckerLayer):
@@ -27,6 +32,7 @@ class Convolution(KroneckerLayer):
     Attributes:
         geometry: Kernel size, stride, padding and dilation.
         has_bias: Whether the last column of the matrix is a bias.
+        channels: Number of input channels.
 
     Example:
         >>> import torch
@@ -38,6 +44,14 @@ class Convolution(KroneckerLayer):
 
     geometry: ConvGeometry
     has_bias: bool
+    channels: int = 1
+
+    @property
+    @override
+    def kfac_kind(self) -> str:
+        elements = math.prod(self.geometry.kernel)
+        large = elements > 1 and elements * self.channels > _LARGEST_PATCH
+        return "convolution_kronecker" if large else self.kind
 
     @override
     def channel_axis(self, ndim: int) -> int | None:
@@ -48,6 +62,11 @@ class Convolution(KroneckerLayer):
         patches = self.geometry.unfold(inputs)
         patches = append_ones(patches, 0) if self.has_bias else patches
         return patches.reshape(len(patches), samples, -1).transpose(0, 1)
+
+    @override
+    def unfold_inputs_at(self, inputs: Tensor, samples: int, positions: Tensor) -> Tensor:
+        patches = self.geometry.unfold_at(inputs, samples, positions)
+        return append_ones(patches, 1) if self.has_bias else patches
 
     @override
     def unfold_gradient(self, gradient: Tensor, samples: int) -> Tensor:
@@ -110,7 +129,7 @@ def read_convolution(
 
     def weight_type(has_bias: bool) -> LayerType:
         if groups == 1:
-            return Convolution(geometry, has_bias)
+            return Convolution(geometry, has_bias, weight.shape[1])
         return GroupedConvolution(geometry, has_bias, groups)
 
     return FunctionCall(inputs, weight, bias, weight_type, lone_bias(bias, trailing=False))

@@ -11,6 +11,7 @@ from lightning_fedfisher.extraction.layer_types.base import (
     FunctionCall,
     KroneckerLayer,
     append_ones,
+    take_positions,
 )
 from lightning_fedfisher.extraction.layer_types.scale_shift import lone_bias
 
@@ -51,6 +52,11 @@ class Linear(KroneckerLayer):
     def unfold_inputs(self, inputs: Tensor, samples: int) -> Tensor:
         by_position = inputs.reshape(samples, -1, inputs.shape[-1])
         return (append_ones(by_position, 2) if self.has_bias else by_position).mT
+
+    @override
+    def unfold_inputs_at(self, inputs: Tensor, samples: int, positions: Tensor) -> Tensor:
+        by_position = take_positions(inputs.reshape(samples, -1, inputs.shape[-1]).mT, positions)
+        return append_ones(by_position, 1) if self.has_bias else by_position
 
     @override
     def unfold_gradient(self, gradient: Tensor, samples: int) -> Tensor:

@@ -8,6 +8,7 @@ Parameters that are used in any other way are found in the autograd graph (`edge
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from lightning_fedfisher.extraction.layer_types.base import FunctionCall, LayerType
+from lightning_fedfisher.extraction.layer_types.base import (
+    FunctionCall,
+    KroneckerLayer,
+    LayerType,
+    Unfolded,
+)
 from lightning_fedfisher.extraction.layer_types.registry import open_attention, read_call
+from lightning_fedfisher.extraction.positions import (
+    Positions,
+    choose_positions,
+    most_positions,
+)
 from lightning_fedfisher.layers import Layer
 
 
@@ -56,6 +67,31 @@ class LayerCall:
         frames = len(self.inputs) // samples
         here = slice(start * frames, stop * frames)
         return LayerCall(self.layer_type, self.inputs[here], self.gradients[:, here])
+
+    def at_positions(self, positions: Positions, uniforms: Tensor) -> LayerCall:
+        """Takes some positions of each sample, if it has more than wanted.
+
+        Args:
+            positions: Most positions of a sample.
+            uniforms: A number from 0 to below 1 for each sample, by which they are chosen.
+
+        Returns:
+            The same call at these positions, arranged by position.
+        """
+        layer_type, samples = self.layer_type, len(uniforms)
+        assert isinstance(layer_type, KroneckerLayer)
+        available = layer_type.count_positions(self.inputs, self.gradients[0]) // samples
+        most = most_positions(positions, available)
+        if most == available:
+            return self
+        chosen = choose_positions(uniforms, available, most)
+        scale = math.sqrt(available / most)
+        inputs = scale * layer_type.unfold_inputs_at(self.inputs, samples, chosen)
+        found = [
+            scale * layer_type.unfold_gradient_at(gradient, samples, chosen)
+            for gradient in self.gradients
+        ]
+        return LayerCall(Unfolded(layer_type, available), inputs, torch.stack(found))
 
 
 @dataclass(frozen=True)

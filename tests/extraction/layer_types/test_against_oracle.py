@@ -753,7 +753,7 @@ def _share(model, twin):
 def _extract(model, data, kind, **options):
     if isinstance(data, TensorDataset):
         data = DataLoader(data, batch_size=BATCH)
-    options = {"progress": False, "tolerance": 0.0} | options
+    options = {"progress": False, "positions": None, "tolerance": 0.0} | options
     return extract_curvature(copy.deepcopy(model), data, kind, **options)
 
 
@@ -1068,7 +1068,7 @@ def test_all_kinds_at_once_are_the_kinds_one_by_one(net):
     model, data, alone = _setting(net)
     loader = DataLoader(data, batch_size=BATCH)
     middles = _middles(alone, data.tensors[1], "exact")
-    options = {"fisher": "exact", "tolerance": 0.0, "progress": False}
+    options = {"fisher": "exact", "tolerance": 0.0, "positions": None, "progress": False}
     for kind, found in extract_curvatures(copy.deepcopy(model), loader, KINDS, **options).items():
         _check(found, kind, alone, middles, NETS[net].exact)
 

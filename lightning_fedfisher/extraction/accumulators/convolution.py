@@ -1,0 +1,33 @@
+"""Sums for K-FAC of convolutions whose patches' factor is channels times kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_fedfisher.curvature.base import Curvature
+from lightning_fedfisher.extraction.accumulators.kronecker import KroneckerAccumulator, add_gram
+
+
+class ConvolutionAccumulator(KroneckerAccumulator):
+    """The row factor, and the partial traces of the patches' factor over kernel and channels."""
+
+    @override
+    def _add_inputs(self, unfolded: Tensor, scale: float) -> None:
+        channels, elements = (len(self.sums[f"{name}_factor"]) for name in ("channel", "kernel"))
+        # Without the ones of a bias column.
+        inputs = unfolded[:, : channels * elements]
+        patches = inputs.reshape(len(inputs), channels, elements, -1)
+        add_gram(self.sums["channel_factor"], patches.flatten(2), scale / elements)
+        by_element = patches.permute(0, 2, 1, 3).flatten(2)
+        add_gram(self.sums["kernel_factor"], by_element, scale / channels)
+
+    @override
+    def finish(self, sums: Mapping[str, Tensor], count: int) -> Curvature:
+        # Both hold the trace of the patches' factor; it counts once.
+        mean = sums["kernel_factor"].diagonal().mean()
+        scaled = torch.where(mean > 0, sums["kernel_factor"] / mean, 0.0)
+        return super().finish({**sums, "kernel_factor": scaled * count}, count)

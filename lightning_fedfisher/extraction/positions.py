@@ -1,0 +1,91 @@
+"""Which positions of a sample enter the Kronecker factors: a few are as good as all.
+
+The pixels of a feature map or the tokens of a text are much alike, and a factor is a mean over
+them. So a layer's second moments are estimated from some positions of each sample. The estimate is
+unbiased: each position has the same chance.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Positions = int | Literal["auto"] | None
+"""Most positions of a sample: a number, "auto" (a sixteenth, but at least 4), or None (all)."""
+
+# "auto" takes one position in so many, and at least so many.
+_AUTO_FRACTION, _AUTO_FEWEST = 16, 4
+# Of the golden ratio: its multiples fall evenly between 0 and 1, however many there are.
+_GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+def check_positions(positions: object) -> None:
+    """Refuses a value that is not a `Positions`.
+
+    Args:
+        positions: Value that a user gave.
+
+    Raises:
+        ValueError: If it is neither a whole number from 1, ``"auto"`` nor None.
+    """
+    counted = type(positions) is int and positions >= 1
+    if not counted and positions not in (None, "auto"):
+        raise ValueError(f"positions must be at least 1, None or 'auto', got {positions!r}")
+
+
+def most_positions(positions: Positions, available: int) -> int:
+    """Tells how many positions of a sample a layer's factors are computed from.
+
+    Args:
+        positions: Most positions to use, as the user gave it.
+        available: Number of positions that a sample has in the layer.
+
+    Returns:
+        A number of positions, at most those available.
+
+    Example:
+        >>> most_positions("auto", 1024), most_positions("auto", 9), most_positions(None, 7)
+        (64, 4, 7)
+    """
+    if positions == "auto":
+        positions = max(_AUTO_FEWEST, available // _AUTO_FRACTION)
+    return available if positions is None else min(positions, available)
+
+
+def choose_positions(uniforms: Tensor, available: int, most: int) -> Tensor:
+    """Chooses positions of each sample, one in each of as many equal stretches of them.
+
+    Args:
+        uniforms: A number from 0 to below 1 for each sample, of shape ``(samples,)``.
+        available: Number of positions that a sample has.
+        most: Number of positions to choose, at most those available.
+
+    Returns:
+        Indices in ascending order, of shape ``(samples, most)``.
+
+    Example:
+        >>> choose_positions(torch.tensor([0.0, 0.5]), available=8, most=2)
+        tensor([[0, 6],
+                [2, 4]])
+    """
+    stretches = torch.arange(most, device=uniforms.device, dtype=uniforms.dtype)
+    # Another place within each stretch, or all would lie on one grid.
+    within = (uniforms.unsqueeze(1) + _GOLDEN * stretches) % 1
+    places = ((stretches + within) * (available / most)).long()
+    return places.clamp_max(available - 1)
+
+
+def shifted(uniforms: Tensor, index: int) -> Tensor:
+    """Makes other numbers from 0 to below 1, so that no two layers choose alike.
+
+    Args:
+        uniforms: Numbers from 0 to below 1, of any shape.
+        index: Index of the layer.
+
+    Returns:
+        A tensor of the same shape.
+    """
+    return (uniforms + _GOLDEN * index) % 1

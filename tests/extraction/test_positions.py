@@ -1,0 +1,177 @@
+"""Some positions of each sample stand for all: which, how many, and without bias."""
+
+import pytest
+import torch
+from helpers.networks import are_equal, build_net, extract, make_data
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_fedfisher.extraction.layer_types import convolution as convolutions
+from lightning_fedfisher.extraction.layer_types.conv_geometry import ConvGeometry
+from lightning_fedfisher.extraction.positions import (
+    check_positions,
+    choose_positions,
+    most_positions,
+    shifted,
+)
+
+IMAGE = (1, 16, 16)
+SPATIAL = {1: (11,), 2: (7, 9), 3: (4, 5, 6)}
+
+
+@pytest.mark.parametrize(("available", "most"), [(8, 2), (7, 3), (576, 36), (5, 5), (9, 1)])
+def test_every_position_has_the_same_chance(available, most):
+    draws = 20_000
+    uniforms = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
+    chosen = choose_positions(uniforms, available, most)
+    assert chosen.shape == (draws, most)
+    assert (chosen.diff(dim=1) > 0).all()  # none twice
+    assert ((chosen >= 0) & (chosen < available)).all()
+    shares = torch.bincount(chosen.flatten(), minlength=available) / draws
+    torch.testing.assert_close(shares, torch.full_like(shares, most / available), atol=2e-3, rtol=0)
+
+
+def test_all_positions_are_all_of_them():
+    chosen = choose_positions(torch.rand(5, dtype=torch.float64), 6, 6)
+    assert torch.equal(chosen, torch.arange(6).expand(5, 6))
+
+
+def test_layers_choose_other_positions():
+    uniforms = torch.rand(50, dtype=torch.float64)
+    one, two = (choose_positions(shifted(uniforms, layer), 64, 4) for layer in (0, 1))
+    assert (one != two).float().mean() > 0.5
+    assert torch.equal(shifted(uniforms, 0), uniforms)
+
+
+@pytest.mark.parametrize("positions", [0, -1, 2.0, "all", True])
+def test_other_values_are_refused(positions):
+    with pytest.raises(ValueError, match="positions must be at least 1, None or 'auto'"):
+        check_positions(positions)
+
+
+def test_auto_is_a_sixteenth_but_at_least_four():
+    assert [most_positions("auto", n) for n in (3, 4, 63, 80, 3136)] == [3, 4, 4, 5, 196]
+    assert [most_positions(10, n) for n in (3, 63)] == [3, 10]
+
+
+@pytest.mark.parametrize("dimensions", SPATIAL)
+@pytest.mark.parametrize("frames", [1, 2])
+@pytest.mark.parametrize(
+    ("stride", "padding", "dilation"), [(1, 0, 1), (2, 1, 1), (1, "same", 2), (3, 2, 2)]
+)
+def test_patches_at_positions_are_those_of_all(dimensions, frames, stride, padding, dilation):
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(3 * frames, 2, *SPATIAL[dimensions], generator=generator)
+    kernel = (3, 2, 1)[:dimensions]
+    geometry = ConvGeometry.from_arguments(kernel, stride, padding, dilation)
+    layer = convolutions.Convolution(geometry, has_bias=True, channels=2)
+    whole = layer.unfold_inputs(image, 3)
+    positions = torch.randint(whole.shape[2], (3, 4), generator=generator)
+    found = layer.unfold_inputs_at(image, 3, positions)
+    assert torch.equal(
+        found, whole.gather(2, positions.unsqueeze(1).expand(-1, whole.shape[1], -1))
+    )
+
+
+class _Net(nn.Module):
+    """A convolution, a transposed one, and a linear layer over positions: all three readings."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 3, 3, padding=1)
+        self.up = nn.ConvTranspose2d(3, 2, 2, stride=2, bias=False)
+        self.mix = nn.Linear(2, 3)
+
+    def forward(self, x):
+        x = self.up(F.max_pool2d(F.relu(self.conv(x)), 4))
+        return self.mix(x.flatten(2).mT).sum(1)
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return _Net().double()
+
+
+def test_factors_of_some_positions_estimate_those_of_all_without_bias(net):
+    data = make_data(IMAGE, 6)
+    exact = extract(net, data, fisher="exact")
+    mean, rounds = {}, 300
+    for seed in range(rounds):
+        found = extract(net, data, fisher="exact", positions=7, seed=seed)
+        for name, block in found.blocks.items():
+            for part, tensor in block.tensors().items():
+                key = name, part
+                mean[key] = mean.get(key, 0) + tensor / rounds
+    for (name, part), tensor in mean.items():
+        expected = exact.blocks[name].tensors()[part]
+        assert (tensor - expected).norm() < 0.06 * expected.norm(), (name, part)
+    apart = extract(net, data, fisher="exact", positions=7).blocks["conv"].column_factor
+    assert (apart - exact.blocks["conv"].column_factor).norm() > 1e-3  # or nothing was left out
+
+
+def test_as_many_positions_as_there_are_change_nothing(net):
+    data = make_data(IMAGE, 6)
+    assert are_equal(extract(net, data, positions=256), extract(net, data, positions=None))
+
+
+@pytest.mark.parametrize("fisher", ["normalised", "exact"])
+def test_a_sample_has_the_same_positions_whatever_its_batch(net, fisher):
+    data = make_data(IMAGE, 21)
+    expected = extract(net, data, fisher=fisher, positions="auto", batch_size=21)
+    for batch_size in (1, 4):
+        found = extract(net, data, fisher=fisher, positions="auto", batch_size=batch_size)
+        assert are_equal(found, expected, 1e-12)
+    assert not are_equal(
+        extract(net, data, fisher=fisher, positions="auto", seed=1), expected, 1e-3
+    )
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "dense"])
+def test_other_curvature_takes_all_positions(net, kind):
+    data = make_data(IMAGE, 6)
+    assert are_equal(extract(net, data, kind, positions=1), extract(net, data, kind))
+
+
+def test_eigenvalues_of_ekfac_take_all_positions():
+    # The gradient's second moment has the trace that it has, in whatever basis.
+    model, data = build_net("lenet"), make_data(IMAGE, 6)
+    dense = extract(model, data, "dense", fisher="exact")
+    found = extract(model, data, "ekfac", fisher="exact", positions=1)
+    for name, block in found.blocks.items():
+        torch.testing.assert_close(block.trace(), dense.blocks[name].trace())
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_large_patch_is_taken_apart_into_channels_and_kernel(monkeypatch, has_bias):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=has_bias), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)
+    )
+    model, data = model.double(), make_data((3, 4, 4), 7)
+    whole = extract(model, data, fisher="exact").blocks["0"]
+    monkeypatch.setattr(convolutions, "_LARGEST_PATCH", 26)
+    extracted = extract(model, data, fisher="exact")
+    found = extracted.blocks["0"]
+    assert found.kind == "convolution_kronecker"
+    assert "convolution_kronecker (hooks): 1 layer" in extracted.report
+    # By the definition: the partial traces of the factor over whole patches.
+    patches = whole.column_factor[:27, :27].reshape(3, 9, 3, 9)
+    channels = torch.einsum("ckdk->cd", patches) / 9
+    kernel = torch.einsum("ckcl->kl", patches)
+    torch.testing.assert_close(found.channel_factor, channels)
+    torch.testing.assert_close(found.kernel_factor, kernel / kernel.diagonal().mean())
+    torch.testing.assert_close(found.row_factor, whole.row_factor)
+    torch.testing.assert_close(found.trace(), whole.trace())
+    assert found.has_bias == has_bias
+    assert extract(model, data, "ekfac", fisher="exact").blocks["0"].kind == "ekfac"
+
+
+def test_a_patch_of_inputs_that_are_always_zero_has_no_kernel_factor(monkeypatch):
+    monkeypatch.setattr(convolutions, "_LARGEST_PATCH", 1)
+    model = nn.Sequential(nn.Conv2d(2, 3, 2, bias=False), nn.Flatten()).double()
+    data = make_data((2, 2, 2), 5)
+    zeros = torch.utils.data.TensorDataset(torch.zeros_like(data.tensors[0]), data.tensors[1])
+    block = extract(model, zeros).blocks["0"]
+    assert not block.channel_factor.any()
+    assert not block.kernel_factor.any()
