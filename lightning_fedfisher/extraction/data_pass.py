@@ -206,15 +206,10 @@ class DataPass:
         batch = self._runner.prepare(model, samples.preview())
         if samples.count is None:  # the preview is a whole batch
             batch = self._few(model, batch)
-        tracer = ModelTracer(model, self._layers)
-        with tracer.watch():
-            logits = self._runner.logits(model, batch)
-        if not logits.requires_grad:
-            raise ValueError(
-                "the model's output is no tensor with a gradient: pass `forward` to return its "
-                "logits, and compute them outside torch.no_grad()"
-            )
-        traced = tracer.trace(logits)
+        self._require_independence(copy_around_parameters(model), batch)
+        traced = self._trace_batch(copy_around_parameters(model), batch)
+        if traced.unseen and not traced.unreached:
+            traced = self._trace_batch(model, batch, frozenset(traced.unseen))
         if len(traced.unreached) == len(self._layers):
             raise UnsupportedModelError(
                 [
@@ -233,6 +228,34 @@ class DataPass:
                 ]
             )
         return traced
+
+    @torch.no_grad()
+    def _require_independence(self, model: nn.Module, batch: Any) -> None:
+        """Refuses a model whose logits of the first sample depend on the others of its batch."""
+        logits = self._runner.logits(model, batch)
+        first = map_samples(batch, len(logits), lambda tensor: tensor[:1])
+        try:
+            alone = self._runner.logits(model, first)
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            if isinstance(error, RuntimeError) and _is_out_of_memory(error):
+                raise
+            return  # a batch of another form, or a model that takes no single sample: none can tell
+        if len(alone) == 1:
+            require_same_logits(alone, logits, slice(0, 1))
+
+    def _trace_batch(
+        self, model: nn.Module, batch: Any, spread: frozenset[str] = frozenset()
+    ) -> ModelTrace:
+        """Traces one forward pass."""
+        tracer = ModelTracer(model, self._layers, spread)
+        with tracer.watch():
+            logits = self._runner.logits(model, batch)
+        if not logits.requires_grad:
+            raise ValueError(
+                "the model's output is no tensor with a gradient: pass `forward` to return its "
+                "logits, and compute them outside torch.no_grad()"
+            )
+        return tracer.trace(logits)
 
     def _few(self, model: nn.Module, batch: Any) -> Any:
         """Takes the first samples of a batch, if it can be cut: tracing runs each on its own."""

@@ -1,6 +1,6 @@
 """Sums over samples: the second moments that a layer's curvature is made of.
 
-May import: backends, tracing, layer_types, layer_report, curvature, layers.
+May import: backends, tracing, layer_types, layer_report, positions, curvature, layers.
 """
 
 from lightning_fedfisher.extraction.accumulators.base import Accumulator, GradientAccumulator

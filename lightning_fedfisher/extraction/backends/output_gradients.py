@@ -65,7 +65,7 @@ class OutputGradients:
         # Gradients at the outputs are all that is needed. Gradients of the weights would be a third
         # of the work of a training step.
         model.requires_grad_(False)
-        self._recorder = LayerCallRecorder(model, layers, self._on_layer_call)
+        self._recorder = LayerCallRecorder(model, layers, self._on_layer_call, spread=trace.spread)
         self._dtype = next(model.parameters()).dtype
         self._trace = trace
         self._deliver = deliver

@@ -120,6 +120,11 @@ class ConvGeometry:
             )
         ]
 
+    def pad(self, image: Tensor) -> Tensor:
+        """Puts zeros before and after an image of shape ``(batch, channels, *spatial)``."""
+        sides = [side for pair in reversed(self.padding) for side in pair]
+        return functional.pad(image, sides) if any(sides) else image
+
     def unfold(self, image: Tensor) -> Tensor:
         """Copies out the patch that the kernel covers at each of its positions.
 
@@ -130,8 +135,7 @@ class ConvGeometry:
             A tensor of shape ``(channels * kernel elements, batch, positions)``.
         """
         positions = self._positions(image.shape[2:])
-        sides = [side for pair in reversed(self.padding) for side in pair]
-        image = functional.pad(image, sides).contiguous()
+        image = self.pad(image).contiguous()
         batch, channels = image.shape[:2]
         steps = image.stride()[2:]
         patches = image.as_strided(

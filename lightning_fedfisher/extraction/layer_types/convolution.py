@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
+from torch.nn import grad
 from typing_extensions import override
 
 from lightning_fedfisher.extraction.layer_types.base import (
@@ -96,17 +98,33 @@ class GroupedConvolution(LayerType):
 
     @override
     def per_sample_gradients(self, inputs: Tensor, gradients: Tensor, samples: int) -> Tensor:
-        patches = self.geometry.unfold(inputs)
-        columns = patches.reshape(self.groups, len(patches) // self.groups, samples, -1)
-        columns = append_ones(columns, 1) if self.has_bias else columns
-        columns = columns.permute(2, 0, 3, 1)
-        by_channel = flatten_positions(gradients.flatten(0, 1), len(gradients) * samples)
-        rows = by_channel.reshape(len(gradients), samples, self.groups, -1, by_channel.shape[2])
-        return (rows @ columns).flatten(2, 3).flatten(0, 1)
+        # PyTorch computes the weight gradient of a grouped convolution. All images together are one
+        # image with so many times the groups, and each has its own filters.
+        directions, outputs = len(gradients), gradients.shape[2]
+        images = self.geometry.pad(inputs)
+        if directions > 1:
+            images = images.expand(directions, *images.shape).flatten(0, 1)
+        by_filter = gradients.flatten(0, 2)
+        found: Tensor = _WEIGHT_GRADIENTS[inputs.ndim - 2](
+            images.flatten(0, 1).unsqueeze(0),
+            (len(by_filter), inputs.shape[1] // self.groups, *self.geometry.kernel),
+            by_filter.unsqueeze(0),
+            stride=self.geometry.stride,
+            dilation=self.geometry.dilation,
+            groups=len(images) * self.groups,
+        )
+        columns = found.reshape(directions * len(inputs), outputs, -1)
+        if self.has_bias:
+            biases = by_filter.flatten(1).sum(1).view(len(columns), outputs, 1)
+            columns = torch.cat([columns, biases], dim=2)
+        return columns.view(directions * samples, -1, *columns.shape[1:]).sum(1)
 
-    @override
-    def peak_numel(self, inputs: Tensor, gradients: Tensor) -> int:
-        return inputs.numel() * self.geometry.overlap
+
+_WEIGHT_GRADIENTS: dict[int, Callable[..., Tensor]] = {
+    1: grad.conv1d_weight,
+    2: grad.conv2d_weight,
+    3: grad.conv3d_weight,
+}
 
 
 def read_convolution(

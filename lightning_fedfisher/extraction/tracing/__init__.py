@@ -1,6 +1,6 @@
 """One watched forward pass: which calls use which layers, and whose outputs each layer reads.
 
-May import: layer_types, layers, errors.
+May import: layer_types, positions, layers, errors.
 """
 
 from lightning_fedfisher.extraction.tracing.batch_axis import BatchAxis, find_batch_axis

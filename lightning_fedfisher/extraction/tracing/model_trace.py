@@ -39,6 +39,7 @@ class ModelTrace:
         fed_by: By name of a layer that is called once and reads the outputs of another such layer,
             that other layer.
         output_layer: Name of the layer whose outputs are the logits. Empty if there is none.
+        spread: Names of layers whose parameters were followed up to where every sample gets a copy.
     """
 
     calls: tuple[tuple[str, ...], ...] = ()
@@ -49,6 +50,7 @@ class ModelTrace:
     plain: frozenset[str] = frozenset()
     fed_by: Mapping[str, Source] = field(default_factory=dict)
     output_layer: str = ""
+    spread: frozenset[str] = frozenset()
 
 
 class ModelTracer:
@@ -67,14 +69,18 @@ class ModelTracer:
         Source(layer='0', activation='relu')
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[Layer]) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Sequence[Layer], spread: frozenset[str] = frozenset()
+    ) -> None:
         """Learns which parameters belong to which layer; changes nothing.
 
         Args:
             model: The model. The parameters of `layers` require gradients.
             layers: Layers of the model to watch.
+            spread: Names of those whose parameters are followed up to where every sample gets a
+                copy, because no function is known to read them.
         """
-        self._model, self._layers = model, layers
+        self._model, self._layers, self._spread = model, layers, spread
         self._parameters = dict(model.named_parameters())
         self._owners = {
             id(self._parameters[name]): layer for layer in layers for name in layer.parameter_names
@@ -88,7 +94,9 @@ class ModelTracer:
     def watch(self) -> LayerCallRecorder:
         """Gives the context manager inside which the forward pass must run, once."""
         # Not kept: the graph of the pass would live on in a cycle of references.
-        return LayerCallRecorder(self._model, self._layers, self._on_layer_call, self._dataflow.run)
+        return LayerCallRecorder(
+            self._model, self._layers, self._on_layer_call, self._dataflow.run, self._spread
+        )
 
     def trace(self, logits: Tensor) -> ModelTrace:
         """Describes the forward pass that was watched.
@@ -139,6 +147,7 @@ class ModelTracer:
             plain=frozenset(plain),
             fed_by=fed_by,
             output_layer=output_layer if output_layer in once else "",
+            spread=self._spread,
         )
 
     def _on_layer_call(self, call: WatchedCall) -> Any:

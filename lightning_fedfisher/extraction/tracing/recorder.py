@@ -9,11 +9,12 @@ Parameters that are used in any other way are found in the autograd graph (`edge
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -25,10 +26,17 @@ from lightning_fedfisher.extraction.layer_types.base import (
     Unfolded,
 )
 from lightning_fedfisher.extraction.layer_types.registry import open_attention, read_call
+from lightning_fedfisher.extraction.layer_types.spread import Spread
 from lightning_fedfisher.extraction.positions import (
     Positions,
     choose_positions,
     most_positions,
+)
+from lightning_fedfisher.extraction.tracing.spreading import (
+    EXPANSIONS,
+    Followed,
+    ParameterFollower,
+    spread,
 )
 from lightning_fedfisher.layers import Layer
 
@@ -159,6 +167,7 @@ class LayerCallRecorder(TorchFunctionMode):
         on_other_call: Callable[
             [Callable[..., Any], Sequence[Any], Mapping[str, Any]], Any
         ] = run_unwatched,
+        spread: Collection[str] = (),
     ) -> None:
         """Learns which parameter belongs to which layer; changes nothing.
 
@@ -168,6 +177,8 @@ class LayerCallRecorder(TorchFunctionMode):
             on_layer_call: Makes a call that uses watched layers, and returns its output.
             on_other_call: Makes any other call, given function and arguments, and returns its
                 output. By default nothing else is done.
+            spread: Names of layers whose parameters are followed up to where every sample gets a
+                copy, which then is a call of theirs.
         """
         super().__init__()
         self._on_layer_call, self._on_other_call = on_layer_call, on_other_call
@@ -176,7 +187,23 @@ class LayerCallRecorder(TorchFunctionMode):
             id(parameters[name]): (layer, place)
             for layer in layers
             for place, name in enumerate(layer.parameter_names)
+            if layer.name not in spread
         }
+        self._spread = {
+            id(parameters[name]): (layer, place)
+            for layer in layers
+            for place, name in enumerate(layer.parameter_names)
+            if layer.name in spread
+        }
+        self._follower = ParameterFollower(
+            [p for p in parameters.values() if id(p) in self._spread]
+        )
+
+    def __enter__(self) -> Self:
+        """Begins to watch a forward pass."""
+        self._follower.forget()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
 
     def __torch_function__(
         self,
@@ -193,9 +220,34 @@ class LayerCallRecorder(TorchFunctionMode):
             return func(*args, **kwargs)
         arguments = read_call(func, args, kwargs)
         layers = () if arguments is None else self._layers_of(arguments)
-        if arguments is None or not layers:
+        if arguments is not None and layers:
+            return self._on_layer_call(WatchedCall(func, args, kwargs, arguments, layers))
+        if not self._spread:
             return self._on_other_call(func, args, kwargs)
-        return self._on_layer_call(WatchedCall(func, args, kwargs, arguments, layers))
+        if found := self._follower.meets(func, args, kwargs):
+            copies = self._on_layer_call(self._spread_call(*found))
+            if func in EXPANSIONS:
+                return copies
+            args, kwargs = apply_to_collection(
+                (args, dict(kwargs)), Tensor, lambda t: copies if t is found[0].tensor else t
+            )
+        result = self._on_other_call(func, args, kwargs)
+        self._follower.note(func, args, kwargs, result)
+        return result
+
+    def _spread_call(self, followed: Followed, shape: torch.Size) -> WatchedCall:
+        """Describes the call that gives every sample its copy of what a parameter has become."""
+        parameter, rebuild = followed.parameter, followed.rebuild
+        layer, place = self._spread[id(parameter)]
+        rows, columns = layer.shape
+        start = sum(math.prod(shape) // rows for _, shape in layer.parameters[:place])
+        layer_type = Spread(parameter, rebuild, start, columns)
+        # Of its inputs, only the shape matters.
+        inputs = parameter.detach().new_zeros(()).expand(shape)
+        arguments = FunctionCall(inputs, parameter, None, None, None)
+        return WatchedCall(
+            spread, (parameter, rebuild, shape), {}, arguments, ((layer, layer_type),)
+        )
 
     def _layers_of(self, call: FunctionCall) -> tuple[tuple[Layer, LayerType], ...]:
         """Finds the layers that a call uses as a whole: both parameters of one, or its only one."""
