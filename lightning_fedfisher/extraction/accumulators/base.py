@@ -48,13 +48,14 @@ class Accumulator(ABC):
         """Turns sums over all processes into a curvature.
 
         Args:
-            sums: The sums of all processes together, by field name.
+            sums: The sums of all processes together, by field name. They are used up: the curvature
+                takes their memory.
             count: Number of samples of all processes together.
 
         Returns:
             The curvature, averaged over samples.
         """
-        means = {name: total / count for name, total in sums.items()}
+        means = {name: total.div_(count) for name, total in sums.items()}
         return self._kind.from_tensors(means, self._layer.shape, self._layer.kernel)
 
 

@@ -28,6 +28,7 @@ class ConvolutionAccumulator(KroneckerAccumulator):
     @override
     def finish(self, sums: Mapping[str, Tensor], count: int) -> Curvature:
         # Both hold the trace of the patches' factor; it counts once.
-        mean = sums["kernel_factor"].diagonal().mean()
-        scaled = torch.where(mean > 0, sums["kernel_factor"] / mean, 0.0)
-        return super().finish({**sums, "kernel_factor": scaled * count}, count)
+        kernel = sums["kernel_factor"]
+        mean = kernel.diagonal().mean()
+        scaled = torch.where(mean > 0, kernel * (count / mean), 0.0)
+        return super().finish({**sums, "kernel_factor": scaled}, count)

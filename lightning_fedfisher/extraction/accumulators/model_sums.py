@@ -101,6 +101,7 @@ class ModelAccumulator:
                 self._accumulators.setdefault(
                     (layer.name, factored), ACCUMULATORS[factored](layer, KINDS[factored], like)
                 )
+        self._finished: dict[tuple[str, str], Curvature] = {}
         self._kept: list[tuple[Layer, Sequence[LayerCall | Tensor], int]] = []
         self._kept_bytes = 0
         # Kind of the factors by layer name, in the order in which all processes reduce them.
@@ -158,7 +159,7 @@ class ModelAccumulator:
             count: Number of samples of all processes together.
         """
         for name, kind in self._corrected.items():
-            factors = _finish(self._accumulators[name, kind], total, count)
+            factors = self._finish(name, kind, total, count)
             assert isinstance(factors, Factored)
             basis = factors.eigendecompose()
             # Eigenbases are not unique, and all processes must use the same.
@@ -195,13 +196,9 @@ class ModelAccumulator:
         blocks: dict[str, Curvature] = {}
         for layer in self._layers:
             kind = self._kind(curvature, layer)
-            blocks[layer.name] = _finish(
-                self._spectra[layer.name]
-                if kind in _FACTORED
-                else self._accumulators[layer.name, kind],
-                total,
-                count,
-            )
+            if kind in _FACTORED and (layer.name, kind) not in self._finished:
+                self._accumulators[layer.name, kind] = self._spectra[layer.name]
+            blocks[layer.name] = self._finish(layer.name, kind, total, count)
         return blocks
 
     def layer_reports(self, curvature: CurvatureType) -> tuple[LayerReport, ...]:
@@ -224,6 +221,14 @@ class ModelAccumulator:
                 reason = f"{title} has no Kronecker factors"
             reports.append(LayerReport(layer, kind, backend, reason))
         return tuple(reports)
+
+    def _finish(self, name: str, kind: str, total: Reduce, count: int) -> Curvature:
+        """Turns the sums of a layer into a curvature, once, and lets go of them."""
+        if (name, kind) not in self._finished:
+            accumulator = self._accumulators.pop((name, kind))
+            sums = {part: total(tensor) for part, tensor in accumulator.sums.items()}
+            self._finished[name, kind] = accumulator.finish(sums, count)
+        return self._finished[name, kind]
 
     def _kind(self, curvature: CurvatureType, layer: Layer) -> str:
         """Gives the kind of a layer's block."""
@@ -268,9 +273,3 @@ class ModelAccumulator:
         if self._kept_bytes > _KEPT_BYTES:
             self._kept.clear()
             self.needs_second_pass = True
-
-
-def _finish(accumulator: Accumulator, total: Reduce, count: int) -> Curvature:
-    """Reduces copies of the sums, because a reduction may work in place, and makes a curvature."""
-    sums = {name: total(tensor.clone()) for name, tensor in accumulator.sums.items()}
-    return accumulator.finish(sums, count)
