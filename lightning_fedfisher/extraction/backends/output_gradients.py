@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -69,6 +70,13 @@ class OutputGradients:
         self._dtype = next(model.parameters()).dtype
         self._trace = trace
         self._deliver = deliver
+        # Of the calls that use the same layers, in the order of the first of them: their axes.
+        self._axes: dict[tuple[str, ...], list[BatchAxis | None]] = {}
+        for names, batch_axis in zip(trace.calls, trace.batch_axes, strict=True):
+            self._axes.setdefault(names, []).append(batch_axis)
+        # What is said about these is that they are called once.
+        self._once = {trace.output_layer, *trace.fed_by}
+        self._once.update(source.layer for source in trace.fed_by.values())
         self._forget()
 
     def watch(self) -> LayerCallRecorder:
@@ -86,7 +94,10 @@ class OutputGradients:
         Raises:
             ValueError: If the forward pass did not call the same layers as the traced one.
         """
-        if self._calls != len(self._trace.calls):
+        if self._calls.keys() != self._axes.keys() or any(
+            count != len(self._axes[names]) and self._is_fixed(names)
+            for names, count in self._calls.items()
+        ):
             raise ValueError(_DIFFERENT)
         self._samples, self._directions = len(logits), len(directions)
         leaves = list({id(leaf): leaf for _, leaf in edges_to_leaves(logits)}.values())
@@ -100,12 +111,12 @@ class OutputGradients:
                 allow_unused=True,
             )
         for layer, arrived in self._arrived.values():  # no gradient reaches some of their calls
-            self._deliver(layer, _layer_calls(arrived))
+            self._deliver(layer, _layer_calls(arrived, self._samples))
         self._forget()
 
     def _forget(self) -> None:
         """Starts anew, before a forward pass."""
-        self._calls = 0  # so far
+        self._calls: Counter[tuple[str, ...]] = Counter()  # so far, by the layers they use
         self._expected: dict[str, int] = {}  # calls of each layer
         self._arrived: dict[str, tuple[Layer, _Arrived]] = {}
         self._complete: dict[str, int] = {}  # gradients of each layer
@@ -113,11 +124,8 @@ class OutputGradients:
 
     def _on_layer_call(self, call: WatchedCall) -> Any:
         """Makes a call, and hooks its output if it is one to be collected."""
-        output, place = call.run(), self._calls
-        if self._trace.calls[place : place + 1] != (call.layer_names,):
-            raise ValueError(_DIFFERENT)
-        self._calls += 1
-        batch_axis = self._trace.batch_axes[place]
+        output, place = call.run(), self._calls.total()
+        batch_axis = self._next_axis(call.layer_names)
         layers = [
             (layer, layer_type)
             for layer, layer_type in call.layers
@@ -135,6 +143,27 @@ class OutputGradients:
         # before any change in place.
         output.register_hook(partial(self._arrive, place, batch_axis, inputs, layers))
         return output
+
+    def _next_axis(self, names: tuple[str, ...]) -> BatchAxis | None:
+        """Counts a call, and finds where its samples are: as in the traced calls of its layers."""
+        count = self._calls[names]
+        if count == 0 and [*self._calls, names] != [*self._axes][: len(self._calls) + 1]:
+            raise ValueError(_DIFFERENT)
+        self._calls[names] += 1
+        axes = self._axes[names]
+        if count < len(axes):
+            return axes[count]
+        if self._is_fixed(names):
+            raise ValueError(_DIFFERENT)
+        return axes[0]
+
+    def _is_fixed(self, names: tuple[str, ...]) -> bool:
+        """Tells whether the number of calls must be the traced one.
+
+        It need not be where they differ in nothing that matters: a recurrent cell is called once
+        for each position of a sequence, and sequences are longer in one batch than in another.
+        """
+        return len(set(self._axes[names])) > 1 or not self._once.isdisjoint(names)
 
     def _arrive(
         self,
@@ -162,13 +191,32 @@ class OutputGradients:
             complete = self._complete.get(layer.name, 0) + 1
             self._complete[layer.name] = complete
             if complete == self._expected[layer.name] * self._directions:
-                self._deliver(layer, _layer_calls(arrived))
+                self._deliver(layer, _layer_calls(arrived, self._samples))
                 del self._arrived[layer.name]
 
 
-def _layer_calls(arrived: _Arrived) -> list[LayerCall]:
-    """Puts the gradients of each call together."""
+def _layer_calls(arrived: _Arrived, samples: int) -> list[LayerCall]:
+    """Puts the gradients of each call together, and then calls of the same form.
+
+    Few large products take less time than the many small ones of a recurrent layer.
+    """
+    alike: dict[tuple[LayerType, torch.Size], list[tuple[Tensor, Tensor]]] = {}
+    for layer_type, inputs, gradients in arrived.values():
+        both = inputs, torch.stack(gradients)
+        alike.setdefault((layer_type, inputs.shape), []).append(both)
     return [
-        LayerCall(layer_type, inputs, torch.stack(gradients))
-        for layer_type, inputs, gradients in arrived.values()
+        LayerCall(
+            layer_type,
+            _join([inputs for inputs, _ in calls], samples, dim=0),
+            _join([gradients for _, gradients in calls], samples, dim=1),
+        )
+        for (layer_type, _), calls in alike.items()
     ]
+
+
+def _join(tensors: Sequence[Tensor], samples: int, dim: int) -> Tensor:
+    """Joins the frames of each sample, which are next to each other in one dimension."""
+    if len(tensors) == 1:
+        return tensors[0]
+    apart = [torch.unflatten(tensor, dim, (samples, -1)) for tensor in tensors]
+    return torch.cat(apart, dim + 1).flatten(dim, dim + 1)
