@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from lightning_fedfisher.extraction.layer_types.base import FunctionCall, LayerType
-from lightning_fedfisher.extraction.layer_types.registry import open_attention, read_call
+from lightning_fedfisher.extraction.layer_types.registry import OPENED, read_call
 from lightning_fedfisher.layers import Layer
 
 
@@ -150,11 +149,13 @@ class LayerCallRecorder(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is functional.multi_head_attention_forward:
-            with self:
-                return open_attention(*args, **kwargs)
         if not torch.is_grad_enabled():
             return func(*args, **kwargs)
+        if func in OPENED:
+            with self:
+                output = OPENED[func](*args, **kwargs)
+            if output is not NotImplemented:
+                return output
         arguments = read_call(func, args, kwargs)
         layers = () if arguments is None else self._layers_of(arguments)
         if arguments is None or not layers:
