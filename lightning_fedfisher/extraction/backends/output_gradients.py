@@ -27,9 +27,11 @@ _DIFFERENT = (
     "forward passes of different batches call different layers, or in another order: which samples "
     "a layer has seen cannot be told"
 )
-# What came back to the calls of one layer, by the place of the call in the forward pass: what it
-# computes, its input, and a gradient for each direction so far.
-_Arrived = dict[int, tuple[LayerType, Tensor, list[Tensor]]]
+# Names of the layers that a call uses, and how many calls before it use the same ones.
+_Place = tuple[tuple[str, ...], int]
+# What came back to the calls of one layer: what each computes, its input, and a gradient for each
+# direction so far.
+_Arrived = dict[_Place, tuple[LayerType, Tensor, list[Tensor]]]
 
 
 class OutputGradients:
@@ -74,6 +76,7 @@ class OutputGradients:
         self._axes: dict[tuple[str, ...], list[BatchAxis | None]] = {}
         for names, batch_axis in zip(trace.calls, trace.batch_axes, strict=True):
             self._axes.setdefault(names, []).append(batch_axis)
+        self._order = list(self._axes)
         # What is said about these is that they are called once.
         self._once = {trace.output_layer, *trace.fed_by}
         self._once.update(source.layer for source in trace.fed_by.values())
@@ -124,7 +127,7 @@ class OutputGradients:
 
     def _on_layer_call(self, call: WatchedCall) -> Any:
         """Makes a call, and hooks its output if it is one to be collected."""
-        output, place = call.run(), self._calls.total()
+        output, place = call.run(), (call.layer_names, self._calls[call.layer_names])
         batch_axis = self._next_axis(call.layer_names)
         layers = [
             (layer, layer_type)
@@ -146,8 +149,8 @@ class OutputGradients:
 
     def _next_axis(self, names: tuple[str, ...]) -> BatchAxis | None:
         """Counts a call, and finds where its samples are: as in the traced calls of its layers."""
-        count = self._calls[names]
-        if count == 0 and [*self._calls, names] != [*self._axes][: len(self._calls) + 1]:
+        count, known = self._calls[names], len(self._calls)
+        if count == 0 and self._order[known : known + 1] != [names]:
             raise ValueError(_DIFFERENT)
         self._calls[names] += 1
         axes = self._axes[names]
@@ -160,14 +163,16 @@ class OutputGradients:
     def _is_fixed(self, names: tuple[str, ...]) -> bool:
         """Tells whether the number of calls must be the traced one.
 
-        It need not be where they differ in nothing that matters: a recurrent cell is called once
-        for each position of a sequence, and sequences are longer in one batch than in another.
+        It need not be if all of them have their samples at the same place: a recurrent cell is
+        called once for each position, and sequences are longer in one batch than in another.
         """
-        return len(set(self._axes[names])) > 1 or not self._once.isdisjoint(names)
+        axes = set(self._axes[names])
+        # Calls whose samples are not known are not collected at all.
+        return None not in axes and (len(axes) > 1 or not self._once.isdisjoint(names))
 
     def _arrive(
         self,
-        place: int,
+        place: _Place,
         batch_axis: BatchAxis,
         inputs: Tensor,
         layers: Sequence[tuple[Layer, LayerType]],

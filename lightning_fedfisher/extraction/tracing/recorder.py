@@ -2,8 +2,9 @@
 
 All modules end in a handful of functions (`torch.nn.functional.linear`, ``conv2d``, ``layer_norm``,
 ...). Watching these instead of modules handles alike a module that is called twice, a weight that
-two modules share or that is used without its module, and attention, which calls no submodules.
-Parameters that are used in any other way are found in the autograd graph (`edges_to_leaves`).
+two modules share or that is used without its module, and attention and recurrent layers, which
+call no submodules. Parameters that are used in any other way are found in the autograd graph
+(`edges_to_leaves`).
 """
 
 from __future__ import annotations
