@@ -26,6 +26,7 @@ from lightning_fedfisher.extraction.options import ExtractionOptions
 from lightning_fedfisher.extraction.positions import Positions
 from lightning_fedfisher.extraction.result import ExtractedCurvature
 from lightning_fedfisher.extraction.sampling import MaxSamples, most_samples, partition_samples
+from lightning_fedfisher.extraction.tracing.model_trace import ModelTrace
 from lightning_fedfisher.layers import find_layers
 from lightning_fedfisher.tracking import logged_keys as keys
 from lightning_fedfisher.tracking.client import log_update, progress_log, warn_of_used_runs
@@ -130,6 +131,7 @@ class FedFisherCallback(Callback):
         self.update: ClientUpdate | None = None
         self.path: Path | None = None
         self.seconds: float | None = None
+        self._trace: ModelTrace | None = None
 
     @property
     @override
@@ -144,7 +146,7 @@ class FedFisherCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        self.update = self.path = self.seconds = None
+        self.update = self.path = self.seconds = self._trace = None
         require_whole_model(trainer, "FedFisherCallback")
         if self._output is not None and self._output.is_dir():
             raise ValueError(f"output={self._output} is a folder: name a file in it")
@@ -179,7 +181,9 @@ class FedFisherCallback(Callback):
         warn_of_used_runs(trainer.loggers)
         if counted:  # a rehearsal; an iterable might not start anew
             rehearsed = self._extract(trainer, pl_module, _REHEARSED_SAMPLES)
-            self._update_of(pl_module, rehearsed)
+            self._trace = rehearsed.trace  # which spares another one after the training
+            header = rehearsed.header(self._num_samples, self._metadata)
+            ClientUpdate.from_model(pl_module, header, rehearsed.blocks)
             rank_zero_info(f"FedFisherCallback will extract\n{rehearsed.report}")
 
     @override
@@ -232,6 +236,7 @@ class FedFisherCallback(Callback):
             max_samples=max_samples,
             prepare=trainer.strategy.batch_to_device,
             shard=Shard(trainer.global_rank, trainer.world_size, partial(sum_over_ranks, trainer)),
+            trace=self._trace,
             progress=trainer.progress_bar_callback is not None,
             on_progress=on_progress,
         )

@@ -31,6 +31,7 @@ from lightning_fedfisher.extraction.backends.backpack import (
     BackpackError,
     why_unsupported,
 )
+from lightning_fedfisher.extraction.backends.output_gradients import DifferentCallsError
 from lightning_fedfisher.extraction.batches import BatchRunner, map_samples, require_same_logits
 from lightning_fedfisher.extraction.fisher_types import Directions, residual_directions
 from lightning_fedfisher.extraction.layer_report import LayerReport
@@ -71,6 +72,7 @@ class DataPass:
         options: ExtractionOptions,
         *,
         shard: Shard,
+        trace: ModelTrace | None,
         prepare: Callable[[Any], Any] | None,
         bar: tqdm[Any],
         on_progress: Callable[[int, int | None], None] | None,
@@ -83,13 +85,14 @@ class DataPass:
             curvatures: Kinds of curvature wanted, none of them the identity.
             options: Options of the extraction, except for its kind of curvature.
             shard: The place of this process among several.
+            trace: The trace of an earlier extraction from the same model, or None.
             prepare: Function applied to each batch first, or None.
             bar: Progress bar, shown or not.
             on_progress: Function that is told after each batch how many samples of this process
                 are done, and of how many, or None.
         """
         self._model, self._layers, self._curvatures = model, layers, tuple(curvatures)
-        self._options, self._shard = options, shard
+        self._options, self._shard, self._known_trace = options, shard, trace
         self._runner = BatchRunner(options.forward, prepare)
         self._bar, self._on_progress = bar, on_progress
         # Under DDP running statistics differ, and those of rank 0 are sent.
@@ -117,10 +120,13 @@ class DataPass:
                 self._pass(samples)
                 return
             except BackpackError as error:
+                # BackPACK cannot be taken off the copy again: a new copy goes on without it.
                 self._backpack_problem = str(error)
-            # BackPACK cannot be taken off the copy again: a new copy goes on without it.
-            self._start(samples)
-            self._pass(samples)
+            except DifferentCallsError:
+                if self._known_trace is None:
+                    raise
+                self._known_trace = None  # the model has changed since
+            attempt(samples)
 
         self._samples = _halve_until_it_fits(samples, attempt)
 
@@ -186,7 +192,10 @@ class DataPass:
         copied = self._copy = copy_model(self._model, self._buffers)
         # Traced on a copy around the same parameters, because what the model remembers of that
         # forward pass, in a buffer or a cache, must not be there in the next one.
-        traced = self.model_trace = self._trace_model(copy_around_parameters(copied), samples)
+        traced = self._known_trace
+        if traced is None:
+            traced = self._trace_model(copy_around_parameters(copied), samples)
+        self.model_trace = traced
         if self._curvatures == ("diagonal",) and not self._backpack_problem:
             self._backpack_problem = why_unsupported(copied, self._layers, traced)
             if not self._backpack_problem:

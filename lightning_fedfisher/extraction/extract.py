@@ -19,6 +19,7 @@ from lightning_fedfisher.extraction.model_copy import isolated
 from lightning_fedfisher.extraction.options import ExtractionOptions, OptionOverrides
 from lightning_fedfisher.extraction.result import ExtractedCurvature
 from lightning_fedfisher.extraction.sampling import partition_samples
+from lightning_fedfisher.extraction.tracing.model_trace import ModelTrace
 from lightning_fedfisher.layers import find_layers
 
 # An extraction that is over sooner shows no progress bar.
@@ -33,6 +34,7 @@ def extract_curvature(
     *,
     prepare: Callable[[Any], Any] | None = None,
     shard: Shard | None = None,
+    trace: ModelTrace | None = None,
     progress: bool = True,
     on_progress: Callable[[int, int | None], None] | None = None,
     **overrides: Unpack[OptionOverrides],
@@ -53,6 +55,8 @@ def extract_curvature(
             model is given; None leaves them as they are.
         shard: The place of this process among several that extract together, each of which calls
             this function. Sums are reduced once at the end. None stands for a single process.
+        trace: The trace of an earlier extraction from the same model, which spares another one. A
+            model that turns out to have changed is traced anew. None traces it.
         progress: Whether to show a progress bar, after two seconds, on rank 0 and on a terminal.
         on_progress: Function called on every rank after each batch, with the number of its samples
             that are done and the number of all its samples, None if the loader cannot tell.
@@ -86,6 +90,7 @@ def extract_curvature(
         options,
         prepare=prepare,
         shard=shard,
+        trace=trace,
         progress=progress,
         on_progress=on_progress,
         **overrides,
@@ -101,6 +106,7 @@ def extract_curvatures(
     *,
     prepare: Callable[[Any], Any] | None = None,
     shard: Shard | None = None,
+    trace: ModelTrace | None = None,
     progress: bool = True,
     on_progress: Callable[[int, int | None], None] | None = None,
     **overrides: Unpack[OptionOverrides],
@@ -114,6 +120,7 @@ def extract_curvatures(
         options: All options at once; None takes the defaults of `ExtractionOptions`.
         prepare: Function applied to each batch first; None leaves batches as they are.
         shard: The place of this process among several; None stands for a single process.
+        trace: The trace of an earlier extraction from the same model; None traces it.
         progress: Whether to show a progress bar.
         on_progress: Function called after each batch (see `extract_curvature`).
         **overrides: Single options in place of those of `options`, by their names.
@@ -173,6 +180,7 @@ def extract_curvatures(
             extracted,
             options,
             shard=shard,
+            trace=trace,
             prepare=prepare,
             bar=bar,
             on_progress=on_progress,
@@ -192,5 +200,6 @@ def extract_curvatures(
             data_pass.discarded / data_pass.trace if data_pass.trace else 0.0,
             data_pass.model_trace.fed_by,
             data_pass.model_trace.output_layer,
+            data_pass.model_trace,
         )
     return found

@@ -12,6 +12,7 @@ from lightning_fedfisher.extraction.layer_report import (
     format_layer_reports,
 )
 from lightning_fedfisher.extraction.options import ExtractionOptions
+from lightning_fedfisher.extraction.tracing.model_trace import ModelTrace
 from lightning_fedfisher.layers import Layer, Source
 from lightning_fedfisher.likelihoods.registry import LIKELIHOODS
 from lightning_fedfisher.update.header import UpdateHeader
@@ -32,6 +33,7 @@ class ExtractedCurvature:
         discarded: Share of the Fisher's trace, in the space of the logits, that was left out.
         fed_by: For each layer that reads the outputs of one other layer, that layer, by name.
         output_layer: Name of the layer whose outputs are the logits; empty if there is none.
+        trace: What a forward pass of a few samples showed about the model; None if none was run.
 
     Example:
         >>> import torch
@@ -54,6 +56,7 @@ class ExtractedCurvature:
     discarded: float = 0.0
     fed_by: Mapping[str, Source] = field(default_factory=dict)
     output_layer: str = ""
+    trace: ModelTrace | None = field(default=None, repr=False, compare=False)
 
     @property
     def kind(self) -> CurvatureType:

@@ -29,8 +29,12 @@ from lightning_fedfisher.distributed.processes import Shard
 MaxSamples = int | Literal["auto"] | None
 """Most samples to average over: a number, "auto" (a twelfth, but at least 300), or None (all)."""
 
-PREVIEW = 4
-"""Number of samples that are run before the data pass, to trace the model."""
+PREVIEW = 3
+"""Number of samples that are run before the data pass, to trace the model.
+
+Each of them is a backward pass through all of them. Two would be too few: a number of positions is
+even more often than it is a multiple of three, and may then be taken for folded samples.
+"""
 
 # "auto" takes one in so many samples, and at least so many. From here on the merged accuracy gains
 # less than half a point from all samples (see the recipes' curvature study), and a twelfth of them

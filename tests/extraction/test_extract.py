@@ -5,13 +5,13 @@ import itertools
 import pytest
 import torch
 from helpers.networks import (
-    ATTENTION,
     BATCH,
     CLASSES,
     EXTRACTED,
     IMAGE,
     MC,
     NETS,
+    OPENED,
     SAMPLES,
     SEQUENCE,
     VECTOR,
@@ -60,7 +60,7 @@ def test_ekfac_is_the_nearest_in_the_basis_of_kfac(net, fisher):
         block, kfac = (found[kind].blocks[layer.name] for kind in ("ekfac", "kfac"))
         matrix = dense[layer.name]["matrix"]
         largest = float(matrix.abs().max())
-        if layer.name not in factored and not layer.name.endswith(ATTENTION):
+        if layer.name not in factored and not layer.name.endswith(OPENED):
             assert block.kind == kfac.kind == "diagonal"
             continue
         rows = torch.eye(layer.shape[0], dtype=torch.float64)
@@ -133,12 +133,11 @@ def test_the_report_says_how_each_layer_was_treated_and_why():
     assert "scale or shift" in treated["norm"][2]
     for words in ("kronecker (hooks)", "a grouped convolution has no", "norm", "head"):
         assert words in extracted.report
-    unknown = extract(build_net("recurrent"), make_data(SEQUENCE))
-    assert {t.layer.name: t.backend for t in unknown.layer_reports} == {
-        "cell.weight_ih_l0": "torch.func",
-        "cell.weight_hh_l0": "torch.func",
-        "head": "hooks",
-    }
+    opened = extract(build_net("recurrent"), make_data(SEQUENCE))
+    assert {(t.kind, t.backend) for t in opened.layer_reports} == {("kronecker", "hooks")}
+    unknown = extract(build_net("bare"), make_data(VECTOR))
+    backends = {t.layer.name: t.backend for t in unknown.layer_reports}
+    assert backends["first"] == backends["second"] == "torch.func"
     whole = extract(build_net("lenet"), make_data(IMAGE), "diagonal")
     assert {t.backend for t in whole.layer_reports} == {"backpack"}
     other = extract(build_net("circular"), make_data(IMAGE), "diagonal")

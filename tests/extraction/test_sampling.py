@@ -251,13 +251,9 @@ def test_an_iterable_has_no_other_batch_size():
 def test_every_process_previews_the_same_samples(shard):
     partition = partition_samples(_loader(sampler=range(5, 19)), shard=shard)
     for _ in range(2):
-        assert partition.preview().tolist() == [5, 6, 7, 8]
-    assert partition_samples(_loader(sampler=[3, 1]), shard=shard).preview().tolist() == [
-        1,
-        3,
-        1,
-        3,
-    ]
+        assert partition.preview().tolist() == [5, 6, 7]
+    few = partition_samples(_loader(sampler=[3, 1]), shard=shard)
+    assert few.preview().tolist() == [1, 3, 1]
     assert _flat(partition) == list(range(5, 19))[shard.rank :: shard.world_size]
 
 

@@ -134,6 +134,7 @@ def test_what_torch_func_does_not_know_is_run_sample_by_sample(name):
     x = torch.randn(4, 5, 4, dtype=torch.float64)
     y = torch.arange(4) % CLASSES
     found = extract(model, TensorDataset(x, y), "diagonal", fisher="empirical")
+    assert "torch.func" in {report.backend for report in found.layer_reports}
     expected = {}
     for sample, label in zip(x, y, strict=True):
         logits = model(sample.unsqueeze(0))
@@ -160,3 +161,39 @@ def test_sparse_embeddings_expanded_buffers_and_autocast_of_the_models_own():
         assert all(torch.isfinite(block.trace()) for block in extracted.blocks.values())
         assert extracted.blocks["head"].diagonal().dtype == torch.float32
     assert model.embed.sparse
+
+
+class _ByCells(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell, self.layer = nn.GRUCell(4, 3), nn.LSTM(3, 2, batch_first=True)
+        self.head = nn.Linear(2, CLASSES)
+
+    def forward(self, x):
+        states = [self.cell(x[:, 0])]
+        for position in x[:, 1:].unbind(1):
+            states.append(self.cell(position, states[-1]))
+        return self.head(self.layer(torch.stack(states, 1))[0][:, -1])
+
+
+@every_extracted_kind
+@pytest.mark.parametrize("lengths", [(4, 1, 6), (1, 5)])
+def test_recurrent_layers_over_sequences_of_other_lengths_in_each_batch(kind, lengths):
+    torch.manual_seed(0)
+    model, y = _ByCells().double(), torch.arange(4) % CLASSES
+    batches = [(torch.randn(4, length, 4, dtype=torch.float64), y) for length in lengths]
+    found = extract(model, batches, kind)
+    assert {report.backend for report in found.layer_reports} == {"hooks"}
+    alone = [extract(model, [batch], kind) for batch in batches]
+    for name, block in found.blocks.items():
+        each = [one.blocks[name] for one in alone]
+        if kind == "kfac":
+            for field, tensor in block.tensors().items():
+                mean = sum(other.tensors()[field] for other in each) / len(each)
+                torch.testing.assert_close(tensor, mean, rtol=1e-10, atol=1e-14)
+        elif kind == "ekfac":
+            mean = sum(other.trace() for other in each) / len(each)
+            torch.testing.assert_close(block.trace(), mean, rtol=1e-10, atol=1e-14)
+        else:
+            mean = sum(other.dense() for other in each) / len(each)
+            torch.testing.assert_close(block.dense(), mean, rtol=1e-10, atol=1e-14)

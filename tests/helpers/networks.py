@@ -349,9 +349,9 @@ USED_OTHERWISE = {
     "weights alone": {"body"},
     "standardised": {"0"},
 }
-# Linear maps of nn.MultiheadAttention, which calls no module of theirs: only
-# test_attention_is_the_linear_maps_it_is_made_of (test_extract) has their factors.
-ATTENTION = ("in_proj_weight", "out_proj")
+# Linear maps of modules that call no module of theirs: only the other oracle, in
+# test_against_oracle.py, knows the sides of their gradients.
+OPENED = ("in_proj_weight", "out_proj", "weight_ih_l0", "weight_hh_l0")
 
 every_net = pytest.mark.parametrize("net", NETS)
 every_extracted_kind = pytest.mark.parametrize("kind", EXTRACTED)

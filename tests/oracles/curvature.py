@@ -6,10 +6,10 @@ import itertools
 import numpy as np
 import torch
 from helpers.networks import (
-    ATTENTION,
     CLASSES,
     MC,
     NETS,
+    OPENED,
     SAMPLES,
     USED_OTHERWISE,
     Scaled,
@@ -222,7 +222,7 @@ def reference_blocks(net, kind, fisher, samples=SAMPLES):
     factored = reference_modules(net, model) if kind == "kfac" else {}
     blocks = {}
     for name, jacobian in jacobians.items():
-        if kind == "kfac" and name.endswith(ATTENTION):
+        if kind == "kfac" and name.endswith(OPENED):
             continue
         if name in factored:
             own = [side[name] for side in sides]
@@ -242,7 +242,7 @@ def tensors_of(block):
 
 def relative_error(extracted, expected):
     """The largest error of any tensor, relative to the largest entry of that tensor."""
-    assert {n for n in extracted.blocks if not n.endswith(ATTENTION)} <= set(expected)
+    assert {n for n in extracted.blocks if not n.endswith(OPENED)} <= set(expected)
     worst = 0.0
     for name, tensors in expected.items():
         found = tensors_of(extracted.blocks[name])

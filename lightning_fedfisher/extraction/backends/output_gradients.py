@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -26,9 +27,15 @@ _DIFFERENT = (
     "forward passes of different batches call different layers, or in another order: which samples "
     "a layer has seen cannot be told"
 )
-# What came back to the calls of one layer, by the place of the call in the forward pass: what it
-# computes, its input, and a gradient for each direction so far.
-_Arrived = dict[int, tuple[LayerType, Tensor, list[Tensor]]]
+# Names of the layers that a call uses, and how many calls before it use the same ones.
+_Place = tuple[tuple[str, ...], int]
+# What came back to the calls of one layer: what each computes, its input, and a gradient for each
+# direction so far.
+_Arrived = dict[_Place, tuple[LayerType, Tensor, list[Tensor]]]
+
+
+class DifferentCallsError(ValueError):
+    """Says that a forward pass is not as the one that was traced."""
 
 
 class OutputGradients:
@@ -69,6 +76,14 @@ class OutputGradients:
         self._dtype = next(model.parameters()).dtype
         self._trace = trace
         self._deliver = deliver
+        # Of the calls that use the same layers, in the order of the first of them: their axes.
+        self._axes: dict[tuple[str, ...], list[BatchAxis | None]] = {}
+        for names, batch_axis in zip(trace.calls, trace.batch_axes, strict=True):
+            self._axes.setdefault(names, []).append(batch_axis)
+        self._order = list(self._axes)
+        # What is said about these is that they are called once.
+        self._once = {trace.output_layer, *trace.fed_by}
+        self._once.update(source.layer for source in trace.fed_by.values())
         self._forget()
 
     def watch(self) -> LayerCallRecorder:
@@ -84,10 +99,13 @@ class OutputGradients:
             directions: Gradients at the logits, each of their shape. Each takes a backward pass.
 
         Raises:
-            ValueError: If the forward pass did not call the same layers as the traced one.
+            DifferentCallsError: If the forward pass did not call the same layers as the traced one.
         """
-        if self._calls != len(self._trace.calls):
-            raise ValueError(_DIFFERENT)
+        if self._calls.keys() != self._axes.keys() or any(
+            count != len(self._axes[names]) and self._is_fixed(names)
+            for names, count in self._calls.items()
+        ):
+            raise DifferentCallsError(_DIFFERENT)
         self._samples, self._directions = len(logits), len(directions)
         leaves = list({id(leaf): leaf for _, leaf in edges_to_leaves(logits)}.values())
         for index, direction in enumerate(directions if leaves else ()):
@@ -100,12 +118,13 @@ class OutputGradients:
                 allow_unused=True,
             )
         for layer, arrived in self._arrived.values():  # no gradient reaches some of their calls
-            self._deliver(layer, _layer_calls(arrived))
+            self._deliver(layer, _layer_calls(arrived, self._samples))
         self._forget()
 
     def _forget(self) -> None:
         """Starts anew, before a forward pass."""
-        self._calls = 0  # so far
+        self._recorder.forget()
+        self._calls: Counter[tuple[str, ...]] = Counter()  # so far, by the layers they use
         self._expected: dict[str, int] = {}  # calls of each layer
         self._arrived: dict[str, tuple[Layer, _Arrived]] = {}
         self._complete: dict[str, int] = {}  # gradients of each layer
@@ -113,11 +132,8 @@ class OutputGradients:
 
     def _on_layer_call(self, call: WatchedCall) -> Any:
         """Makes a call, and hooks its output if it is one to be collected."""
-        output, place = call.run(), self._calls
-        if self._trace.calls[place : place + 1] != (call.layer_names,):
-            raise ValueError(_DIFFERENT)
-        self._calls += 1
-        batch_axis = self._trace.batch_axes[place]
+        output, place = call.run(), (call.layer_names, self._calls[call.layer_names])
+        batch_axis = self._next_axis(call.layer_names)
         layers = [
             (layer, layer_type)
             for layer, layer_type in call.layers
@@ -136,9 +152,32 @@ class OutputGradients:
         output.register_hook(partial(self._arrive, place, batch_axis, inputs, layers))
         return output
 
+    def _next_axis(self, names: tuple[str, ...]) -> BatchAxis | None:
+        """Counts a call, and finds where its samples are: as in the traced calls of its layers."""
+        count, known = self._calls[names], len(self._calls)
+        if count == 0 and self._order[known : known + 1] != [names]:
+            raise DifferentCallsError(_DIFFERENT)
+        self._calls[names] += 1
+        axes = self._axes[names]
+        if count < len(axes):
+            return axes[count]
+        if self._is_fixed(names):
+            raise DifferentCallsError(_DIFFERENT)
+        return axes[0]
+
+    def _is_fixed(self, names: tuple[str, ...]) -> bool:
+        """Tells whether the number of calls must be the traced one.
+
+        It need not be if all of them have their samples at the same place: a recurrent cell is
+        called once for each position, and sequences are longer in one batch than in another.
+        """
+        axes = set(self._axes[names])
+        # Calls whose samples are not known are not collected at all.
+        return None not in axes and (len(axes) > 1 or not self._once.isdisjoint(names))
+
     def _arrive(
         self,
-        place: int,
+        place: _Place,
         batch_axis: BatchAxis,
         inputs: Tensor,
         layers: Sequence[tuple[Layer, LayerType]],
@@ -147,7 +186,7 @@ class OutputGradients:
         """Takes a gradient at the output of a call, and delivers layers that have all of theirs."""
         if not batch_axis.fits(inputs, self._samples):
             names = ", ".join(layer.name for layer, _ in layers)
-            raise ValueError(
+            raise DifferentCallsError(
                 f"the input of {names} has shape {tuple(inputs.shape)} for {self._samples} "
                 "samples: its samples were found elsewhere in the first batch"
             )
@@ -162,13 +201,32 @@ class OutputGradients:
             complete = self._complete.get(layer.name, 0) + 1
             self._complete[layer.name] = complete
             if complete == self._expected[layer.name] * self._directions:
-                self._deliver(layer, _layer_calls(arrived))
+                self._deliver(layer, _layer_calls(arrived, self._samples))
                 del self._arrived[layer.name]
 
 
-def _layer_calls(arrived: _Arrived) -> list[LayerCall]:
-    """Puts the gradients of each call together."""
+def _layer_calls(arrived: _Arrived, samples: int) -> list[LayerCall]:
+    """Puts the gradients of each call together, and then calls of the same form.
+
+    Few large products take less time than the many small ones of a recurrent layer.
+    """
+    alike: dict[tuple[LayerType, torch.Size], list[tuple[Tensor, Tensor]]] = {}
+    for layer_type, inputs, gradients in arrived.values():
+        both = inputs, torch.stack(gradients)
+        alike.setdefault((layer_type, inputs.shape), []).append(both)
     return [
-        LayerCall(layer_type, inputs, torch.stack(gradients))
-        for layer_type, inputs, gradients in arrived.values()
+        LayerCall(
+            layer_type,
+            _join([inputs for inputs, _ in calls], samples, dim=0),
+            _join([gradients for _, gradients in calls], samples, dim=1),
+        )
+        for (layer_type, _), calls in alike.items()
     ]
+
+
+def _join(tensors: Sequence[Tensor], samples: int, dim: int) -> Tensor:
+    """Joins the frames of each sample, which are next to each other in one dimension."""
+    if len(tensors) == 1:
+        return tensors[0]
+    apart = [torch.unflatten(tensor, dim, (samples, -1)) for tensor in tensors]
+    return torch.cat(apart, dim + 1).flatten(dim, dim + 1)

@@ -1,7 +1,7 @@
 """Computes per-sample gradients by `torch.func`: the backend of parameters used in unknown ways.
 
 The model is run on each sample alone. That works for every parameter: class tokens, position
-embeddings, layer scales, recurrent weights, tied weights. All samples run at once by
+embeddings, layer scales, weights of packed sequences, tied weights. All samples run at once by
 `torch.func.vmap`, or one after the other if the model does something that has no batched form.
 """
 

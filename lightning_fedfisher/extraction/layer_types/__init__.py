@@ -9,14 +9,14 @@ from lightning_fedfisher.extraction.layer_types.base import (
     LayerType,
     SparseLayer,
 )
-from lightning_fedfisher.extraction.layer_types.registry import READERS, open_attention, read_call
+from lightning_fedfisher.extraction.layer_types.registry import OPENED, READERS, read_call
 
 __all__ = [
+    "OPENED",
     "READERS",
     "FunctionCall",
     "KroneckerLayer",
     "LayerType",
     "SparseLayer",
-    "open_attention",
     "read_call",
 ]

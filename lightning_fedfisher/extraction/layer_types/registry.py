@@ -6,12 +6,12 @@ of the `torch.nn.functional` function that it reads), and add a row to `READERS`
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch.nn import functional
 
+from lightning_fedfisher.extraction.layer_types.attention import open_attention
 from lightning_fedfisher.extraction.layer_types.base import FunctionCall
 from lightning_fedfisher.extraction.layer_types.convolution import read_convolution
 from lightning_fedfisher.extraction.layer_types.embedding import read_embedding
@@ -22,6 +22,7 @@ from lightning_fedfisher.extraction.layer_types.normalization import (
     read_layer_norm,
     read_rms_norm,
 )
+from lightning_fedfisher.extraction.layer_types.recurrent import RECURRENT
 from lightning_fedfisher.extraction.layer_types.transposed_convolution import (
     read_transposed_convolution,
 )
@@ -41,6 +42,13 @@ READERS: Mapping[Callable[..., Any], Callable[..., FunctionCall | None]] = {
     functional.group_norm: read_group_norm,
 }
 """The reader of each function. A reader returns None for a form of call that it does not know."""
+
+OPENED: Mapping[Callable[..., Any], Callable[..., Any]] = {
+    functional.multi_head_attention_forward: open_attention,
+    **RECURRENT,
+}
+"""What stands for each function that hides calls of the above: the same function, made of such
+calls. It returns NotImplemented for a form of call that it does not know."""
 
 
 def read_call(
@@ -67,13 +75,3 @@ def read_call(
     """
     reader = READERS.get(func)
     return None if reader is None else reader(*args, **kwargs)
-
-
-# `multi_head_attention_forward` leaves for an override before it calls its linear maps if one of
-# its arguments has a torch function. This is the same code with that check answered "no", so that
-# the linear maps inside are seen like any other.
-open_attention = types.FunctionType(
-    functional.multi_head_attention_forward.__code__,
-    {**vars(functional), "has_torch_function": lambda relevant: False},
-    argdefs=functional.multi_head_attention_forward.__defaults__,
-)

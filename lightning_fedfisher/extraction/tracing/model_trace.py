@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from lightning_fedfisher.extraction.layer_types.base import LayerType
 from lightning_fedfisher.extraction.tracing.batch_axis import BatchAxis, find_batch_axis
@@ -86,8 +86,8 @@ class ModelTracer:
             id(self._parameters[name]): layer for layer in layers for name in layer.parameter_names
         }
         self._dataflow = Dataflow()
-        # Each call of the pass, with a list that gradients at its output are put into.
-        self._calls: list[tuple[WatchedCall, list[Tensor]]] = []
+        # Each call of the pass, with the place of its output in the graph.
+        self._calls: list[tuple[WatchedCall, GradientEdge]] = []
         self._aliases: set[Node] = set()
         self._sources: dict[str, Source | None] = {}
 
@@ -151,7 +151,7 @@ class ModelTracer:
         )
 
     def _on_layer_call(self, call: WatchedCall) -> Any:
-        """Makes a call on views of its parameters, and hooks its output."""
+        """Makes a call on views of its parameters, and notes where its output is in the graph."""
         used = {layer.name for layer, _ in call.layers}
         owned = {
             id(parameter)
@@ -168,9 +168,8 @@ class ModelTracer:
             return view
 
         output = call.run(alias)
-        came_back: list[Tensor] = []
-        output.register_hook(came_back.append)
-        self._calls.append((call, came_back))
+        # Not the output itself, which may be changed in place.
+        self._calls.append((call, get_gradient_edge(output)))
         self._connect(call, output)
         return output
 
@@ -189,18 +188,17 @@ class ModelTracer:
 
     def _find_batch_axes(self, logits: Tensor) -> tuple[BatchAxis | None, ...]:
         """Finds where the samples are in the input of each call."""
-        trained = [p for p in self._parameters.values() if p.requires_grad]
         # A combination of the logits in which no terms cancel: the gradient of one sample's then
         # reaches every place that belongs to the sample.
         direction = torch.cos(torch.arange(logits[0].numel(), device=logits.device) + 1.0)
         hits: list[list[Tensor | None]] = [[] for _ in self._calls]
-        for sample in logits:
-            for _, came_back in self._calls:
-                came_back.clear()
+        edges = [edge for _, edge in self._calls]
+        for sample in logits if edges else ():
             scalar = (sample.flatten() * direction.to(logits)).sum()
-            torch.autograd.grad(scalar, trained, allow_unused=True, retain_graph=True)
-            for hit, (_, came_back) in zip(hits, self._calls, strict=True):
-                hit.append(came_back[0] != 0 if came_back else None)
+            # Gradients of the weights are not needed, and not computed.
+            gradients = torch.autograd.grad(scalar, edges, allow_unused=True, retain_graph=True)
+            for hit, gradient in zip(hits, gradients, strict=True):
+                hit.append(None if gradient is None else gradient != 0)
         found = []
         for hit, (call, _) in zip(hits, self._calls, strict=True):
             shape = call.arguments.inputs.shape

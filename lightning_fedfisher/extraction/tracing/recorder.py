@@ -2,8 +2,9 @@
 
 All modules end in a handful of functions (`torch.nn.functional.linear`, ``conv2d``, ``layer_norm``,
 ...). Watching these instead of modules handles alike a module that is called twice, a weight that
-two modules share or that is used without its module, and attention, which calls no submodules.
-Parameters that are used in any other way are found in the autograd graph (`edges_to_leaves`).
+two modules share or that is used without its module, and attention and recurrent layers, which
+call no submodules. Parameters that are used in any other way are found in the autograd graph
+(`edges_to_leaves`).
 """
 
 from __future__ import annotations
@@ -11,12 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from lightning_fedfisher.extraction.layer_types.base import (
@@ -25,7 +25,7 @@ from lightning_fedfisher.extraction.layer_types.base import (
     LayerType,
     Unfolded,
 )
-from lightning_fedfisher.extraction.layer_types.registry import open_attention, read_call
+from lightning_fedfisher.extraction.layer_types.registry import OPENED, read_call
 from lightning_fedfisher.extraction.layer_types.spread import Spread
 from lightning_fedfisher.extraction.positions import (
     Positions,
@@ -199,11 +199,9 @@ class LayerCallRecorder(TorchFunctionMode):
             [p for p in parameters.values() if id(p) in self._spread]
         )
 
-    def __enter__(self) -> Self:
-        """Begins to watch a forward pass."""
+    def forget(self) -> None:
+        """Lets go of what was followed in the last forward pass, before the next."""
         self._follower.forget()
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
 
     def __torch_function__(
         self,
@@ -213,11 +211,13 @@ class LayerCallRecorder(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is functional.multi_head_attention_forward:
-            with self:
-                return open_attention(*args, **kwargs)
         if not torch.is_grad_enabled():
             return func(*args, **kwargs)
+        if func in OPENED:
+            with self:
+                output = OPENED[func](*args, **kwargs)
+            if output is not NotImplemented:
+                return output
         arguments = read_call(func, args, kwargs)
         layers = () if arguments is None else self._layers_of(arguments)
         if arguments is not None and layers:

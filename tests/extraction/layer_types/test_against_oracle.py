@@ -119,7 +119,7 @@ def _class_token():
 
 
 class _Attention(nn.Module):
-    """Multi-head self-attention written out, with `nn.MultiheadAttention`'s parameters."""
+    """Multi-head attention written out, with `nn.MultiheadAttention`'s parameters."""
 
     def __init__(self, width, heads, bias):
         super().__init__()
@@ -127,14 +127,39 @@ class _Attention(nn.Module):
         self.inputs = nn.Linear(width, 3 * width, bias=bias)
         self.outputs = nn.Linear(width, width, bias=bias)
 
-    def forward(self, x, hidden=None, keys=None):
-        q, k, v = (part.unflatten(2, (self.heads, -1)) for part in self.inputs(x).chunk(3, 2))
+    def forward(self, x, hidden=None, keys=None, values=None):
+        q, k, v = self.inputs(x).chunk(3, 2)
         if keys is not None:
-            _, k, v = (p.unflatten(2, (self.heads, -1)) for p in self.inputs(keys).chunk(3, 2))
+            _, k, v = self.inputs(keys).chunk(3, 2)
+        if values is not None:
+            v = self.inputs(values).chunk(3, 2)[2]
+        return self.attend(q, k, v, hidden)
+
+    def attend(self, q, k, v, hidden):
+        q, k, v = (part.unflatten(2, (self.heads, -1)) for part in (q, k, v))
         scores = torch.einsum("nthe,nshe->nhts", q, k) / math.sqrt(q.shape[-1])
         if hidden is not None:
             scores = scores.masked_fill(hidden[:, None, None], -torch.inf)
         return self.outputs(torch.einsum("nhts,nshe->nthe", scores.softmax(3), v).flatten(2))
+
+
+class _AttentionOfUnlike(_Attention):
+    """The same for keys and values of sizes of their own."""
+
+    def __init__(self, width, heads, bias):
+        nn.Module.__init__(self)
+        self.heads = heads
+        self.q, self.k, self.v = (nn.Linear(n, width, bias=False) for n in (width, 3, 2))
+        # PyTorch has the bias after the weights.
+        self.of_q, self.of_k, self.of_v = self.q.weight, self.k.weight, self.v.weight
+        self.bias = nn.Parameter(torch.zeros(3 * width)) if bias else None
+        self.outputs = nn.Linear(width, width, bias=bias)
+
+    def forward(self, x, hidden=None, keys=None, values=None):
+        parts = self.q(x), self.k(keys), self.v(values)
+        if self.bias is not None:
+            parts = [p + b for p, b in zip(parts, self.bias.chunk(3), strict=True)]
+        return self.attend(*parts, hidden)
 
 
 def _hidden(x):
@@ -143,30 +168,40 @@ def _hidden(x):
     return hidden & (torch.arange(x.shape[1]) > 0)
 
 
-def _attention(batch_first=True, bias=True, masked=False, cross=False, weights=True):
+def _sides(x, cross):
+    """Keys and values: the queries themselves, others, two others, or two of other sizes."""
+    keys = x.flip(2)[:, 1:] if cross else x
+    values = torch.sin(keys) if cross in ("values", "sizes") else keys
+    return (keys[..., :3], values[..., :2]) if cross == "sizes" else (keys, values)
+
+
+def _attention(batch_first=True, bias=True, masked=False, cross="", weights=True):
     def forward(net, x):
-        keys = x.flip(2)[:, 1:] if cross else x
-        sides = (x, keys) if batch_first else (x.transpose(0, 1), keys.transpose(0, 1))
+        keys, values = _sides(x, cross)
+        sides = [x, keys, values]
+        if not batch_first:
+            turned = {id(side): side.transpose(0, 1) for side in sides}
+            sides = [turned[id(side)] for side in sides]
         mask = _hidden(keys) if masked else None
-        out, _ = net.mixer(
-            sides[0],
-            *(sides[1], sides[1]) if cross else (sides[0], sides[0]),
-            key_padding_mask=mask,
-            need_weights=weights,
-        )
+        out, _ = net.mixer(*sides, key_padding_mask=mask, need_weights=weights)
         return net.head(torch.tanh(out if batch_first else out.transpose(0, 1)).mean(1))
 
-    mixer = nn.MultiheadAttention(4, 2, bias=bias, batch_first=batch_first)
+    sizes = {"kdim": 3, "vdim": 2} if cross == "sizes" else {}
+    mixer = nn.MultiheadAttention(4, 2, bias=bias, batch_first=batch_first, **sizes)
     return _Net(forward, mixer=mixer, head=_head(4))
 
 
-def _attention_twin(bias=True, masked=False, cross=False):
+def _attention_twin(bias=True, masked=False, cross=""):
     def forward(net, x):
-        keys = x.flip(2)[:, 1:] if cross else None
-        mask = _hidden(keys if cross else x) if masked else None
-        return net.head(torch.tanh(net.mixer(x, mask, keys)).mean(1))
+        keys, values = _sides(x, cross)
+        mask = _hidden(keys) if masked else None
+        given = [side if side is not x else None for side in (keys, values)]
+        if values is keys:
+            given[1] = None
+        return net.head(torch.tanh(net.mixer(x, mask, *given)).mean(1))
 
-    return _Net(forward, mixer=_Attention(4, 2, bias), head=_head(4))
+    kind = _AttentionOfUnlike if cross == "sizes" else _Attention
+    return _Net(forward, mixer=kind(4, 2, bias), head=_head(4))
 
 
 def _separate_attention():
@@ -243,9 +278,111 @@ ENCODER_EXACT = (
 )
 
 
+def _pooled(net, sequence, states):
+    """Logits that depend on all that a recurrent layer returns."""
+    return net.head(torch.cat([sequence.mean(1), *(state.mean(0) for state in states)], dim=1))
+
+
+def _recurrent_head(kind, bidirectional=False, proj_size=0, **_):
+    lstm = kind is nn.LSTM
+    return _head((proj_size or 2) * (2 + bidirectional) + 2 * lstm)
+
+
 def _recurrent(kind, **options):
+    def forward(net, x):
+        first = options.get("batch_first", False)
+        sequence, states = net.cells(x if first else x.transpose(0, 1))
+        states = states if kind is nn.LSTM else (states,)
+        return _pooled(net, sequence if first else sequence.transpose(0, 1), states)
+
+    return _Net(forward, cells=kind(3, 2, **options), head=_recurrent_head(kind, **options))
+
+
+def _cell_by_cell(kind, cell, **options):
+    def forward(net, x):
+        states, sequence = None, []
+        for position in x.unbind(1):
+            states = net.cells(position, states)
+            sequence.append(states[0] if kind is nn.LSTM else states)
+        states = states if kind is nn.LSTM else (states,)
+        return _pooled(net, torch.stack(sequence, 1), [state[None] for state in states])
+
+    return _Net(forward, cells=cell(3, 2, **options), head=_recurrent_head(kind))
+
+
+class _Cells(nn.Module):
+    """A recurrent layer by PyTorch's formulas, with its parameters in their order."""
+
+    def __init__(
+        self, kind, num_layers=1, bidirectional=False, proj_size=0, bias=True, nonlinearity="tanh"
+    ):
+        super().__init__()
+        self.kind, self.layers, self.directions = kind, num_layers, 1 + bidirectional
+        self.activation = getattr(torch, nonlinearity)
+        gates = {nn.LSTM: 8, nn.GRU: 6, nn.RNN: 2}[kind]
+        own, maps = nn.ParameterList(), nn.ModuleList()
+        for layer in range(num_layers):
+            for _ in range(self.directions):
+                width = (proj_size or 2) * self.directions if layer else 3
+                ih, hh = nn.Linear(width, gates, bias), nn.Linear(proj_size or 2, gates, bias)
+                hr = nn.Linear(2, proj_size, bias=False) if proj_size else nn.Identity()
+                weights = [ih.weight, hh.weight, ih.bias, hh.bias, *hr.parameters()]
+                own.extend([weight for weight in weights if weight is not None])
+                maps.append(nn.ModuleList([ih, hh, hr]))
+        self.own, self.maps = own, maps  # the parameters are met in the order of the first
+
+    def forward(self, x):
+        last = []
+        for layer in range(self.layers):
+            outputs = []
+            for direction in range(self.directions):
+                ih, hh, hr = self.maps[layer * self.directions + direction]
+                h, c = x.new_zeros(len(x), hh.in_features), x.new_zeros(len(x), 2)
+                order = range(x.shape[1])
+                found = {}
+                for t in reversed(order) if direction else order:
+                    a, b = ih(x[:, t]), hh(h)
+                    if self.kind is nn.LSTM:
+                        c = torch.sigmoid((a + b)[:, 2:4]) * c + torch.sigmoid(
+                            (a + b)[:, 0:2]
+                        ) * torch.tanh((a + b)[:, 4:6])
+                        h = hr(torch.sigmoid((a + b)[:, 6:8]) * torch.tanh(c))
+                    elif self.kind is nn.GRU:
+                        reset, update = (
+                            torch.sigmoid((a + b)[:, 0:2]),
+                            torch.sigmoid((a + b)[:, 2:4]),
+                        )
+                        new = torch.tanh(a[:, 4:6] + reset * b[:, 4:6])
+                        h = (1 - update) * new + update * h
+                    else:
+                        h = self.activation(a + b)
+                    found[t] = h
+                outputs.append(torch.stack([found[t] for t in order], 1))
+                last.append((h, c))
+            x = torch.cat(outputs, 2)
+        hidden, cells = (torch.stack(part) for part in zip(*last, strict=True))
+        return x, (hidden, cells) if self.kind is nn.LSTM else (hidden,)
+
+
+class _RecurrentAlone(nn.Module):
+    def __init__(self):
+        super().__init__()
+        ih, hh = nn.Linear(2, CLASSES), nn.Linear(CLASSES, CLASSES)
+        self.own = nn.ParameterList([ih.weight, hh.weight, ih.bias, hh.bias])
+        self.ih, self.hh = ih, hh
+
+    def forward(self, x):
+        h = x.new_zeros(len(x), CLASSES)
+        for position in x.unbind(1):
+            h = torch.tanh(self.ih(position) + self.hh(h))
+        return h
+
+
+def _recurrent_twin(kind, batch_first=False, **options):
     return _Net(
-        lambda net, x: net.head(net.cells(x)[0][:, -1]), cells=kind(3, 2, **options), head=_head(2)
+        lambda net, x: _pooled(net, *net.cells(x)),
+        cells=_Cells(kind, **options),
+        head=_recurrent_head(kind, **options),
     )
 
 
@@ -587,13 +724,15 @@ NETS = {
     },
     **{
         f"cross-attention, {name}": Case(
-            functools.partial(_attention, cross=True, **options),
+            functools.partial(_attention, **{"cross": "keys"} | options),
             (3, 4),
-            exact=("mixer.in_proj_weight",),
+            exact=("mixer.in_proj_bias",)
+            if options.get("cross") == "sizes" and options.get("bias", True)
+            else (),
             twin=functools.partial(
                 _attention_twin,
-                cross=True,
-                **{name: options[name] for name in ("bias", "masked") if name in options},
+                **{"cross": "keys"}
+                | {n: options[n] for n in ("bias", "masked", "cross") if n in options},
             ),
         )
         for name, options in {
@@ -601,25 +740,59 @@ NETS = {
             "positions first": {"batch_first": False},
             "without bias": {"bias": False},
             "masked": {"masked": True},
+            "values of their own": {"cross": "values"},
+            "values of their own, positions first without bias": {
+                "cross": "values",
+                "batch_first": False,
+                "bias": False,
+            },
+            "other sizes": {"cross": "sizes"},
+            "other sizes, positions first and masked": {
+                "cross": "sizes",
+                "batch_first": False,
+                "masked": True,
+            },
+            "other sizes without bias": {"cross": "sizes", "bias": False},
         }.items()
     },
     "attention by hand": Case(_separate_attention, (5, 4)),
-    "gru": Case(
-        lambda: _recurrent(nn.GRU, batch_first=True),
-        (3, 3),
-        exact=("cells.weight_ih_l0", "cells.weight_hh_l0"),
-    ),
-    "lstm": Case(
-        lambda: _recurrent(nn.LSTM, batch_first=True, bias=False),
-        (3, 3),
-        exact=("cells.weight_ih_l0", "cells.weight_hh_l0"),
-    ),
+    **{
+        f"{kind.__name__}({', '.join(f'{n}={v}' for n, v in options.items())})": Case(
+            functools.partial(_recurrent, kind, **options),
+            (4, 3),
+            twin=functools.partial(_recurrent_twin, kind, **options),
+        )
+        for kind, options in (
+            (nn.LSTM, {}),
+            (nn.LSTM, {"batch_first": True, "bias": False}),
+            (nn.LSTM, {"num_layers": 2, "bidirectional": True}),
+            (nn.LSTM, {"proj_size": 1, "num_layers": 2, "bidirectional": True}),
+            (nn.LSTM, {"proj_size": 1, "bias": False, "batch_first": True}),
+            (nn.GRU, {"batch_first": True}),
+            (nn.GRU, {"num_layers": 2, "bidirectional": True, "bias": False}),
+            (nn.RNN, {"num_layers": 2, "bidirectional": True, "batch_first": True}),
+            (nn.RNN, {"nonlinearity": "relu"}),
+        )
+    },
+    **{
+        f"{cell.__name__}({', '.join(options)})": Case(
+            functools.partial(_cell_by_cell, kind, cell, **options),
+            (4, 3),
+            twin=functools.partial(_recurrent_twin, kind, **options),
+        )
+        for kind, cell, options in (
+            (nn.LSTM, nn.LSTMCell, {}),
+            (nn.GRU, nn.GRUCell, {"bias": False}),
+            (nn.RNN, nn.RNNCell, {}),
+            (nn.RNN, nn.RNNCell, {"nonlinearity": "relu"}),
+        )
+    },
     "a recurrent net alone": Case(
         lambda: _Net(
             lambda net, x: net.cells(x)[0][:, -1], cells=nn.RNN(2, CLASSES, batch_first=True)
         ),
         (3, 2),
-        exact=("cells.weight_ih_l0", "cells.weight_hh_l0"),
+        twin=_RecurrentAlone,
     ),
     "a bare parameter alone": Case(
         lambda: _Net(lambda net, x: x.tanh() + net.shift, shift=nn.Parameter(torch.zeros(3))),

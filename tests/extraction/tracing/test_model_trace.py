@@ -89,3 +89,20 @@ def test_the_graph_of_the_pass_goes_with_the_tracer():
         assert kept() is None
     finally:
         gc.enable()
+
+
+def test_no_gradient_of_a_weight_is_computed():
+    model, computed = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 3)), []
+    for parameter in model.parameters():
+        parameter.register_hook(computed.append)
+    trace = _trace(model, torch.randn(3, 4))
+    assert trace.batch_axes == (BatchAxis(0), BatchAxis(0))
+    assert computed == []
+
+
+def test_a_model_without_known_calls_has_none_in_its_trace():
+    model = _Net(lambda net, x: net.scale * x)
+    model.scale = nn.Parameter(torch.ones(4))
+    trace = _trace(model, torch.randn(3, 4))
+    assert (trace.calls, trace.batch_axes) == ((), ())
+    assert set(trace.unseen) == {"scale"}
