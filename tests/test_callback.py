@@ -1,6 +1,7 @@
 """FedFisherCallback: when it extracts, what it writes, and that it changes nothing else."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from lightning_fedfisher import (
     UpdateError,
     extract_curvature,
 )
+from lightning_fedfisher.extraction.tracing import ModelTracer
 
 
 def fit(root, *callbacks, model=None, loader=None, **options):
@@ -194,6 +196,24 @@ def test_rehearsal_and_extraction_copy_the_weights_once_each(tmp_path, monkeypat
     monkeypatch.setattr(nn.Parameter, "__deepcopy__", counting)
     model = fit(tmp_path, FedFisherCallback())
     assert copied == 2 * [tuple(p.shape) for p in model.parameters()]
+
+
+def test_a_model_is_traced_once_and_packed_once(tmp_path, monkeypatch):
+    counts = Counter()
+
+    def counting(owner, name):
+        original = getattr(owner, name)
+
+        def counted(*args, **kwargs):
+            counts[name] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    counting(ModelTracer, "trace")
+    counting(ClientUpdate, "compressed")
+    fit(tmp_path, FedFisherCallback())
+    assert counts == {"trace": 1, "compressed": 1}
 
 
 def test_the_file_is_not_read_again_to_log_it(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from lightning_fedfisher.extraction import extract_curvature
 from lightning_fedfisher.extraction.backends import backpack
 from lightning_fedfisher.extraction.data_pass import _similar_samples
 from lightning_fedfisher.extraction.fisher_types import Directions
+from lightning_fedfisher.extraction.tracing import ModelTracer
 
 
 def _directions(counts):
@@ -89,3 +90,42 @@ def test_a_diagonal_goes_on_without_backpack_where_that_fails_on_the_way(monkeyp
     found = extract_curvature(model, _loader(), "diagonal")
     assert "not by BackPACK, as weight is used without its module" in found.report
     torch.testing.assert_close(found.blocks["weight"].values, expected.blocks["weight"].values)
+
+
+def _counted(monkeypatch):
+    """The traces that are made from now on."""
+    traced, original = [], ModelTracer.trace
+
+    def trace(tracer, logits):
+        traced.append(original(tracer, logits))
+        return traced[-1]
+
+    monkeypatch.setattr(ModelTracer, "trace", trace)
+    return traced
+
+
+@pytest.mark.parametrize("kind", ["kfac", "ekfac", "diagonal"])
+def test_a_known_trace_spares_another(monkeypatch, kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    first = extract_curvature(model, _loader(), kind)
+    traced = _counted(monkeypatch)
+    again = extract_curvature(model, _loader(), kind, trace=first.trace)
+    assert traced == []
+    assert again.trace is first.trace
+    assert again.report == first.report
+    for name, block in again.blocks.items():
+        for part, tensor in block.tensors().items():
+            assert torch.equal(tensor, first.blocks[name].tensors()[part])
+
+
+def test_a_model_that_has_changed_since_is_traced_anew(monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    other = extract_curvature(nn.Sequential(nn.Linear(4, 3)).double(), _loader()).trace
+    expected = extract_curvature(model, _loader())
+    traced = _counted(monkeypatch)
+    found = extract_curvature(model, _loader(), trace=other)
+    assert len(traced) == 1
+    for name, block in found.blocks.items():
+        torch.testing.assert_close(block.diagonal(), expected.blocks[name].diagonal())
