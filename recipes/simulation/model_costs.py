@@ -46,6 +46,7 @@ _CLIENTS = 5
 # The files are as large as with more samples, and sooner there.
 _MERGED_SAMPLES = 40
 _NOISE = 0.01  # of a client's weights, relative to their root mean square
+_FAILURE = 500  # letters of a reason
 _STEPS, _STEP_SECONDS = 3, 3.0  # of training: at least
 
 
@@ -112,7 +113,7 @@ def measure(what: str, setting: Setting, folder: Path, minutes: float) -> dict[s
         return {"failed": f"took longer than {minutes:g} minutes"}
     if done.returncode != 0 or not result.is_file():
         last = done.stderr.strip().splitlines()[-1:] or [""]
-        return {"failed": f"exit code {done.returncode}: {last[0]}"[:300]}
+        return {"failed": f"exit code {done.returncode}: {last[0]}"[:_FAILURE]}
     measured: dict[str, Any] = json.loads(result.read_text())
     return measured
 
@@ -354,7 +355,10 @@ def main() -> None:
     what, setting, folder = sys.argv[1], Setting(**json.loads(sys.argv[2])), Path(sys.argv[3])
     _warm_up()
     torch.manual_seed(0)
-    measured = MEASUREMENTS[what](setting, folder)
+    try:
+        measured = MEASUREMENTS[what](setting, folder)
+    except Exception as error:  # a refusal is a result
+        measured = {"failed": f"{type(error).__name__}: {error}"[:_FAILURE]}
     (folder / "measured.json").write_text(json.dumps(measured))
 
 
