@@ -21,6 +21,7 @@ from simulation.tables.benchmarks import (
     large_table,
     logging_table,
     merge_benchmark_table,
+    real_models_table,
 )
 from simulation.tables.runs import costs_table, results_table, rounds_table, run_title
 from simulation.tables.studies import (
@@ -75,6 +76,8 @@ def tables_of_report(report: dict[str, Any]) -> Iterator[str]:
         yield merge_benchmark_table(report)
     elif "crashes" in report:
         yield fuzz_table(report)
+    elif "networks" in report:
+        yield real_models_table(report)
     elif "relative_errors" in report:
         yield benchmark_table(report)
         yield extraction_summary([report])

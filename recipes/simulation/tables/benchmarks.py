@@ -211,3 +211,58 @@ def gpu_table(report: dict[str, Any]) -> str:
         for row in report["rows"]
     ]
     return markdown([header, rule(len(header), left=2), *rows])
+
+
+def real_models_table(report: dict[str, Any]) -> str:
+    """Shows what real networks cost, in units of their own training.
+
+    Args:
+        report: of ``real_models.py``.
+
+    Returns:
+        A Markdown table with a row for each network: the extraction and other libraries' K-FAC in
+        multiples of training a sample, all of the callback in epochs, packing alone, the file in
+        FedAvg uploads, peak memory in multiples of training's, and the server's seconds, memory,
+        solver iterations and residual.
+    """
+    peers = list(
+        dict.fromkeys(name for row in report["networks"].values() for name in row.get("peers", {}))
+    )
+    methods = ("fedavg", "fedfisher")
+    header = [
+        *("network", "x training", "epochs", "of which packing", "upload", "memory"),
+        *peers,
+        *(f"`{method}`, s" for method in methods),
+        *(f"`{method}`, MB" for method in methods),
+        *("CG steps", "residual"),
+    ]
+    rows = [header, rule(len(header))]
+    for name, row in report["networks"].items():
+        if "failed" in row:
+            rows.append([name, f"failed: {row['failed'][:80]}", *[""] * (len(header) - 2)])
+            continue
+        merges = row.get("merge", {})
+        fits = row["training"].get("peak_bytes")
+        rows.append(
+            [
+                *(name, f"{row['times_training']:.2f}", f"{row['epochs']:.3f}"),
+                *(f"{row['packing_epochs']:.3f}",),
+                f"{row['upload_bytes'] / row['fedavg_bytes']:.2f}",
+                f"{row['peak_bytes'] / fits:.1f}" if fits else "",
+                *(_cell(row.get("peers", {}).get(peer), "times_training", ".2f") for peer in peers),
+                *(_cell(merges.get(method), "seconds", ".1f") for method in methods),
+                *(_cell(merges.get(method), "peak_bytes", ".0f", 1e6) for method in methods),
+                _cell(merges.get("fedfisher"), "iterations", "d"),
+                _cell(merges.get("fedfisher"), "residual", ".0e"),
+            ]
+        )
+    return markdown(rows)
+
+
+def _cell(measured: dict[str, Any] | None, field: str, form: str, unit: float = 1) -> str:
+    """One number, in a unit; a word if its measurement failed, and nothing if there was none."""
+    if measured is None:
+        return ""
+    if "failed" in measured:
+        return "failed"
+    return format(measured[field] / unit if unit != 1 else measured[field], form)
