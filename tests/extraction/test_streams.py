@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_fedfisher.distributed.processes import Shard
 from lightning_fedfisher.extraction.accumulators import model_sums as second_moments
+from lightning_fedfisher.extraction.sampling import PREVIEW
 
 
 class _Stream(IterableDataset):
@@ -105,4 +106,4 @@ def test_tracing_a_stream_looks_at_few_samples():
 
     x = torch.randn(64, 4)
     extract(Counting(4, 3), [(x, torch.zeros(64, dtype=torch.long))])
-    assert seen == [4, 64]
+    assert seen == [PREVIEW, 64]
