@@ -69,13 +69,13 @@ def test_the_table_shows_numbers_and_failures(measured, capsys):
     report = json.loads(measured.read_text())
     row = report["networks"]["lenet"]
     row["peers"] = {"A": {"times_training": 1.5}, "B": {"failed": "no"}}
-    report["networks"]["gone"] = {"failed": "ModuleNotFoundError: no gone"}
+    report["networks"]["gone"] = {"failed": "ModuleNotFoundError:\n  - no gone"}
     lines = real_models_table(report).splitlines()
     assert len({line.count("|") for line in lines}) == 1
     assert "| A | B | `fedavg`, s |" in lines[0]
     assert f"| lenet | {row['times_training']:.2f} | {row['epochs']:.3f} |" in lines[2]
     assert "| 1.50 | failed |" in lines[2]
-    assert lines[3].startswith("| gone | failed: ModuleNotFoundError: no gone |")
+    assert lines[3].startswith("| gone | failed: ModuleNotFoundError: - no gone |")
     tables.main([str(measured)])
     assert lines[2].split(" | ")[1] in capsys.readouterr().out
 

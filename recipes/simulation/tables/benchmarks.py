@@ -239,7 +239,8 @@ def real_models_table(report: dict[str, Any]) -> str:
     rows = [header, rule(len(header))]
     for name, row in report["networks"].items():
         if "failed" in row:
-            rows.append([name, f"failed: {row['failed'][:80]}", *[""] * (len(header) - 2)])
+            reason = " ".join(row["failed"].split())
+            rows.append([name, f"failed: {reason[:120]}", *[""] * (len(header) - 2)])
             continue
         merges = row.get("merge", {})
         fits = row["training"].get("peak_bytes")
