@@ -17,11 +17,7 @@ from lightning_fedfisher.layers import Layer
 
 
 class Accumulator(ABC):
-    """Sums over samples of the tensors that define one layer's curvature.
-
-    Attributes:
-        sums: The sums so far, by field name of the curvature.
-    """
+    """Sums over samples of the tensors that define one layer's curvature."""
 
     def __init__(self, layer: Layer, kind: type[Curvature], like: Tensor) -> None:
         """Starts at zero.
@@ -33,7 +29,12 @@ class Accumulator(ABC):
         """
         self._kind, self._layer = kind, layer
         shapes = kind.tensor_shapes(layer.shape, layer.kernel)
-        self.sums = {name: like.new_zeros(shape) for name, shape in shapes.items()}
+        self._sums = {name: like.new_zeros(shape) for name, shape in shapes.items()}
+
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """The sums so far, by field name of the curvature."""
+        return self._sums
 
     @abstractmethod
     def add(self, calls: Sequence[LayerCall], samples: int) -> None:

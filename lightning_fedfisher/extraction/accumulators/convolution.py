@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_fedfisher.curvature.base import Curvature
-from lightning_fedfisher.extraction.accumulators.kronecker import KroneckerAccumulator, add_gram
+from lightning_fedfisher.extraction.accumulators.kronecker import KroneckerAccumulator
 
 
 class ConvolutionAccumulator(KroneckerAccumulator):
@@ -17,13 +17,13 @@ class ConvolutionAccumulator(KroneckerAccumulator):
 
     @override
     def _add_inputs(self, unfolded: Tensor, scale: float) -> None:
-        channels, elements = (len(self.sums[f"{name}_factor"]) for name in ("channel", "kernel"))
+        channels, elements = (len(self._sums[f"{name}_factor"]) for name in ("channel", "kernel"))
         # Without the ones of a bias column.
         inputs = unfolded[:, : channels * elements]
         patches = inputs.reshape(len(inputs), channels, elements, -1)
-        add_gram(self.sums["channel_factor"], patches.flatten(2), scale / elements)
+        self._grams["channel_factor"].add(patches.flatten(2), scale / elements)
         by_element = patches.permute(0, 2, 1, 3).flatten(2)
-        add_gram(self.sums["kernel_factor"], by_element, scale / channels)
+        self._grams["kernel_factor"].add(by_element, scale / channels)
 
     @override
     def finish(self, sums: Mapping[str, Tensor], count: int) -> Curvature:

@@ -14,18 +14,13 @@ from collections.abc import Sequence
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_fedfisher.curvature.base import Curvature
 from lightning_fedfisher.extraction.accumulators.base import Accumulator
+from lightning_fedfisher.extraction.accumulators.gram import GramSum
 from lightning_fedfisher.extraction.accumulators.per_sample_gradients import in_chunks
 from lightning_fedfisher.extraction.layer_types.base import KroneckerLayer
 from lightning_fedfisher.extraction.tracing.recorder import LayerCall
-
-# Size of a Gram matrix from which it is worth computing its upper blocks only: below, one product
-# is faster than several smaller ones that save less than half of its work.
-_MIN_SYMMETRIC_SIZE = 128
-# Gram matrices are computed in strips of a quarter of their rows, which saves three eighths of the
-# work. Strips of fewer than 80 rows make products too small to be fast; with more than 512 rows,
-# more strips save more and cost nothing.
-_STRIPS, _MIN_STRIP, _MAX_STRIP = 4, 80, 512
+from lightning_fedfisher.layers import Layer
 
 
 class KroneckerAccumulator(Accumulator):
@@ -45,6 +40,18 @@ class KroneckerAccumulator(Accumulator):
                 [2., 4.]])}
     """
 
+    def __init__(self, layer: Layer, kind: type[Curvature], like: Tensor) -> None:
+        """Starts at zero; see `Accumulator`."""
+        super().__init__(layer, kind, like)
+        self._grams = {name: GramSum(total) for name, total in self._sums.items()}
+
+    @property
+    @override
+    def sums(self) -> dict[str, Tensor]:
+        for gram in self._grams.values():
+            gram.flush()
+        return self._sums
+
     @override
     def add(self, calls: Sequence[LayerCall], samples: int) -> None:
         positions = sum(_count_positions(call) for call in calls) // samples
@@ -55,7 +62,7 @@ class KroneckerAccumulator(Accumulator):
             for (part,), n in in_chunks([call], samples):
                 self._add_inputs(layer_type.unfold_inputs(part.inputs, n), 1 / positions)
                 gradients = layer_type.unfold_gradients(part.gradients, n)
-                add_gram(self.sums[gradient_factor], gradients, 1.0)
+                self._grams[gradient_factor].add(gradients, 1.0)
 
     def _add_inputs(self, unfolded: Tensor, scale: float) -> None:
         """Adds the second moment of a call's inputs.
@@ -65,35 +72,10 @@ class KroneckerAccumulator(Accumulator):
             scale: Factor that it is multiplied by.
         """
         name = "row_factor" if self._kind.inputs_on == "rows" else "column_factor"
-        add_gram(self.sums[name], unfolded, scale)
+        self._grams[name].add(unfolded, scale)
 
 
 def _count_positions(call: LayerCall) -> int:
     """Counts the positions of a call, over all samples together."""
     assert isinstance(call.layer_type, KroneckerLayer)
     return call.layer_type.count_positions(call.inputs, call.gradients[0])
-
-
-def add_gram(sums: Tensor, features: Tensor, scale: float) -> None:
-    """Adds the second moment of features, summed over samples and positions.
-
-    Args:
-        sums: Symmetric matrix of shape ``(features, features)`` that it is added to, in place.
-        features: A tensor of shape ``(samples, features, positions)``.
-        scale: Factor that it is multiplied by.
-    """
-    size = features.shape[1]
-    if features.mT.is_contiguous():
-        flat = features.mT.reshape(-1, size).mT
-    else:
-        flat = features.transpose(0, 1).reshape(size, -1)
-    if size < _MIN_SYMMETRIC_SIZE or flat.shape[1] < size:
-        sums.addmm_(flat, flat.mT, alpha=scale)
-        return
-    # The matrix is symmetric: what is right of a strip's diagonal block tells what is below it.
-    rows = max(_MIN_STRIP, min(_MAX_STRIP, size // _STRIPS))
-    for start in range(0, size, rows):
-        strip = slice(start, start + rows)
-        upper = scale * (flat[strip] @ flat[start:].mT)
-        sums[strip, start:] += upper
-        sums[start + rows :, strip] += upper[:, rows:].mT

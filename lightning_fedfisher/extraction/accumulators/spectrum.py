@@ -36,7 +36,7 @@ class SpectrumAccumulator(GradientAccumulator):
         # An embedding has no basis over tokens.
         rows = basis.row_basis if isinstance(basis, EigenKronecker) else None
         self._bases = rows, basis.column_basis
-        self.sums = {"spectrum": torch.zeros_like(basis.spectrum)}
+        self._sums = {"spectrum": torch.zeros_like(basis.spectrum)}
 
     @override
     def add(self, calls: Sequence[LayerCall], samples: int) -> None:

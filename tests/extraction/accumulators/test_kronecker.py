@@ -1,23 +1,10 @@
-import pytest
 import torch
 from helpers.layer_calls import draw, make_call
 from torch.nn import functional as F
 
 from lightning_fedfisher.curvature import KINDS
-from lightning_fedfisher.extraction.accumulators.kronecker import KroneckerAccumulator, add_gram
+from lightning_fedfisher.extraction.accumulators.kronecker import KroneckerAccumulator
 from lightning_fedfisher.layers import Layer
-
-
-@pytest.mark.parametrize("contiguous", [True, False])
-@pytest.mark.parametrize("size", [3, 127, 128, 400, 1100])
-def test_a_gram_matrix_by_strips_is_the_whole_product(size, contiguous):
-    features = draw(2, size, size)
-    if contiguous:
-        features = features.mT.contiguous().mT
-    expected = 0.5 * torch.einsum("sip,sjp->ij", features, features)
-    sums = torch.ones(size, size, dtype=torch.float64)
-    add_gram(sums, features, 0.5)
-    torch.testing.assert_close(sums - 1, expected)
 
 
 def _accumulate(kind, calls, samples, shape):
