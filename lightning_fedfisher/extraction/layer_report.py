@@ -26,6 +26,7 @@ class LayerReport:
             ran alone, ``"backpack"``, or ``"none"`` for the identity, which needs no samples.
         reason: Why the layer did not get the kind of block that was asked for, or not by the first
             choice of backend. Empty if it did.
+        some_positions: Whether its factors are computed from some positions of each sample only.
 
     Example:
         >>> LayerReport(Layer("fc", (("fc.weight", (2, 3)),)), "kronecker", "hooks").reason
@@ -36,6 +37,7 @@ class LayerReport:
     kind: str
     backend: str
     reason: str = ""
+    some_positions: bool = False
 
 
 def block_kind(curvature: CurvatureType, layer_types: Sequence[LayerType] | None) -> str:
@@ -81,7 +83,8 @@ def format_layer_reports(reports: Iterable[LayerReport]) -> str:
     """
     alike: dict[tuple[str, str, str], list[Layer]] = {}
     for report in reports:
-        key = report.kind, report.backend, report.reason
+        how = "some positions" if report.some_positions else ""
+        key = report.kind, report.backend, "; ".join(filter(None, (how, report.reason)))
         alike.setdefault(key, []).append(report.layer)
     lines = []
     for (kind, backend, reason), layers in alike.items():

@@ -106,7 +106,10 @@ def test_factors_of_some_positions_estimate_those_of_all_without_bias(net):
     for (name, part), tensor in mean.items():
         expected = exact.blocks[name].tensors()[part]
         assert (tensor - expected).norm() < 0.06 * expected.norm(), (name, part)
-    apart = extract(net, data, fisher="exact", positions=7).blocks["conv"].column_factor
+    assert "some positions" not in exact.report
+    some = extract(net, data, fisher="exact", positions=7)
+    assert "kronecker (hooks; some positions): 2 layers, 42 weights: conv, mix" in some.report
+    apart = some.blocks["conv"].column_factor
     assert (apart - exact.blocks["conv"].column_factor).norm() > 1e-3  # or nothing was left out
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_fedfisher.curvature.base import Curvature
 from lightning_fedfisher.curvature.kronecker import Eigenbased, Factored
-from lightning_fedfisher.curvature.registry import EIGEN_CORRECTED, KINDS, CurvatureType
+from lightning_fedfisher.curvature.registry import EIGEN_CORRECTED, KINDS, KINDS_OF, CurvatureType
 from lightning_fedfisher.extraction.accumulators.base import Accumulator, GradientAccumulator
 from lightning_fedfisher.extraction.accumulators.convolution import ConvolutionAccumulator
 from lightning_fedfisher.extraction.accumulators.dense import DenseAccumulator
@@ -90,6 +90,7 @@ class ModelAccumulator:
             positions: Most positions of a sample that Kronecker factors are computed from.
         """
         self._layers, self._positions = layers, positions
+        self._sampled: set[str] = set()  # layers of which some positions are left out
         self._indices = {layer.name: index for index, layer in enumerate(layers)}
         self._trace = trace
         parameters = dict(model.named_parameters())
@@ -219,7 +220,8 @@ class ModelAccumulator:
             elif kind == "diagonal" and curvature != "diagonal":
                 title = self._trace.layer_types[layer.name][0].title
                 reason = f"{title} has no Kronecker factors"
-            reports.append(LayerReport(layer, kind, backend, reason))
+            some = layer.name in self._sampled and kind in KINDS_OF["kfac"]
+            reports.append(LayerReport(layer, kind, backend, reason, some))
         return tuple(reports)
 
     def _finish(self, name: str, kind: str, total: Reduce, count: int) -> Curvature:
@@ -262,7 +264,10 @@ class ModelAccumulator:
     def _at_positions(self, layer: Layer, calls: Sequence[LayerCall]) -> list[LayerCall]:
         """Takes the positions of each sample that the factors are computed from."""
         uniforms = shifted(self._uniforms, self._indices[layer.name])
-        return [call.at_positions(self._positions, uniforms) for call in calls]
+        some = [call.at_positions(self._positions, uniforms) for call in calls]
+        if any(one is not call for one, call in zip(some, calls, strict=True)):
+            self._sampled.add(layer.name)
+        return some
 
     def _keep(self, layer: Layer, items: Sequence[LayerCall] | Sequence[Tensor]) -> None:
         """Keeps calls or gradients for EKFAC, or drops all of them for a second pass."""
