@@ -17,7 +17,8 @@ class ConvolutionAccumulator(KroneckerAccumulator):
 
     @override
     def _add_inputs(self, unfolded: Tensor, scale: float) -> None:
-        channels, elements = (len(self._sums[f"{name}_factor"]) for name in ("channel", "kernel"))
+        elements = self._layer.kernel
+        channels = self._layer.inputs // elements
         # Without the ones of a bias column.
         inputs = unfolded[:, : channels * elements]
         patches = inputs.reshape(len(inputs), channels, elements, -1)

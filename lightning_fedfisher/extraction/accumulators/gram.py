@@ -22,31 +22,34 @@ _FEWEST, _MOST = 512, 4096
 class GramSum:
     """The second moment of features, summed over samples and positions.
 
-    Vectors wait until there are as many as features. So each product is a large one, and takes no
-    more memory than the sum itself.
-
-    Attributes:
-        total: The sum, a matrix of shape ``(features, features)``, without those that wait.
+    Vectors wait until there are as many as features. So each product is a large one. What waits
+    takes no more memory than the sum itself, which is not there before it is needed.
 
     Example:
-        >>> gram = GramSum(torch.zeros(2, 2))
+        >>> gram = GramSum(2, like=torch.ones(()))
         >>> gram.add(torch.tensor([[[1.0], [2.0]]]), scale=3.0)
-        >>> gram.flush()
-        >>> gram.total
+        >>> gram.total()
         tensor([[ 3.,  6.],
                 [ 6., 12.]])
     """
 
-    def __init__(self, total: Tensor) -> None:
-        """Starts with nothing that waits.
+    def __init__(self, features: int, like: Tensor) -> None:
+        """Starts at zero.
 
         Args:
-            total: The matrix to add to, in place.
+            features: Number of features.
+            like: A tensor that gives the dtype and device of the sum.
         """
-        self.total = total
-        self._enough = max(len(total), _FEWEST)
+        self._features, self._like = features, like.new_empty(())
+        self._enough = max(features, _FEWEST)
         self._waiting: list[Tensor] = []
         self._count = 0
+        self._total: Tensor | None = None
+
+    def total(self) -> Tensor:
+        """Gives the sum so far, a matrix of shape ``(features, features)``."""
+        self._flush()
+        return self._sum
 
     def add(self, features: Tensor, scale: float) -> None:
         """Adds the second moment of features.
@@ -62,18 +65,26 @@ class GramSum:
             flat = features.transpose(0, 1).reshape(size, -1)
         if flat.shape[1] >= self._enough:
             for some in torch.split(flat, _MOST, dim=1):
-                add_product(self.total, some, scale)
+                add_product(self._sum, some, scale)
             return
         self._waiting.append(flat * math.sqrt(scale))
         self._count += flat.shape[1]
         if self._count >= self._enough:
-            self.flush()
+            self._flush()
 
-    def flush(self) -> None:
+    @property
+    def _sum(self) -> Tensor:
+        """The sum without what waits."""
+        if self._total is None:
+            self._total = self._like.new_zeros(self._features, self._features)
+        return self._total
+
+    def _flush(self) -> None:
         """Adds what waits."""
         if self._waiting:
-            add_product(self.total, torch.cat(self._waiting, dim=1), 1.0)
-        self._waiting, self._count = [], 0
+            vectors = torch.cat(self._waiting, dim=1)
+            self._waiting, self._count = [], 0
+            add_product(self._sum, vectors, 1.0)
 
 
 def add_product(total: Tensor, vectors: Tensor, scale: float) -> None:

@@ -42,15 +42,14 @@ class KroneckerAccumulator(Accumulator):
 
     def __init__(self, layer: Layer, kind: type[Curvature], like: Tensor) -> None:
         """Starts at zero; see `Accumulator`."""
-        super().__init__(layer, kind, like)
-        self._grams = {name: GramSum(total) for name, total in self._sums.items()}
+        self._kind, self._layer = kind, layer
+        shapes = kind.tensor_shapes(layer.shape, layer.kernel)
+        self._grams = {name: GramSum(size, like) for name, (size, _) in shapes.items()}
 
     @property
     @override
     def sums(self) -> dict[str, Tensor]:
-        for gram in self._grams.values():
-            gram.flush()
-        return self._sums
+        return {name: gram.total() for name, gram in self._grams.items()}
 
     @override
     def add(self, calls: Sequence[LayerCall], samples: int) -> None:
