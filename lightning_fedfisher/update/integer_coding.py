@@ -140,16 +140,16 @@ def encoded_size(numbers: Tensor) -> float:
     """Estimates the bytes that `encode` would take, to about a hundredth, without coding.
 
     Args:
-        numbers: Integers, those of each row alike: zlib makes a new code for them now and then.
+        numbers: Integers in one dimension or two. Those of a row are taken to be coded alike.
 
     Returns:
         The number of bytes.
 
     Example:
-        >>> round(encoded_size(torch.zeros(1, 8000, dtype=torch.int32)))  # a bit for each
+        >>> round(encoded_size(torch.zeros(8000, dtype=torch.int32)))  # a bit for each
         1005
     """
-    _, bits = _cheapest(numbers.to(torch.int32).numpy())
+    _, bits = _cheapest(torch.atleast_2d(numbers).to(torch.int32).numpy())
     return _PREFIX.size + bits / 8
 
 

@@ -153,6 +153,8 @@ def _is_upper(root: Tensor) -> bool:
 def _whole_root(matrix: Tensor) -> Tensor:
     """Computes a root of as many rows as the matrix has rank, up to rounding."""
     for dtype, least in _LEAST_PIVOT.items():
+        if dtype.itemsize < matrix.dtype.itemsize:
+            continue
         lower, failed = torch.linalg.cholesky_ex(matrix.to(dtype))
         if not failed and (lower.diagonal().square() >= least * matrix.diagonal()).all():
             upper: Tensor = lower.mT
