@@ -45,8 +45,9 @@ from lightning_fedfisher.update.tensor_checks import StoredRole, value_limit
 _ROUNDING_ERROR = 1 / 12  # mean squared error of rounding to integers
 _OCTAVES = 32.0  # from a useless scale to one finer than float32
 _GUESSES = 12  # of the scale, by sizes of samples
-_CLOSE = 1e-3  # of the room: what a guess may be off, and what may be left of it
-_MARGIN = 5e-4  # of the room: what a scale after the first leaves on purpose
+# Parts of the room: what a guess may be off, what is left on purpose, and what may be left if
+# another coding is to be spared.
+_CLOSE, _MARGIN, _SPARED = 1e-3, 5e-4, 5e-3
 # Entries by which a size is estimated, in stretches as long as zlib's code for one.
 _SAMPLED, _STRETCHES, _STRETCH = 2**14, 8, 2**15
 # Below so many bits an entry, it is better to send fewer entries.
@@ -164,8 +165,13 @@ class Compression:
             scale = self._scale(octaves)
             payloads = self._encoded(scale)
             size = sum(map(len, payloads.values()))
+            import os
+
+            os.environ.get("DBG") and print(
+                "coded", size, room, size / room, octaves, slope * 8 / self._count
+            )
             finest = octaves <= -_OCTAVES
-            if size <= room and (not first or finest or size >= (1 - 2 * _CLOSE) * room):
+            if size <= room and (not first or finest or size >= (1 - _SPARED) * room):
                 return {part.name: part.quantized(scale) for part in self._parts}, payloads
             if size > room and octaves >= 0:
                 raise BudgetError(f"at least {size} bytes are needed, there is room for {room}")
@@ -185,7 +191,7 @@ class Compression:
             before, size = size, self._size(nearer)
             slope = min(max((before - size) / (nearer - octaves), steepest / 16), steepest)
             octaves = nearer
-        return _clipped(octaves + (size - (1 - _CLOSE) * room) / slope), slope
+        return _clipped(octaves + (size - (1 - _MARGIN) * room) / slope), slope
 
     def _size(self, octaves: float) -> float:
         """Estimates the bytes of all parts."""

@@ -29,9 +29,10 @@ _WIDTHS = (8, 8, 4, 2, 1)  # of the fields that low bits are stored in
 # Bits a number below which the size of Huffman's code is computed rather than taken for the
 # entropy: no symbol takes less than a bit.
 _FEW_BITS = 2.5
-# Bits by which Huffman's code is longer than the entropy where bits are many, with its tables; and
-# by which a sample's entropy is too small, for each symbol in it (Miller & Madow, 1955).
-_REDUNDANCY, _BIAS = 0.055, 0.5 / math.log(2)
+# Bits by which Huffman's code is longer than the entropy where bits are many, and those that its
+# tables take for each symbol of the numbers coded alike; and bits by which the entropy of a sample
+# is too small for each symbol in it (Miller & Madow, 1955).
+_REDUNDANCY, _TABLES, _BIAS = 0.025, 5 / 2**15, 0.5 / math.log(2)
 _SAMPLED = 2**16  # numbers by which the best number of low bits is chosen
 _CHUNK = 2**15  # numbers that are worked on at a time: they stay in a processor's cache
 _RAW = -15  # zlib's largest window, without a header
@@ -149,7 +150,7 @@ def encoded_size(numbers: Tensor) -> float:
         >>> round(encoded_size(torch.zeros(8000, dtype=torch.int32)))  # a bit for each
         1005
     """
-    _, bits = _cheapest(torch.atleast_2d(numbers).to(torch.int32).numpy())
+    _, bits = _cheapest(np.atleast_2d(numbers.to(torch.int32).numpy()))
     return _PREFIX.size + bits / 8
 
 
@@ -220,7 +221,7 @@ def _bits(rows: _Integers, low: int) -> float:
         if entropy < _FEW_BITS * rows.shape[1]:
             coded += _huffman([*some.tolist(), 1])  # the last one ends the text
         else:
-            coded += entropy + _REDUNDANCY * rows.shape[1]
+            coded += entropy + (_REDUNDANCY + _TABLES * len(some)) * rows.shape[1]
     return rows.size * low + coded + 8 * _LISTED.itemsize * int(counts[:, 0].sum())
 
 

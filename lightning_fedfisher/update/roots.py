@@ -12,13 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_fedfisher.update.tensor_checks import is_semidefinite
-
-_RIDGE = 1e-4  # multiple of the trace by which eigenvalues may be below zero
 # Least squared diagonal entry of a Cholesky root, as a multiple of the matrix's, by which a type is
 # exact enough: float32 moves the root by a millionth then, and float64 by no more than the rounding
 # of a matrix that is stored in float32.
-_LEAST_PIVOT = {torch.float32: 1e-2, torch.float64: 1e-6}
+_LEAST_PIVOT = {torch.float32: 1e-2, torch.float64: 1e-5}
+_INDEFINITE = 1e-4  # multiple of the trace that a root may leave of a matrix
+_PROBES = 8  # vectors that show what a root leaves: it escapes all of them once in 10^9 times
 _BLOCK = 64  # rows of a root that are found together
 _FLATTEST = 1e-3  # eigenvalue of a block, as a multiple of its largest, that may be divided by
 _SMALL = 2048  # rows up to which all eigenvalues take no longer than some
@@ -127,11 +126,11 @@ def factor_root(matrix: Tensor, most: int) -> tuple[Tensor, float]:
         raise ValueError("is not positive semi-definite")
     seen = (~dead).nonzero().squeeze(1)
     some = matrix if len(seen) == len(matrix) else matrix[seen][:, seen]
-    dtype = torch.promote_types(matrix.dtype, torch.float32)
     narrow = most < len(seen)
     found, tail = _leading_root(some, most) if narrow else (_whole_root(some), 0.0)
-    root = torch.zeros(len(found), len(matrix), dtype=dtype)
-    root[:, seen] = found.to(dtype)
+    root = found.to(torch.promote_types(matrix.dtype, torch.float32))
+    if len(seen) < len(matrix):
+        root = root.new_zeros(len(root), len(matrix)).index_copy_(1, seen, root)
     if _is_triangle(len(matrix), len(root)):
         root = root if _is_upper(root) else torch.linalg.qr(root, mode="r").R
     elif not narrow:
@@ -152,16 +151,22 @@ def _is_upper(root: Tensor) -> bool:
 
 def _whole_root(matrix: Tensor) -> Tensor:
     """Computes a root of as many rows as the matrix has rank, up to rounding."""
-    for dtype, least in _LEAST_PIVOT.items():
-        if dtype.itemsize < matrix.dtype.itemsize:
-            continue
-        lower, failed = torch.linalg.cholesky_ex(matrix.to(dtype))
-        if not failed and (lower.diagonal().square() >= least * matrix.diagonal()).all():
-            upper: Tensor = lower.mT
-            return upper
-    if not is_semidefinite(matrix.to(torch.promote_types(matrix.dtype, torch.float32)), _RIDGE):
-        raise ValueError("is not positive semi-definite")
+    exact = torch.promote_types(matrix.dtype, torch.float32)
+    half = len(matrix) // 2  # an eighth of the work, and shows most of what is singular
+    _, pivot = _cholesky(matrix[:half, :half].to(exact))
+    for dtype in dict.fromkeys((exact, torch.float64)):
+        if pivot >= _LEAST_PIVOT[dtype]:
+            root, pivot = _cholesky(matrix.to(dtype))
+            if pivot >= _LEAST_PIVOT[dtype]:
+                return root
     return _pivoted_root(matrix)
+
+
+def _cholesky(matrix: Tensor) -> tuple[Tensor, float]:
+    """Computes the upper Cholesky root, and its least pivot: zero if there is no root."""
+    lower, failed = torch.linalg.cholesky_ex(matrix)
+    pivots = lower.diagonal().square() / matrix.diagonal()
+    return lower.mT, float(pivots.min()) if len(matrix) and not failed else float(not failed)
 
 
 def _pivoted_root(matrix: Tensor) -> Tensor:
@@ -171,6 +176,9 @@ def _pivoted_root(matrix: Tensor) -> Tensor:
     low-rank approximation by the pivoted Cholesky decomposition"), relative to their own diagonal
     entry, which rounding is relative to as well. What a root of a semi-definite matrix leaves of
     the diagonal is not negative: where it is, that is how large rounding is.
+
+    Raises:
+        ValueError: If there is more left than rounding.
     """
     scale = matrix.diagonal().double().sqrt()
     scaled = matrix.double() / scale / scale.unsqueeze(1)
@@ -191,7 +199,14 @@ def _pivoted_root(matrix: Tensor) -> Tensor:
         root[rank : rank + len(found)] = found
         rank += len(found)
         left -= found.square().sum(0)
-    return root[:rank] * scale
+    root = root[:rank] * scale
+    probes = torch.randn(
+        len(matrix), _PROBES, generator=torch.Generator().manual_seed(0), dtype=root.dtype
+    )
+    rest = matrix.double() @ probes - root.mT @ (root @ probes)
+    if float(rest.square().mean(1).sum().sqrt()) > _INDEFINITE * float(scale.square().sum()):
+        raise ValueError("is not positive semi-definite")
+    return root
 
 
 def _leading_root(matrix: Tensor, rank: int) -> tuple[Tensor, float]:
