@@ -48,6 +48,7 @@ _GUESSES = 12  # of the scale, by sizes of samples
 # Parts of the room: what a guess may be off, what is left on purpose, and what may be left if
 # another coding is to be spared.
 _CLOSE, _MARGIN, _SPARED = 1e-3, 5e-4, 5e-3
+_CAUTION = 0.1  # of a correction, by which it errs on the small side
 # Entries by which a size is estimated, in stretches as long as zlib's code for one.
 _SAMPLED, _STRETCHES, _STRETCH = 2**14, 8, 2**15
 # Below so many bits an entry, it is better to send fewer entries.
@@ -176,7 +177,8 @@ class Compression:
             if size > room and octaves >= 0:
                 raise BudgetError(f"at least {size} bytes are needed, there is room for {room}")
             del payloads
-            octaves = _clipped(octaves + (size - (1 - _MARGIN) * room) / slope)
+            missed = (size - (1 - _MARGIN) * room) / slope
+            octaves = _clipped(octaves + missed + _CAUTION * abs(missed))
             first = False
 
     def _guess(self, room: int) -> tuple[float, float]:

@@ -61,16 +61,16 @@ def test_no_direction_is_lost_but_in_rounding(decay, count):
 @pytest.mark.parametrize(
     ("decay", "dtype", "expected"),
     [
-        (0.0, torch.float32, [torch.float32]),
-        (1.5, torch.float32, [torch.float32, torch.float64]),
-        (0.0, torch.float64, [torch.float64]),
+        (0.0, torch.float32, [(20, torch.float32), (40, torch.float32)]),
+        (1.5, torch.float32, [(20, torch.float32), (40, torch.float64)]),
+        (0.0, torch.float64, [(20, torch.float64), (40, torch.float64)]),
     ],
 )
 def test_no_more_is_decomposed_than_it_takes(decay, dtype, expected, monkeypatch):
     tried, original = [], torch.linalg.cholesky_ex
 
     def counting(matrix):
-        tried.append(matrix.dtype)
+        tried.append((len(matrix), matrix.dtype))
         return original(matrix)
 
     monkeypatch.setattr(torch.linalg, "cholesky_ex", counting)
@@ -119,6 +119,18 @@ def test_what_is_semi_definite_up_to_rounding_has_a_root():
     matrix = _moment(_samples(20, 30)) - 1e-5 * torch.eye(30, dtype=torch.float64)
     root, _ = factor_root(matrix, most=30)
     torch.testing.assert_close(matrix_of_root(root), matrix, rtol=0, atol=1e-4)
+
+
+def test_what_is_singular_is_found_out_by_half_of_it(monkeypatch):
+    tried, original = [], torch.linalg.cholesky_ex
+
+    def counting(matrix):
+        tried.append(len(matrix))
+        return original(matrix)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", counting)
+    root, _ = factor_root(_moment(_samples(15, 40)).float(), most=40)
+    assert (len(root), tried) == (15, [20])
 
 
 # Few rows
