@@ -26,7 +26,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lightning_fedfisher.curvature.linalg import frobenius_norm
 from lightning_fedfisher.curvature.registry import KINDS
 from lightning_fedfisher.errors import BudgetError, FedFisherError
 from lightning_fedfisher.update.file_format import file_size
@@ -121,7 +120,7 @@ class Compression:
             )
             weights = {f"parameters/{name}": math.prod(shape) for name, shape in layer.parameters}
             count, trace = sum(weights.values()), float(block.trace().double())
-            spread = sum(float(frobenius_norm(tensors[name])) ** 2 for name in weights) / count
+            spread = sum(_sum_of_squares(tensors[name]) for name in weights) / count
             energy += spread * trace
             for name in weights:
                 self._parts.append(
@@ -166,11 +165,6 @@ class Compression:
             scale = self._scale(octaves)
             payloads = self._encoded(scale)
             size = sum(map(len, payloads.values()))
-            import os
-
-            os.environ.get("DBG") and print(
-                "coded", size, room, size / room, octaves, slope * 8 / self._count
-            )
             finest = octaves <= -_OCTAVES
             if size <= room and (not first or finest or size >= (1 - _SPARED) * room):
                 return {part.name: part.quantized(scale) for part in self._parts}, payloads
@@ -325,6 +319,13 @@ def decode_root(
     if not largest <= (limit := value_limit(role, QUANTIZED_TYPES[quantized.dtype])):
         raise ValueError(f"it holds values up to {largest:.1e}, more than {limit:.1e}")
     return numbers
+
+
+def _sum_of_squares(tensor: Tensor) -> float:
+    """Adds up squares in float64, without a copy of the whole tensor."""
+    flat = tensor.flatten()
+    starts = range(0, len(flat), _STRETCH)
+    return sum(float(flat[start : start + _STRETCH].double().square().sum()) for start in starts)
 
 
 def _clipped(octaves: float) -> float:

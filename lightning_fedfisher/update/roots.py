@@ -181,7 +181,7 @@ def _pivoted_root(matrix: Tensor) -> Tensor:
         ValueError: If there is more left than rounding.
     """
     scale = matrix.diagonal().double().sqrt()
-    scaled = matrix.double() / scale / scale.unsqueeze(1)
+    scaled = matrix.to(torch.float64, copy=True).div_(scale).div_(scale.unsqueeze(1))
     left, root, rank = torch.ones_like(scale), torch.empty_like(scaled), 0
     while rank < len(root):
         rounding = max(torch.finfo(matrix.dtype).eps, -2 * float(left.min()))
@@ -199,14 +199,14 @@ def _pivoted_root(matrix: Tensor) -> Tensor:
         root[rank : rank + len(found)] = found
         rank += len(found)
         left -= found.square().sum(0)
-    root = root[:rank] * scale
+    root = root[:rank]
     probes = torch.randn(
-        len(matrix), _PROBES, generator=torch.Generator().manual_seed(0), dtype=root.dtype
-    )
-    rest = matrix.double() @ probes - root.mT @ (root @ probes)
+        len(scale), _PROBES, generator=torch.Generator().manual_seed(0), dtype=scale.dtype
+    ).mul_(scale.unsqueeze(1))
+    rest = (scaled @ probes - root.mT @ (root @ probes)).mul_(scale.unsqueeze(1))
     if float(rest.square().mean(1).sum().sqrt()) > _INDEFINITE * float(scale.square().sum()):
         raise ValueError("is not positive semi-definite")
-    return root
+    return root.mul_(scale)
 
 
 def _leading_root(matrix: Tensor, rank: int) -> tuple[Tensor, float]:
