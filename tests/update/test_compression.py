@@ -395,6 +395,21 @@ def test_tensors_are_decoded_once_for_each_use(update, granted, monkeypatch, tmp
     assert len(opened.parameters) == len(decoded)
 
 
+def test_weights_are_not_copied_and_roots_are_no_larger_than_they_are_sent(update, granted):
+    tensors = update._tensors
+    held = Compression(update.header, tensors, 10**6)._parts
+    assert {part.name for part in held} == {n for n in tensors if not n.startswith("buffers/")}
+    for part in held:
+        tensor = tensors[part.name]
+        assert part.entries.dtype == tensor.dtype == torch.float32
+        if part.name.startswith("parameters/"):
+            assert part.entries.data_ptr() == tensor.data_ptr()
+        elif part.name.endswith("factor"):
+            assert part.entries.untyped_storage().nbytes() <= 2 * tensor.shape[0] * (
+                tensor.shape[0] + 1
+            )
+
+
 def test_threads_change_no_byte(update, granted, monkeypatch):
     alone = update.compressed(0.8)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
