@@ -183,7 +183,9 @@ class FedFisherCallback(Callback):
             rehearsed = self._extract(trainer, pl_module, _REHEARSED_SAMPLES)
             self._trace = rehearsed.trace  # which spares another one after the training
             header = rehearsed.header(self._num_samples, self._metadata)
-            ClientUpdate.from_model(pl_module, header, rehearsed.blocks)
+            update = ClientUpdate.from_model(pl_module, header, rehearsed.blocks)
+            if self._upload_budget is not None:
+                update.require_room(self._upload_budget)
             rank_zero_info(f"FedFisherCallback will extract\n{rehearsed.report}")
 
     @override

@@ -21,7 +21,7 @@ from lightning_fedfisher.errors import BudgetError, FedFisherError, UpdateError
 from lightning_fedfisher.layers import Layer
 from lightning_fedfisher.update.architecture import describe_architecture, fingerprint
 from lightning_fedfisher.update.buffer_roles import buffer_role
-from lightning_fedfisher.update.compression import compress, decode_root, restore
+from lightning_fedfisher.update.compression import compress, decode_root, fewest_bytes, restore
 from lightning_fedfisher.update.consistency import inconsistencies
 from lightning_fedfisher.update.file_format import (
     UpdateFile,
@@ -34,9 +34,7 @@ from lightning_fedfisher.update.header import QUANTIZED_TYPES, UpdateHeader
 from lightning_fedfisher.update.model_tensors import collect_tensors
 from lightning_fedfisher.update.safetensors_layout import Spec
 from lightning_fedfisher.update.tensor_checks import find_problem
-
-# Any upload budget allows so many bytes: below, the names of the layers are most of a file.
-_SMALLEST_BUDGET = 2**14
+from lightning_fedfisher.update.upload_budget import budget_bytes, budget_error
 
 
 class ClientUpdate:
@@ -308,9 +306,7 @@ class ClientUpdate:
             BudgetError: If nothing of use fits.
             UpdateError: If a curvature is not positive semi-definite.
         """
-        if not 0 < upload_budget < math.inf:
-            raise ValueError(f"upload_budget must be greater than 0, got {upload_budget}")
-        size = max(int(upload_budget * self.fedavg_bytes), _SMALLEST_BUDGET)
+        size = budget_bytes(upload_budget, self.fedavg_bytes)
         if self.upload_bytes <= size:
             return self
         with self.opened():
@@ -318,15 +314,23 @@ class ClientUpdate:
         try:
             header, tensors = compress(self.header, plain, size)
         except BudgetError as error:
-            raise BudgetError(
-                f"{self.source} does not fit into upload_budget={upload_budget:g}, {size} bytes: "
-                f"{error}. Raise it, send a smaller kind of curvature, or pass None"
-            ) from None
+            raise budget_error(self.source, upload_budget, size, error) from None
         except FedFisherError as error:
             raise UpdateError(self.source, error.offenders) from error
         except ValueError as error:
             raise UpdateError(self.source, [str(error)]) from error
         return type(self)(header, tensors, self.source)
+
+    def require_room(self, upload_budget: float) -> None:
+        """Refuses a budget that is hopeless, without compressing anything.
+
+        Raises:
+            BudgetError: If there is not even room for a bit of each entry.
+        """
+        size, least = budget_bytes(upload_budget, self.fedavg_bytes), fewest_bytes(self.header)
+        if size < min(self.upload_bytes, least):
+            why = f"at least {least} bytes are needed"
+            raise budget_error(self.source, upload_budget, size, why)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the update; a reader sees the old file or the whole new one.
@@ -387,8 +391,7 @@ class ClientUpdate:
 
     def _names(self, group: str) -> list[str]:
         """Lists the tensors of a group, without the group's name."""
-        prefix = f"{group}/"
-        return [name.removeprefix(prefix) for name in self._stored if name.startswith(prefix)]
+        return [n.removeprefix(f"{group}/") for n in self._stored if n.startswith(f"{group}/")]
 
 
 def _bytes(spec: Spec) -> int:

@@ -1,13 +1,9 @@
 """Compression of an update into a number of bytes, at the least cost to the merge.
 
 Weights and curvature are rounded to multiples of a step and coded (`integer_coding`). Of a
-second-moment matrix ``M`` the lower triangle of its Cholesky root ``L`` is sent, of eigenvalues
-their square roots. So
-
-- symmetric factors are stored once, and come back as ``L L'``: positive semi-definite whatever the
-  rounding;
-- what is rounded has the range of the curvature's root, with which the merge works. Rounding it
-  spares small eigenvalues that rounding the factor itself would bury.
+second-moment matrix a root is sent (`roots`), of eigenvalues their square roots. So what is rounded
+has the range of the curvature's root, with which the merge works. Rounding it spares small
+eigenvalues that rounding the factor itself would bury.
 
 All steps follow from one number. With ``R = F^(1/2)``, an error ``e`` in a layer's weights changes
 what they contribute to the merge by ``R e``, and an error in the curvature by ``dR w``, where ``w``
@@ -22,7 +18,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -34,24 +31,33 @@ from lightning_fedfisher.errors import BudgetError, FedFisherError
 from lightning_fedfisher.update.file_format import file_size
 from lightning_fedfisher.update.header import QUANTIZED_TYPES, QuantizedTensor, UpdateHeader
 from lightning_fedfisher.update.integer_coding import LARGEST, decode, encode, encoded_size
+from lightning_fedfisher.update.roots import (
+    factor_root,
+    flatten_root,
+    matrix_of_root,
+    root_entries,
+    unflatten_root,
+)
 from lightning_fedfisher.update.safetensors_layout import Spec
 from lightning_fedfisher.update.tensor_checks import StoredRole, value_limit
 
 _ROUNDING_ERROR = 1 / 12  # mean squared error of rounding to integers
 _OCTAVES = 32.0  # from a useless scale to one finer than float32
-_CLOSE = 0.01  # octaves
-_GUESSES = 40  # of the scale: each is nearer than the one before
-_SAMPLED = 2**14  # entries by which a size is estimated
+_GUESSES = 12  # of the scale, by sizes of samples
+# Parts of the room: what a guess may be off, what is left on purpose, and what may be left if
+# another coding is to be spared.
+_CLOSE, _MARGIN, _SPARED = 1e-3, 5e-4, 5e-3
+_CAUTION = 0.1  # of a correction, by which it errs on the small side
+# Entries by which a size is estimated, in stretches as long as zlib's code for one.
+_SAMPLED, _STRETCHES, _STRETCH = 2**14, 8, 2**15
 # Below so many bits an entry, it is better to send fewer entries.
 _FEWEST_BITS = 2.5
 _WIDTHS = (math.inf, *(2.0**k for k in range(6, -6, -1)))
-_SMALL = 2048  # rows up to which all eigenvalues take no longer than some
 # What costs nothing is still sent in eight bits: other clients' curvature may see it.
 _COARSEST = 127
-# What makes a second moment definite, as a multiple of its trace: more only where rounding asks it.
-_FIRST_RIDGE, _LAST_RIDGE = 1e-10, 1e-4
+_NEGATIVE = 1e-4  # of the largest eigenvalue: what rounding makes of zero
 _LONGEST_FLOAT = 1.2345678901234567e-10  # no float takes more characters in JSON
-_LONGEST = QuantizedTensor(_LONGEST_FLOAT, "bfloat16", 1000, _LONGEST_FLOAT)
+_LONGEST = QuantizedTensor(_LONGEST_FLOAT, "bfloat16", 2**20, _LONGEST_FLOAT)
 
 
 def compress(
@@ -86,6 +92,15 @@ def compress(
         room -= excess
 
 
+def fewest_bytes(header: UpdateHeader) -> int:
+    """Counts the bytes without which no update can be: a bit for each entry that must be sent.
+
+    Args:
+        header: Header of the update.
+    """
+    return _count(header, _WIDTHS[-1]) // 8
+
+
 def _bytes(count: int) -> Spec:
     """Describes a quantized tensor, which lies in the file as bytes."""
     return (count,), torch.uint8
@@ -109,25 +124,27 @@ class Compression:
         energy, offenders, width = 0.0, [], _width(header, room)
         for layer in header.layers:
             kind, prefix = KINDS[header.kinds[layer.name]], f"curvature/{layer.name}/"
-            weights = [f"parameters/{name}" for name in layer.parameter_names]
-            parts = {part: tensors[prefix + part].double() for part in kind.tensor_roles}
-            block = kind.from_tensors(parts, layer.shape, layer.kernel)
-            matrix = layer.join({n.removeprefix("parameters/"): tensors[n] for n in weights})
-            spread, trace = float(matrix.double().square().mean()), float(block.trace())
+            block = kind.from_tensors(
+                {p: tensors[prefix + p] for p in kind.tensor_roles}, layer.shape, layer.kernel
+            )
+            weights = {f"parameters/{name}": math.prod(shape) for name, shape in layer.parameters}
+            count, trace = sum(weights.values()), float(block.trace().double())
+            spread = sum(_sum_of_squares(tensors[name]) for name in weights) / count
             energy += spread * trace
             for name in weights:
-                entries, cost = tensors[name].double().flatten(), trace / matrix.numel()
-                self._parts.append(_Part(name, entries, cost, tensors[name].dtype))
+                self._parts.append(
+                    _Part(name, tensors[name].flatten(), trace / count, tensors[name].dtype)
+                )
             for part, cost in block.sensitivities().items():
-                name, tensor, role = prefix + part, parts[part], kind.tensor_roles[part]
-                rank = _rank(tensor.shape, role, matrix.numel(), width)
+                name, role = prefix + part, kind.tensor_roles[part]
                 try:
-                    entries, tail = _root(tensor, role, rank)
+                    rooted = _rooted(tensors[name], role, _most(len(tensors[name]), count, width))
                 except ValueError as error:
                     offenders.append(f"{name} {error}")
                     continue
-                dtype = tensors[name].dtype
-                self._parts.append(_Part(name, entries, spread * cost, dtype, rank, tail))
+                self._parts.append(
+                    _Part(name, rooted[0], spread * cost, tensors[name].dtype, *rooted[1:])
+                )
         if offenders:
             raise FedFisherError("This curvature cannot be compressed:", offenders)
         self._count = sum(len(part.entries) for part in self._parts)
@@ -151,24 +168,50 @@ class Compression:
         Raises:
             BudgetError: If there is no room for anything of use.
         """
-        octaves = -_OCTAVES
-        for _ in range(_GUESSES):
-            size = sum(part.size(self._scale(octaves)) for part in self._parts)
-            # A step twice as large saves a bit an entry at most: this goes too far neither way.
-            before = octaves
-            octaves = min(max(octaves + 8 * (size - room) / self._count, -_OCTAVES), 0.0)
-            if abs(octaves - before) < _CLOSE:
-                break
-        octaves = min(octaves + _CLOSE, 0.0)  # lest a large update is coded twice
-        while True:  # those sizes were estimates
+        octaves, slope = self._guess(room)
+        first = True
+        while True:  # the guess is an estimate
             scale = self._scale(octaves)
-            payloads = {part.name: encode(part.rounded(scale)) for part in self._parts}
+            payloads = self._encoded(scale)
             size = sum(map(len, payloads.values()))
-            if size <= room:
+            finest = octaves <= -_OCTAVES
+            if size <= room and (not first or finest or size >= (1 - _SPARED) * room):
                 return {part.name: part.quantized(scale) for part in self._parts}, payloads
-            if octaves >= 0:
+            if size > room and octaves >= 0:
                 raise BudgetError(f"at least {size} bytes are needed, there is room for {room}")
-            octaves = min(octaves + _CLOSE + 8 * (size - room) / self._count, 0.0)
+            del payloads
+            missed = (size - (1 - _MARGIN) * room) / slope
+            octaves = _clipped(octaves + missed + _CAUTION * abs(missed))
+            first = False
+
+    def _guess(self, room: int) -> tuple[float, float]:
+        """Guesses the octaves at which the parts take the room, and the bytes that one saves."""
+        steepest = self._count / 8  # a step twice as large saves a bit an entry at most
+        octaves, slope = _clipped(-room / steepest), steepest
+        size = self._size(octaves)
+        for _ in range(_GUESSES):
+            nearer = _clipped(octaves + (size - room) / slope)
+            if abs(size - room) <= _CLOSE * room or nearer == octaves:
+                break
+            before, size = size, self._size(nearer)
+            slope = min(max((before - size) / (nearer - octaves), steepest / 16), steepest)
+            octaves = nearer
+        return _clipped(octaves + (size - (1 - _MARGIN) * room) / slope), slope
+
+    def _size(self, octaves: float) -> float:
+        """Estimates the bytes of all parts."""
+        return sum(part.size(self._scale(octaves)) for part in self._parts)
+
+    def _encoded(self, scale: float) -> dict[str, Tensor]:
+        """Codes all parts, several at a time where there are processors for it."""
+
+        def coded(part: _Part) -> tuple[str, Tensor]:
+            return part.name, encode(part.rounded(part.entries, scale))
+
+        if torch.get_num_threads() == 1:
+            return dict(map(coded, self._parts))
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            return dict(pool.map(coded, self._parts))
 
     def _scale(self, octaves: float) -> float:
         """Turns octaves below the useless scale, which are negative, into a scale."""
@@ -184,7 +227,7 @@ class _Part:
         entries: Entries of its root.
         cost: Cost of a unit error in one of them.
         dtype: Type of the tensor.
-        rank: Columns of the root, if it is not a triangle.
+        rank: Rows of a factor's root.
         tail: Eigenvalue of what the root leaves out.
     """
 
@@ -198,22 +241,36 @@ class _Part:
     @cached_property
     def largest(self) -> float:
         """The largest absolute value."""
-        return float(self.entries.abs().max())
+        return max(map(abs, map(float, self.entries.aminmax()))) if len(self.entries) else 0.0
+
+    @cached_property
+    def sample(self) -> Tensor:
+        """Some of the entries: from each stretch that zlib codes alike, or from some of them."""
+        stretches = min(max(len(self.entries) // _STRETCH, 1), _STRETCHES)
+        length = len(self.entries) // stretches
+        rows = self.entries[: stretches * length].view(stretches, length)
+        return rows[:, :: -(-length * stretches // _SAMPLED) or 1].contiguous()
 
     def step(self, scale: float) -> float:
         """Computes the step to whose multiples the entries are rounded."""
         coarse = scale / math.sqrt(self.cost) if self.cost > 0 else self.largest / _COARSEST
-        return max(coarse, self.largest / LARGEST) or 1.0
+        return max(coarse, self.largest / (LARGEST - 1)) or 1.0  # float32 may divide to one more
 
-    def rounded(self, scale: float, stride: int = 1) -> Tensor:
-        """Counts steps in every entry, or in one of ``stride`` entries."""
-        return (self.entries[::stride] / self.step(scale)).round().to(torch.int32)
+    def rounded(self, entries: Tensor, scale: float) -> Tensor:
+        """Counts steps in each of some entries."""
+        exact, step = torch.promote_types(entries.dtype, torch.float32), self.step(scale)
+        flat, numbers = entries.flatten(), torch.empty(entries.numel(), dtype=torch.int32)
+        for start in range(0, len(flat), _STRETCH):  # which stays in a processor's cache
+            some = slice(start, start + _STRETCH)
+            numbers[some] = (flat[some].to(exact) / step).round_()
+        return numbers.view(entries.shape)
 
     def size(self, scale: float) -> float:
         """Estimates the bytes of the coded entries by some of them."""
-        stride = -(-len(self.entries) // _SAMPLED)
-        some = self.rounded(scale, stride)
-        return encoded_size(some) * len(self.entries) / len(some)
+        if not len(self.entries):
+            return 0.0
+        some = self.rounded(self.sample, scale)
+        return encoded_size(some) * len(self.entries) / some.numel()
 
     def quantized(self, scale: float) -> QuantizedTensor:
         """Describes the rounding, for the header."""
@@ -238,26 +295,19 @@ def restore(
     Raises:
         ValueError: If the bytes are not those of such a tensor, or it would be too large.
     """
-    entries = decode_root(payload, quantized, shape, role)
+    dtype = QUANTIZED_TYPES[quantized.dtype]
+    numbers = decode_root(payload, quantized, shape, role)
+    entries = numbers.to(torch.promote_types(dtype, torch.float32)).mul_(quantized.step)
     if role == "factor":
-        if quantized.rank:
-            root = entries.view(-1, quantized.rank)
-        else:
-            root = entries.new_zeros(shape)
-            root[tuple(torch.tril_indices(*shape))] = entries
-        tensor = root @ root.mT
-        tensor = (tensor + tensor.mT) / 2  # a product is symmetric up to rounding
-        # What no column sees is not in the tail either: it is zero.
-        tensor.diagonal().add_(quantized.tail * root.any(dim=1))
-    else:
-        tensor = (entries.square() if role == "values" else entries).view(shape)
-    return tensor.to(QUANTIZED_TYPES[quantized.dtype])
+        root = unflatten_root(entries, shape[0], quantized.rank)
+        return matrix_of_root(root, quantized.tail).to(dtype)
+    return (entries.square_() if role == "values" else entries).view(shape).to(dtype)
 
 
 def decode_root(
     payload: Tensor, quantized: QuantizedTensor, shape: tuple[int, ...], role: StoredRole
 ) -> Tensor:
-    """Decodes the entries of a tensor's root, and makes sure that the tensor can be used.
+    """Decodes what a tensor was rounded to, and makes sure that the tensor can be used.
 
     Args:
         payload: Its bytes, from a stranger.
@@ -266,106 +316,75 @@ def decode_root(
         role: What the tensor is.
 
     Returns:
-        The entries in one dimension, in at least float32.
+        The steps in each entry of the tensor's root, ``int32`` in one dimension.
 
     Raises:
         ValueError: If the bytes are not those of such a tensor, or it would be too large.
     """
-    numbers = decode(payload, _entries(shape, role, quantized.rank))
-    largest = float(numbers.abs().max()) * quantized.step if len(numbers) else 0.0
+    if role == "factor" and quantized.rank > shape[0]:
+        raise ValueError(f"a matrix of {shape[0]} rows has no rank of {quantized.rank}")
+    count = root_entries(shape[0], quantized.rank) if role == "factor" else math.prod(shape)
+    numbers = decode(payload, count)
+    largest = max(map(abs, map(int, numbers.aminmax()))) * quantized.step if count else 0.0
     if role in ("factor", "values"):
-        columns = (quantized.rank or shape[0]) if role == "factor" else 1
-        largest = largest * largest * columns + quantized.tail
-    dtype = QUANTIZED_TYPES[quantized.dtype]
-    if not largest <= (limit := value_limit(role, dtype)):
+        rows = quantized.rank if role == "factor" else 1
+        largest = largest * largest * rows + quantized.tail
+    if not largest <= (limit := value_limit(role, QUANTIZED_TYPES[quantized.dtype])):
         raise ValueError(f"it holds values up to {largest:.1e}, more than {limit:.1e}")
-    return numbers.to(torch.promote_types(dtype, torch.float32)) * quantized.step
+    return numbers
 
 
-def _entries(shape: Sequence[int], role: StoredRole, rank: int) -> int:
-    """Counts the numbers that a tensor's root takes."""
-    if role != "factor":
-        return math.prod(shape)
-    return shape[0] * rank if rank else shape[0] * (shape[0] + 1) // 2
+def _sum_of_squares(tensor: Tensor) -> float:
+    """Adds up squares in float64, without a copy of the whole tensor."""
+    flat = tensor.flatten()
+    starts = range(0, len(flat), _STRETCH)
+    return sum(float(flat[start : start + _STRETCH].double().square().sum()) for start in starts)
 
 
-def _rank(shape: Sequence[int], role: StoredRole, weights: int, width: float) -> int:
-    """Chooses the columns of a factor's root in a layer of so many weights; 0 for a triangle."""
-    if role != "factor":
-        return 0
-    rank = max(int(width * weights / shape[0]), 1) if math.isfinite(width) else shape[0]
-    return rank if _entries(shape, role, rank) < _entries(shape, role, 0) else 0
+def _clipped(octaves: float) -> float:
+    """Limits octaves to those between a useless scale and one finer than float32."""
+    return min(max(octaves, -_OCTAVES), 0.0)
+
+
+def _most(rows: int, weights: int, width: float) -> int:
+    """Chooses how many rows a factor's root may have in a layer of so many weights."""
+    wanted = max(int(width * weights / rows), 1) if math.isfinite(width) else rows
+    return wanted if root_entries(rows, min(wanted, rows)) < root_entries(rows, rows) else rows
 
 
 def _width(header: UpdateHeader, room: int) -> float:
     """Chooses how many entries a factor's root may have, as a multiple of its layer's weights."""
-    for width in _WIDTHS:
-        count = 0
-        for layer in header.layers:
-            kind, weights = KINDS[header.kinds[layer.name]], math.prod(layer.shape)
-            count += weights
-            for part, shape in kind.tensor_shapes(layer.shape, layer.kernel).items():
-                role = kind.tensor_roles[part]
-                count += _entries(shape, role, _rank(shape, role, weights, width))
-        if 8 * room >= _FEWEST_BITS * count:
-            return width
-    return _WIDTHS[-1]
+    fits = (width for width in _WIDTHS if 8 * room >= _FEWEST_BITS * _count(header, width))
+    return next(fits, _WIDTHS[-1])
 
 
-def _root(tensor: Tensor, role: StoredRole, rank: int) -> tuple[Tensor, float]:
-    """Computes the entries that a tensor of the curvature is sent as, and the tail they leave out.
+def _count(header: UpdateHeader, width: float) -> int:
+    """Counts the entries of all weights and roots, if roots have so many."""
+    count = 0
+    for layer in header.layers:
+        kind, weights = KINDS[header.kinds[layer.name]], math.prod(layer.shape)
+        count += weights
+        for part, shape in kind.tensor_shapes(layer.shape, layer.kernel).items():
+            if kind.tensor_roles[part] == "factor":
+                count += root_entries(shape[0], _most(shape[0], weights, width))
+            else:
+                count += math.prod(shape)
+    return count
+
+
+def _rooted(tensor: Tensor, role: StoredRole, most: int) -> tuple[Tensor, int, float]:
+    """Computes the entries that a tensor of the curvature is sent as, their rank and the tail.
 
     Raises:
         ValueError: If it is not positive semi-definite up to rounding.
     """
     if role == "factor":
-        if tensor[tensor.diagonal() <= 0].any():
-            raise ValueError("is not positive semi-definite")
-        if rank:
-            root, tail = _narrow_root(tensor, rank)
-            return root.flatten(), tail
-        return _lower_root(tensor)[tuple(torch.tril_indices(*tensor.shape))], 0.0
+        root, tail = factor_root(tensor, most)
+        return flatten_root(root), len(root), tail
     if role == "values":
-        if float(tensor.min()) < -_LAST_RIDGE * float(tensor.abs().max()):
+        exact = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        smallest, largest = map(float, exact.aminmax())
+        if smallest < -_NEGATIVE * max(largest, -smallest):
             raise ValueError("has negative eigenvalues")
-        return tensor.clamp_min(0).sqrt().flatten(), 0.0
-    return tensor.flatten(), 0.0
-
-
-def _narrow_root(matrix: Tensor, rank: int) -> tuple[Tensor, float]:
-    """Computes a root of the largest eigenvalues' part, and the mean of the others."""
-    if len(matrix) <= _SMALL:
-        values, vectors = torch.linalg.eigh(matrix)
-        values, vectors = values[-rank:], vectors[:, -rank:]
-    else:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            # The leading directions, to which float32 will do.
-            vectors, values, _ = torch.svd_lowrank(matrix.float(), rank, niter=2)
-        vectors, values = vectors.double(), values.double()
-    seen = int((matrix.diagonal() > 0).sum())
-    rest = float(matrix.trace() - values.sum())
-    tail = max(rest / max(seen - rank, 1), 0.0)
-    return vectors * (values - tail).clamp_min(0).sqrt(), tail
-
-
-def _lower_root(matrix: Tensor) -> Tensor:
-    """Computes the Cholesky root of a matrix that may be singular, with the smallest ridge.
-
-    What is zero, as for inputs that always are, stays zero.
-    """
-    seen = (matrix.diagonal() > 0).nonzero().squeeze(1)
-    whole = len(seen) == len(matrix)
-    some = matrix.clone() if whole else matrix[seen][:, seen]
-    diagonal = some.diagonal().clone()
-    ridge = _FIRST_RIDGE
-    while ridge <= _LAST_RIDGE:
-        some.diagonal().copy_(diagonal + ridge * diagonal.sum())
-        found, failed = torch.linalg.cholesky_ex(some)
-        if not failed:
-            root = found if whole else torch.zeros_like(matrix)
-            if not whole:
-                root[seen.unsqueeze(1), seen] = found
-            return root
-        ridge *= 10
-    raise ValueError("is not positive semi-definite")
+        return exact.clamp_min(0).sqrt_().flatten(), 0, 0.0
+    return tensor.flatten(), 0, 0.0

@@ -34,7 +34,7 @@ from lightning_fedfisher.update.safetensors_layout import (
     read_layout,
 )
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the format: a reader takes its own and no other."""
 
 _METADATA_KEY = "lightning_fedfisher"

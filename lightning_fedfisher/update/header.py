@@ -35,8 +35,8 @@ class QuantizedTensor:
     Attributes:
         step: The step.
         dtype: Type of the tensor before, as torch names it.
-        rank: Columns of a factor's root; 0 if the root is a triangle.
-        tail: Eigenvalue of a factor in all directions that those columns leave out.
+        rank: Rows of a factor's root; 0 of anything else.
+        tail: Eigenvalue of a factor in all directions that the root leaves out.
 
     Example:
         >>> QuantizedTensor(step=0.01, dtype="float32").rank

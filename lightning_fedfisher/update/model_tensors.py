@@ -16,7 +16,7 @@ from lightning_fedfisher.update.header import UpdateHeader
 def collect_tensors(
     model: nn.Module, header: UpdateHeader, blocks: Mapping[str, Curvature]
 ) -> tuple[UpdateHeader, dict[str, Tensor]]:
-    """Copies all tensors that an update of a model holds.
+    """Collects all tensors that an update of a model holds.
 
     Args:
         model: Model that the curvature belongs to.
@@ -24,8 +24,9 @@ def collect_tensors(
         blocks: Curvature of each layer, by layer name.
 
     Returns:
-        The header with the model's shared and frozen parameters, and the copies on the CPU by their
-        names in the file: trained parameters, persistent buffers and curvature.
+        The header with the model's shared and frozen parameters, and the tensors on the CPU by
+        their names in the file: copies of trained parameters and persistent buffers, which the
+        model may change, and the curvature, which never changes.
     """
     frozen = {n: digest(p.detach().cpu()) for n, p in frozen_parameters(model).items()}
     persistent = model.state_dict()
@@ -42,10 +43,10 @@ def collect_tensors(
     for name, tensor in model.named_buffers():
         if name in persistent:
             named[f"buffers/{name}"] = tensor
-    for name, block in blocks.items():
-        for part, tensor in block.tensors().items():
-            named[f"curvature/{name}/{part}"] = tensor
     tensors = {
         name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in named.items()
     }
+    for name, block in blocks.items():
+        for part, tensor in block.tensors().items():
+            tensors[f"curvature/{name}/{part}"] = tensor.detach().cpu().contiguous()
     return dataclasses.replace(header, aliases=shared, frozen=frozen), tensors

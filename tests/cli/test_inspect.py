@@ -22,7 +22,7 @@ def test_inspect_tells_every_layer(folder, capsys):
 
 @pytest.mark.parametrize("budget", [None, 8.0])
 def test_inspect_as_json_adds_up(folder, capsys, budget, monkeypatch):
-    monkeypatch.setattr("lightning_fedfisher.update.client_update._SMALLEST_BUDGET", 0)
+    monkeypatch.setattr("lightning_fedfisher.update.upload_budget._SMALLEST_BUDGET", 0)
     (source,) = tiny_updates(folder, clients=1, epochs=1, upload_budget=None)
     update = source if budget is None else source.compressed(budget)
     path = update.save("one.safetensors")

@@ -152,7 +152,7 @@ def matrix_fields(**changes):
     """Header of `MATRIX`: one layer of one parameter ``w``."""
     digest = reference_digest(torch.float32, *MATRIX["parameters/w"][1:])
     fields = {
-        "schema": 1,
+        "schema": 2,
         "quantized": {},
         "num_samples": 3,
         "curvature": "identity",

@@ -15,7 +15,7 @@ from lightning_fedfisher import ClientUpdate
 @pytest.fixture(autouse=True)
 def granted(monkeypatch):
     monkeypatch.setattr(
-        "lightning_fedfisher.update.client_update._SMALLEST_BUDGET", 2**14
+        "lightning_fedfisher.update.upload_budget._SMALLEST_BUDGET", 2**14
     )  # the recipe takes it away
 
 

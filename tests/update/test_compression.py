@@ -29,12 +29,8 @@ from lightning_fedfisher.curvature.kronecker import (
     TransposedKronecker,
 )
 from lightning_fedfisher.curvature.registry import KINDS
-from lightning_fedfisher.update.compression import (
-    Compression,
-    _narrow_root,
-    decode_root,
-    restore,
-)
+from lightning_fedfisher.update import compression
+from lightning_fedfisher.update.compression import Compression, decode_root, restore
 from lightning_fedfisher.update.header import QuantizedTensor
 from lightning_fedfisher.update.integer_coding import encode
 
@@ -162,7 +158,7 @@ def update():
 @pytest.fixture
 def granted(monkeypatch):
     """Without the bytes that every update may have: the tests' networks are small."""
-    monkeypatch.setattr("lightning_fedfisher.update.client_update._SMALLEST_BUDGET", 0)
+    monkeypatch.setattr("lightning_fedfisher.update.upload_budget._SMALLEST_BUDGET", 0)
 
 
 @pytest.mark.parametrize("budget", [0.6, 0.8, 1.0, 1.5, 2.0])
@@ -328,22 +324,6 @@ def test_a_wide_layer_of_few_outputs_sends_a_narrow_root_of_the_same_trace(grant
     torch.testing.assert_close(found[-5:], values[-5:], rtol=0.1, atol=0)
 
 
-@pytest.mark.parametrize("size", [300, 500])
-def test_a_narrow_root_is_the_best_of_its_rank(size, monkeypatch):
-    monkeypatch.setattr("lightning_fedfisher.update.compression._SMALL", 400)
-    factor = _factor(size, samples=size)
-    state = torch.get_rng_state()
-    root, tail = _narrow_root(factor, 20)
-    assert torch.equal(torch.get_rng_state(), state)
-    values = torch.linalg.eigvalsh(factor)
-    assert root.shape == (size, 20)
-    assert tail == pytest.approx(float(values[:-20].mean()), rel=0.02)
-    kept = root @ root.mT + tail * torch.eye(size, dtype=root.dtype)
-    assert float(kept.trace()) == pytest.approx(float(factor.trace()), rel=1e-5)
-    best = (values[:-20] - values[:-20].mean()).square().sum()
-    assert float((kept - factor).square().sum()) < 1.3 * float(best)
-
-
 # In a merge
 
 
@@ -379,6 +359,73 @@ def test_packed_updates_merge_as_plain_ones(kind, method, budget, granted, tmp_p
                 torch.testing.assert_close(found[name], tensor, rtol=0.02, atol=2e-3)
 
 
+# What it costs
+
+
+def _counted(monkeypatch, module, name):
+    """Counts the calls of a function."""
+    calls, original = [], getattr(module, name)
+
+    def counting(*arguments, **options):
+        calls.append(arguments)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(module, name, counting)
+    return calls
+
+
+@pytest.mark.parametrize("budget", [0.6, 1.0, 1.5])
+def test_tensors_are_rooted_once_and_coded_twice_at_most(budget, update, granted, monkeypatch):
+    rooted = _counted(monkeypatch, compression, "factor_root")
+    coded = _counted(monkeypatch, compression, "encode")
+    sized = _counted(monkeypatch, compression, "encoded_size")
+    decomposed = _counted(monkeypatch, torch.linalg, "cholesky_ex")
+    packed = update.compressed(budget)
+    parts, factors = packed.header.quantized, [arguments[0] for arguments in rooted]
+    assert len(factors) == sum(name.endswith("factor") for name in parts)
+    assert len(factors) <= len(decomposed) <= 3 * len(factors)
+    assert len(parts) <= len(coded) <= 2 * len(parts)
+    assert len(sized) <= 6 * len(parts)
+
+
+def test_tensors_are_decoded_once_for_each_use(update, granted, monkeypatch, tmp_path):
+    opened = ClientUpdate.open(update.compressed(0.8).save(tmp_path / "client.safetensors"))
+    decoded = _counted(monkeypatch, compression, "decode")
+    restored = _counted(monkeypatch, compression, "matrix_of_root")
+    opened.verify()
+    assert len(decoded) == len(opened.header.quantized)
+    assert not restored  # to check a root takes no matrix
+    decoded.clear()
+    for layer in opened.layers:
+        opened.read_layer(layer)
+    assert len(decoded) == len(opened.header.quantized)
+    decoded.clear()
+    assert len(opened.parameters) == len(decoded)
+
+
+def test_weights_are_not_copied_and_roots_are_no_larger_than_they_are_sent(update, granted):
+    tensors = update._tensors
+    held = Compression(update.header, tensors, 10**6)._parts
+    assert {part.name for part in held} == {n for n in tensors if not n.startswith("buffers/")}
+    for part in held:
+        tensor = tensors[part.name]
+        assert part.entries.dtype == tensor.dtype == torch.float32
+        if part.name.startswith("parameters/"):
+            assert part.entries.data_ptr() == tensor.data_ptr()
+        elif part.name.endswith("factor"):
+            assert part.entries.untyped_storage().nbytes() <= 2 * tensor.shape[0] * (
+                tensor.shape[0] + 1
+            )
+
+
+def test_threads_change_no_byte(update, granted, monkeypatch):
+    alone = update.compressed(0.8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    together = update.compressed(0.8)
+    assert together.header == alone.header
+    assert together.digests == alone.digests
+
+
 # Files of strangers
 
 
@@ -388,11 +435,13 @@ def _payload(form="factor", size=5):
 
 
 LIES = [
-    (QuantizedTensor(1e30, "float32"), "factor", "values up to"),
+    (QuantizedTensor(1e30, "float32", 5), "factor", "values up to"),
     (QuantizedTensor(1e300, "float64"), "values", "values up to"),
     (QuantizedTensor(1e4, "float16"), "basis", "values up to"),
+    (QuantizedTensor(1.0, "float32", 0), "factor", "packed bytes"),
     (QuantizedTensor(1.0, "float32", 2), "factor", "packed bytes"),
-    (QuantizedTensor(1.0, "float32", 10**9), "factor", "packed bytes"),
+    (QuantizedTensor(1.0, "float32", 6), "factor", "5 rows has no rank of 6"),
+    (QuantizedTensor(1.0, "float32", 10**9), "factor", "no rank of"),
 ]
 
 

@@ -58,8 +58,8 @@ MALFORMED = {
     ),
     "sources list": (set_field("fed_by", []), "header is missing or malformed"),
     "head null": (set_field("output_layer", None), "expected str, got None"),
-    "schema 2": (set_field("schema", 2), "its schema is 2, this version reads 1"),
-    "schema string": (set_field("schema", "1"), "its schema is '1'"),
+    "schema 1": (set_field("schema", 1), "its schema is 1, this version reads 2"),
+    "schema string": (set_field("schema", "2"), "its schema is '2'"),
     "field unknown": (set_field("unknown", 1), "unknown"),
     "deep value": (set_field("num_samples", json.loads("[" * 900 + "]" * 900)), "expected int"),
 }
@@ -122,7 +122,7 @@ def test_missing_or_malformed_headers_are_refused(metadata, tmp_path):
     assert "its header is missing or malformed" in refusal(path)
 
 
-@pytest.mark.parametrize("schema", [True, 0, 1.0, 2])
+@pytest.mark.parametrize("schema", [True, 0, 1, 2.0, 3])
 def test_schema_is_exactly_a_number(schema, file):
     forge(file, set_field("schema", schema))
     assert "schema" in refusal(file)

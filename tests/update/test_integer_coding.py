@@ -51,6 +51,21 @@ def test_packing_is_near_the_entropy_and_its_size_is_foretold(scale):
     assert encoded_size(numbers) == pytest.approx(size, rel=0.02)
 
 
+def test_numbers_that_change_along_the_way_are_foretold_by_rows():
+    rows = torch.stack([_numbers(scale, 100_000) for scale in (5.0, 20.0, 80.0)])
+    size = len(encode(rows))
+    assert encoded_size(rows) == pytest.approx(size, rel=0.02)
+    assert encoded_size(rows.flatten()) > 1.02 * size
+
+
+@pytest.mark.parametrize("low", range(18))
+@pytest.mark.parametrize("count", [1, 2, 7, 9, 70_001])
+def test_any_number_of_low_bits_comes_back(low, count):
+    generator = torch.Generator().manual_seed(low)
+    numbers = torch.randint(-(64 << low), (64 << low) + 1, (count,), generator=generator)
+    assert decode(encode(numbers), count).tolist() == numbers.tolist()
+
+
 def test_no_number_takes_less_than_a_bit():
     # What bounds the memory that a short payload can claim.
     assert len(encode(torch.zeros(80_000, dtype=torch.int32))) >= 10_000
@@ -66,20 +81,23 @@ def _raw(low, high, after=b""):
     """Bytes as `encode` writes them, of one number and of no large ones."""
     coder = zlib.compressobj(9, zlib.DEFLATED, -15)
     coded = coder.compress(bytes([high])) + coder.flush()
-    raw = integer_coding._PREFIX.pack(low, 0) + bytes(low) + coded + after
+    raw = integer_coding._PREFIX.pack(low, 0) + bytes(-(-low // 8)) + coded + after
     return torch.from_numpy(np.frombuffer(raw, np.uint8).copy())
 
 
 def test_bytes_after_the_last_number_are_refused():
-    assert decode(_raw(0, 4), 1).tolist() == [2]
+    assert decode(_raw(0, 4), 1).tolist() == [4]
+    assert decode(_raw(0, 256 - 4), 1).tolist() == [-4]
     with pytest.raises(ValueError, match="do not hold 1 numbers"):
         decode(_raw(0, 4, after=b"x"), 1)
 
 
 def test_numbers_beyond_the_largest_are_refused():
-    most = (2 * LARGEST).bit_length()
-    with pytest.raises(ValueError, match="a number that is too large"):
-        decode(_raw(most - 4, 254), 1)
+    most = LARGEST.bit_length() - 7
+    assert decode(_raw(most, 64), 1).tolist() == [LARGEST]
+    for byte in (65, 127, 256 - 65):
+        with pytest.raises(ValueError, match="a number that is too large"):
+            decode(_raw(most, byte), 1)
     with pytest.raises(ValueError, match="too few"):
         decode(_raw(most + 1, 0), 1)
 

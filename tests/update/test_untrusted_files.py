@@ -45,7 +45,7 @@ def sound(tmp_path_factory):
     """A file of each kind, as it is and packed."""
     folder = tmp_path_factory.mktemp("sound")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lightning_fedfisher.update.client_update._SMALLEST_BUDGET", 0)
+        patch.setattr("lightning_fedfisher.update.upload_budget._SMALLEST_BUDGET", 0)
         patch.setattr("helpers.federation.TinyClassifier", NormedClassifier)
         found = []
         for kind in KINDS:
