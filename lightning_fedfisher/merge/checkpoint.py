@@ -87,4 +87,5 @@ def load_state(merger: Merger, saved: Mapping[str, Any], fingerprint: str) -> No
             waiting if any(stopped[i] for i in merger.loader.alignments.ancestors(index)) else state
             for index, state in enumerate(merger.states)
         ]
+    merger.unread = {index for index, state in enumerate(merger.states) if state.waits}
     merger.best, merger.validation_samples = saved["best"], saved["validation_samples"]

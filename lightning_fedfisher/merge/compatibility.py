@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
@@ -48,14 +49,15 @@ def open_updates(
 ) -> list[ClientUpdate]:
     """Opens every update, reads it once, and refuses all bad ones together.
 
-    Only rank 0 reads every tensor: it starts before the other ranks, or stops them with it. What
-    they read later is checked against the same digests.
+    Only rank 0 reads every tensor that the method looks at: it starts before the other ranks, or
+    stops them with it. What they read later is checked against the same digests. What is quantized
+    is decoded when its layer is merged, and refused then if it cannot be.
 
     Args:
         sources: Update files or `ClientUpdate` objects, one for each client.
         method: The merge method they are for.
         skip_invalid: Whether to leave bad ones out, with a warning, as long as there is a good one.
-            All ranks read all of them then, to leave out the same.
+            All ranks read and decode all of them then, to leave out the same.
 
     Returns:
         The updates, in the order given.
@@ -70,7 +72,8 @@ def open_updates(
         raise MergeError([f"{sources.source} is one update: pass a list of them"])
     if not sources:
         raise MergeError(["there are none: pass the update files of at least one client"])
-    checked = check_updates(sources, method, verify=is_rank_zero() or skip_invalid)
+    verify = is_rank_zero() or skip_invalid
+    checked = check_updates(sources, method, verify=verify, decode=skip_invalid)
     usable = [found.update for found in checked if found.update and not found.offenders]
     refused = [reason for found in checked for reason in found.offenders]
     if refused and not (skip_invalid and usable):
@@ -82,7 +85,10 @@ def open_updates(
 
 
 def check_updates(
-    sources: Sequence[UpdateSource], method: MergeMethod | None = None, verify: bool = True
+    sources: Sequence[UpdateSource],
+    method: MergeMethod | None = None,
+    verify: bool = True,
+    decode: bool = True,
 ) -> list[CheckedUpdate]:
     """Finds out which updates are usable, and which belong together.
 
@@ -91,7 +97,8 @@ def check_updates(
     Args:
         sources: Update files or `ClientUpdate` objects, one for each client.
         method: The merge method they are for; any method if None.
-        verify: Whether to read every tensor.
+        verify: Whether to read every tensor that the method looks at.
+        decode: Whether to decode what is quantized as well; its digest is checked in any case.
 
     Returns:
         What was found of each source, in the order given.
@@ -101,7 +108,9 @@ def check_updates(
         >>> found.offenders
         ['there is no update file nowhere.safetensors']
     """
-    checked = [_opened(source, verify) for source in progress_bar(sources, "verify")]
+    curvature = method is None or not method.ignores_curvature
+    checks = partial(ClientUpdate.verify, decode=decode, curvature=curvature) if verify else None
+    checked = [_opened(source, checks) for source in progress_bar(sources, "verify")]
     opened = [(found, found.update) for found in checked if found.update]
     any_curvature = method is not None and not method.curvatures
     traits = [_traits(update, any_curvature) for _, update in opened]
@@ -127,16 +136,18 @@ def check_updates(
     return checked
 
 
-def _opened(source: UpdateSource, verify: bool) -> CheckedUpdate:
-    """Opens a source, and reads it if wanted."""
+def _opened(
+    source: UpdateSource, checks: Callable[[ClientUpdate], None] | None
+) -> CheckedUpdate:
+    """Opens a source, and checks what it holds if wanted."""
     if isinstance(source, ClientUpdate):
         found = CheckedUpdate(source.source, source)
     else:
         found = CheckedUpdate(str(source))
     try:
         found.update = found.update or ClientUpdate.open(found.source)
-        if verify:
-            found.update.verify()
+        if checks:
+            checks(found.update)
     except (UpdateError, FileNotFoundError) as error:
         return CheckedUpdate(found.source, None, [str(error)])
     return found

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_fedfisher.curvature.base import Curvature
+from lightning_fedfisher.curvature.base import Curvature, Identity
 from lightning_fedfisher.distributed.progress import progress_bar
 from lightning_fedfisher.errors import MergeError
 from lightning_fedfisher.layers import Layer
@@ -82,7 +82,7 @@ class LayerLoader:
         self.alignments.forget()
 
     def average(self, index: int) -> Tensor:
-        """Averages the clients' weights of a layer: where its merge starts.
+        """Averages the clients' weights of a layer: what it is before its merge.
 
         Args:
             index: Index of the layer.
@@ -91,6 +91,14 @@ class LayerLoader:
             A matrix of the layer's shape on the CPU, in at least float32.
         """
         return average(self.client_weights, self.weights(index, torch.device("cpu")))
+
+    def dtype(self, index: int) -> torch.dtype:
+        """The precision in which a layer is merged.
+
+        Args:
+            index: Index of the layer.
+        """
+        return self._dtypes[index]
 
     def weights(self, index: int, device: torch.device) -> list[Tensor]:
         """Reads the clients' weight matrices of a layer.
@@ -114,6 +122,8 @@ class LayerLoader:
             device: Where to put it.
         """
         layer, update = self.layers[index], self.updates[client]
+        if self.method.ignores_curvature:
+            return self.method.transform(Identity(layer.shape), False)
         aligned = self.alignments.waits_for(index) is not None
         is_output_layer = layer.name == update.header.output_layer and aligned
         block = update.block(layer).to(device, self._dtypes[index])

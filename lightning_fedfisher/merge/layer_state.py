@@ -72,6 +72,11 @@ class LayerState:
         """Whether the layer's solver makes no further step."""
         return self.progress is not Progress.OPEN
 
+    @property
+    def waits(self) -> bool:
+        """Whether the layer's merge has not begun."""
+        return not self.done and self.iterations == 0
+
     def to_row(self) -> Tensor:
         """The state as numbers, so that ranks can add up what each of them knows.
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 
-from lightning_fedfisher.curvature.base import Curvature, Identity
+from lightning_fedfisher.curvature.base import Curvature
 from lightning_fedfisher.merge.influence_cap import DEFAULT_MAX_INFLUENCE
 from lightning_fedfisher.merge.objective import Quadratic
 from lightning_fedfisher.merge.solvers import ClosedForm, PublishedServer, Solver, exact_solver
@@ -35,6 +35,8 @@ class MergeMethod:
         client_weight_power: A client of ``n`` samples weighs ``n ** client_weight_power``.
         converges: Whether it promises the minimum rather than a number of steps.
         keeps_best: Whether it returns its best iterate on labelled samples, when given some.
+        ignores_curvature: Whether all weights count the same: no curvature is read, and
+            ``transform`` is given the identity.
         aligns: Whether a layer is merged after the one whose outputs it reads, with weights and
             curvature for the inputs that the merged model gives it (see `alignment`).
         max_influence: What a client may weigh in a layer, as a multiple of what the median client
@@ -57,6 +59,7 @@ class MergeMethod:
     client_weight_power: float = 1.0
     converges: bool = False
     keeps_best: bool = False
+    ignores_curvature: bool = False
     aligns: bool = False
     max_influence: float = math.inf
 
@@ -81,10 +84,6 @@ class MergeMethod:
 
 def _as_sent(curvature: Curvature, is_output_layer: bool) -> Curvature:
     return curvature
-
-
-def _ignored(curvature: Curvature, is_output_layer: bool) -> Curvature:
-    return Identity(curvature.shape)
 
 
 def _of_inputs(curvature: Curvature, is_output_layer: bool) -> Curvature:
@@ -112,7 +111,14 @@ _CG_STEPS_PER_EPOCH = 20
 METHODS: dict[str, MergeMethod] = {
     method.name: method
     for method in (
-        MergeMethod("fedavg", _ignored, ClosedForm, max_iterations=1, steps_per_epoch=1),
+        MergeMethod(
+            "fedavg",
+            _as_sent,
+            ClosedForm,
+            max_iterations=1,
+            steps_per_epoch=1,
+            ignores_curvature=True,
+        ),
         MergeMethod(
             "fisher_merge",
             _as_sent,

@@ -226,24 +226,34 @@ class ClientUpdate:
         tensors = {part: self._read(f"curvature/{layer.name}/{part}") for part in parts}
         return kind.from_tensors(tensors, layer.shape)
 
-    def verify(self) -> None:
+    def verify(self, decode: bool = True, curvature: bool = True) -> None:
         """Reads every tensor once, one at a time, and checks it.
+
+        Args:
+            decode: Whether to decode what is quantized. Otherwise its bytes are checked against
+                their digest alone, and what cannot be decoded is found when it is read.
+            curvature: Whether to read the curvature as well.
 
         Raises:
             UpdateError: If a tensor is damaged, not finite, larger than float32 can multiply, or no
                 curvature: not symmetric or not positive semi-definite. All are named.
         """
-        self._check(definite=True)
+        self._check(definite=True, decode=decode, curvature=curvature)
 
-    def _check(self, definite: bool) -> None:
+    def _check(self, definite: bool, decode: bool = True, curvature: bool = True) -> None:
         """Checks every tensor; whether factors are curvature only if ``definite``."""
         offenders: list[str] = []
         with self.opened():
             for name in self._tensors:
+                if name.startswith("curvature/") and not curvature:
+                    continue
                 role = self._roles[name][1] if name in self._roles else buffer_role(name)
                 if role == "factor" and not definite:
                     role = "basis"
                 try:
+                    if name in self.header.quantized and not decode:
+                        self._tensors[name]
+                        continue
                     tensor = self._decoded(name, decode_root)
                 except UpdateError as error:
                     offenders.extend(error.offenders)
