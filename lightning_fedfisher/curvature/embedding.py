@@ -49,6 +49,7 @@ class EmbeddingKronecker(Factored):
     row_values: Tensor
     column_factor: Tensor
     kind: ClassVar[str] = "embedding_kronecker"
+    restricts: ClassVar[bool] = True
     inputs_on: ClassVar[InputSide | None] = "rows"
     tensor_roles: ClassVar[Mapping[str, TensorRole]] = {
         "row_values": "values",

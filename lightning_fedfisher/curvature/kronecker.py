@@ -164,6 +164,7 @@ class Kronecker(Factored):
         "row_factor": "factor",
         "column_factor": "factor",
     }
+    restricts: ClassVar[bool] = True
     inputs_on: ClassVar[InputSide | None] = "columns"
 
     @property

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Up to so many rows, float64 costs nothing that is felt.
-_SMALL = 128
+# Up to so many rows, float64 costs little.
+_SMALL = 512
+# Leading eigenpairs that are looked for in float64, passes to find them, and how exact they are.
+_LEADING, _PASSES, _CONVERGED = 16, 10, 1e-10
 # Of a matrix within these bounds, float32 holds the small eigenvalues as well.
 _FAINTEST, _LARGEST = 1e-25, 1e25
 # How well float32 has to reproduce a matrix and keep its eigenvectors orthogonal: it does to 1e-6.
@@ -186,8 +188,7 @@ def symmetric_eigendecomposition(matrix: Tensor, exact: bool = True) -> tuple[Te
         (tensor([2., 1.]), tensor([[1., 0.],
                 [0., 1.]]))
     """
-    values = matrix.diagonal().double()
-    coupled = matrix.count_nonzero(dim=1) > (values != 0)
+    values, coupled = matrix.diagonal().double(), _coupled(matrix)
     if coupled.all():
         values, vectors = _eigh(matrix, exact)
     else:
@@ -199,15 +200,25 @@ def symmetric_eigendecomposition(matrix: Tensor, exact: bool = True) -> tuple[Te
     return values.clamp_min(0).to(matrix.dtype), vectors.to(matrix.dtype)
 
 
+def _coupled(matrix: Tensor) -> Tensor:
+    """Which rows have an entry off the diagonal, a mask of shape ``(n,)``."""
+    return matrix.count_nonzero(dim=1) > (matrix.diagonal() != 0)
+
+
 def _eigh(matrix: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
     """Decomposes a matrix in float64, or in float32 where that will do."""
-    if not exact and matrix.dtype == torch.float32 and len(matrix) > _SMALL:
-        if _FAINTEST < float(matrix.abs().max()) < _LARGEST:
-            values, vectors = torch.linalg.eigh(matrix)
-            if _reproduces(matrix, values, vectors):
-                return values, vectors
+    if not exact and _takes_float32(matrix):
+        values, vectors = torch.linalg.eigh(matrix)
+        if _reproduces(matrix, values, vectors):
+            return values, vectors
     values, vectors = torch.linalg.eigh(matrix.double())
     return values, vectors
+
+
+def _takes_float32(matrix: Tensor) -> bool:
+    """Whether a matrix is large enough for float32 to gain something, and not faint or huge."""
+    large = matrix.dtype == torch.float32 and len(matrix) > _SMALL
+    return large and _FAINTEST < float(matrix.abs().max()) < _LARGEST
 
 
 def _reproduces(matrix: Tensor, values: Tensor, vectors: Tensor) -> bool:
@@ -257,12 +268,43 @@ def symmetric_power(matrix: Tensor, exponent: float) -> Tensor:
         tensor([[2., 0.],
                 [0., 3.]])
     """
-    if matrix.dtype != torch.float32 or len(matrix) <= _SMALL:
-        values, vectors = symmetric_eigendecomposition(matrix.double())
-    else:
-        values, vectors = symmetric_eigendecomposition(matrix, exact=False)
+    coupled = _coupled(matrix)
+    if not coupled.all():
+        some = coupled.nonzero().squeeze(1)
+        power = matrix.diagonal().double().clamp_min(0).pow(exponent).to(matrix.dtype).diag()
+        power[some.unsqueeze(1), some] = symmetric_power(matrix[some][:, some], exponent)
+        return power
+    if not _takes_float32(matrix):
+        return _power(*symmetric_eigendecomposition(matrix.double()), exponent).to(matrix.dtype)
+    # Rounding goes by the largest eigenvalues, and its root by the root of them. So these few are
+    # taken out before, which leaves the small ones their digits.
+    exact = matrix.double()
+    leading, vectors = _leading_eigenpairs(exact)
+    rest = (exact - (vectors * leading) @ vectors.mT).to(matrix.dtype)
+    values, others = symmetric_eigendecomposition(rest, exact=False)
+    others = others - vectors.to(others) @ (vectors.to(others).mT @ others)
+    power = _power(leading, vectors, exponent).to(matrix.dtype)
+    return power + _power(values, others, exponent)
+
+
+def _power(values: Tensor, vectors: Tensor, exponent: float) -> Tensor:
+    """Multiplies out the power of a matrix that is written by eigenpairs."""
     half = vectors * values.pow(exponent / 2)
-    return (half @ half.mT).to(matrix.dtype)
+    return half @ half.mT
+
+
+def _leading_eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Finds a few of the largest eigenvalues, by subspace iteration, and none that is inexact."""
+    seeds = torch.arange(1, _LEADING * len(matrix) + 1).to(matrix).view(-1, _LEADING)
+    basis = torch.linalg.qr((seeds.square() * 0.7).cos()).Q
+    for _ in range(_PASSES):
+        basis = torch.linalg.qr(matrix @ basis).Q
+    product = matrix @ basis
+    values, turn = torch.linalg.eigh(basis.mT @ product)
+    vectors = basis @ turn
+    error = torch.linalg.vector_norm(product @ turn - vectors * values, dim=0)
+    exact = (error <= _CONVERGED * values[-1]) & (values > 0)
+    return values[exact], vectors[:, exact]
 
 
 def frobenius_norm(tensor: Tensor) -> Tensor:

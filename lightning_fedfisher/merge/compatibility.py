@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
@@ -136,9 +137,7 @@ def check_updates(
     return checked
 
 
-def _opened(
-    source: UpdateSource, checks: Callable[[ClientUpdate], None] | None
-) -> CheckedUpdate:
+def _opened(source: UpdateSource, checks: Callable[[ClientUpdate], None] | None) -> CheckedUpdate:
     """Opens a source, and checks what it holds if wanted."""
     if isinstance(source, ClientUpdate):
         found = CheckedUpdate(source.source, source)
@@ -176,6 +175,22 @@ def _traits(update: ClientUpdate, any_curvature: bool) -> tuple[dict[str, object
     return model, extracted, kinds, wiring | {"the output layer": header.output_layer or "absent"}
 
 
+def require_fit(model: nn.Module, update: ClientUpdate) -> None:
+    """Refuses a model that cannot take what a merge of such updates gives.
+
+    Args:
+        model: The model to be loaded with it; it is not changed.
+        update: Any client's update.
+
+    Raises:
+        ValueError: If parameters or buffers differ, naming every one.
+    """
+    header = update.header
+    state = {name: torch.empty(spec[0], device="meta") for name, spec in update.specs.items()}
+    state |= {name: state[first] for name, first in header.aliases.items()}
+    check_model(model, state, header.frozen)
+
+
 def check_model(model: nn.Module, state: Mapping[str, Tensor], frozen: Mapping[str, str]) -> None:
     """Refuses a model that cannot take the merged weights.
 
@@ -188,7 +203,6 @@ def check_model(model: nn.Module, state: Mapping[str, Tensor], frozen: Mapping[s
         ValueError: If parameters or buffers differ, naming every one.
 
     Example:
-        >>> import torch
         >>> check_model(nn.Linear(2, 1), {"weight": torch.ones(1, 2), "bias": torch.ones(1)}, {})
         >>> check_model(nn.Linear(2, 1), {"weight": torch.ones(1, 2)}, {})
         Traceback (most recent call last):

@@ -35,8 +35,7 @@ def matvec_within(problem: Quadratic, inverse: PseudoInverse) -> Callable[[Tenso
         tensor([[6.]])
     """
     restrict = inverse.restrict
-    # A mean of another kind than the clients' has a basis of which theirs knows nothing.
-    if restrict is None or type(problem.mean_curvature) is not problem.kind:
+    if restrict is None or not problem.kind.restricts:
         return lambda coordinates: (
             inverse.support
             * inverse.to_eigenbasis(problem.matvec(inverse.from_eigenbasis(coordinates)))

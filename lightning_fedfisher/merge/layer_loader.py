@@ -20,6 +20,7 @@ from lightning_fedfisher.merge.influence_cap import cap, measure
 from lightning_fedfisher.merge.memory_budget import (
     DEFAULT_MEMORY_BUDGET,
     MemoryBudget,
+    copies,
     sent_bytes,
     working_dtype,
 )
@@ -34,7 +35,7 @@ class LoadedLayer(NamedTuple):
     Attributes:
         problem: The quadratic, with no client beyond the method's `max_influence`.
         influence: What each client weighed before it was capped (`influence_cap.measure`).
-        nbytes: Bytes of the clients' weights and curvature.
+        nbytes: Bytes of the clients' weights and curvature, with what a solver makes of it.
     """
 
     problem: Quadratic
@@ -225,7 +226,8 @@ class LayerLoader:
         first = next(every)
         tensors = list(first.tensors().values())
         of_weights = math.prod(first.shape) * dtype.itemsize
-        nbytes = len(self.updates) * (of_weights + sum(t.nbytes for t in tensors))
+        of_curvature = copies(type(first)) * sum(t.nbytes for t in tensors)
+        nbytes = len(self.updates) * (of_weights + of_curvature)
         every = itertools.chain([first], every)
         if tensors and self.budget.must_offload(nbytes):
             return OnDiskCurvatures(every, device), nbytes

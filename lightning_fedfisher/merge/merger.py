@@ -18,12 +18,11 @@ from lightning_fedfisher.errors import MergeError, UpdateError
 from lightning_fedfisher.likelihoods.base import Likelihood
 from lightning_fedfisher.likelihoods.registry import LIKELIHOODS
 from lightning_fedfisher.merge.buffers import merge_buffers
-from lightning_fedfisher.merge.compatibility import UpdateSource, check_model, open_updates
+from lightning_fedfisher.merge.compatibility import UpdateSource, open_updates, require_fit
 from lightning_fedfisher.merge.influence_cap import MEASURES
 from lightning_fedfisher.merge.layer_loader import LayerLoader
 from lightning_fedfisher.merge.layer_state import (
     LayerState,
-    Progress,
     describe_unsolved,
     summarize,
 )
@@ -130,8 +129,8 @@ class Merger:
         layers: Their layers.
         method: The merge method, with what the options change of it.
         loader: Reads each layer's problem.
-        merged: The merged matrices, one for each layer. Of a layer whose merge has not begun it
-            holds the clients' average once somebody looked at the whole model (see `fill`).
+        merged: The merged matrices, one for each layer; nothing of value in those of `unread`.
+        unread: Layers whose merge has not begun and that nobody looked at (see `fill`).
         buffers: The merged buffers by name.
         states: How far each layer has come.
         influence: What each client weighs, of shape ``(layers, clients, 3)``.
@@ -190,7 +189,7 @@ class Merger:
         updates = open_updates(sources, options.row, options.skip_invalid)
         merger = cls(updates, options.row, options.memory_budget)
         if model is not None:
-            check_model(model, merger.outline(), updates[0].header.frozen)
+            require_fit(model, updates[0])
         return merger
 
     def restart(self) -> None:
@@ -268,21 +267,14 @@ class Merger:
                 f"the merge of layer {self.layers[index].name} left the finite numbers within "
                 f"{solver.iterations} iterations: some client's curvature is too large, or none"
             )
-        progress, distances = Progress.OPEN, (0.0,) * len(self.updates)
-        if solver.finished or solver.iterations >= method.max_iterations:
-            progress = Progress.CONVERGED if solver.converged else Progress.STOPPED
-            distances = tuple(solver.problem.distances(solver.weights))
-        numbers = solver.iterations, *solver.objective_and_residual()
-        state = LayerState(distances, *numbers, progress)
+        state = LayerState.of(solver, method.max_iterations)
         self._pending[index] = solver.weights.to(self.merged[index].dtype), state
         if state.done:
             del self.solvers[index]
 
     def _keep(self, index: int) -> None:
         """Leaves a layer as it is for this epoch: it is done, or waits for its turn."""
-        state = self.states[index]
-        state = state if state.done else LayerState.waiting(len(self.updates))
-        self._pending[index] = self.merged[index].detach(), state
+        self._pending[index] = self.merged[index].detach(), self.states[index]
 
     def _begin(self, index: int, at_once: bool) -> bool:
         """Reads a layer's problem, if its turn has come."""
@@ -344,25 +336,14 @@ class Merger:
     def take_best(self) -> None:
         """Goes back to the best iterate, if the method keeps it and there was a validation."""
         if self.method.keeps_best and self.best is not None:
-            self._set(self.best[1])
+            for matrix, value in zip(self.merged, self.best[1], strict=True):
+                matrix.detach().copy_(value)
 
     def fill(self) -> None:
-        """Puts the clients' average where no solver has begun, for who looks at the whole model.
-
-        It reads the weights of those layers. A merge does without, so that each is read once.
-        """
+        """Reads the average where no solver has begun, for whoever looks at the whole model."""
         for index in sorted(self.unread):
             self.merged[index].detach().copy_(self.loader.average(index))
         self.unread.clear()
-
-    def outline(self) -> dict[str, Tensor]:
-        """The merged parameters and buffers by name, without their values."""
-        first = self.updates[0]
-        state = {
-            name: torch.empty(shape, dtype=dtype, device="meta")
-            for name, (shape, dtype) in first.specs.items()
-        }
-        return state | {name: state[alias] for name, alias in first.header.aliases.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
         """The merged parameters and buffers by name, on the device, in the clients' own dtypes."""
@@ -415,7 +396,3 @@ class Merger:
             fedavg_bytes=self.updates[0].fedavg_bytes,
             seconds=self.seconds,
         )
-
-    def _set(self, matrices: Sequence[Tensor]) -> None:
-        for matrix, value in zip(self.merged, matrices, strict=True):
-            matrix.detach().copy_(value)

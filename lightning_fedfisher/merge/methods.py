@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 
-from lightning_fedfisher.curvature.base import Curvature
+from lightning_fedfisher.curvature.base import Curvature, Identity
 from lightning_fedfisher.merge.influence_cap import DEFAULT_MAX_INFLUENCE
 from lightning_fedfisher.merge.objective import Quadratic
 from lightning_fedfisher.merge.solvers import ClosedForm, PublishedServer, Solver, exact_solver
@@ -35,8 +35,7 @@ class MergeMethod:
         client_weight_power: A client of ``n`` samples weighs ``n ** client_weight_power``.
         converges: Whether it promises the minimum rather than a number of steps.
         keeps_best: Whether it returns its best iterate on labelled samples, when given some.
-        ignores_curvature: Whether all weights count the same: no curvature is read, and
-            ``transform`` is given the identity.
+        ignores_curvature: Whether all weights count the same. No curvature is read then.
         aligns: Whether a layer is merged after the one whose outputs it reads, with weights and
             curvature for the inputs that the merged model gives it (see `alignment`).
         max_influence: What a client may weigh in a layer, as a multiple of what the median client
@@ -90,6 +89,10 @@ def _of_inputs(curvature: Curvature, is_output_layer: bool) -> Curvature:
     return curvature.of_inputs()
 
 
+def _ignored(curvature: Curvature, is_output_layer: bool) -> Curvature:
+    return Identity(curvature.shape)
+
+
 def _square_root(curvature: Curvature, is_output_layer: bool) -> Curvature:
     # At power 1 the few steepest directions of each client rule, and the exact minimum forgets the
     # rest; at power 1/2 the minimum itself is the model wanted, and no labels decide when to stop.
@@ -113,7 +116,7 @@ METHODS: dict[str, MergeMethod] = {
     for method in (
         MergeMethod(
             "fedavg",
-            _as_sent,
+            _ignored,
             ClosedForm,
             max_iterations=1,
             steps_per_epoch=1,

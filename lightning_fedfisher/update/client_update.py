@@ -230,33 +230,29 @@ class ClientUpdate:
         """Reads every tensor once, one at a time, and checks it.
 
         Args:
-            decode: Whether to decode what is quantized. Otherwise its bytes are checked against
-                their digest alone, and what cannot be decoded is found when it is read.
+            decode: Whether to decode what is quantized; its digest is checked in any case.
             curvature: Whether to read the curvature as well.
 
         Raises:
             UpdateError: If a tensor is damaged, not finite, larger than float32 can multiply, or no
                 curvature: not symmetric or not positive semi-definite. All are named.
         """
-        self._check(definite=True, decode=decode, curvature=curvature)
+        self._check(True, decode, curvature)
 
     def _check(self, definite: bool, decode: bool = True, curvature: bool = True) -> None:
         """Checks every tensor; whether factors are curvature only if ``definite``."""
-        offenders: list[str] = []
+        unpack = decode_root if decode else lambda payload, *_: payload
+        names = [n for n in self._tensors if curvature or not n.startswith("curvature/")]
+        offenders = []
         with self.opened():
-            for name in self._tensors:
-                if name.startswith("curvature/") and not curvature:
-                    continue
+            for name in names:
                 role = self._roles[name][1] if name in self._roles else buffer_role(name)
                 if role == "factor" and not definite:
                     role = "basis"
                 try:
-                    if name in self.header.quantized and not decode:
-                        self._tensors[name]
-                        continue
-                    tensor = self._decoded(name, decode_root)
+                    tensor = self._decoded(name, unpack)
                 except UpdateError as error:
-                    offenders.extend(error.offenders)
+                    offenders += error.offenders
                     continue
                 # What is quantized is a root, which was checked; and what has a root is definite.
                 if name not in self.header.quantized and (found := find_problem(tensor, role)):
