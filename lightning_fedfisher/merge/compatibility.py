@@ -46,7 +46,10 @@ class CheckedUpdate:
 
 
 def open_updates(
-    sources: Sequence[UpdateSource], method: MergeMethod, skip_invalid: bool = False
+    sources: Sequence[UpdateSource],
+    method: MergeMethod,
+    skip_invalid: bool = False,
+    decode: bool = False,
 ) -> list[ClientUpdate]:
     """Opens every update, reads it once, and refuses all bad ones together.
 
@@ -59,6 +62,7 @@ def open_updates(
         method: The merge method they are for.
         skip_invalid: Whether to leave bad ones out, with a warning, as long as there is a good one.
             All ranks read and decode all of them then, to leave out the same.
+        decode: Whether to decode now what is quantized, in any case.
 
     Returns:
         The updates, in the order given.
@@ -74,7 +78,7 @@ def open_updates(
     if not sources:
         raise MergeError(["there are none: pass the update files of at least one client"])
     verify = is_rank_zero() or skip_invalid
-    checked = check_updates(sources, method, verify=verify, decode=skip_invalid)
+    checked = check_updates(sources, method, verify=verify, decode=decode or skip_invalid)
     usable = [found.update for found in checked if found.update and not found.offenders]
     refused = [reason for found in checked for reason in found.offenders]
     if refused and not (skip_invalid and usable):

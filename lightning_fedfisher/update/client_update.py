@@ -241,16 +241,14 @@ class ClientUpdate:
 
     def _check(self, definite: bool, decode: bool = True, curvature: bool = True) -> None:
         """Checks every tensor; whether factors are curvature only if ``definite``."""
-        unpack = decode_root if decode else lambda payload, *_: payload
-        names = [n for n in self._tensors if curvature or not n.startswith("curvature/")]
-        offenders = []
+        offenders: list[str] = []
         with self.opened():
-            for name in names:
+            for name in (n for n in self._tensors if curvature or n.split("/")[0] != "curvature"):
                 role = self._roles[name][1] if name in self._roles else buffer_role(name)
                 if role == "factor" and not definite:
                     role = "basis"
                 try:
-                    tensor = self._decoded(name, unpack)
+                    tensor = self._decoded(name, decode_root if decode else lambda t, *_: t)
                 except UpdateError as error:
                     offenders += error.offenders
                     continue
@@ -393,8 +391,7 @@ class ClientUpdate:
 
     def _names(self, group: str) -> list[str]:
         """Lists the tensors of a group, without the group's name."""
-        prefix = f"{group}/"
-        return [name.removeprefix(prefix) for name in self._stored if name.startswith(prefix)]
+        return [n.removeprefix(f"{group}/") for n in self._stored if n.startswith(f"{group}/")]
 
 
 def _bytes(spec: Spec) -> int:
