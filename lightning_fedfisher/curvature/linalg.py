@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Up to so many rows, float64 costs little.
-_SMALL = 512
-# Leading eigenpairs that are looked for in float64, passes to find them, and how exact they are.
-_LEADING, _PASSES, _CONVERGED = 16, 10, 1e-10
+# Up to so many rows, float64 costs little more.
+_SMALL = 1024
+# Leading eigenpairs that are looked for, passes in float32 and float64, and how exact they must be.
+_LEADING, _ROUGH_PASSES, _PASSES, _CONVERGED = 32, 12, 4, 1e-10
 # Of a matrix within these bounds, float32 holds the small eigenvalues as well.
 _FAINTEST, _LARGEST = 1e-25, 1e25
 # How well float32 has to reproduce a matrix and keep its eigenvectors orthogonal: it does to 1e-6.
@@ -297,8 +297,10 @@ def _leading_eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Finds a few of the largest eigenvalues, by subspace iteration, and none that is inexact."""
     seeds = torch.arange(1, _LEADING * len(matrix) + 1).to(matrix).view(-1, _LEADING)
     basis = torch.linalg.qr((seeds.square() * 0.7).cos()).Q
-    for _ in range(_PASSES):
-        basis = torch.linalg.qr(matrix @ basis).Q
+    for dtype, passes in ((torch.float32, _ROUGH_PASSES), (matrix.dtype, _PASSES)):
+        rounded, basis = matrix.to(dtype), basis.to(dtype)
+        for _ in range(passes):
+            basis = torch.linalg.qr(rounded @ basis).Q
     product = matrix @ basis
     values, turn = torch.linalg.eigh(basis.mT @ product)
     vectors = basis @ turn

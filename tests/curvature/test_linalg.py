@@ -12,7 +12,14 @@ from lightning_fedfisher.curvature.linalg import (
     symmetric_power,
 )
 
-SIZE = 640  # beyond what is decomposed in float64 anyway
+SIZE = 640
+
+
+@pytest.fixture(autouse=True)
+def _large(monkeypatch):
+    """Beyond what is decomposed in float64 anyway."""
+    assert linalg._SMALL > SIZE
+    monkeypatch.setattr(linalg, "_SMALL", SIZE - 100)
 
 
 def _second_moment(samples, dtype=torch.float32, mean=3.0):
@@ -144,4 +151,13 @@ def test_the_state_of_the_generator_is_untouched():
     state = torch.get_rng_state()
     symmetric_power(_second_moment(samples=200), 0.5)
     assert torch.equal(torch.get_rng_state(), state)
-    assert linalg._SMALL < SIZE
+
+
+def test_smaller_matrices_are_decomposed_in_float64(decomposed, monkeypatch):
+    monkeypatch.setattr(linalg, "_SMALL", SIZE)
+    matrix = _second_moment(samples=5000)
+    expected = _reference_power(matrix, 0.5)
+    decomposed.clear()
+    root = symmetric_power(matrix, 0.5)
+    assert decomposed == [(SIZE, torch.float64)]
+    assert float((root - expected).norm() / expected.norm()) < 1e-7
