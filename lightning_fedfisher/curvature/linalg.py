@@ -176,7 +176,7 @@ def symmetric_eigendecomposition(matrix: Tensor, exact: bool = True) -> tuple[Te
     Args:
         matrix: A tensor of shape ``(n, n)``.
         exact: Whether to work in float64 in any case. Otherwise a large matrix of float32 is
-            decomposed in float32, in half of the time, unless that fails to reproduce it.
+            decomposed in float32, which is faster, unless that fails to reproduce it.
 
     Returns:
         The eigenvalues, of shape ``(n,)`` and not negative, and the eigenvectors, one in each
