@@ -112,6 +112,14 @@ class FisherMergeModule(LightningModule):
         # would be overwritten by rank 0's, so the model stays outside the module tree.
         self.merged = nn.ParameterList(nn.Parameter(matrix) for matrix in self.merger.merged)
         self.merger.merged = cast(Sequence[Tensor], self.merged)  # whatever replaces its parameters
+        # Whoever takes the state finds the average in layers that no solver has begun; and whoever
+        # puts one in its place means it.
+        self.register_state_dict_pre_hook(  # type: ignore[no-untyped-call]
+            lambda *_: self.merger.fill()
+        )
+        self.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
+            lambda *_: self.merger.unread.clear()
+        )
         self._target: list[nn.Module] = [] if model is None else [model]
         self._validation: Validation | None = None
         self._turns = 0

@@ -108,7 +108,6 @@ TESTED_ELSEWHERE = {
     "curvature.kronecker": "curvature/test_kinds.py",
     "curvature.registry": "curvature/test_kinds.py",
     "curvature.input_map": "curvature/test_kinds.py",
-    "curvature.linalg": "curvature/test_kinds.py",
 }
 
 

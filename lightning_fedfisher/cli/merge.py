@@ -15,6 +15,7 @@ from lightning_fedfisher._utils.files import atomic_write
 from lightning_fedfisher.cli.inputs import expand_patterns, make_model
 from lightning_fedfisher.cli.terminal import show
 from lightning_fedfisher.distributed.processes import is_rank_zero
+from lightning_fedfisher.merge.compatibility import open_updates
 from lightning_fedfisher.merge.memory_budget import peak_bytes
 from lightning_fedfisher.merge.merger import Merger, merge_updates
 from lightning_fedfisher.merge.options import MergeOptions
@@ -108,7 +109,8 @@ def _tell_plan(
         skip_invalid=flags.skip_invalid,
         memory_budget=flags.memory_budget,
     )
-    merger = Merger.open(files, options, model)
+    updates = open_updates(files, options.row, options.skip_invalid, decode=True)
+    merger = Merger.open(updates, options, model)
     if not is_rank_zero():
         return
     weights = sum(layer.shape[0] * layer.shape[1] for layer in merger.layers)

@@ -54,6 +54,8 @@ class Curvature(ABC):
     """Name of the kind in an update file, a key of `KINDS`."""
     tensor_roles: ClassVar[Mapping[str, TensorRole]] = {}
     """What each of its tensors is, by field name."""
+    restricts: ClassVar[bool] = False
+    """Whether its pseudo-inverse restricts curvature, which a solver holds beside the curvature."""
     elementwise: ClassVar[bool] = False
     """Whether the operator is diagonal, so that sums of operators invert entry by entry."""
     inputs_on: ClassVar[InputSide | None] = None

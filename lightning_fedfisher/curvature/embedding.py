@@ -18,7 +18,11 @@ from typing_extensions import override
 from lightning_fedfisher.curvature.base import InputSide, TensorRole
 from lightning_fedfisher.curvature.kronecker import Eigenbased, Factored
 from lightning_fedfisher.curvature.linalg import (
+    PseudoInverse,
+    change_basis,
     frobenius_norm,
+    large_eigenpairs,
+    pseudo_reciprocal,
     symmetric_eigendecomposition,
     symmetric_eigenvalues,
     symmetric_power,
@@ -45,6 +49,7 @@ class EmbeddingKronecker(Factored):
     row_values: Tensor
     column_factor: Tensor
     kind: ClassVar[str] = "embedding_kronecker"
+    restricts: ClassVar[bool] = True
     inputs_on: ClassVar[InputSide | None] = "rows"
     tensor_roles: ClassVar[Mapping[str, TensorRole]] = {
         "row_values": "values",
@@ -89,6 +94,36 @@ class EmbeddingKronecker(Factored):
             zero_small_values(self.row_values, rcond), zero_small_values(values, rcond)
         )
         return EmbeddingEigenKronecker(basis, spectrum)
+
+    @override
+    def pseudo_inverse(self, rcond: float) -> PseudoInverse:
+        # Coordinates are those of tokens that some client has seen.
+        seen = (self.row_values > rcond * self.row_values.max()).nonzero().squeeze(1)
+        values, columns = large_eigenpairs(self.column_factor, rcond)
+
+        def from_eigenbasis(coordinates: Tensor) -> Tensor:
+            matrix = coordinates.new_zeros(self.shape)
+            matrix[seen] = coordinates @ columns.mT
+            return matrix
+
+        return PseudoInverse(
+            lambda matrix: matrix[seen] @ columns,
+            from_eigenbasis,
+            *pseudo_reciprocal(torch.outer(self.row_values[seen], values), 0.0),
+            restrict=lambda curvature: curvature.within(seen, columns),
+        )
+
+    def within(self, seen: Tensor, columns: Tensor) -> Self:
+        """Gives the operator on coordinates of some rows in another basis of columns.
+
+        Args:
+            seen: Indices of the rows, of shape ``(m,)``.
+            columns: Orthonormal columns ``V``, of shape ``(columns, n)``.
+
+        Returns:
+            The operator on matrices of shape ``(m, n)``.
+        """
+        return type(self)(self.row_values[seen], change_basis(self.column_factor, columns))
 
     @override
     def eigenvalues(self) -> Tensor:

@@ -15,7 +15,9 @@ from lightning_fedfisher.curvature.base import Curvature, InputSide, TensorRole
 from lightning_fedfisher.curvature.input_map import InputMap
 from lightning_fedfisher.curvature.linalg import (
     PseudoInverse,
+    change_basis,
     frobenius_norm,
+    large_eigenpairs,
     pseudo_reciprocal,
     require_positive_exponent,
     symmetric_eigendecomposition,
@@ -162,6 +164,7 @@ class Kronecker(Factored):
         "row_factor": "factor",
         "column_factor": "factor",
     }
+    restricts: ClassVar[bool] = True
     inputs_on: ClassVar[InputSide | None] = "columns"
 
     @property
@@ -192,6 +195,33 @@ class Kronecker(Factored):
             zero_small_values(row_values, rcond), zero_small_values(values, rcond)
         )
         return row_basis, column_basis, spectrum
+
+    @override
+    def pseudo_inverse(self, rcond: float) -> PseudoInverse:
+        # Coordinates are those of eigenvectors that count alone: often a few.
+        row_values, rows = large_eigenpairs(self.row_factor, rcond)
+        values, columns = large_eigenpairs(self.column_factor, rcond)
+        spectrum = torch.outer(row_values, values)
+        return PseudoInverse(
+            lambda matrix: rows.mT @ matrix @ columns,
+            lambda coordinates: rows @ coordinates @ columns.mT,
+            *pseudo_reciprocal(spectrum, 0.0),
+            restrict=lambda curvature: curvature.within(rows, columns),
+        )
+
+    def within(self, rows: Tensor, columns: Tensor) -> Self:
+        """Gives the operator on coordinates in other bases of rows and columns.
+
+        Args:
+            rows: Orthonormal columns ``U``, of shape ``(rows, m)``.
+            columns: Orthonormal columns ``V``, of shape ``(columns, n)``.
+
+        Returns:
+            The operator ``X -> U' F(U X V') V`` on matrices of shape ``(m, n)``.
+        """
+        return type(self)(
+            change_basis(self.row_factor, rows), change_basis(self.column_factor, columns)
+        )
 
     @override
     def eigenvalues(self) -> Tensor:

@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+# Up to so many rows, float64 costs little more.
+_SMALL = 1024
+# Leading eigenpairs that are looked for, passes in float32 and float64, and how exact they must be.
+_LEADING, _ROUGH_PASSES, _PASSES, _CONVERGED = 32, 12, 4, 1e-10
+# Of a matrix within these bounds, float32 holds the small eigenvalues as well.
+_FAINTEST, _LARGEST = 1e-25, 1e25
+# How well float32 has to reproduce a matrix and keep its eigenvectors orthogonal: it does to 1e-6.
+_ACCURATE = 1e-5
+# Eigenvalues up to this fraction of the largest are rounding where float32 found them.
+_FLOAT32_RCOND = 1e-4
 
 
 @dataclass(frozen=True)
@@ -19,6 +31,8 @@ class PseudoInverse:
         inverse: Reciprocal of each eigenvalue, in the shape of the coordinates. Zero for those that
             count as zero.
         support: One for each eigenvalue that does not count as zero, and zero for the others.
+        restrict: Gives a curvature of the same kind as an operator on coordinates, where that is
+            cheaper than a change of basis at each product; None where it is not.
 
     Example:
         >>> from lightning_fedfisher.curvature import Diagonal
@@ -33,6 +47,7 @@ class PseudoInverse:
     from_eigenbasis: Callable[[Tensor], Tensor]
     inverse: Tensor
     support: Tensor
+    restrict: Callable[[Any], Any] | None = None
 
     def solve(self, matrix: Tensor) -> Tensor:
         """Multiplies a weight matrix by the pseudo-inverse of the operator.
@@ -85,6 +100,8 @@ def pseudo_reciprocal(values: Tensor, rcond: float) -> tuple[Tensor, Tensor]:
         >>> pseudo_reciprocal(torch.tensor([2.0, 1e-9]), rcond=1e-6)
         (tensor([0.5000, 0.0000]), tensor([1., 0.]))
     """
+    if not values.numel():
+        return values, values
     support = values > rcond * values.max().clamp_min(0)
     return torch.where(support, 1 / values, 0.0), support.to(values.dtype)
 
@@ -106,16 +123,60 @@ def zero_small_values(values: Tensor, rcond: float) -> Tensor:
     return torch.where(values > rcond * values.max(), values, 0.0)
 
 
-def symmetric_eigendecomposition(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def large_eigenpairs(matrix: Tensor, rcond: float) -> tuple[Tensor, Tensor]:
+    """Finds the eigenvalues that are not small, and their eigenvectors.
+
+    It works in float64 where ``rcond`` asks for more than float32 can tell.
+
+    Args:
+        matrix: A symmetric positive semi-definite matrix, of shape ``(n, n)``.
+        rcond: Eigenvalues up to this fraction of the largest one are small.
+
+    Returns:
+        The eigenvalues, of shape ``(m,)``, and the eigenvectors, of shape ``(n, m)``.
+
+    Example:
+        >>> large_eigenpairs(torch.tensor([[2.0, 0.0], [0.0, 0.0]]), rcond=1e-3)
+        (tensor([2.]), tensor([[1.],
+                [0.]]))
+    """
+    exact = rcond < _FLOAT32_RCOND
+    values, vectors = symmetric_eigendecomposition(matrix, exact=exact)
+    large = values > rcond * values.max()
+    return values[large], vectors[:, large]
+
+
+def change_basis(matrix: Tensor, basis: Tensor) -> Tensor:
+    """Writes a symmetric matrix in another basis.
+
+    Args:
+        matrix: A tensor ``M`` of shape ``(n, n)``.
+        basis: Orthonormal columns ``B``, of shape ``(n, m)``.
+
+    Returns:
+        ``B' M B``, of shape ``(m, m)`` and symmetric to the bit.
+
+    Example:
+        >>> change_basis(torch.tensor([[2.0, 1.0], [1.0, 3.0]]), torch.tensor([[0.0], [1.0]]))
+        tensor([[3.]])
+    """
+    wide = torch.float64 if len(matrix) <= _SMALL else matrix.dtype
+    changed = basis.to(wide).mT @ matrix.to(wide) @ basis.to(wide)
+    return ((changed + changed.mT) / 2).to(matrix.dtype)
+
+
+def symmetric_eigendecomposition(matrix: Tensor, exact: bool = True) -> tuple[Tensor, Tensor]:
     """Finds eigenvalues and eigenvectors of a symmetric positive semi-definite matrix.
 
-    It works in float64, so that the row of an input that is always zero stays zero. Rows and
-    columns without any entry off the diagonal are left as they are. Only eigenvalues that rounding
-    made negative become zero: if small ones did as well, directions would be left in which one
-    client resists less than rounding while another moves the weights.
+    Rows and columns without any entry off the diagonal are left as they are, so that the row of an
+    input that is always zero stays zero. Only eigenvalues that rounding made negative become zero:
+    if small ones did as well, directions would be left in which one client resists less than
+    rounding while another moves the weights.
 
     Args:
         matrix: A tensor of shape ``(n, n)``.
+        exact: Whether to work in float64 in any case. Otherwise a large matrix of float32 is
+            decomposed in float32, which is faster, unless that fails to reproduce it.
 
     Returns:
         The eigenvalues, of shape ``(n,)`` and not negative, and the eigenvectors, one in each
@@ -127,18 +188,53 @@ def symmetric_eigendecomposition(matrix: Tensor) -> tuple[Tensor, Tensor]:
         (tensor([2., 1.]), tensor([[1., 0.],
                 [0., 1.]]))
     """
-    values = matrix.diagonal().double()
-    coupled = matrix.count_nonzero(dim=1) > (values != 0)
+    values, coupled = matrix.diagonal().double(), _coupled(matrix)
     if coupled.all():
-        values, vectors = torch.linalg.eigh(matrix.double())
+        values, vectors = _eigh(matrix, exact)
     else:
         vectors = torch.eye(len(matrix), dtype=values.dtype, device=values.device)
         some = coupled.nonzero().squeeze(1)
         values = values.clone()
-        values[some], vectors[some.unsqueeze(1), some] = torch.linalg.eigh(
-            matrix[some][:, some].double()
-        )
+        found, basis = _eigh(matrix[some][:, some], exact)
+        values[some], vectors[some.unsqueeze(1), some] = found.to(values), basis.to(vectors)
     return values.clamp_min(0).to(matrix.dtype), vectors.to(matrix.dtype)
+
+
+def _coupled(matrix: Tensor) -> Tensor:
+    """Which rows have an entry off the diagonal, a mask of shape ``(n,)``."""
+    return matrix.count_nonzero(dim=1) > (matrix.diagonal() != 0)
+
+
+def _eigh(matrix: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
+    """Decomposes a matrix in float64, or in float32 where that will do."""
+    if not exact and _takes_float32(matrix):
+        values, vectors = torch.linalg.eigh(matrix)
+        if _reproduces(matrix, values, vectors):
+            return values, vectors
+    values, vectors = torch.linalg.eigh(matrix.double())
+    return values, vectors
+
+
+def _takes_float32(matrix: Tensor) -> bool:
+    """Whether a matrix is large enough for float32 to gain something, and not faint or huge."""
+    large = matrix.dtype == torch.float32 and len(matrix) > _SMALL
+    return large and _FAINTEST < float(matrix.abs().max()) < _LARGEST
+
+
+def _reproduces(matrix: Tensor, values: Tensor, vectors: Tensor) -> bool:
+    """Whether eigenpairs give the matrix back and are orthogonal, as a product with noise shows.
+
+    A product with one vector of noise tells the Frobenius norm of an error well enough, and costs
+    nothing beside the decomposition.
+    """
+    # The same noise everywhere, and no state of a generator is touched.
+    noise = torch.arange(1, len(matrix) + 1, device=matrix.device, dtype=torch.float64)
+    noise = (noise.square() * 0.7).cos().to(matrix.dtype)
+    coordinates = vectors.mT @ noise
+    error = frobenius_norm(matrix @ noise - vectors @ (values * coordinates))
+    skew = frobenius_norm(noise - vectors @ coordinates)
+    scale = _ACCURATE * frobenius_norm(noise)
+    return bool((error <= scale * values.abs().max()) & (skew <= scale))
 
 
 def symmetric_eigenvalues(matrix: Tensor) -> Tensor:
@@ -158,6 +254,8 @@ def symmetric_eigenvalues(matrix: Tensor) -> Tensor:
 def symmetric_power(matrix: Tensor, exponent: float) -> Tensor:
     """Raises a symmetric positive semi-definite matrix to a positive power.
 
+    Large matrices of float32 are decomposed in float32 (see `symmetric_eigendecomposition`).
+
     Args:
         matrix: A tensor of shape ``(n, n)``.
         exponent: The power; 0.5 gives the square root.
@@ -170,8 +268,45 @@ def symmetric_power(matrix: Tensor, exponent: float) -> Tensor:
         tensor([[2., 0.],
                 [0., 3.]])
     """
-    values, vectors = symmetric_eigendecomposition(matrix.double())
-    return ((vectors * values.pow(exponent)) @ vectors.mT).to(matrix.dtype)
+    coupled = _coupled(matrix)
+    if not coupled.all():
+        some = coupled.nonzero().squeeze(1)
+        power = matrix.diagonal().double().clamp_min(0).pow(exponent).to(matrix.dtype).diag()
+        power[some.unsqueeze(1), some] = symmetric_power(matrix[some][:, some], exponent)
+        return power
+    if not _takes_float32(matrix):
+        return _power(*symmetric_eigendecomposition(matrix.double()), exponent).to(matrix.dtype)
+    # Rounding goes by the largest eigenvalues, and its root by the root of them. So these few are
+    # taken out before, which leaves the small ones their digits.
+    exact = matrix.double()
+    leading, vectors = _leading_eigenpairs(exact)
+    rest = (exact - (vectors * leading) @ vectors.mT).to(matrix.dtype)
+    values, others = symmetric_eigendecomposition(rest, exact=False)
+    others = others - vectors.to(others) @ (vectors.to(others).mT @ others)
+    power = _power(leading, vectors, exponent).to(matrix.dtype)
+    return power + _power(values, others, exponent)
+
+
+def _power(values: Tensor, vectors: Tensor, exponent: float) -> Tensor:
+    """Multiplies out the power of a matrix that is written by eigenpairs."""
+    half = vectors * values.pow(exponent / 2)
+    return half @ half.mT
+
+
+def _leading_eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Finds a few of the largest eigenvalues, by subspace iteration, and none that is inexact."""
+    seeds = torch.arange(1, _LEADING * len(matrix) + 1).to(matrix).view(-1, _LEADING)
+    basis = torch.linalg.qr((seeds.square() * 0.7).cos()).Q
+    for dtype, passes in ((torch.float32, _ROUGH_PASSES), (matrix.dtype, _PASSES)):
+        rounded, basis = matrix.to(dtype), basis.to(dtype)
+        for _ in range(passes):
+            basis = torch.linalg.qr(rounded @ basis).Q
+    product = matrix @ basis
+    values, turn = torch.linalg.eigh(basis.mT @ product)
+    vectors = basis @ turn
+    error = torch.linalg.vector_norm(product @ turn - vectors * values, dim=0)
+    exact = (error <= _CONVERGED * values[-1]) & (values > 0)
+    return values[exact], vectors[:, exact]
 
 
 def frobenius_norm(tensor: Tensor) -> Tensor:

@@ -72,7 +72,8 @@ def load_state(merger: Merger, saved: Mapping[str, Any], fingerprint: str) -> No
     Raises:
         ValueError: If it is of another merge.
     """
-    if saved.get("fingerprint") != fingerprint:
+    width = LayerState.width(len(merger.updates))
+    if saved.get("fingerprint") != fingerprint or saved["states"].shape[1] != width:
         raise ValueError(
             "the checkpoint is of another merge, or of another version: resume it with the same "
             "updates, in the same order, and the same method"
@@ -87,4 +88,5 @@ def load_state(merger: Merger, saved: Mapping[str, Any], fingerprint: str) -> No
             waiting if any(stopped[i] for i in merger.loader.alignments.ancestors(index)) else state
             for index, state in enumerate(merger.states)
         ]
+    merger.unread = {index for index, state in enumerate(merger.states) if state.waits}
     merger.best, merger.validation_samples = saved["best"], saved["validation_samples"]

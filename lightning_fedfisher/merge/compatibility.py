@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
+import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
@@ -44,18 +46,23 @@ class CheckedUpdate:
 
 
 def open_updates(
-    sources: Sequence[UpdateSource], method: MergeMethod, skip_invalid: bool = False
+    sources: Sequence[UpdateSource],
+    method: MergeMethod,
+    skip_invalid: bool = False,
+    decode: bool = False,
 ) -> list[ClientUpdate]:
     """Opens every update, reads it once, and refuses all bad ones together.
 
-    Only rank 0 reads every tensor: it starts before the other ranks, or stops them with it. What
-    they read later is checked against the same digests.
+    Only rank 0 reads every tensor that the method looks at: it starts before the other ranks, or
+    stops them with it. What they read later is checked against the same digests. What is quantized
+    is decoded when its layer is merged, and refused then if it cannot be.
 
     Args:
         sources: Update files or `ClientUpdate` objects, one for each client.
         method: The merge method they are for.
         skip_invalid: Whether to leave bad ones out, with a warning, as long as there is a good one.
-            All ranks read all of them then, to leave out the same.
+            All ranks read and decode all of them then, to leave out the same.
+        decode: Whether to decode now what is quantized, in any case.
 
     Returns:
         The updates, in the order given.
@@ -70,7 +77,8 @@ def open_updates(
         raise MergeError([f"{sources.source} is one update: pass a list of them"])
     if not sources:
         raise MergeError(["there are none: pass the update files of at least one client"])
-    checked = check_updates(sources, method, verify=is_rank_zero() or skip_invalid)
+    verify = is_rank_zero() or skip_invalid
+    checked = check_updates(sources, method, verify=verify, decode=decode or skip_invalid)
     usable = [found.update for found in checked if found.update and not found.offenders]
     refused = [reason for found in checked for reason in found.offenders]
     if refused and not (skip_invalid and usable):
@@ -82,7 +90,10 @@ def open_updates(
 
 
 def check_updates(
-    sources: Sequence[UpdateSource], method: MergeMethod | None = None, verify: bool = True
+    sources: Sequence[UpdateSource],
+    method: MergeMethod | None = None,
+    verify: bool = True,
+    decode: bool = True,
 ) -> list[CheckedUpdate]:
     """Finds out which updates are usable, and which belong together.
 
@@ -91,7 +102,8 @@ def check_updates(
     Args:
         sources: Update files or `ClientUpdate` objects, one for each client.
         method: The merge method they are for; any method if None.
-        verify: Whether to read every tensor.
+        verify: Whether to read every tensor that the method looks at.
+        decode: Whether to decode what is quantized as well; its digest is checked in any case.
 
     Returns:
         What was found of each source, in the order given.
@@ -101,7 +113,9 @@ def check_updates(
         >>> found.offenders
         ['there is no update file nowhere.safetensors']
     """
-    checked = [_opened(source, verify) for source in progress_bar(sources, "verify")]
+    curvature = method is None or not method.ignores_curvature
+    checks = partial(ClientUpdate.verify, decode=decode, curvature=curvature) if verify else None
+    checked = [_opened(source, checks) for source in progress_bar(sources, "verify")]
     opened = [(found, found.update) for found in checked if found.update]
     any_curvature = method is not None and not method.curvatures
     traits = [_traits(update, any_curvature) for _, update in opened]
@@ -127,16 +141,16 @@ def check_updates(
     return checked
 
 
-def _opened(source: UpdateSource, verify: bool) -> CheckedUpdate:
-    """Opens a source, and reads it if wanted."""
+def _opened(source: UpdateSource, checks: Callable[[ClientUpdate], None] | None) -> CheckedUpdate:
+    """Opens a source, and checks what it holds if wanted."""
     if isinstance(source, ClientUpdate):
         found = CheckedUpdate(source.source, source)
     else:
         found = CheckedUpdate(str(source))
     try:
         found.update = found.update or ClientUpdate.open(found.source)
-        if verify:
-            found.update.verify()
+        if checks:
+            checks(found.update)
     except (UpdateError, FileNotFoundError) as error:
         return CheckedUpdate(found.source, None, [str(error)])
     return found
@@ -165,6 +179,22 @@ def _traits(update: ClientUpdate, any_curvature: bool) -> tuple[dict[str, object
     return model, extracted, kinds, wiring | {"the output layer": header.output_layer or "absent"}
 
 
+def require_fit(model: nn.Module, update: ClientUpdate) -> None:
+    """Refuses a model that cannot take what a merge of such updates gives.
+
+    Args:
+        model: The model to be loaded with it; it is not changed.
+        update: Any client's update.
+
+    Raises:
+        ValueError: If parameters or buffers differ, naming every one.
+    """
+    header = update.header
+    state = {name: torch.empty(spec[0], device="meta") for name, spec in update.specs.items()}
+    state |= {name: state[first] for name, first in header.aliases.items()}
+    check_model(model, state, header.frozen)
+
+
 def check_model(model: nn.Module, state: Mapping[str, Tensor], frozen: Mapping[str, str]) -> None:
     """Refuses a model that cannot take the merged weights.
 
@@ -177,7 +207,6 @@ def check_model(model: nn.Module, state: Mapping[str, Tensor], frozen: Mapping[s
         ValueError: If parameters or buffers differ, naming every one.
 
     Example:
-        >>> import torch
         >>> check_model(nn.Linear(2, 1), {"weight": torch.ones(1, 2), "bias": torch.ones(1)}, {})
         >>> check_model(nn.Linear(2, 1), {"weight": torch.ones(1, 2)}, {})
         Traceback (most recent call last):

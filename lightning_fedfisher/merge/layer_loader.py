@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_fedfisher.curvature.base import Curvature
+from lightning_fedfisher.curvature.base import Curvature, Identity
 from lightning_fedfisher.distributed.progress import progress_bar
 from lightning_fedfisher.errors import MergeError
 from lightning_fedfisher.layers import Layer
@@ -20,6 +20,7 @@ from lightning_fedfisher.merge.influence_cap import cap, measure
 from lightning_fedfisher.merge.memory_budget import (
     DEFAULT_MEMORY_BUDGET,
     MemoryBudget,
+    copies,
     sent_bytes,
     working_dtype,
 )
@@ -34,7 +35,7 @@ class LoadedLayer(NamedTuple):
     Attributes:
         problem: The quadratic, with no client beyond the method's `max_influence`.
         influence: What each client weighed before it was capped (`influence_cap.measure`).
-        nbytes: Bytes of the clients' weights and curvature.
+        nbytes: Bytes of the clients' weights and curvature, with what a solver makes of it.
     """
 
     problem: Quadratic
@@ -82,7 +83,7 @@ class LayerLoader:
         self.alignments.forget()
 
     def average(self, index: int) -> Tensor:
-        """Averages the clients' weights of a layer: where its merge starts.
+        """Averages the clients' weights of a layer: what it is before its merge.
 
         Args:
             index: Index of the layer.
@@ -91,6 +92,14 @@ class LayerLoader:
             A matrix of the layer's shape on the CPU, in at least float32.
         """
         return average(self.client_weights, self.weights(index, torch.device("cpu")))
+
+    def dtype(self, index: int) -> torch.dtype:
+        """The precision in which a layer is merged.
+
+        Args:
+            index: Index of the layer.
+        """
+        return self._dtypes[index]
 
     def weights(self, index: int, device: torch.device) -> list[Tensor]:
         """Reads the clients' weight matrices of a layer.
@@ -114,6 +123,8 @@ class LayerLoader:
             device: Where to put it.
         """
         layer, update = self.layers[index], self.updates[client]
+        if self.method.ignores_curvature:
+            return self.method.transform(Identity(layer.shape), False)
         aligned = self.alignments.waits_for(index) is not None
         is_output_layer = layer.name == update.header.output_layer and aligned
         block = update.block(layer).to(device, self._dtypes[index])
@@ -215,7 +226,8 @@ class LayerLoader:
         first = next(every)
         tensors = list(first.tensors().values())
         of_weights = math.prod(first.shape) * dtype.itemsize
-        nbytes = len(self.updates) * (of_weights + sum(t.nbytes for t in tensors))
+        of_curvature = copies(type(first)) * sum(t.nbytes for t in tensors)
+        nbytes = len(self.updates) * (of_weights + of_curvature)
         every = itertools.chain([first], every)
         if tensors and self.budget.must_offload(nbytes):
             return OnDiskCurvatures(every, device), nbytes

@@ -10,6 +10,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from lightning_fedfisher.merge.solvers import Solver
+
 
 class Progress(IntEnum):
     """Where a layer's solver stands."""
@@ -34,6 +36,8 @@ class LayerState:
         residual: Norm of the gradient, relative to the clients' gradients at the average; 1 for a
             layer that waits for its turn.
         progress: Where its solver stands.
+        bits: Bits of the numbers that its solver works with: 32, or 64 where float32 could not
+            reach the tolerance, and for models in float64. 0 for a layer that waits.
 
     Example:
         >>> state = LayerState.waiting(clients=2)
@@ -48,6 +52,23 @@ class LayerState:
     objective: float = 0.0
     residual: float = 1.0
     progress: Progress = Progress.OPEN
+    bits: int = 0
+
+    @classmethod
+    def of(cls, solver: Solver, max_iterations: int) -> Self:
+        """The state of a layer whose merge has begun.
+
+        Args:
+            solver: Its solver.
+            max_iterations: Steps after which the solver stops.
+        """
+        progress, distances = Progress.OPEN, (0.0,) * len(solver.problem.weights)
+        if solver.finished or solver.iterations >= max_iterations:
+            progress = Progress.CONVERGED if solver.converged else Progress.STOPPED
+            distances = tuple(solver.problem.distances(solver.weights))
+        bits = 8 * solver.weights.dtype.itemsize
+        numbers = solver.iterations, *solver.objective_and_residual()
+        return cls(distances, *numbers, progress, bits)
 
     @classmethod
     def waiting(cls, clients: int) -> Self:
@@ -65,20 +86,26 @@ class LayerState:
         Args:
             clients: Number of clients.
         """
-        return 4 + clients
+        return 5 + clients
 
     @property
     def done(self) -> bool:
         """Whether the layer's solver makes no further step."""
         return self.progress is not Progress.OPEN
 
+    @property
+    def waits(self) -> bool:
+        """Whether the layer's merge has not begun."""
+        return not self.done and self.iterations == 0
+
     def to_row(self) -> Tensor:
         """The state as numbers, so that ranks can add up what each of them knows.
 
         Returns:
-            A vector of ``4 + clients`` numbers in float64.
+            A vector of ``5 + clients`` numbers in float64.
         """
-        numbers = [self.iterations, self.objective, self.residual, self.progress, *self.distances]
+        counts = [self.iterations, self.progress, self.bits]
+        numbers = [*counts, self.objective, self.residual, *self.distances]
         return torch.tensor(numbers, dtype=torch.float64)
 
     @classmethod
@@ -86,10 +113,11 @@ class LayerState:
         """Rebuilds a state from `to_row`.
 
         Args:
-            row: A vector of ``4 + clients`` numbers.
+            row: A vector of ``5 + clients`` numbers.
         """
-        iterations, objective, residual, progress, *distances = row.tolist()
-        return cls(tuple(distances), int(iterations), objective, residual, Progress(int(progress)))
+        counts, (objective, residual, *distances) = row[:3].int().tolist(), row[3:].tolist()
+        iterations, progress, bits = counts
+        return cls(tuple(distances), iterations, objective, residual, Progress(progress), bits)
 
 
 def summarize(states: Sequence[LayerState]) -> dict[str, float]:

@@ -8,6 +8,7 @@ from functools import reduce
 
 import torch
 
+from lightning_fedfisher.curvature.base import Curvature
 from lightning_fedfisher.curvature.registry import KINDS
 from lightning_fedfisher.layers import Layer
 from lightning_fedfisher.update.client_update import ClientUpdate
@@ -99,8 +100,18 @@ def sent_bytes(updates: Sequence[ClientUpdate], layer: Layer) -> int:
         Bytes, as sent: a method may make less of it.
     """
     kind = KINDS[updates[0].header.kinds[layer.name]]
-    shapes = (layer.shape, *kind.tensor_shapes(layer.shape, layer.kernel).values())
-    return len(updates) * _FLOAT_BYTES * sum(map(math.prod, shapes))
+    curvature = sum(map(math.prod, kind.tensor_shapes(layer.shape, layer.kernel).values()))
+    numbers = math.prod(layer.shape) + copies(kind) * curvature
+    return len(updates) * _FLOAT_BYTES * numbers
+
+
+def copies(kind: type[Curvature]) -> int:
+    """How often a layer in work holds its curvature: a solver may write it in another basis.
+
+    Args:
+        kind: The kind of the curvature.
+    """
+    return 2 if kind.restricts else 1
 
 
 def peak_bytes(updates: Sequence[ClientUpdate], budget: MemoryBudget) -> int:

@@ -14,15 +14,15 @@ from lightning_fedfisher._utils.text import client_names
 from lightning_fedfisher.curvature.base import Curvature
 from lightning_fedfisher.distributed.assignment import assign_layers
 from lightning_fedfisher.distributed.progress import progress_bar
+from lightning_fedfisher.errors import MergeError, UpdateError
 from lightning_fedfisher.likelihoods.base import Likelihood
 from lightning_fedfisher.likelihoods.registry import LIKELIHOODS
 from lightning_fedfisher.merge.buffers import merge_buffers
-from lightning_fedfisher.merge.compatibility import UpdateSource, check_model, open_updates
+from lightning_fedfisher.merge.compatibility import UpdateSource, open_updates, require_fit
 from lightning_fedfisher.merge.influence_cap import MEASURES
 from lightning_fedfisher.merge.layer_loader import LayerLoader
 from lightning_fedfisher.merge.layer_state import (
     LayerState,
-    Progress,
     describe_unsolved,
     summarize,
 )
@@ -129,7 +129,8 @@ class Merger:
         layers: Their layers.
         method: The merge method, with what the options change of it.
         loader: Reads each layer's problem.
-        merged: The merged matrices, one for each layer; the clients' average before the merge.
+        merged: The merged matrices, one for each layer; nothing of value in those of `unread`.
+        unread: Layers whose merge has not begun and that nobody looked at (see `fill`).
         buffers: The merged buffers by name.
         states: How far each layer has come.
         influence: What each client weighs, of shape ``(layers, clients, 3)``.
@@ -153,7 +154,7 @@ class Merger:
     """
 
     def __init__(self, updates: Sequence[ClientUpdate], method: MergeMethod, budget: int) -> None:
-        """Starts at the clients' average; see `open`.
+        """Reads no layer yet; see `open`.
 
         Args:
             updates: The updates of all clients, found to belong together.
@@ -162,8 +163,10 @@ class Merger:
         """
         self.updates, self.method, self.layers = updates, method, updates[0].layers
         self.loader = LayerLoader(updates, method, budget)
-        self._averages = [self.loader.average(index) for index in range(len(self.layers))]
-        self.merged: Sequence[Tensor] = [matrix.clone() for matrix in self._averages]
+        self.merged: Sequence[Tensor] = [
+            torch.zeros(layer.shape, dtype=self.loader.dtype(index))
+            for index, layer in enumerate(self.layers)
+        ]
         self.buffers = merge_buffers(updates, method.max_influence)
         self._device = torch.device("cpu")
         self.restart()
@@ -186,15 +189,15 @@ class Merger:
         updates = open_updates(sources, options.row, options.skip_invalid)
         merger = cls(updates, options.row, options.memory_budget)
         if model is not None:
-            check_model(model, merger.state_dict(), updates[0].header.frozen)
+            require_fit(model, updates[0])
         return merger
 
     def restart(self) -> None:
         """Starts anew, with nothing solved."""
         clients, layers = len(self.updates), len(self.layers)
         self.release()
-        self._set(self._averages)
         self.states = [LayerState.waiting(clients)] * layers
+        self.unread = set(range(layers))
         self.influence = torch.zeros(layers, clients, len(MEASURES), dtype=torch.float64)
         self.history: list[dict[str, float]] = []
         self.best: tuple[float, list[Tensor]] | None = None
@@ -248,7 +251,8 @@ class Merger:
             at_once: Whether to begin the layer even beyond the memory budget.
 
         Raises:
-            MergeError: If weights or curvature overflow float32, naming the clients.
+            MergeError: If weights or curvature cannot be decoded or overflow float32, naming the
+                clients.
             ValueError: If the layer's iterates leave the finite numbers.
         """
         if index in self._pending and self._pending[index][1].done:
@@ -263,21 +267,14 @@ class Merger:
                 f"the merge of layer {self.layers[index].name} left the finite numbers within "
                 f"{solver.iterations} iterations: some client's curvature is too large, or none"
             )
-        progress, distances = Progress.OPEN, (0.0,) * len(self.updates)
-        if solver.finished or solver.iterations >= method.max_iterations:
-            progress = Progress.CONVERGED if solver.converged else Progress.STOPPED
-            distances = tuple(solver.problem.distances(solver.weights))
-        numbers = solver.iterations, *solver.objective_and_residual()
-        state = LayerState(distances, *numbers, progress)
+        state = LayerState.of(solver, method.max_iterations)
         self._pending[index] = solver.weights.to(self.merged[index].dtype), state
         if state.done:
             del self.solvers[index]
 
     def _keep(self, index: int) -> None:
         """Leaves a layer as it is for this epoch: it is done, or waits for its turn."""
-        state = self.states[index]
-        state = state if state.done else LayerState.waiting(len(self.updates))
-        self._pending[index] = self.merged[index].detach().clone(), state
+        self._pending[index] = self.merged[index].detach(), self.states[index]
 
     def _begin(self, index: int, at_once: bool) -> bool:
         """Reads a layer's problem, if its turn has come."""
@@ -287,7 +284,10 @@ class Merger:
         if not at_once and not self.loader.budget.fits(index, self.solvers):
             return False
         merged = [matrix.detach() for matrix in self.merged]
-        loaded = self.loader.read(index, self._device, merged, self._prepared.pop(index, None))
+        try:
+            loaded = self.loader.read(index, self._device, merged, self._prepared.pop(index, None))
+        except UpdateError as error:  # what was packed so that it cannot be unpacked
+            raise MergeError([str(error)]) from error
         self.loader.budget.sizes[index] = loaded.nbytes
         self._measured[index] = loaded.influence
         self.solvers[index] = self.method.solver(loaded.problem)
@@ -307,13 +307,14 @@ class Merger:
             rows[index] = state.to_row()
         for index, measured in self._measured.items():
             influence[index] = measured
-        matrices = []
-        for index, matrix in enumerate(self.merged):
+        self.states = [LayerState.from_row(row) for row in total(rows.to(self._device)).cpu()]
+        for index, (state, matrix) in enumerate(zip(self.states, self.merged, strict=True)):
+            if state.waits:
+                continue  # each rank has the average, or reads it when somebody looks
+            self.unread.discard(index)
             own = self._pending[index][0] if index in self._pending else None
             # A sum of one term and zeros is exact.
-            matrices.append(total(torch.zeros_like(matrix) if own is None else own.clone()))
-        self._set(matrices)
-        self.states = [LayerState.from_row(row) for row in total(rows.to(self._device)).cpu()]
+            matrix.detach().copy_(total(torch.zeros_like(matrix) if own is None else own.clone()))
         influence = total(influence.to(self._device)).cpu()
         # Layers that were solved before an interruption are not read again.
         self.influence = influence.where(influence.any(dim=2, keepdim=True), self.influence)
@@ -335,10 +336,18 @@ class Merger:
     def take_best(self) -> None:
         """Goes back to the best iterate, if the method keeps it and there was a validation."""
         if self.method.keeps_best and self.best is not None:
-            self._set(self.best[1])
+            for matrix, value in zip(self.merged, self.best[1], strict=True):
+                matrix.detach().copy_(value)
+
+    def fill(self) -> None:
+        """Reads the average where no solver has begun, for whoever looks at the whole model."""
+        for index in sorted(self.unread):
+            self.merged[index].detach().copy_(self.loader.average(index))
+        self.unread.clear()
 
     def state_dict(self) -> dict[str, Tensor]:
         """The merged parameters and buffers by name, on the device, in the clients' own dtypes."""
+        self.fill()
         specs, state = self.updates[0].specs, dict[str, Tensor]()
         for layer, matrix in zip(self.layers, self.merged, strict=True):
             for name, tensor in layer.split(matrix.detach()).items():
@@ -387,7 +396,3 @@ class Merger:
             fedavg_bytes=self.updates[0].fedavg_bytes,
             seconds=self.seconds,
         )
-
-    def _set(self, matrices: Sequence[Tensor]) -> None:
-        for matrix, value in zip(self.merged, matrices, strict=True):
-            matrix.detach().copy_(value)

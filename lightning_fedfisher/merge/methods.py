@@ -35,6 +35,7 @@ class MergeMethod:
         client_weight_power: A client of ``n`` samples weighs ``n ** client_weight_power``.
         converges: Whether it promises the minimum rather than a number of steps.
         keeps_best: Whether it returns its best iterate on labelled samples, when given some.
+        ignores_curvature: Whether all weights count the same. No curvature is read then.
         aligns: Whether a layer is merged after the one whose outputs it reads, with weights and
             curvature for the inputs that the merged model gives it (see `alignment`).
         max_influence: What a client may weigh in a layer, as a multiple of what the median client
@@ -57,6 +58,7 @@ class MergeMethod:
     client_weight_power: float = 1.0
     converges: bool = False
     keeps_best: bool = False
+    ignores_curvature: bool = False
     aligns: bool = False
     max_influence: float = math.inf
 
@@ -83,12 +85,12 @@ def _as_sent(curvature: Curvature, is_output_layer: bool) -> Curvature:
     return curvature
 
 
-def _ignored(curvature: Curvature, is_output_layer: bool) -> Curvature:
-    return Identity(curvature.shape)
-
-
 def _of_inputs(curvature: Curvature, is_output_layer: bool) -> Curvature:
     return curvature.of_inputs()
+
+
+def _ignored(curvature: Curvature, is_output_layer: bool) -> Curvature:
+    return Identity(curvature.shape)
 
 
 def _square_root(curvature: Curvature, is_output_layer: bool) -> Curvature:
@@ -112,7 +114,14 @@ _CG_STEPS_PER_EPOCH = 20
 METHODS: dict[str, MergeMethod] = {
     method.name: method
     for method in (
-        MergeMethod("fedavg", _ignored, ClosedForm, max_iterations=1, steps_per_epoch=1),
+        MergeMethod(
+            "fedavg",
+            _ignored,
+            ClosedForm,
+            max_iterations=1,
+            steps_per_epoch=1,
+            ignores_curvature=True,
+        ),
         MergeMethod(
             "fisher_merge",
             _as_sent,

@@ -25,6 +25,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_fedfisher.curvature.base import Curvature
+from lightning_fedfisher.curvature.linalg import frobenius_norm
 
 
 def average(client_weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
@@ -44,6 +45,31 @@ def average(client_weights: Sequence[float], tensors: Sequence[Tensor]) -> Tenso
     total, first = sum(client_weights), tensors[0]
     offsets = zip(client_weights[1:], tensors[1:], strict=True)
     return first + sum((p / total * (w - first) for p, w in offsets), torch.zeros_like(first))
+
+
+def weighted_sum(
+    client_weights: Sequence[float], curvatures: Sequence[Curvature], direction: Tensor
+) -> Tensor:
+    """Multiplies a matrix by ``sum_k p_k F_k``, one curvature after the other.
+
+    Args:
+        client_weights: A number for each client.
+        curvatures: A curvature for each client.
+        direction: A matrix of the shape that they act on.
+
+    Returns:
+        A matrix of the same shape.
+
+    Example:
+        >>> from lightning_fedfisher.curvature import Diagonal
+        >>> curvatures = [Diagonal(torch.ones(1, 1)), Diagonal(torch.full((1, 1), 3.0))]
+        >>> weighted_sum([0.5, 0.5], curvatures, torch.ones(1, 1))
+        tensor([[2.]])
+    """
+    total = torch.zeros_like(direction)
+    for p, curvature in zip(client_weights, curvatures, strict=True):
+        total.add_(curvature.apply(direction), alpha=p)
+    return total
 
 
 class LazyCurvatures(Sequence[Curvature], ABC):
@@ -216,8 +242,7 @@ class Quadratic:
         Returns:
             A matrix of the same shape.
         """
-        terms = zip(self.client_weights, self.curvatures, strict=True)
-        return sum((p * f.apply(direction) for p, f in terms), torch.zeros_like(direction))
+        return weighted_sum(self.client_weights, self.curvatures, direction)
 
     def in_double(self) -> Quadratic:
         """The same objective in float64; curvatures are converted at every use."""
@@ -251,4 +276,4 @@ def dot(one: Tensor, other: Tensor) -> float:
 
 def norm(matrix: Tensor) -> float:
     """The root of the sum of squares, in float64."""
-    return math.sqrt(dot(matrix, matrix))
+    return float(frobenius_norm(matrix))

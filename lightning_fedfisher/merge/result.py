@@ -50,6 +50,9 @@ class LayerResult:
         objective: Value of the layer's quadratic at the merged weights.
         residual: Norm of the gradient there, relative to the clients' gradients at the average.
         solved: Whether the solver reached what the method promises.
+        bits: Bits of the numbers that it was solved with: 32, or 64 where float32 could not reach
+            the tolerance, and for models in float64. With 32, factors of more than 1024 rows were
+            decomposed in float32 as well where that reproduced them. 0 if the layer was not begun.
 
     Example:
         >>> layer = LayerResult("fc", (10, 65), 12, 0.5, 8e-5, solved=True)
@@ -63,6 +66,7 @@ class LayerResult:
     objective: float
     residual: float
     solved: bool
+    bits: int = 0
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,7 @@ def layer_results(
             state.objective,
             state.residual,
             state.progress is Progress.CONVERGED or (state.done and not converges),
+            state.bits,
         )
         for layer, state in zip(layers, states, strict=True)
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_fedfisher.curvature.linalg import PseudoInverse
+from lightning_fedfisher.merge.eigenbasis import matvec_within
 from lightning_fedfisher.merge.objective import Quadratic, dot, norm
 
 
@@ -152,9 +153,11 @@ class ConjugateGradient(Solver):
 
     The preconditioner is the pseudo-inverse of the clients' mean curvature. For Kronecker factors
     it makes tens of steps enough where plain conjugate gradients take a thousand. Directions of
-    either factor in which no client has curvature stay at the average. The residual is kept in the
-    preconditioner's eigenbasis, which saves half the changes of basis. If float32 cannot reach the
-    tolerance, the solver goes on in float64.
+    either factor in which no client has curvature stay at the average. All steps are made in the
+    preconditioner's eigenbasis, in which it is diagonal and few directions may be left. There the
+    clients' factors are written anew, once, so that a step changes no basis. The true residual, of
+    the curvature as it was, decides on the end. If float32 cannot reach the tolerance, the solver
+    goes on in float64.
 
     Example:
         >>> from lightning_fedfisher.curvature import Dense
@@ -183,6 +186,7 @@ class ConjugateGradient(Solver):
         super().__init__(problem)
         self._tolerance, self._rcond = tolerance, rcond
         self._inverse: PseudoInverse | None = None
+        self._moved: Tensor | None = None
         self._stalled = False
         self.finished = norm(problem.gradient_at_average) <= tolerance * self._scale
         if not self.finished:
@@ -192,6 +196,16 @@ class ConjugateGradient(Solver):
     @override
     def converged(self) -> bool:
         return self.finished and not self._stalled
+
+    @override
+    def advance(self, iterations: int) -> None:
+        super().advance(iterations)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Brings `weights` up to the steps made since `_begin`."""
+        if self._inverse is not None and self._moved is not None:
+            self.weights = self._started_from + self._inverse.from_eigenbasis(self._moved)
 
     @override
     def _visible(self, gradient: Tensor) -> Tensor:
@@ -205,7 +219,9 @@ class ConjugateGradient(Solver):
         """Starts, or starts anew, at the iterate."""
         if self._inverse is None:
             self._inverse = self.problem.mean_curvature.pseudo_inverse(self._rcond)
+            self._matvec = matvec_within(self.problem, self._inverse)
         self._residual = -self._visible(self._current_gradient())
+        self._started_from, self._moved = self.weights, None
         self._started_at = self._least = norm(self._residual)
         self._waited = 0
         self.finished = self._least <= self._AGREES * self._tolerance * self._scale
@@ -215,17 +231,15 @@ class ConjugateGradient(Solver):
     @override
     def _step(self) -> None:
         assert self._inverse is not None
-        coordinates = self._inverse.inverse * self._conjugate
-        direction = self._inverse.from_eigenbasis(coordinates)
-        curved = self.problem.matvec(direction)
+        direction = self._inverse.inverse * self._conjugate
+        curved = self._matvec(direction)
         curvature_along = dot(direction, curved)
-        if curvature_along <= _rounding(direction) * dot(coordinates, self._conjugate):
+        if curvature_along <= _rounding(direction) * dot(direction, self._conjugate):
             self._check()  # the mean curvature sees this direction, and no client's does
             return
         step = self._squared / curvature_along
-        self.weights = self.weights + step * direction
-        turned = self._inverse.support * self._inverse.to_eigenbasis(curved)
-        self._residual = self._residual - step * turned
+        self._moved = step * direction + (0 if self._moved is None else self._moved)
+        self._residual = self._residual - step * curved
         length = norm(self._residual)
         self._waited = 0 if length < self._least else self._waited + 1
         self._least = min(length, self._least)
@@ -242,6 +256,7 @@ class ConjugateGradient(Solver):
         The solver is finished, starts anew, goes on in float64, or has come as far as it can.
         """
         before = self._started_at
+        self._settle()
         self._begin()
         if self.finished or self._started_at < before / 2:
             return
@@ -249,7 +264,7 @@ class ConjugateGradient(Solver):
             self.finished = self._stalled = True
             return
         self.problem, self.weights = self.problem.in_double(), self.weights.double()
-        self._inverse = self._gradient = None
+        self._inverse = self._gradient = self._moved = None
         self._begin()
 
 

@@ -6,7 +6,6 @@ names file and tensor.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,7 +31,7 @@ from lightning_fedfisher.update.file_format import (
 )
 from lightning_fedfisher.update.header import QUANTIZED_TYPES, UpdateHeader
 from lightning_fedfisher.update.model_tensors import collect_tensors
-from lightning_fedfisher.update.safetensors_layout import Spec
+from lightning_fedfisher.update.safetensors_layout import Spec, spec_bytes
 from lightning_fedfisher.update.tensor_checks import find_problem
 from lightning_fedfisher.update.upload_budget import budget_bytes, budget_error
 
@@ -224,27 +223,31 @@ class ClientUpdate:
         tensors = {part: self._read(f"curvature/{layer.name}/{part}") for part in parts}
         return kind.from_tensors(tensors, layer.shape, layer.kernel)
 
-    def verify(self) -> None:
+    def verify(self, decode: bool = True, curvature: bool = True) -> None:
         """Reads every tensor once, one at a time, and checks it.
+
+        Args:
+            decode: Whether to decode what is quantized; its digest is checked in any case.
+            curvature: Whether to read the curvature as well.
 
         Raises:
             UpdateError: If a tensor is damaged, not finite, larger than float32 can multiply, or no
                 curvature: not symmetric or not positive semi-definite. All are named.
         """
-        self._check(definite=True)
+        self._check(True, decode, curvature)
 
-    def _check(self, definite: bool) -> None:
+    def _check(self, definite: bool, decode: bool = True, curvature: bool = True) -> None:
         """Checks every tensor; whether factors are curvature only if ``definite``."""
         offenders: list[str] = []
         with self.opened():
-            for name in self._tensors:
+            for name in (n for n in self._tensors if curvature or n.split("/")[0] != "curvature"):
                 role = self._roles[name][1] if name in self._roles else buffer_role(name)
                 if role == "factor" and not definite:
                     role = "basis"
                 try:
-                    tensor = self._decoded(name, decode_root)
+                    tensor = self._decoded(name, decode_root if decode else lambda t, *_: t)
                 except UpdateError as error:
-                    offenders.extend(error.offenders)
+                    offenders += error.offenders
                     continue
                 # What is quantized is a root, which was checked; and what has a root is definite.
                 if name not in self.header.quantized and (found := find_problem(tensor, role)):
@@ -280,7 +283,7 @@ class ClientUpdate:
             The sum over those tensors; 0 if there are none.
         """
         return sum(
-            _bytes(spec)
+            spec_bytes(spec)
             for n, spec in self._stored.items()
             if n == name or (name.endswith("/") and n.startswith(name))
         )
@@ -288,7 +291,7 @@ class ClientUpdate:
     @property
     def fedavg_bytes(self) -> int:
         """Bytes that a FedAvg client would send: weights and buffers as they are, nothing else."""
-        return sum(map(_bytes, self.specs.values()))
+        return sum(map(spec_bytes, self.specs.values()))
 
     def compressed(self, upload_budget: float) -> Self:
         """Rounds weights and curvature so that the file is as small as wanted.
@@ -368,9 +371,9 @@ class ClientUpdate:
         file = UpdateFile(Path(path))
         update = cls(file.header, file, str(path))
         if offenders := [
-            f"{name} takes {_bytes(spec)} bytes, more than max_tensor_bytes={max_tensor_bytes}"
+            f"{name} takes {spec_bytes(spec)} bytes, more than max_tensor_bytes={max_tensor_bytes}"
             for name, spec in update._specs.items()
-            if _bytes(spec) > max_tensor_bytes
+            if spec_bytes(spec) > max_tensor_bytes
         ]:
             raise UpdateError(str(path), offenders)
         return update
@@ -392,9 +395,3 @@ class ClientUpdate:
     def _names(self, group: str) -> list[str]:
         """Lists the tensors of a group, without the group's name."""
         return [n.removeprefix(f"{group}/") for n in self._stored if n.startswith(f"{group}/")]
-
-
-def _bytes(spec: Spec) -> int:
-    """Counts the bytes of a tensor."""
-    shape, dtype = spec
-    return math.prod(shape) * dtype.itemsize

@@ -54,6 +54,12 @@ Spec = tuple[tuple[int, ...], torch.dtype]
 """Shape and type of a tensor."""
 
 
+def spec_bytes(spec: Spec) -> int:
+    """Counts the bytes of a tensor."""
+    shape, dtype = spec
+    return math.prod(shape) * dtype.itemsize
+
+
 class Slot(NamedTuple):
     """Where a tensor lies in a file.
 

@@ -97,12 +97,17 @@ def test_measure_is_that_of_the_oracle(kind, clients):
     torch.testing.assert_close(measure(problem), _oracle(problem))
 
 
-@pytest.mark.parametrize("clients", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("clients", [1, 2, 3, 4, 7, 16, 17, 40])
 @pytest.mark.parametrize("at_once", [1, 8, 2**22])
 def test_the_median_is_torchs_quantile(clients, at_once, monkeypatch):
     monkeypatch.setattr(influence, "_AT_ONCE", at_once)
     tensors = list(torch.randn(clients, 3, 5).double())
     torch.testing.assert_close(median(tensors), torch.stack(tensors).quantile(0.5, dim=0))
+
+
+def test_a_client_that_is_not_a_number_leaves_the_median_to_the_others():
+    values = [torch.tensor([value]) for value in (5.0, math.nan, 1.0, 4.0, 2.0)]
+    assert float(median(values)) in (2.0, 4.0, 5.0)
 
 
 def test_multiples_leave_zeros_out_and_keep_infinities():

@@ -8,10 +8,14 @@ import pytest
 import torch
 from helpers.merging import small_classifier, small_data, update_of
 from torch import nn
+from torch.utils.data import TensorDataset
 
-from lightning_fedfisher import ClientUpdate
+from lightning_fedfisher import ClientUpdate, MergeError
 from lightning_fedfisher.merge.layer_loader import LayerLoader
+from lightning_fedfisher.merge.merger import merge_updates
 from lightning_fedfisher.merge.methods import METHODS
+from lightning_fedfisher.update.compression import decode_root
+from lightning_fedfisher.update.file_format import write_file
 
 CPU = torch.device("cpu")
 
@@ -86,7 +90,8 @@ def test_only_what_is_aligned_is_read_more_than_once(method, monkeypatch):
     for index in range(2):
         loader.read(index, CPU, merged)
     aligned = METHODS[method].aligns and kind == "kfac"
-    assert reads == ["0"] * (4 if aligned else 2) + ["2"] * 2
+    expected = ["0"] * (4 if aligned else 2) + ["2"] * 2
+    assert reads == ([] if METHODS[method].ignores_curvature else expected)
 
 
 @pytest.fixture
@@ -169,3 +174,82 @@ def test_client_weights_are_powers_of_the_sample_counts(method):
         average = sum(p * u.weights(layer).double() for p, u in zip(expected, updates, strict=True))
         torch.testing.assert_close(problem.average.double(), average, rtol=1e-5, atol=1e-6)
         assert torch.equal(loader.average(index), problem.average)
+
+
+# What a whole merge costs, in counts
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """How often each tensor was read from a file or decoded for use, by its name."""
+    counts, original = Counter(), ClientUpdate._read
+
+    def reading(self, name):
+        counts[name] += 1
+        return original(self, name)
+
+    monkeypatch.setattr(ClientUpdate, "_read", reading)
+    return counts
+
+
+def _packed(folder, activation):
+    """Updates of files whose weights and factors are quantized."""
+    paths = []
+    for seed in range(2):
+        model = nn.Sequential(nn.Linear(40, 60), activation(), nn.Linear(60, 30))
+        data = TensorDataset(torch.randn(20, 40), torch.randint(30, (20,)))
+        update = update_of(model, data, "kfac").compressed(0.9)
+        assert update.header.quantized
+        paths.append(update.save(folder / f"{seed}.safetensors"))
+    return paths
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
+@pytest.mark.parametrize("method", ["fedavg", "fedfisher", "regmean"])
+def test_a_merge_reads_each_tensor_once(method, activation, decoded, tmp_path, monkeypatch):
+    paths = _packed(tmp_path, activation)
+    unpacked, original = [], ClientUpdate._decoded
+    monkeypatch.setattr(
+        ClientUpdate,
+        "_decoded",
+        lambda u, name, decode: (unpacked.append(decode is decode_root), original(u, name, decode))[
+            1
+        ],
+    )
+    decoded.clear()
+    merge_updates(paths, method=method)
+    assert not any(unpacked)  # opening looks at digests alone
+    weights = {name for name in decoded if name.startswith("parameters/")}
+    assert len(weights) == 4
+    curvature = {name for name in decoded if name.startswith("curvature/")}
+    assert len(curvature) == (0 if method == "fedavg" else 4)
+    # What a layer that another reads has become follows from its weights and inputs: once more.
+    again = method == "fedfisher" and activation is nn.ReLU
+    first = {"parameters/0.weight", "parameters/0.bias"} | {n for n in curvature if "/0/" in n}
+    for name, times in decoded.items():
+        assert times == 2 * (2 if again and name in first else 1), name
+
+
+def test_what_cannot_be_decoded_is_refused_when_it_is_merged(tmp_path):
+    paths = _packed(tmp_path, nn.Tanh)
+    update = ClientUpdate.open(paths[1])
+    name = "curvature/2/row_factor"
+    forged = dict(update._tensors) | {name: torch.zeros(9, dtype=torch.uint8)}
+    write_file(paths[1], update.header, forged)
+    with pytest.raises(MergeError, match=f"{name} cannot be unpacked") as error:
+        merge_updates(paths)
+    assert str(paths[1]) in str(error.value)
+    # Whoever wants to go on without it has it decoded before.
+    with pytest.warns(UserWarning, match="1 of 2 updates left out"):
+        result = merge_updates(paths, skip_invalid=True)
+    assert len(result.clients) == 1
+    # What is not looked at is not judged.
+    assert len(merge_updates(paths, method="fedavg").clients) == 2
+
+
+def test_a_layer_is_decomposed_once_for_each_factor_and_their_mean(tmp_path, monkeypatch):
+    paths = _packed(tmp_path, nn.Tanh)
+    sizes, original = [], torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda a: (sizes.append(len(a)), original(a))[1])
+    merge_updates(paths)
+    assert Counter(sizes) == Counter({40 + 1: 3, 60: 3, 60 + 1: 3, 30: 3})

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.quadratics import make_problem
 
 from lightning_fedfisher.merge.layer_state import (
     LayerState,
@@ -9,10 +10,11 @@ from lightning_fedfisher.merge.layer_state import (
     describe_unsolved,
     summarize,
 )
+from lightning_fedfisher.merge.solvers import ConjugateGradient
 
 STATES = [
-    LayerState((1.5, 0.25), 20, 3.0, 1e-5, Progress.CONVERGED),
-    LayerState((2.0, 1.0), 1000, 0.1, 1e-2, Progress.STOPPED),
+    LayerState((1.5, 0.25), 20, 3.0, 1e-5, Progress.CONVERGED, 64),
+    LayerState((2.0, 1.0), 1000, 0.1, 1e-2, Progress.STOPPED, 32),
     LayerState.waiting(2),
 ]
 
@@ -52,3 +54,19 @@ def test_layers_that_are_not_solved_are_named():
     # A number of steps is all that the published methods promise.
     assert describe_unsolved(["a", "b"], STATES[:2], converges=False) == ""
     assert "c (" in describe_unsolved(["a", "b", "c"], STATES, converges=False)
+
+
+@pytest.mark.parametrize(("tolerance", "bits"), [(1e-4, 32), (1e-12, 64)])
+def test_a_state_tells_how_far_and_in_which_precision_its_solver_came(tolerance, bits):
+    problem = make_problem("kronecker", dtype=torch.float32)
+    solver = ConjugateGradient(problem, tolerance)
+    solver.advance(1)
+    begun = LayerState.of(solver, max_iterations=100)
+    assert (begun.done, begun.waits, begun.iterations, begun.bits) == (False, False, 1, 32)
+    assert LayerState.of(solver, max_iterations=1).progress is Progress.STOPPED
+    solver.advance(1000)
+    ended = LayerState.of(solver, max_iterations=2000)
+    assert (ended.progress, ended.bits) == (Progress.CONVERGED, bits)
+    assert (ended.objective, ended.residual) == solver.objective_and_residual()
+    assert ended.distances == tuple(solver.problem.distances(solver.weights))
+    assert LayerState.waiting(2).waits

@@ -36,12 +36,17 @@ def test_a_negative_budget_is_refused(limit):
         MemoryBudget(limit, [])
 
 
-def test_the_estimate_is_what_is_sent(tmp_path):
-    updates = tiny_updates(tmp_path, curvature="kfac")
+@pytest.mark.parametrize(("curvature", "times"), [("kfac", 2), ("diagonal", 1), ("dense", 1)])
+def test_the_estimate_is_what_is_sent_and_what_a_solver_writes_anew(curvature, times, tmp_path):
+    updates = tiny_updates(tmp_path, curvature=curvature)
     for layer in updates[0].layers:
         assert working_dtype(updates[0], layer) == torch.float32
         sent = sum(
-            4 * (update.weights(layer).numel() + sum(map(torch.numel, block.tensors().values())))
+            4
+            * (
+                update.weights(layer).numel()
+                + times * sum(map(torch.numel, block.tensors().values()))
+            )
             for update in updates
             for block in [update.block(layer)]
         )

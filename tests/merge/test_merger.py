@@ -15,8 +15,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fedfisher.errors import MergeError
 from lightning_fedfisher.extraction.extract import extract_curvature
-from lightning_fedfisher.merge.merger import merge_updates
+from lightning_fedfisher.merge.merger import Merger, merge_updates
 from lightning_fedfisher.merge.methods import METHODS
+from lightning_fedfisher.merge.objective import average
+from lightning_fedfisher.merge.options import MergeOptions
 from lightning_fedfisher.merge_module import FisherMergeModule
 from lightning_fedfisher.update.client_update import ClientUpdate
 
@@ -95,6 +97,52 @@ def test_the_result_tells_what_each_layer_and_client_did(updates):
     assert result.influence.shape == (4, 3, 3)
     assert result.distances.shape == (4, 3)
     assert result.model_fingerprint == clients[0].model_fingerprint
+
+
+def test_what_has_not_begun_is_the_average_once_somebody_looks(updates, monkeypatch):
+    reads, original = [], ClientUpdate.weights
+    monkeypatch.setattr(
+        ClientUpdate, "weights", lambda u, layer: (reads.append(layer.name), original(u, layer))[1]
+    )
+    clients = updates["fedfisher"]
+    merger = Merger.open(clients, MergeOptions(), tiny_model())
+    assert reads == []
+    first, *others = (layer.name for layer in merger.layers)
+    merger.advance(0)
+    merger.finish_epoch()
+    assert reads == [first] * 3
+    state = merger.state_dict()
+    assert sorted(reads[3:]) == sorted(others * 3)
+    roots = [client.num_samples**0.5 for client in clients]
+    for index, layer in enumerate(merger.layers):
+        expected = average(roots, [original(client, layer) for client in clients])
+        assert torch.equal(layer.join(state), expected) == (index > 0), layer.name
+    reads.clear()
+    for name, tensor in merger.state_dict().items():
+        assert torch.equal(tensor, state[name])
+    merger.advance(0)
+    merger.finish_epoch()
+    assert reads == []
+
+
+def test_a_module_holds_the_average_for_whoever_takes_its_state(updates):
+    module = FisherMergeModule(updates["fedfisher"])
+    taken = module.state_dict()
+    expected = FisherMergeModule(updates["fedfisher"]).merged_state_dict()
+    for index, layer in enumerate(module.layers):
+        assert torch.equal(taken[f"merged.{index}"], layer.join(expected))
+    other = FisherMergeModule(updates["fedfisher"])
+    other.load_state_dict({name: tensor + 1 for name, tensor in taken.items()})
+    for index, layer in enumerate(module.layers):
+        found = layer.join(other.merged_state_dict())
+        assert torch.equal(found, taken[f"merged.{index}"] + 1)
+
+
+def test_the_result_tells_the_precision_of_each_layer(updates):
+    result = merge_updates(updates["fedfisher"])
+    assert [layer.bits for layer in result.layers] == [32] * 4
+    _, double = _trained("gaussian", 0)
+    assert [layer.bits for layer in merge_updates([double]).layers] == [64]
 
 
 def test_a_merge_that_is_not_solved_says_so(updates):
@@ -228,7 +276,9 @@ def test_advice_speaks_of_what_there_is(updates):
 
 def test_the_time_is_that_of_the_merge(updates, monkeypatch):
     original = ClientUpdate.verify
-    monkeypatch.setattr(ClientUpdate, "verify", lambda u: (time.sleep(0.5), original(u))[1])
+    monkeypatch.setattr(
+        ClientUpdate, "verify", lambda u, **how: (time.sleep(0.5), original(u, **how))
+    )
     started = time.perf_counter()
     result = merge_updates(updates["fedavg"], method="fedavg")
     assert 0 < result.seconds < time.perf_counter() - started - 0.5 * len(result.clients)

@@ -207,7 +207,7 @@ def test_rounding_takes_no_step_where_only_the_mean_curvature_sees_anything(seed
     solver = ConjugateGradient(Quadratic([1.0, 2.0], weights, curvatures), tolerance=1e-12)
     solver.advance(500)
     assert solver.finished
-    assert solver.residual < 1e-6
+    assert solver.residual < 3e-6
     assert norm(solver.weights) < 1.5 * max(map(norm, weights))
 
 
@@ -506,7 +506,9 @@ def test_curvature_read_at_every_use_gives_the_same_bits(kind, dtype):
         assert there.problem.objective(there.weights) == here.problem.objective(here.weights)
         assert lazy.most <= 2  # the one at work, and the one that follows
         # A step is one pass; then there is one for all looks, and up to two at a solver's end.
-        assert 3 * there.iterations <= lazy.reads - begun <= 3 * (there.iterations + 3)
+        # Conjugate gradients on Kronecker factors read what was written in the eigenbasis instead.
+        steps = 0 if (kind, name) == ("kronecker", "conjugate gradient") else there.iterations
+        assert 3 * steps <= lazy.reads - begun <= 3 * (steps + 3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -515,10 +517,12 @@ def test_what_is_asked_of_all_curvatures_is_not_read(kind):
     problem = Quadratic(SHARES, make_problem(kind).weights, lazy)
     assert problem.in_double().kind is problem.kind is type(make_problem(kind).curvatures[0])
     assert lazy.reads == 0
-    solver = exact_solver(problem)  # at the average: its figures, and the mean
-    assert lazy.reads == (3 if kind in ELEMENTWISE else 6)
+    # At the average: its figures, the mean, and the factors in the mean's eigenbasis.
+    passes = {"dense": 2, "kronecker": 3}.get(kind, 1)
+    solver = exact_solver(problem)
+    assert lazy.reads == 3 * passes
     solver.objective_and_residual()
-    assert lazy.reads == (3 if kind in ELEMENTWISE else 6)
+    assert lazy.reads == 3 * passes
     solver.advance(1)
     before = lazy.reads
     objective, residual = solver.objective_and_residual()
@@ -546,7 +550,9 @@ def test_curvature_read_at_every_use_goes_on_in_float64_one_at_a_time():
     assert there.weights.dtype == torch.float64
     assert torch.equal(there.weights, here.weights)
     assert lazy.most <= 2
-    assert lazy.reads >= 3 * there.iterations  # in float64 as well
+    # Steps read what was written in the eigenbasis, in float64 as well: from disk.
+    assert there.iterations > 100
+    assert lazy.reads < there.iterations
 
 
 def test_a_direction_of_negative_curvature_is_not_followed():

@@ -1,0 +1,100 @@
+"""Products in the eigenbasis of the mean curvature, against the operators written out."""
+
+from functools import partial
+
+import pytest
+import torch
+from helpers.quadratics import SHARES, make_spd
+
+from lightning_fedfisher.curvature.embedding import EmbeddingKronecker
+from lightning_fedfisher.curvature.kronecker import EigenKronecker, Kronecker
+from lightning_fedfisher.merge.disk_cache import OnDiskCurvatures
+from lightning_fedfisher.merge.eigenbasis import matvec_within
+from lightning_fedfisher.merge.objective import Quadratic
+from lightning_fedfisher.merge.solvers import ConjugateGradient
+
+ROWS, COLUMNS = SHAPE = (6, 5)
+
+
+def _clients(kind, generator):
+    """Clients that share a null space on both sides."""
+    rows, columns = (
+        torch.linalg.qr(torch.randn(size, size, generator=generator).double()).Q[:, 2:]
+        for size in SHAPE
+    )
+    for _ in SHARES:
+        outputs = rows @ make_spd(ROWS - 2, generator) @ rows.mT
+        inputs = columns @ make_spd(COLUMNS - 2, generator) @ columns.mT
+        if kind == "embedding":
+            yield EmbeddingKronecker(outputs.diagonal() * (torch.arange(ROWS) > 1), inputs)
+        elif kind == "ekfac":
+            yield Kronecker(outputs, inputs).eigendecompose()
+        else:
+            yield Kronecker(outputs, inputs)
+
+
+def _problem(kind, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    curvatures = list(_clients(kind, generator))
+    weights = [torch.randn(SHAPE, generator=generator).double() for _ in SHARES]
+    return Quadratic(SHARES, weights, curvatures)
+
+
+@pytest.mark.parametrize("kind", ["kronecker", "embedding", "ekfac"])
+def test_a_product_is_the_operators_within_the_basis(kind):
+    problem = _problem(kind)
+    inverse = problem.mean_curvature.pseudo_inverse(1e-6)
+    clients = zip(problem.client_weights, problem.curvatures, strict=True)
+    dense = sum(p * f.dense() for p, f in clients)
+    count = inverse.inverse.numel()
+    units = torch.eye(count).double().view(count, *inverse.inverse.shape)
+    # The map out of the basis, column by column, where directions count.
+    out = torch.stack([inverse.from_eigenbasis(unit).flatten() for unit in units], dim=1)
+    out = out * inverse.support.flatten()
+    expected = out.mT @ dense @ out
+    product = matvec_within(problem, inverse)
+    found = torch.stack([product(inverse.support * unit).flatten() for unit in units], dim=1)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    assert float(expected.norm()) > 0.1
+    if kind != "ekfac":  # whose coordinates are all of the matrix's
+        assert inverse.inverse.shape == (ROWS - 2, COLUMNS - 2)
+
+
+def test_what_is_on_disk_is_written_there_in_the_basis(monkeypatch):
+    problem = _problem("kronecker")
+    inverse = problem.mean_curvature.pseudo_inverse(1e-6)
+    device = torch.device("cpu")
+    on_disk = Quadratic(SHARES, problem.weights, OnDiskCurvatures(problem.curvatures, device))
+    reads, original = [], OnDiskCurvatures.__getitem__
+    monkeypatch.setattr(
+        OnDiskCurvatures, "__getitem__", lambda s, i: (reads.append(s), original(s, i))[1]
+    )
+    here, there = (matvec_within(some, inverse) for some in (problem, on_disk))
+    reads.clear()
+    matrix = torch.randn(inverse.inverse.shape, dtype=torch.float64)
+    assert torch.equal(here(matrix), there(matrix))
+    assert len(reads) >= len(SHARES)
+    assert all(stored is not on_disk.curvatures for stored in reads)
+
+
+def test_a_mean_of_another_kind_restricts_nothing():
+    problem = _problem("ekfac")
+    assert problem.kind is EigenKronecker
+    assert type(problem.mean_curvature) is Kronecker
+    solver = ConjugateGradient(problem, tolerance=1e-10)
+    solver.advance(1000)
+    assert solver.converged
+    assert solver.residual <= 1e-9
+
+
+@pytest.mark.parametrize("kind", ["kronecker", "embedding"])
+def test_a_step_makes_no_product_of_the_layers_size(kind, monkeypatch):
+    """The factors are written in the eigenbasis once; then the layer's own size is paid no more."""
+    problem = _problem(kind)
+    shapes, owner = [], type(problem.curvatures[0])
+    original = owner.apply
+    solver = partial(ConjugateGradient, tolerance=1e-10)(problem)
+    monkeypatch.setattr(owner, "apply", lambda f, m: (shapes.append(m.shape), original(f, m))[1])
+    solver.advance(3)
+    assert not solver.finished
+    assert shapes == [(ROWS - 2, COLUMNS - 2)] * 3 * len(SHARES)
