@@ -21,13 +21,13 @@ from lightning_fedfisher.curvature.input_map import InputMap
 from lightning_fedfisher.curvature.kronecker import Kronecker
 from lightning_fedfisher.curvature.linalg import (
     PseudoInverse,
+    change_basis,
     frobenius_norm,
+    large_eigenpairs,
     pseudo_reciprocal,
     require_positive_exponent,
-    symmetric_eigendecomposition,
     symmetric_eigenvalues,
     symmetric_power,
-    zero_small_values,
 )
 
 
@@ -63,6 +63,7 @@ class ConvolutionKronecker(Curvature):
         "channel_factor": "factor",
         "kernel_factor": "factor",
     }
+    restricts: ClassVar[bool] = True
     inputs_on: ClassVar[InputSide | None] = "columns"
 
     @property
@@ -90,18 +91,33 @@ class ConvolutionKronecker(Curvature):
 
     @override
     def pseudo_inverse(self, rcond: float) -> PseudoInverse:
-        # Each factor by itself, as for every Kronecker product.
-        (rows, u), (channels, v), (kernel, w) = map(symmetric_eigendecomposition, self._factors)
-        rows, channels, kernel = (zero_small_values(x, rcond) for x in (rows, channels, kernel))
-
-        def to_eigenbasis(matrix: Tensor) -> Tensor:
-            return u.mT @ self._on_columns(matrix, v, w)
-
-        def from_eigenbasis(coordinates: Tensor) -> Tensor:
-            return u @ self._on_columns(coordinates, v.mT, w.mT)
-
+        # Each factor by itself, as for every Kronecker product, and what counts alone.
+        (rows, u), (channels, v), (kernel, w) = (large_eigenpairs(f, rcond) for f in self._factors)
         spectrum = torch.outer(rows, self._columns(torch.outer(channels, kernel)))
-        return PseudoInverse(to_eigenbasis, from_eigenbasis, *pseudo_reciprocal(spectrum, 0.0))
+        return PseudoInverse(
+            lambda matrix: u.mT @ self._on_columns(matrix, v, w),
+            lambda coordinates: u @ self._on_columns(coordinates, v.mT, w.mT),
+            *pseudo_reciprocal(spectrum, 0.0),
+            restrict=lambda curvature: curvature.within(u, v, w),
+        )
+
+    def within(self, rows: Tensor, channels: Tensor, kernel: Tensor) -> Self:
+        """Gives the operator on coordinates in other bases of rows, channels and kernel elements.
+
+        Args:
+            rows: Orthonormal columns, of shape ``(rows, l)``.
+            channels: Orthonormal columns, of shape ``(channels, m)``.
+            kernel: Orthonormal columns, of shape ``(elements, n)``.
+
+        Returns:
+            The operator on matrices of shape ``(l, m * n)``, or with one column more for a bias.
+        """
+        return type(self)(
+            change_basis(self.row_factor, rows),
+            change_basis(self.channel_factor, channels),
+            change_basis(self.kernel_factor, kernel),
+            self.has_bias,
+        )
 
     @override
     def average_over_columns(self) -> Self:
@@ -196,6 +212,6 @@ class ConvolutionKronecker(Curvature):
     def _on_columns(self, matrix: Tensor, channels: Tensor, kernel: Tensor) -> Tensor:
         """Multiplies a matrix from the right by ``kron(channels, kernel)``; leaves a bias alone."""
         inputs = len(channels) * len(kernel)
-        apart = matrix[:, :inputs].reshape(-1, len(channels), len(kernel))
+        apart = matrix[:, :inputs].reshape(len(matrix), len(channels), len(kernel))
         mapped = ((apart @ kernel).mT @ channels).mT.flatten(1)
         return torch.cat([mapped, matrix[:, inputs:]], dim=1) if self.has_bias else mapped

@@ -68,3 +68,15 @@ def test_the_factor_of_patches_is_channels_times_kernel(has_bias):
     close(for_others, wide @ dense @ wide.T)
     again = ConvolutionKronecker.from_tensors(curvature.tensors(), curvature.shape, kernel=4)
     assert again.has_bias == has_bias
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_restricted_to_an_eigenbasis_it_is_the_same_operator(has_bias):
+    mean, other = _convolution(has_bias), _convolution(has_bias, seed=1)
+    inverse = mean.pseudo_inverse(0.05)
+    restricted = inverse.restrict(other)
+    coordinates = torch.randn(inverse.support.shape, dtype=torch.float64)
+    expected = inverse.to_eigenbasis(other.apply(inverse.from_eigenbasis(coordinates)))
+    _close(restricted.apply(coordinates), expected)
+    assert restricted.shape == inverse.support.shape
+    assert len(restricted.row_factor) * len(restricted.channel_factor) <= 6
