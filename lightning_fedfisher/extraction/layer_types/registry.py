@@ -15,13 +15,14 @@ from lightning_fedfisher.extraction.layer_types.attention import open_attention
 from lightning_fedfisher.extraction.layer_types.base import FunctionCall
 from lightning_fedfisher.extraction.layer_types.convolution import read_convolution
 from lightning_fedfisher.extraction.layer_types.embedding import read_embedding
-from lightning_fedfisher.extraction.layer_types.linear import read_linear
+from lightning_fedfisher.extraction.layer_types.linear import read_known_linear, read_linear
 from lightning_fedfisher.extraction.layer_types.normalization import (
     read_batch_norm,
     read_group_norm,
     read_layer_norm,
     read_rms_norm,
 )
+from lightning_fedfisher.extraction.layer_types.recurrence import known_linear
 from lightning_fedfisher.extraction.layer_types.recurrent import RECURRENT
 from lightning_fedfisher.extraction.layer_types.transposed_convolution import (
     read_transposed_convolution,
@@ -29,6 +30,7 @@ from lightning_fedfisher.extraction.layer_types.transposed_convolution import (
 
 READERS: Mapping[Callable[..., Any], Callable[..., FunctionCall | None]] = {
     functional.linear: read_linear,
+    known_linear: read_known_linear,
     functional.conv1d: read_convolution,
     functional.conv2d: read_convolution,
     functional.conv3d: read_convolution,
