@@ -52,6 +52,16 @@ class ModelTrace:
     output_layer: str = ""
     spread: frozenset[str] = frozenset()
 
+    @property
+    def spreadable(self) -> frozenset[str]:
+        """Names of layers whose parameters may be copied to every sample.
+
+        Those whose calls are not understood, unless one of them has samples in its input: its
+        output is no copy, and what else the layer does is of no help.
+        """
+        calls = zip(self.calls, self.batch_axes, strict=True)
+        return frozenset(self.unseen).difference(*(names for names, axis in calls if axis))
+
 
 class ModelTracer:
     """Traces one forward pass of a model.

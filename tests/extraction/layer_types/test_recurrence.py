@@ -44,7 +44,7 @@ def test_gradients_are_those_of_each_step(name, order, has_bias):
     for seed in (5, 6):  # the first way back leaves everything as it was
         at = tuple(draw(*part.shape, seed=seed + n) for n, part in enumerate(found))
         both = [
-            torch.autograd.grad(all_, leaves, at, retain_graph=True) for out in (found, expected)
+            torch.autograd.grad(out, leaves, at, retain_graph=True) for out in (found, expected)
         ]
         torch.testing.assert_close(*both, rtol=1e-12, atol=1e-13)
 
