@@ -121,6 +121,13 @@ def test_known_layers():
     assert (weight.name, weight.shape) == ("0.weight", (2, 12))
     assert (bias.name, bias.shape) == ("0.bias", (3, 1))
 
+    # So it is for the linear layer of GPT-2, which goes by its name.
+    conv = type("Conv1D", (nn.Linear,), {"__module__": "transformers.pytorch_utils"})
+    weight, bias = find_layers(nn.Sequential(conv(3, 3)))
+    assert (weight.shape, bias.shape) == ((3, 3), (3, 1))
+    (layer,) = find_layers(nn.Sequential(type("Conv1D", (nn.Linear,), {})(3, 3)))
+    assert layer.shape == (3, 4)
+
     # A weight and its bias find each other by name and shape, in any module.
     gru = {layer.name: layer.parameter_names for layer in find_layers(nn.GRU(3, 2))}
     assert gru == {

@@ -217,8 +217,8 @@ class DataPass:
             batch = self._few(model, batch)
         self._require_independence(copy_around_parameters(model), batch)
         traced = self._trace_batch(copy_around_parameters(model), batch)
-        if traced.unseen and not traced.unreached:
-            traced = self._trace_batch(model, batch, frozenset(traced.unseen))
+        if traced.spreadable and not traced.unreached:
+            traced = self._trace_batch(model, batch, traced.spreadable)
         if len(traced.unreached) == len(self._layers):
             raise UnsupportedModelError(
                 [

@@ -72,6 +72,14 @@ FOLLOWED = {
         lambda net, x: _pooled(net, torch.where(x[:, :, :1] > 0, x, net.own)),
         (4,),
     ),
+    "beside an embedding that is tied": (
+        lambda net, x: F.linear(
+            torch.tanh(F.embedding((x[:, :, 0] > 0).long(), net.head.weight) + net.own).mean(1),
+            net.head.weight,
+            net.head.bias,
+        ),
+        (3, 4),
+    ),
     "frames folded": (
         lambda net, x: _pooled(net, (x.flatten(0, 1).unsqueeze(1) * net.own).view(-1, 3, 4)),
         (1, 4),
@@ -79,7 +87,8 @@ FOLLOWED = {
 }
 # Used in ways that are not followed, and so by torch.func: as exact.
 ALONE = {
-    "as a matrix": (lambda net, x: _pooled(net, x @ net.own), (4, 4)),
+    "as a matrix on the left": (lambda net, x: _pooled(net, net.own @ x), (3, 3)),
+    "as a matrix transposed": (lambda net, x: _pooled(net, x @ net.own.T), (4, 4)),
     "added to itself in another form": (
         lambda net, x: _pooled(net, x + (net.own + net.own.flip(0))),
         (3, 4),

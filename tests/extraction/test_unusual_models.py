@@ -84,10 +84,15 @@ def test_inputs_that_require_gradients():
     assert are_equal(found, extract(model, data))
 
 
+def _scaled(x, scale):
+    """A parameter in an operation that is not known."""
+    return torch.einsum("nc,c->nc", x, scale)
+
+
 def _padded(net, x):
     known = torch.ones(x.shape[:2], dtype=torch.bool)
     known[:, -1] = False
-    return net.head(net.encoder(x, src_key_padding_mask=~known).mean(1) * net.scale)
+    return net.head(_scaled(net.encoder(x, src_key_padding_mask=~known).mean(1), net.scale))
 
 
 class _Cube(torch.autograd.Function):
@@ -120,7 +125,7 @@ AWKWARD = {
         _packed, cell=nn.GRU(4, 3, batch_first=True), head=nn.Linear(3, CLASSES)
     ),
     "a function of the user's": lambda: Net(
-        lambda net, x: net.head(_Cube.apply(x.mean(1) * net.scale)),
+        lambda net, x: net.head(_Cube.apply(_scaled(x.mean(1), net.scale))),
         head=nn.Linear(4, CLASSES),
         scale=nn.Parameter(torch.rand(4) + 0.5),
     ),

@@ -233,7 +233,11 @@ def _recurrent():
 
 
 def _bare():
-    net = Net(lambda net, x: torch.tanh(x @ net.first) @ net.second.T + net.third)
+    def forward(net, x):
+        x = torch.tanh(torch.einsum("nc,cr->nr", x, net.first))
+        return x @ net.second.T + net.third
+
+    net = Net(forward)
     net.first = nn.Parameter(torch.randn(4, 5))
     net.second = nn.Parameter(torch.randn(CLASSES, 5))
     net.third = nn.Parameter(torch.randn(CLASSES))

@@ -212,7 +212,7 @@ def _layer_calls(arrived: _Arrived, samples: int) -> list[LayerCall]:
     """
     alike: dict[tuple[LayerType, torch.Size], list[tuple[Tensor, Tensor]]] = {}
     for layer_type, inputs, gradients in arrived.values():
-        both = inputs, torch.stack(gradients)
+        both = inputs, gradients[0].unsqueeze(0) if len(gradients) == 1 else torch.stack(gradients)
         alike.setdefault((layer_type, inputs.shape), []).append(both)
     return [
         LayerCall(

@@ -11,6 +11,7 @@ layer type              ``r``, one entry a row               ``c``, one entry a 
 Linear                  gradient at the output               input
 Convolution             gradient at the output               patch of the input
 TransposedConvolution   input                                patch of the gradient
+TransposedLinear        input                                gradient at the output
 Embedding               which token, as a unit vector        gradient at the output
 ======================  ==================================  ================================
 

@@ -68,3 +68,10 @@ def read_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> F
     if weight.ndim != 2:
         return None
     return FunctionCall(inputs, weight, bias, Linear, lone_bias(bias, trailing=True))
+
+
+def read_known_linear(
+    inputs: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor
+) -> FunctionCall | None:
+    """Reads the arguments of `recurrence.known_linear`."""
+    return read_linear(inputs, weight, bias)

@@ -2,7 +2,8 @@
 
 PyTorch computes a whole sequence in one call, which shows neither the states that the recurrent
 weights are applied to nor the gradients that come back. Written out, every weight is one of a
-linear map: over all positions at once for the inputs, and step by step for the states.
+linear map over all positions at once. Only the maps of a single cell, and the projections of an
+LSTM, go step by step.
 """
 
 from __future__ import annotations
@@ -14,39 +15,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-State = tuple[Tensor, ...]
-"""Hidden state, and for an LSTM the cell state, each of shape ``(samples, features)``."""
-
-Step = Callable[[Tensor, Tensor, State], State]
-"""The next state, from what the maps of the input and of the state give, and from the state."""
-
-
-def _lstm_step(inputs: Tensor, hidden: Tensor, state: State) -> State:
-    i, f, g, o = (inputs + hidden).chunk(4, dim=1)
-    cell = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
-    return torch.sigmoid(o) * torch.tanh(cell), cell
-
-
-def _gru_step(inputs: Tensor, hidden: Tensor, state: State) -> State:
-    size = 2 * state[0].shape[1]
-    r, z = torch.sigmoid(inputs[:, :size] + hidden[:, :size]).chunk(2, dim=1)
-    n = torch.tanh(inputs[:, size:] + r * hidden[:, size:])
-    return (n + z * (state[0] - n),)
+from lightning_fedfisher.extraction.layer_types.recurrence import (
+    GRU,
+    LSTM,
+    RELU,
+    TANH,
+    Cell,
+    State,
+    Tensors,
+    run_layer,
+)
 
 
-def _tanh_step(inputs: Tensor, hidden: Tensor, state: State) -> State:
-    return (torch.tanh(inputs + hidden),)
-
-
-def _relu_step(inputs: Tensor, hidden: Tensor, state: State) -> State:
-    return (torch.relu(inputs + hidden),)
-
-
-def open_cell(step: Step) -> Callable[..., Tensor | State]:
+def open_cell(cell: Cell) -> Callable[..., Tensor | State]:
     """Writes out a function such as `torch.lstm_cell`.
 
     Args:
-        step: What the cell does after its linear maps.
+        cell: What follows the linear maps.
 
     Returns:
         The same function, made of linear maps.
@@ -54,7 +39,7 @@ def open_cell(step: Step) -> Callable[..., Tensor | State]:
     Example:
         >>> x, h = torch.randn(2, 3), torch.randn(2, 4)
         >>> w_ih, w_hh = torch.randn(4, 3), torch.randn(4, 4)
-        >>> opened = open_cell(_tanh_step)(x, h, w_ih, w_hh)
+        >>> opened = open_cell(TANH)(x, h, w_ih, w_hh)
         >>> torch.allclose(opened, torch.rnn_tanh_cell(x, h, w_ih, w_hh), atol=1e-6)
         True
     """
@@ -69,17 +54,17 @@ def open_cell(step: Step) -> Callable[..., Tensor | State]:
     ) -> Tensor | State:
         state = (hx,) if isinstance(hx, Tensor) else tuple(hx)
         hidden = functional.linear(state[0], w_hh, b_hh)
-        following = step(functional.linear(inputs, w_ih, b_ih), hidden, state)
+        following = cell.step(functional.linear(inputs, w_ih, b_ih), hidden, state)
         return following[0] if isinstance(hx, Tensor) else following
 
     return opened
 
 
-def open_layers(step: Step) -> Callable[..., State]:
+def open_layers(cell: Cell) -> Callable[..., State]:
     """Writes out a function such as `torch.lstm`, of several layers and any number of positions.
 
     Args:
-        step: What the cell does after its linear maps.
+        cell: What follows the linear maps.
 
     Returns:
         The same function, made of linear maps. It returns NotImplemented for packed sequences,
@@ -110,30 +95,53 @@ def open_layers(step: Step) -> Callable[..., State]:
                 place = len(last)
                 w_ih, w_hh, *others = weights[place * each : (place + 1) * each]
                 b_ih, b_hh = (others.pop(0), others.pop(0)) if has_biases else (None, None)
-                state = tuple(part[place] for part in initial)
-                states = []
-                steps = functional.linear(inputs, w_ih, b_ih).unbind(time)
-                for mapped in reversed(steps) if backwards else steps:
-                    state = step(mapped, functional.linear(state[0], w_hh, b_hh), state)
-                    for projection in others:
-                        state = (functional.linear(state[0], projection), *state[1:])
-                    states.append(state[0])
-                outputs.append(torch.stack(states[::-1] if backwards else states, time))
-                last.append(state)
+                order = range(inputs.shape[time])
+                mapped = functional.linear(inputs, w_ih, b_ih)
+                run = _run_projected if others else run_layer
+                states, *cells = run(
+                    cell,
+                    order[::-1] if backwards else order,
+                    mapped.transpose(0, time),
+                    tuple(part[place] for part in initial),
+                    w_hh,
+                    b_hh,
+                    *others,
+                )
+                outputs.append(states.transpose(0, time))
+                last.append((states[0 if backwards else -1], *cells))
             inputs = torch.cat(outputs, dim=2) if bidirectional else outputs[0]
         return inputs, *(torch.stack(parts) for parts in zip(*last, strict=True))
 
     return opened
 
 
+def _run_projected(
+    cell: Cell,
+    order: range,
+    mapped: Tensor,
+    first: State,
+    w_hh: Tensor,
+    b_hh: Tensor | None,
+    w_hr: Tensor,
+) -> Tensors:
+    """Does the same as `run_layer` step by step, with hidden states multiplied by a last weight."""
+    steps, state = mapped.unbind(), first
+    states = list(steps)
+    for t in order:
+        hidden, *cells = cell.step(steps[t], functional.linear(state[0], w_hh, b_hh), state)
+        state = functional.linear(hidden, w_hr), *cells
+        states[t] = state[0]
+    return torch.stack(states), *state[1:]
+
+
 RECURRENT: Mapping[Callable[..., Any], Callable[..., Any]] = {
-    torch.lstm: open_layers(_lstm_step),
-    torch.gru: open_layers(_gru_step),
-    torch.rnn_tanh: open_layers(_tanh_step),
-    torch.rnn_relu: open_layers(_relu_step),
-    torch.lstm_cell: open_cell(_lstm_step),
-    torch.gru_cell: open_cell(_gru_step),
-    torch.rnn_tanh_cell: open_cell(_tanh_step),
-    torch.rnn_relu_cell: open_cell(_relu_step),
+    torch.lstm: open_layers(LSTM),
+    torch.gru: open_layers(GRU),
+    torch.rnn_tanh: open_layers(TANH),
+    torch.rnn_relu: open_layers(RELU),
+    torch.lstm_cell: open_cell(LSTM),
+    torch.gru_cell: open_cell(GRU),
+    torch.rnn_tanh_cell: open_cell(TANH),
+    torch.rnn_relu_cell: open_cell(RELU),
 }
 """Each recurrent function of `torch`, written out."""

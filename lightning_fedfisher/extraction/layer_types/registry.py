@@ -9,26 +9,41 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.nn import functional
 
 from lightning_fedfisher.extraction.layer_types.attention import open_attention
 from lightning_fedfisher.extraction.layer_types.base import FunctionCall
 from lightning_fedfisher.extraction.layer_types.convolution import read_convolution
 from lightning_fedfisher.extraction.layer_types.embedding import read_embedding
-from lightning_fedfisher.extraction.layer_types.linear import read_linear
+from lightning_fedfisher.extraction.layer_types.linear import read_known_linear, read_linear
 from lightning_fedfisher.extraction.layer_types.normalization import (
     read_batch_norm,
     read_group_norm,
     read_layer_norm,
     read_rms_norm,
 )
+from lightning_fedfisher.extraction.layer_types.recurrence import known_linear
 from lightning_fedfisher.extraction.layer_types.recurrent import RECURRENT
 from lightning_fedfisher.extraction.layer_types.transposed_convolution import (
     read_transposed_convolution,
 )
+from lightning_fedfisher.extraction.layer_types.transposed_linear import (
+    read_product,
+    read_shifted_product,
+)
 
 READERS: Mapping[Callable[..., Any], Callable[..., FunctionCall | None]] = {
     functional.linear: read_linear,
+    known_linear: read_known_linear,
+    torch.matmul: read_product,
+    torch.mm: read_product,
+    Tensor.matmul: read_product,
+    Tensor.mm: read_product,
+    Tensor.__matmul__: read_product,
+    torch.addmm: read_shifted_product,
+    Tensor.addmm: read_shifted_product,
     functional.conv1d: read_convolution,
     functional.conv2d: read_convolution,
     functional.conv3d: read_convolution,
@@ -65,7 +80,6 @@ def read_call(
         The call, or None if the function, or this form of calling it, is not known.
 
     Example:
-        >>> import torch
         >>> x, weight = torch.ones(1, 2), torch.ones(3, 2)
         >>> call = read_call(functional.linear, (x, weight), {})
         >>> call.weight_type(False)

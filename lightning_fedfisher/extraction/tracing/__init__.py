@@ -3,7 +3,7 @@
 May import: layer_types, positions, layers, errors.
 """
 
-from lightning_fedfisher.extraction.tracing.batch_axis import BatchAxis, find_batch_axis
+from lightning_fedfisher.extraction.tracing.batch_axis import BatchAxis, possible_batch_axes
 from lightning_fedfisher.extraction.tracing.dataflow import Dataflow
 from lightning_fedfisher.extraction.tracing.model_trace import ModelTrace, ModelTracer
 from lightning_fedfisher.extraction.tracing.recorder import LayerCall, LayerCallRecorder
@@ -15,5 +15,5 @@ __all__ = [
     "LayerCallRecorder",
     "ModelTrace",
     "ModelTracer",
-    "find_batch_axis",
+    "possible_batch_axes",
 ]

@@ -55,9 +55,37 @@ class BatchAxis:
             return apart.transpose(0, 1).flatten(0, 1)
         return tensor.movedim(self.axis, 0)
 
+    def first_sample(self, tensor: Tensor, samples: int) -> Tensor:
+        """Takes the part of the first sample, as a view.
 
-def find_batch_axis(sizes: Sequence[int], hits: Sequence[Tensor | None]) -> BatchAxis | None:
-    """Finds where the samples are in a call's input, by the gradients of one sample at a time.
+        Args:
+            tensor: A tensor with its samples here.
+            samples: Number of samples.
+
+        Returns:
+            A tensor whose first dimension runs over the frames of the sample.
+        """
+        if self.folded == "inner":
+            return tensor[::samples]
+        first = tensor.movedim(self.axis, 0)
+        return first[: len(first) // samples]
+
+    def hits_only(self, hit: Tensor, sample: int, samples: int) -> bool:
+        """Tells whether all hits are within the part of one sample.
+
+        Args:
+            hit: A tensor of truth values with its samples here.
+            sample: Index of the sample.
+            samples: Number of samples.
+        """
+        first = self.samples_first(hit, samples)
+        frames = len(first) // samples
+        own = first[sample * frames : (sample + 1) * frames]
+        return int(own.sum()) == int(first.sum())
+
+
+def possible_batch_axes(sizes: Sequence[int], hits: Sequence[Tensor | None]) -> list[BatchAxis]:
+    """Finds where the samples may be in a call's input, by the gradients of one sample at a time.
 
     The gradient of one sample's logits at the output of a call is zero wherever another sample is.
 
@@ -67,28 +95,19 @@ def find_batch_axis(sizes: Sequence[int], hits: Sequence[Tensor | None]) -> Batc
             gradient of this sample's logits is not zero. None if no gradient reached the call.
 
     Returns:
-        The only possibility that agrees with the sizes and with every sample. None if there is no
-        such possibility, or more than one.
+        All possibilities that agree with the sizes and with every sample.
 
     Example:
         >>> import torch
         >>> of_first, of_second = torch.tensor([[True], [False]]), torch.tensor([[False], [True]])
-        >>> find_batch_axis([2], [of_first, of_second])
-        BatchAxis(axis=0, folded='')
+        >>> possible_batch_axes([2], [of_first, of_second])
+        [BatchAxis(axis=0, folded='')]
     """
     samples = len(hits)
     possible = [BatchAxis(axis) for axis, size in enumerate(sizes) if size == samples]
     if sizes and sizes[0] > samples and sizes[0] % samples == 0:
         possible += [BatchAxis(0, "outer"), BatchAxis(0, "inner")]
     for sample, hit in enumerate(hits):
-        if hit is not None and len(possible) > 0:
-            possible = [axis for axis in possible if _hits_only(axis, hit, sample, samples)]
-    return possible[0] if len(possible) == 1 else None
-
-
-def _hits_only(axis: BatchAxis, hit: Tensor, sample: int, samples: int) -> bool:
-    """Tells whether all hits are within the part of one sample."""
-    first = axis.samples_first(hit, samples)
-    frames = len(first) // samples
-    own = first[sample * frames : (sample + 1) * frames]
-    return int(own.sum()) == int(first.sum())
+        if hit is not None:
+            possible = [axis for axis in possible if axis.hits_only(hit, sample, samples)]
+    return possible

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from lightning_fedfisher.extraction.layer_types.base import LayerType
-from lightning_fedfisher.extraction.tracing.batch_axis import BatchAxis, find_batch_axis
+from lightning_fedfisher.extraction.tracing.batch_axis import BatchAxis, possible_batch_axes
 from lightning_fedfisher.extraction.tracing.dataflow import Dataflow
 from lightning_fedfisher.extraction.tracing.recorder import (
     LayerCallRecorder,
@@ -51,6 +51,16 @@ class ModelTrace:
     fed_by: Mapping[str, Source] = field(default_factory=dict)
     output_layer: str = ""
     spread: frozenset[str] = frozenset()
+
+    @property
+    def spreadable(self) -> frozenset[str]:
+        """Names of layers whose parameters may be copied to every sample.
+
+        Those whose calls are not understood, unless one of them has samples in its input: its
+        output is no copy, and what else the layer does is of no help.
+        """
+        calls = zip(self.calls, self.batch_axes, strict=True)
+        return frozenset(self.unseen).difference(*(names for names, axis in calls if axis))
 
 
 class ModelTracer:
@@ -199,11 +209,15 @@ class ModelTracer:
             gradients = torch.autograd.grad(scalar, edges, allow_unused=True, retain_graph=True)
             for hit, gradient in zip(hits, gradients, strict=True):
                 hit.append(None if gradient is None else gradient != 0)
-        found = []
-        for hit, (call, _) in zip(hits, self._calls, strict=True):
+        found: list[BatchAxis | None] = []
+        for hit, (call, edge) in zip(hits, self._calls, strict=True):
             shape = call.arguments.inputs.shape
             _, layer_type = call.layers[0]
-            found.append(find_batch_axis(shape[: layer_type.sample_axes(len(shape))], hit))
+            axes = possible_batch_axes(shape[: layer_type.sample_axes(len(shape))], hit)
+            if len(axes) > 1:
+                known = [(edges[i], axis) for i, axis in enumerate(found) if axis is not None]
+                axes = [axis for axis in axes if _reads_one_sample(edge, hit, axis, known)]
+            found.append(axes[0] if len(axes) == 1 else None)
         return tuple(found)
 
     def _used_otherwise(self, logits: Tensor) -> tuple[dict[str, str], tuple[str, ...]]:
@@ -222,6 +236,42 @@ class ModelTracer:
             if any(id(self._parameters[name]) not in reached for name in layer.parameter_names)
         )
         return unseen, unreached
+
+
+def _reads_one_sample(
+    edge: GradientEdge,
+    hits: Sequence[Tensor | None],
+    axis: BatchAxis,
+    known: Sequence[tuple[GradientEdge, BatchAxis]],
+) -> bool:
+    """Tells whether what would be the first sample's part of a call comes from that sample alone.
+
+    The gradient of the logits may reach too few places to tell, such as the last position of each
+    sample. What these and all other places were computed from tells more.
+
+    Args:
+        edge: Place of the call's output in the graph.
+        hits: For each sample, where the gradient of its logits reaches the output, or None.
+        axis: Where the samples may be.
+        known: Calls before, each with where its samples are.
+    """
+    like = next((hit for hit in hits if hit is not None), None)
+    if like is None or not known:
+        return False
+    part = torch.zeros_like(like, dtype=torch.get_default_dtype())
+    first = axis.first_sample(part, len(hits))
+    # As above, no terms cancel.
+    first += torch.cos(torch.arange(first.numel(), device=first.device) + 1.0).view(first.shape)
+    edges = [place for place, _ in known]
+    found = torch.autograd.grad([edge], edges, [part], allow_unused=True, retain_graph=True)
+    reached = [
+        (gradient != 0, there)
+        for gradient, (_, there) in zip(found, known, strict=True)
+        if gradient is not None
+    ]
+    return any(bool(hit.any()) for hit, _ in reached) and all(
+        there.hits_only(hit, 0, len(hits)) for hit, there in reached
+    )
 
 
 def _has_precision_of_weight(call: WatchedCall) -> bool:

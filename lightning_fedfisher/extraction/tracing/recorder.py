@@ -253,9 +253,13 @@ class LayerCallRecorder(TorchFunctionMode):
         """Finds the layers that a call uses as a whole: both parameters of one, or its only one."""
         weight, bias = self._owners.get(id(call.weight)), self._owners.get(id(call.bias))
         if weight and bias and weight[0] is bias[0]:
-            if (weight[1], bias[1]) == (0, 1) and call.weight_type is not None:
-                return ((weight[0], call.weight_type(True)),)
-            return ()
+            if (weight[1], bias[1]) != (0, 1) or call.weight_type is None:
+                return ()
+            layer_type = call.weight_type(True)
+            # A bias of as many entries as the weight has rows is no column of it if these are
+            # inputs.
+            transposed = isinstance(layer_type, KroneckerLayer) and layer_type.inputs_are_rows
+            return () if transposed else ((weight[0], layer_type),)
         used = []
         if weight and call.weight_type is not None and len(weight[0].parameters) == 1:
             used.append((weight[0], call.weight_type(False)))

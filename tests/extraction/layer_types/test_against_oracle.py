@@ -118,6 +118,31 @@ def _class_token():
     )
 
 
+class _Product(nn.Linear):
+    """A linear map whose weight has inputs on its rows, and a bias of its own if it is shifted."""
+
+    transposed = True
+
+    def __init__(self, inputs, outputs, form, shifted=False):
+        super().__init__(outputs, inputs, bias=False)
+        self.form = form
+        self.shift = nn.Parameter(torch.zeros(outputs)) if shifted else None
+
+    def forward(self, x):
+        if self.shift is None:
+            return self.form(x, self.weight)
+        return self.form(self.shift, x.view(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
+
+
+def _products(form, shifted=False):
+    return _sequence(
+        lambda net, x: net.second(torch.tanh(net.first(x))),
+        first=_Product(3, 5, form, shifted),
+        second=_Product(5, 5, form, shifted),
+        head=_head(5),
+    )
+
+
 class _Attention(nn.Module):
     """Multi-head attention written out, with `nn.MultiheadAttention`'s parameters."""
 
@@ -755,6 +780,50 @@ NETS = {
             "other sizes without bias": {"cross": "sizes", "bias": False},
         }.items()
     },
+    **{
+        f"product, {name}": Case(functools.partial(_products, form), (4, 3))
+        for name, form in {
+            "operator": lambda x, weight: x @ weight,
+            "function": torch.matmul,
+            "method": torch.Tensor.matmul,
+            "of matrices": lambda x, weight: torch.mm(x.flatten(0, 1), weight).unflatten(
+                0, x.shape[:2]
+            ),
+            "positions first": lambda x, weight: (x.transpose(0, 1) @ weight).transpose(0, 1),
+        }.items()
+    },
+    **{
+        f"shifted product, {name}": Case(
+            functools.partial(_products, form, shifted=True),
+            (4, 3),
+            exact=("first.shift", "second.shift"),
+        )
+        for name, form in {"function": torch.addmm, "method": torch.Tensor.addmm}.items()
+    },
+    "shifted product by a pair of one layer": Case(
+        lambda: _Net(
+            lambda net, x: net.head(torch.tanh(torch.addmm(net.bias, x, net.weight))),
+            weight=nn.Parameter(torch.zeros(4, 4)),
+            bias=nn.Parameter(torch.zeros(4)),
+            head=_head(4),
+        ),
+        exact=("weight",),
+    ),
+    "transposed convolution by a pair of one layer": Case(
+        lambda: _Net(
+            lambda net, x: net.head(
+                torch.tanh(F.conv_transpose1d(x, net.weight, net.bias)).flatten(1)
+            ),
+            weight=nn.Parameter(torch.zeros(2, 2, 3)),
+            bias=nn.Parameter(torch.zeros(2)),
+            head=_head(12),
+        ),
+        (2, 4),
+        exact=("weight",),
+    ),
+    "product of vectors": Case(
+        lambda: nn.Sequential(_Product(4, 3, torch.mm), nn.Tanh(), nn.Linear(3, CLASSES))
+    ),
     "attention by hand": Case(_separate_attention, (5, 4)),
     **{
         f"{kind.__name__}({', '.join(f'{n}={v}' for n, v in options.items())})": Case(

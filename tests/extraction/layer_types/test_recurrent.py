@@ -1,11 +1,14 @@
+import contextlib
 import itertools
 
 import pytest
 import torch
 from helpers.layer_calls import draw
 from torch import nn
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from lightning_fedfisher.extraction.layer_types.recurrence import known_linear
 from lightning_fedfisher.extraction.layer_types.recurrent import RECURRENT
 
 KINDS = {
@@ -40,6 +43,23 @@ class _Open(TorchFunctionMode):
         return func(*args, **kwargs or {})
 
 
+class _Maps(TorchFunctionMode):
+    """Notes the linear maps with gradients that a recurrent layer is written out to."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in RECURRENT:
+            with self:
+                return RECURRENT[func](*args, **kwargs or {})
+        output = func(*args, **kwargs or {})
+        if func in (functional.linear, known_linear) and torch.is_grad_enabled():
+            self.calls.append((args, output))
+        return output
+
+
 def _both(module, *args):
     """What PyTorch returns, and what is written out."""
     with torch.random.fork_rng():
@@ -54,7 +74,7 @@ def _check(found, expected):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("flags", itertools.product([False, True], repeat=len(FLAGS)))
+@pytest.mark.parametrize("flags", list(itertools.product([False, True], repeat=len(FLAGS))))
 @pytest.mark.parametrize("num_layers", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_layers_are_the_same_functions(kind, num_layers, flags):
@@ -110,3 +130,62 @@ def test_packed_sequences_and_dropout_are_left_alone():
         found, expected, mode = _both(module, nn.utils.rnn.pack_sequence(sequences))
         _check(found[0].data, expected[0].data)
         assert (mode.opened, mode.refused) == (0, 1)
+
+
+def _gradients(module, inputs, states, opened):
+    """Gradients at all parameters, the input and the first states, of all that is returned."""
+    leaves = [*module.parameters(), inputs, *states]
+    given = tuple(states) if len(states) > 1 else (*states, None)[0]
+    mode = _Open()
+    with mode if opened else contextlib.nullcontext():
+        outputs, last = module(inputs, given)
+    assert mode.opened == opened
+    everything = torch.cat([part.flatten() for part in (outputs, *last)])
+    weights = torch.cos(torch.arange(len(everything), dtype=everything.dtype))
+    return torch.autograd.grad((weights * everything.square()).sum(), leaves)
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("flags", list(itertools.product([False, True], repeat=len(FLAGS))))
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_have_the_same_gradients(kind, flags, given):
+    torch.manual_seed(0)
+    options = dict(zip(FLAGS, flags, strict=True))
+    module = KINDS[kind](3, 4, 2, **options).double()
+    inputs = draw(5, 6, 3).requires_grad_()
+    parts = (2 * (1 + options["bidirectional"]), 5 if options["batch_first"] else 6, 4)
+    count = (1 + (kind == "lstm")) * given
+    states = [draw(*parts, seed=1 + n).requires_grad_() for n in range(count)]
+    expected, found = (_gradients(module, inputs, states, opened) for opened in (False, True))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_maps_of_all_positions_are_one_call_each_and_see_the_gradients_at_each(kind):
+    torch.manual_seed(0)
+    module, inputs = KINDS[kind](3, 4).double(), draw(5, 2, 3)
+    maps = _Maps()
+    with maps:
+        output, _ = module(inputs)
+    given = [arguments[0] for arguments, _ in maps.calls]
+    _check(given[0], inputs)
+    _check(given[1], torch.cat([torch.zeros_like(output[:1]), output[:-1]]))
+    gradients = torch.autograd.grad(output.square().sum(), [result for _, result in maps.calls])
+    weights = torch.autograd.grad(module(inputs)[0].square().sum(), list(module.parameters())[:2])
+    for call, gradient, expected in zip(given, gradients, weights, strict=True):
+        found = torch.einsum("tnr,tnc->rc", gradient, call)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_gradients_go_back_through_one_forward_pass(kind):
+    torch.manual_seed(0)
+    module, inputs = KINDS[kind](3, 4, 2).double(), draw(5, 2, 3).requires_grad_()
+    with _Open():
+        output, _ = module(inputs)
+    expected, _ = module(inputs)
+    for seed in (1, 2, 1):
+        direction = draw(5, 2, 4, seed=seed)
+        found = torch.autograd.grad(output, inputs, direction, retain_graph=True)
+        wanted = torch.autograd.grad(expected, inputs, direction, retain_graph=True)
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from helpers.layer_calls import draw
 
-from lightning_fedfisher.extraction.tracing.batch_axis import BatchAxis, find_batch_axis
+from lightning_fedfisher.extraction.tracing.batch_axis import BatchAxis, possible_batch_axes
 
 
 def _hits(owner, samples):
@@ -13,22 +13,44 @@ def _hits(owner, samples):
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_samples_are_found_in_any_dimension(axis):
     owner = torch.arange(3).view(3, 1, 1).expand(3, 3, 3).movedim(0, axis)
-    assert find_batch_axis([3, 3, 3], _hits(owner, 3)) == BatchAxis(axis)
+    assert possible_batch_axes([3, 3, 3], _hits(owner, 3)) == [BatchAxis(axis)]
 
 
 def test_folded_samples_are_told_from_folded_frames():
     outer, inner = torch.tensor([0, 0, 1, 1, 2, 2]), torch.tensor([0, 1, 2, 0, 1, 2])
-    assert find_batch_axis([6], _hits(outer, 3)) == BatchAxis(0, "outer")
-    assert find_batch_axis([6], _hits(inner, 3)) == BatchAxis(0, "inner")
+    assert possible_batch_axes([6], _hits(outer, 3)) == [BatchAxis(0, "outer")]
+    assert possible_batch_axes([6], _hits(inner, 3)) == [BatchAxis(0, "inner")]
 
 
 def test_what_is_ambiguous_or_mixed_is_not_known():
     nowhere = [torch.zeros(3, 3, dtype=torch.bool)] * 3
-    assert find_batch_axis([3, 3], nowhere) is None
-    assert find_batch_axis([3, 3], [None] * 3) is None
-    assert find_batch_axis([3], [None] * 3) == BatchAxis(0)
-    assert find_batch_axis([3], [torch.ones(3, dtype=torch.bool)] * 3) is None
-    assert find_batch_axis([4], [None] * 3) is None
+    assert possible_batch_axes([3, 3], nowhere) == [BatchAxis(0), BatchAxis(1)]
+    assert possible_batch_axes([3, 3], [None] * 3) == [BatchAxis(0), BatchAxis(1)]
+    assert possible_batch_axes([3], [None] * 3) == [BatchAxis(0)]
+    assert possible_batch_axes([3], [torch.ones(3, dtype=torch.bool)] * 3) == []
+    assert possible_batch_axes([4], [None] * 3) == []
+
+
+def test_one_place_of_each_sample_may_not_tell_how_samples_are_folded():
+    hits = [torch.arange(12) == 4 * sample + 3 for sample in range(3)]
+    assert possible_batch_axes([12], hits) == [BatchAxis(0, "outer"), BatchAxis(0, "inner")]
+
+
+@pytest.mark.parametrize("axis", [BatchAxis(0), BatchAxis(1), BatchAxis(0, "outer")])
+def test_the_first_sample_is_the_first_part(axis):
+    x = draw(6, 3, 2)
+    samples = 2 if axis.folded else x.shape[axis.axis]
+    frames = x.shape[axis.axis] // samples
+    assert torch.equal(axis.first_sample(x, samples), axis.samples_first(x, samples)[:frames])
+    assert axis.first_sample(x, samples).data_ptr() == x.data_ptr()
+
+
+def test_the_first_of_samples_that_are_folded_frame_by_frame():
+    x, axis = draw(6, 3), BatchAxis(0, "inner")
+    assert torch.equal(axis.first_sample(x, 2), axis.samples_first(x, 2)[:3])
+    hit = torch.tensor([0, 1, 0, 1, 0, 0]).bool()
+    assert axis.hits_only(hit, 1, 2)
+    assert not axis.hits_only(hit, 0, 2)
 
 
 def test_samples_come_first_with_frames_next_to_each_other():

@@ -42,6 +42,27 @@ def test_calls_are_listed_in_order_with_the_samples_in_each():
     assert trace.output_layer == "out"
 
 
+def _last_of_folded(first):
+    """Positions are mixed, then folded with samples, and the last of each sample is read."""
+
+    def forward(net, x):
+        x = torch.tanh(net.first(x)).cumsum(1) if first else x.cumsum(1)
+        return net.body(x.flatten(0, 1)).view(*x.shape[:2], -1)[:, -1]
+
+    parts = {"first": nn.Linear(2, 2)} if first else {}
+    return _Net(forward, body=nn.Linear(2, 3), **parts)
+
+
+def test_what_one_place_of_each_sample_was_computed_from_tells_how_they_are_folded():
+    # Every fourth of twelve places would be of three samples in turn as well.
+    x = torch.randn(3, 4, 2)
+    trace = _trace(_last_of_folded(first=True), x)
+    assert trace.calls == (("first",), ("body",))
+    assert trace.batch_axes == (BatchAxis(0), BatchAxis(0, "outer"))
+    trace = _trace(_last_of_folded(first=False), x)
+    assert trace.unseen == {"body": "its samples cannot be told apart"}
+
+
 def test_each_reason_for_not_seeing_a_layer_is_told():
     model = _Net(
         lambda n, x: n.out(n.mixed(x - x.mean(0)) * n.scale + F.linear(x, n.twice.weight.T)),
