@@ -297,6 +297,8 @@ class DataPass:
     ) -> int:
         """Runs one batch with all its directions, and returns its number of samples."""
         options = self._options
+        if self._curvatures == ("input_gram",):
+            return self._batch_of_inputs(batch, choose)
         # Where the number of directions depends on the logits, these are computed beforehand.
         beforehand = options.fisher == "exact" or options.draws > 1
         with torch.no_grad() if beforehand else nullcontext():
@@ -320,6 +322,13 @@ class DataPass:
         else:
             self._backward(batch, logits, [directions.first], uniforms)
         return samples
+
+    def _batch_of_inputs(self, batch: Any, choose: Callable[[int, int], Tensor]) -> int:
+        """Runs one batch forward alone: its labels do not matter, and nothing is drawn."""
+        assert isinstance(self._sums, ModelAccumulator)
+        logits, _ = self._forward(batch)
+        self._sums.add_inputs(logits, choose(len(logits), 1).squeeze(1))
+        return len(logits)
 
     def _some(
         self, batch: Any, logits: Tensor, directions: Directions, rows: Tensor, uniforms: Tensor

@@ -45,7 +45,8 @@ def update_of(
 ) -> ClientUpdate:
     """The update of a model as it is, in memory."""
     loader = DataLoader(data, batch_size=10)
-    extracted = extract_curvature(model, loader, curvature, max_samples=None, progress=False)
+    options = {"max_samples": None, "positions": None, "progress": False}
+    extracted = extract_curvature(model, loader, curvature, **options)
     return ClientUpdate.from_model(model, extracted.header(num_samples), extracted.blocks)
 
 

@@ -86,8 +86,7 @@ class OutputGradients:
         Raises:
             ValueError: If the forward pass did not call the same layers as the traced one.
         """
-        if self._calls != len(self._trace.calls):
-            raise ValueError(_DIFFERENT)
+        self._require_same_calls()
         self._samples, self._directions = len(logits), len(directions)
         leaves = list({id(leaf): leaf for _, leaf in edges_to_leaves(logits)}.values())
         for index, direction in enumerate(directions if leaves else ()):
@@ -102,6 +101,11 @@ class OutputGradients:
         for layer, arrived in self._arrived.values():  # no gradient reaches some of their calls
             self._deliver(layer, _layer_calls(arrived))
         self._forget()
+
+    def _require_same_calls(self) -> None:
+        """Refuses a forward pass that called fewer layers than the traced one."""
+        if self._calls != len(self._trace.calls):
+            raise ValueError(_DIFFERENT)
 
     def _forget(self) -> None:
         """Starts anew, before a forward pass."""
@@ -125,15 +129,27 @@ class OutputGradients:
         ]
         if batch_axis is None or not layers:
             return output
+        for layer, _ in layers:
+            self._expected[layer.name] = self._expected.get(layer.name, 0) + 1
+        return self._follow(place, batch_axis, call.arguments.inputs.detach(), layers, output)
+
+    def _follow(
+        self,
+        place: int,
+        batch_axis: BatchAxis,
+        inputs: Tensor,
+        layers: Sequence[tuple[Layer, LayerType]],
+        output: Tensor,
+    ) -> Tensor:
+        """Hooks the output of a call, and returns it."""
         if not output.requires_grad:
             # A clone, because an in-place activation must not write to a leaf.
             output = output.detach().requires_grad_().clone()
-        for layer, _ in layers:
-            self._expected[layer.name] = self._expected.get(layer.name, 0) + 1
-        inputs = call.arguments.inputs.detach()
         # On the tensor rather than on the module, so that the gradient is the one at the output
         # before any change in place.
-        output.register_hook(partial(self._arrive, place, batch_axis, inputs, layers))
+        output.register_hook(  # type: ignore[no-untyped-call]
+            partial(self._arrive, place, batch_axis, inputs, layers)
+        )
         return output
 
     def _arrive(
@@ -169,6 +185,11 @@ class OutputGradients:
 def _layer_calls(arrived: _Arrived) -> list[LayerCall]:
     """Puts the gradients of each call together."""
     return [
-        LayerCall(layer_type, inputs, torch.stack(gradients))
+        LayerCall(layer_type, inputs, _stacked(gradients))
         for layer_type, inputs, gradients in arrived.values()
     ]
+
+
+def _stacked(gradients: Sequence[Tensor]) -> Tensor:
+    """Stacks the gradients of all directions, without a copy of a single one."""
+    return torch.stack(list(gradients)) if len(gradients) > 1 else gradients[0].unsqueeze(0)
