@@ -39,6 +39,7 @@ from lightning_fedfisher.extraction.options import ExtractionOptions
 from lightning_fedfisher.extraction.sampling import PREVIEW, SamplePartition
 from lightning_fedfisher.extraction.tracing.model_trace import ModelTrace, ModelTracer
 from lightning_fedfisher.layers import Layer
+from lightning_fedfisher.likelihoods.registry import LIKELIHOODS
 
 Found = dict[CurvatureType, tuple[dict[str, Curvature], tuple[LayerReport, ...]]]
 """Blocks by layer name and the layers' reports, by kind of curvature."""
@@ -327,6 +328,7 @@ class DataPass:
         """Runs one batch forward alone: its labels do not matter, and nothing is drawn."""
         assert isinstance(self._sums, ModelAccumulator)
         logits, _ = self._forward(batch)
+        LIKELIHOODS[self._options.likelihood].check_logits(logits)
         self._sums.add_inputs(logits, choose(len(logits), 1).squeeze(1))
         return len(logits)
 
