@@ -329,8 +329,7 @@ class DataPass:
         assert isinstance(self._sums, ModelAccumulator)
         logits, _ = self._forward(batch)
         LIKELIHOODS[self._options.likelihood].check_logits(logits)
-        self._sums.add_inputs(logits, choose(len(logits), 1).squeeze(1))
-        return len(logits)
+        return self._sums.add_inputs(logits, choose(len(logits), 1).squeeze(1))
 
     def _some(
         self, batch: Any, logits: Tensor, directions: Directions, rows: Tensor, uniforms: Tensor

@@ -154,16 +154,20 @@ class ModelAccumulator:
                             assert isinstance(accumulator, GradientAccumulator)
                             accumulator.add_gradients(gradient)
 
-    def add_inputs(self, logits: Tensor, uniforms: Tensor | None = None) -> None:
+    def add_inputs(self, logits: Tensor, uniforms: Tensor | None = None) -> int:
         """Adds up the second moments of inputs, where nothing else was asked for.
 
         Args:
             logits: Result of the forward pass inside `watch`.
             uniforms: As for `backward`.
+
+        Returns:
+            The number of samples.
         """
         assert isinstance(self._collector, LayerInputs)
         self._note(logits, uniforms)
         self._collector.deliver(logits)
+        return self._samples
 
     def _note(self, logits: Tensor, uniforms: Tensor | None) -> None:
         """Notes how many samples were run, and the numbers that choose their positions."""
