@@ -103,11 +103,13 @@ class UpdatePlan:
         """Memory that an extraction takes beside the training's own, activations apart.
 
         A copy of the model is run, and sums are added up. While it is traced there are gradients,
-        of the weights' bytes; at the end sums and means are there at once.
+        of the weights' bytes; at the end there are sums and means, and one layer's sums once more.
         """
         if self.curvature == "identity":
             return 0
-        return self.weights_bytes + max(self.weights_bytes, 2 * self.curvature_bytes)
+        largest = max(planned.curvature_bytes for planned in self.layers)
+        finishing = 2 * self.curvature_bytes + largest
+        return self.weights_bytes + max(self.weights_bytes, finishing)
 
     @property
     def file_bytes(self) -> int:

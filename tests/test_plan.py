@@ -54,7 +54,8 @@ def test_a_model_on_the_meta_device_is_planned_alike():
     assert real.decomposition == sum(side**3 for side in sides)
     assert real.largest.layer.name == "2"
     assert real.weights_bytes == 4 * (9 * 40 + 41 * 3)
-    assert real.client_bytes == real.weights_bytes + 2 * real.curvature_bytes
+    finishing = 2 * real.curvature_bytes + max(p.curvature_bytes for p in real.layers)
+    assert real.client_bytes == real.weights_bytes + finishing
     assert plan_update(_mlp(), "identity").client_bytes == 0
     assert real.upload_bytes == real.weights_bytes  # at budget 1
 
