@@ -103,12 +103,14 @@ class UpdatePlan:
         """Memory that an extraction takes beside the training's own, activations apart.
 
         A copy of the model is run, and sums are added up. While it is traced there are gradients,
-        of the weights' bytes; at the end there are sums and means, and one layer's sums once more.
+        of the weights' bytes; at the end there are sums and means, and one layer's sums once more,
+        and of a diagonal the gradients that BackPACK leaves.
         """
         if self.curvature == "identity":
             return 0
         largest = max(planned.curvature_bytes for planned in self.layers)
-        finishing = 2 * self.curvature_bytes + largest
+        gradients = self.weights_bytes if self.curvature == "diagonal" else 0
+        finishing = 2 * self.curvature_bytes + largest + gradients
         return self.weights_bytes + max(self.weights_bytes, finishing)
 
     @property

@@ -20,6 +20,8 @@ DEFAULT_MEMORY_BUDGET = 2**30
 _FLOAT_BYTES = 4
 # A decomposition holds about this many float64 matrices of a factor's size at once.
 _DECOMPOSITION_BYTES = 6 * 8
+# A solver's step holds about this many float64 matrices of a layer's shape at once.
+_STEP_BYTES = 9 * 8
 # Copies of the model in memory: merged, averaged, and in the solvers.
 _MODEL_COPIES = 3
 
@@ -136,7 +138,8 @@ def peak_bytes(header: UpdateHeader, clients: int, budget: MemoryBudget) -> int:
         if budget.must_offload(size):  # its curvature, one client's and what is made of it
             held.append(clients * _weight_bytes(layer) + 2 * _curvature_bytes(header, layer))
     decomposed = _DECOMPOSITION_BYTES * max(sides, default=1) ** 2
-    return _MODEL_COPIES * model + max(held) + decomposed
+    step = _STEP_BYTES * max(math.prod(layer.shape) for layer in header.layers)
+    return _MODEL_COPIES * model + max(held) + max(decomposed, step)
 
 
 def _weight_bytes(layer: Layer) -> int:

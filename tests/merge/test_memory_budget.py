@@ -54,3 +54,9 @@ def test_the_estimate_is_what_is_sent(tmp_path):
     # A layer that exceeds the budget alone is in memory with all weights, whatever the budget.
     least = peak_bytes(header, clients, MemoryBudget(0, sizes))
     assert least == peak_bytes(header, clients, MemoryBudget(100, sizes)) < small
+
+
+def test_the_estimate_counts_a_step_where_nothing_is_decomposed(tmp_path):
+    (update,) = tiny_updates(tmp_path, clients=1, epochs=1, curvature="identity")
+    budget = MemoryBudget(2**30, sizes=[100, 0, 0, 0])
+    assert peak_bytes(update.header, 1, budget) == 3 * 4 * 265 + 100 + 9 * 8 * 4 * 28
