@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lightning_fedfisher.merge.merger import merge_updates
     from lightning_fedfisher.merge.methods import METHODS, MergeMethod
     from lightning_fedfisher.merge_module import FisherMergeModule
+    from lightning_fedfisher.plan import plan_update
     from lightning_fedfisher.report import write_report
     from lightning_fedfisher.tracking.wandb_logger import federation_logger
     from lightning_fedfisher.update.client_update import ClientUpdate
@@ -48,6 +49,7 @@ __all__ = [
     "extract_curvature",
     "federation_logger",
     "merge_updates",
+    "plan_update",
     "write_report",
 ]
 
@@ -60,6 +62,7 @@ _ROOMS = {
     "merge.merger": ("merge_updates",),
     "merge.methods": ("METHODS", "MergeMethod"),
     "merge_module": ("FisherMergeModule",),
+    "plan": ("plan_update",),
     "report": ("write_report",),
     "tracking.wandb_logger": ("federation_logger",),
     "update.client_update": ("ClientUpdate",),

@@ -249,6 +249,8 @@ def _overlapping(model: nn.Module) -> list[str]:
     """One line for each group of parameters that share memory without being the same."""
     spans = []
     for name, parameter in model.named_parameters():
+        if parameter.is_meta:  # has no memory
+            continue
         reach = sum((n - 1) * s for n, s in zip(parameter.shape, parameter.stride(), strict=True))
         start = parameter.data_ptr()
         spans.append((start, start + (reach + 1) * parameter.element_size(), name))

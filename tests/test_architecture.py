@@ -56,6 +56,7 @@ MAY_IMPORT = {
     "report": ["results", "merge", "curvature", "_utils"],
     "callback": ANYTHING,
     "merge_module": ANYTHING,
+    "plan": ANYTHING,
     "cli": ANYTHING,
     TOP: ANYTHING,
 }
@@ -65,6 +66,7 @@ NEVER = {
     "merge": ["distributed.lightning_strategies"],
     "callback": ["report", "cli", TOP],
     "merge_module": ["report", "cli", TOP],
+    "plan": ["callback", "merge_module", "tracking", "report", "cli", TOP],
     TOP: ["cli"],
 }
 MOST_LEVELS = 9
@@ -90,6 +92,7 @@ PUBLIC = [
     "extract_curvature",
     "federation_logger",
     "merge_updates",
+    "plan_update",
     "write_report",
 ]
 # Rooms that only other rooms use, so that nothing of theirs is public.

@@ -55,7 +55,7 @@ def test_the_log_directory_of_a_logger_comes_first(tmp_path):
     assert callback.path == tmp_path / "runs" / "version_7" / "fedfisher" / "update.safetensors"
 
 
-@pytest.mark.parametrize("curvature", ["identity", "diagonal", "kfac"])
+@pytest.mark.parametrize("curvature", ["identity", "diagonal", "input_gram", "kfac"])
 @pytest.mark.parametrize("fisher", ["exact", "mc", "empirical", "normalised"])
 def test_agrees_with_extraction_without_a_trainer(tmp_path, curvature, fisher):
     callback = FedFisherCallback(curvature=curvature, fisher=fisher, max_samples=13, seed=3)

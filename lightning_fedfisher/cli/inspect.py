@@ -33,6 +33,8 @@ def run(flags: Namespace) -> int:
     about = f"{header.curvature} curvature"
     if header.fisher:
         about += f" ({header.fisher} Fisher of {header.curvature_samples} samples)"
+    elif header.curvature_samples:  # of the inputs alone
+        about += f" (of {header.curvature_samples} samples)"
     lines = [
         f"{update.source}: {header.num_samples} samples, {about}",
         f"{update.upload_bytes:,} bytes, {facts['fedavg_uploads']:.2f} of a FedAvg upload",

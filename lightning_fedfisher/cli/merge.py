@@ -121,6 +121,7 @@ def _tell_plan(
     for client in contributions(merger.updates, merger.loader.client_weights):
         told = f"{client.num_samples} samples, {100 * client.weight:.1f}% of the weight"
         show(f"  {client.source}: {told}")
-    peak = peak_bytes(merger.updates, merger.loader.budget)
+    header, clients = merger.updates[0].header, len(merger.updates)
+    peak = peak_bytes(header, clients, merger.loader.budget)
     show(f"memory: about {peak / 1e6:,.1f} MB a process, beside Python's own")
     show(f"would write {', '.join(map(str, outputs))}")

@@ -27,6 +27,30 @@ def make_parser(description: str | None) -> ArgumentParser:
     return parser
 
 
+def _plan() -> ArgumentParser:
+    """Makes the parser of ``fedfisher plan``."""
+    parser = ArgumentParser(
+        description="Tells what the curvature of a model takes: memory and upload of a client, and "
+        "memory of the server. No data and no weights are needed: the model is made on the meta "
+        "device. What its layers compute is told by the types of its modules."
+    )
+    parser.add_argument("model", type=str, help="module.path:factory, which makes the model")
+    parser.add_argument(
+        "--curvature", nargs="+", default=["kfac", "input_gram", "diagonal"], help="kinds to plan"
+    )
+    parser.add_argument("--clients", type=int, default=10, help="clients that the server merges")
+    parser.add_argument(
+        "--upload-budget", type=float | None, default=1.0, help="bytes of a file in FedAvg uploads"
+    )
+    parser.add_argument(
+        "--memory-budget",
+        type=int,
+        default=DEFAULT_MEMORY_BUDGET,
+        help="bytes of curvature that the server holds at a time",
+    )
+    return parser
+
+
 def _inspect() -> ArgumentParser:
     """Makes the parser of ``fedfisher inspect``."""
     parser = ArgumentParser(description="Tells what an update file holds, without reading it all.")
@@ -115,6 +139,7 @@ def _dashboard() -> ArgumentParser:
 
 
 _COMMANDS = {
+    "plan": (_plan, "tell what a model's curvature will take"),
     "inspect": (_inspect, "tell what an update file holds"),
     "verify": (_verify, "check update files"),
     "merge": (_merge, "merge update files into one model"),

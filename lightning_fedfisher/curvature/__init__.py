@@ -9,6 +9,7 @@ from lightning_fedfisher.curvature.convolution import ConvolutionKronecker
 from lightning_fedfisher.curvature.dense import Dense
 from lightning_fedfisher.curvature.diagonal import Diagonal
 from lightning_fedfisher.curvature.embedding import EmbeddingEigenKronecker, EmbeddingKronecker
+from lightning_fedfisher.curvature.input_gram import InputGram
 from lightning_fedfisher.curvature.input_map import InputMap
 from lightning_fedfisher.curvature.kronecker import (
     EigenKronecker,
@@ -17,11 +18,12 @@ from lightning_fedfisher.curvature.kronecker import (
     TransposedKronecker,
 )
 from lightning_fedfisher.curvature.linalg import PseudoInverse
-from lightning_fedfisher.curvature.registry import EIGEN_CORRECTED, KINDS, KINDS_OF
+from lightning_fedfisher.curvature.registry import EIGEN_CORRECTED, INPUT_KINDS, KINDS, KINDS_OF
 from lightning_fedfisher.curvature.summary import CurvatureSummary, summarize_curvature
 
 __all__ = [
     "EIGEN_CORRECTED",
+    "INPUT_KINDS",
     "KINDS",
     "KINDS_OF",
     "ConvolutionKronecker",
@@ -33,6 +35,7 @@ __all__ = [
     "EmbeddingEigenKronecker",
     "EmbeddingKronecker",
     "Identity",
+    "InputGram",
     "InputMap",
     "Kronecker",
     "PseudoInverse",

@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_fedfisher.curvature.base import Curvature, InputSide, TensorRole
+from lightning_fedfisher.curvature.input_gram import InputGram
 from lightning_fedfisher.curvature.input_map import InputMap
 from lightning_fedfisher.curvature.linalg import (
     PseudoInverse,
@@ -244,8 +245,8 @@ class Kronecker(Factored):
         return type(self)(self.row_factor, mean * torch.eye(self.shape[1]).to(mean))
 
     @override
-    def of_inputs(self) -> Self:
-        return type(self)(torch.eye(self.shape[0]).to(self.row_factor), self.column_factor)
+    def of_inputs(self) -> Curvature:
+        return InputGram(self.column_factor, rows=self.shape[0])
 
     @override
     def with_inputs(self, change: InputMap) -> Self:
@@ -310,7 +311,7 @@ class EigenKronecker(Eigenbased):
         return self.row_basis @ coordinates @ self.column_basis.mT
 
     @override
-    def of_inputs(self) -> Kronecker:
+    def of_inputs(self) -> Curvature:
         return self.kronecker().of_inputs()
 
     @override
@@ -355,8 +356,8 @@ class TransposedKronecker(Kronecker):
 
     Example:
         >>> inputs = torch.tensor([[3.0]])
-        >>> TransposedKronecker(inputs, torch.eye(2)).of_inputs().row_factor
-        tensor([[3.]])
+        >>> TransposedKronecker(inputs, torch.eye(2)).of_inputs().apply(torch.ones(1, 2))
+        tensor([[3., 3.]])
     """
 
     kind: ClassVar[str] = "transposed_kronecker"
@@ -367,7 +368,7 @@ class TransposedKronecker(Kronecker):
         return TransposedEigenKronecker(*self._bases_and_spectrum(rcond))
 
     @override
-    def of_inputs(self) -> Self:
+    def of_inputs(self) -> Curvature:
         return type(self)(self.row_factor, torch.eye(self.shape[1]).to(self.column_factor))
 
     @override

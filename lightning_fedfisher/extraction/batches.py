@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
@@ -151,6 +152,11 @@ def require_same_logits(again: Tensor, logits: Tensor, rows: Tensor | slice) -> 
     apart = (again.detach() - before).abs().max()
     if apart > _ROUNDING * logits.abs().max().clamp_min(1.0):
         raise MixedSamplesError
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Tells whether an error says that memory did not suffice, on whatever device."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _forward_pair(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:

@@ -32,14 +32,21 @@ from lightning_fedfisher.extraction.backends.backpack import (
     why_unsupported,
 )
 from lightning_fedfisher.extraction.backends.output_gradients import DifferentCallsError
-from lightning_fedfisher.extraction.batches import BatchRunner, map_samples, require_same_logits
+from lightning_fedfisher.extraction.batches import (
+    BatchRunner,
+    is_out_of_memory,
+    map_samples,
+    require_same_logits,
+)
 from lightning_fedfisher.extraction.fisher_types import Directions, residual_directions
 from lightning_fedfisher.extraction.layer_report import LayerReport
 from lightning_fedfisher.extraction.model_copy import copy_around_parameters, copy_model
 from lightning_fedfisher.extraction.options import ExtractionOptions
-from lightning_fedfisher.extraction.sampling import PREVIEW, SamplePartition
-from lightning_fedfisher.extraction.tracing.model_trace import ModelTrace, ModelTracer
+from lightning_fedfisher.extraction.preview import trace_model
+from lightning_fedfisher.extraction.sampling import SamplePartition
+from lightning_fedfisher.extraction.tracing.model_trace import ModelTrace
 from lightning_fedfisher.layers import Layer
+from lightning_fedfisher.likelihoods.registry import LIKELIHOODS
 
 Found = dict[CurvatureType, tuple[dict[str, Curvature], tuple[LayerReport, ...]]]
 """Blocks by layer name and the layers' reports, by kind of curvature."""
@@ -190,11 +197,12 @@ class DataPass:
         """Copies the model, traces it, and chooses what adds up."""
         self._sums = self._copy = None  # whose memory is free for the next ones
         copied = self._copy = copy_model(self._model, self._buffers)
-        # Traced on a copy around the same parameters, because what the model remembers of that
-        # forward pass, in a buffer or a cache, must not be there in the next one.
         traced = self._known_trace
         if traced is None:
-            traced = self._trace_model(copy_around_parameters(copied), samples)
+            # On a copy around the same parameters, because what the model remembers of a forward
+            # pass, in a buffer or a cache, must not be there in the next one.
+            alike = copy_around_parameters(copied)
+            traced = trace_model(alike, self._layers, self._runner, samples)
         self.model_trace = traced
         if self._curvatures == ("diagonal",) and not self._backpack_problem:
             self._backpack_problem = why_unsupported(copied, self._layers, traced)
@@ -209,70 +217,6 @@ class DataPass:
             self._runner.logits,
             self._options.positions,
         )
-
-    def _trace_model(self, model: nn.Module, samples: SamplePartition) -> ModelTrace:
-        """Finds out what one forward pass of a few samples tells about the model."""
-        batch = self._runner.prepare(model, samples.preview())
-        if samples.count is None:  # the preview is a whole batch
-            batch = self._few(model, batch)
-        self._require_independence(copy_around_parameters(model), batch)
-        traced = self._trace_batch(copy_around_parameters(model), batch)
-        if traced.spreadable and not traced.unreached:
-            traced = self._trace_batch(model, batch, traced.spreadable)
-        if len(traced.unreached) == len(self._layers):
-            raise UnsupportedModelError(
-                [
-                    "no layer of the module's copy has a part in the logits: its forward pass is "
-                    "tied to the original, as torch.compile and functions set on an instance do, "
-                    "or runs without gradients; fit it uncompiled, or define forward in the class"
-                ]
-            )
-        if traced.unreached:
-            raise UnsupportedModelError(
-                [
-                    f"{name}: no gradient reaches it from the logits (it is detached, its output "
-                    "is not used, or reentrant checkpointing hides it): make it a part of them, "
-                    "freeze it, or take it out of the module"
-                    for name in sorted(traced.unreached)
-                ]
-            )
-        return traced
-
-    @torch.no_grad()
-    def _require_independence(self, model: nn.Module, batch: Any) -> None:
-        """Refuses a model whose logits of the first sample depend on the others of its batch."""
-        logits = self._runner.logits(model, batch)
-        first = map_samples(batch, len(logits), lambda tensor: tensor[:1])
-        try:
-            alone = self._runner.logits(model, first)
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            if isinstance(error, RuntimeError) and _is_out_of_memory(error):
-                raise
-            return  # a batch of another form, or a model that takes no single sample: none can tell
-        if len(alone) == 1:
-            require_same_logits(alone, logits, slice(0, 1))
-
-    def _trace_batch(
-        self, model: nn.Module, batch: Any, spread: frozenset[str] = frozenset()
-    ) -> ModelTrace:
-        """Traces one forward pass."""
-        tracer = ModelTracer(model, self._layers, spread)
-        with tracer.watch():
-            logits = self._runner.logits(model, batch)
-        if not logits.requires_grad:
-            raise ValueError(
-                "the model's output is no tensor with a gradient: pass `forward` to return its "
-                "logits, and compute them outside torch.no_grad()"
-            )
-        return tracer.trace(logits)
-
-    def _few(self, model: nn.Module, batch: Any) -> Any:
-        """Takes the first samples of a batch, if it can be cut: tracing runs each on its own."""
-        with torch.no_grad():
-            samples = len(self._runner.logits(model, batch))
-            few = map_samples(batch, samples, lambda tensor: tensor[:PREVIEW])
-            fits = samples > PREVIEW and len(self._runner.logits(model, few)) == PREVIEW
-        return few if fits else batch
 
     def _pass(self, samples: SamplePartition) -> None:
         """Runs every batch once, and adds up from zero."""
@@ -306,6 +250,8 @@ class DataPass:
     ) -> int:
         """Runs one batch with all its directions, and returns its number of samples."""
         options = self._options
+        if self._curvatures == ("input_gram",):
+            return self._batch_of_inputs(batch, choose)
         # Where the number of directions depends on the logits, these are computed beforehand.
         beforehand = options.fisher == "exact" or options.draws > 1
         with torch.no_grad() if beforehand else nullcontext():
@@ -329,6 +275,13 @@ class DataPass:
         else:
             self._backward(batch, logits, [directions.first], uniforms)
         return samples
+
+    def _batch_of_inputs(self, batch: Any, choose: Callable[[int, int], Tensor]) -> int:
+        """Runs one batch forward alone: its labels do not matter, and nothing is drawn."""
+        assert isinstance(self._sums, ModelAccumulator)
+        logits, _ = self._forward(batch)
+        LIKELIHOODS[self._options.likelihood].check_logits(logits)
+        return self._sums.add_inputs(logits, choose(len(logits), 1).squeeze(1))
 
     def _some(
         self, batch: Any, logits: Tensor, directions: Directions, rows: Tensor, uniforms: Tensor
@@ -383,7 +336,7 @@ def _halve_until_it_fits(
             return samples
         except RuntimeError as error:
             size, rebatch = samples.batch_size, samples.rebatch
-            if not _is_out_of_memory(error) or rebatch is None or size is None or size == 1:
+            if not is_out_of_memory(error) or rebatch is None or size is None or size == 1:
                 raise
         # Outside the handler, which holds on to everything the attempt had.
         rank_zero_warn(
@@ -393,7 +346,3 @@ def _halve_until_it_fits(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         samples = rebatch(size // 2)
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -48,8 +48,8 @@ def extract_curvature(
         dataloader: Batches ``(x, y)`` of the client's own training samples, without augmentation if
             possible. A `DataLoader` is read once through, each sample once, in a fixed order
             (twice for ``"ekfac"`` if what it keeps in between would take more than a gigabyte).
-        curvature: Kind of curvature: ``"identity"``, ``"diagonal"``, ``"kfac"``, ``"ekfac"`` or
-            ``"dense"``; None takes that of the options, ``"kfac"`` by default.
+        curvature: Kind of curvature: ``"identity"``, ``"diagonal"``, ``"input_gram"``, ``"kfac"``,
+            ``"ekfac"`` or ``"dense"``; None takes that of the options, ``"kfac"`` by default.
         options: All options at once; None takes the defaults of `ExtractionOptions`.
         prepare: Function applied to each batch first, where the loader's batches are not what the
             model is given; None leaves them as they are.
@@ -166,7 +166,7 @@ def extract_curvatures(
     with (
         isolated(model),
         tqdm(
-            desc=f"{options.fisher} {' and '.join(extracted)} curvature",
+            desc=f"{' and '.join(extracted)} curvature",
             unit=" samples",
             unit_scale=shard.world_size,
             delay=_BAR_DELAY_SECONDS,

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
-from lightning_fedfisher.curvature.registry import EIGEN_CORRECTED, CurvatureType
+from lightning_fedfisher.curvature.registry import EIGEN_CORRECTED, INPUT_KINDS, CurvatureType
 from lightning_fedfisher.extraction.layer_types.base import LayerType
 from lightning_fedfisher.layers import Layer
 
@@ -49,20 +49,20 @@ def block_kind(curvature: CurvatureType, layer_types: Sequence[LayerType] | None
 
     Returns:
         A key of `lightning_fedfisher.curvature.KINDS`. It is ``"diagonal"`` if Kronecker factors
-        were asked for and the layer has none.
+        were asked for and the layer has none, and ``"identity"`` if an input Gram was.
 
     Example:
         >>> from lightning_fedfisher.extraction.layer_types.linear import Linear
         >>> block_kind("kfac", [Linear(has_bias=True)]), block_kind("kfac", None)
         ('kronecker', 'diagonal')
     """
-    if curvature not in ("kfac", "ekfac"):
+    if curvature not in ("input_gram", "kfac", "ekfac"):
         return curvature
     corrected = curvature == "ekfac"
-    kinds = {t.kind if corrected else t.kfac_kind for t in layer_types or ()} or {"diagonal"}
-    (kind, *others) = kinds
-    if others:
-        return "diagonal"
+    kinds = {t.kind if corrected else t.kfac_kind for t in layer_types or ()}
+    kind = kinds.pop() if len(kinds) == 1 else "diagonal"
+    if curvature == "input_gram":
+        return INPUT_KINDS.get(kind, "identity")
     return EIGEN_CORRECTED.get(kind, kind) if corrected else kind
 
 

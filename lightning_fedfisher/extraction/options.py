@@ -22,8 +22,10 @@ class ExtractionOptions:
 
     Attributes:
         curvature: Kind of curvature: ``"identity"`` (none, no pass over the samples at all),
-            ``"diagonal"``, ``"kfac"``, ``"ekfac"`` or ``"dense"``. A layer without Kronecker
-            factors gets an exact diagonal instead of ``"kfac"`` or ``"ekfac"``.
+            ``"diagonal"``, ``"input_gram"`` (second moments of the layers' inputs, which take no
+            labels and no backward pass, and no memory for a layer's outputs), ``"kfac"``,
+            ``"ekfac"`` or ``"dense"``. A layer without Kronecker factors gets an exact diagonal
+            instead of ``"kfac"`` or ``"ekfac"``, and the identity instead of ``"input_gram"``.
         fisher: Fisher type: ``"normalised"``, ``"exact"``, ``"mc"`` or ``"empirical"`` (see
             `fisher_types`).
         likelihood: Name of the likelihood of the labels given the logits: ``"categorical"`` (any
@@ -56,7 +58,7 @@ class ExtractionOptions:
         Traceback (most recent call last):
             ...
         lightning_fedfisher.errors.FedFisherError: These options of an extraction cannot be used:
-          - curvature='hessian' is not one of identity, diagonal, kfac, ekfac, dense
+          - curvature='hessian' is not one of identity, diagonal, input_gram, kfac, ekfac, dense
           - draws must be at least 1, a whole number, got 0
     """
 

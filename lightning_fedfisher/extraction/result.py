@@ -94,7 +94,7 @@ class ExtractedCurvature:
         return UpdateHeader(
             num_samples=num_samples or self.population or 0,
             curvature=options.curvature,
-            fisher="" if options.curvature == "identity" else options.fisher,
+            fisher="" if options.curvature in ("identity", "input_gram") else options.fisher,
             likelihood=options.likelihood,
             curvature_samples=self.num_samples,
             layers=self.layers,

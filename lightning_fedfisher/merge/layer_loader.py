@@ -73,7 +73,7 @@ class LayerLoader:
         """
         self.updates, self.method, self.layers = updates, method, updates[0].layers
         self.client_weights = [float(u.num_samples) ** method.client_weight_power for u in updates]
-        sizes = [sent_bytes(updates, layer) for layer in self.layers]
+        sizes = [sent_bytes(updates[0].header, len(updates), layer) for layer in self.layers]
         self.budget = MemoryBudget(memory_budget, sizes)
         self.alignments = LayerAlignments(updates, self.budget, enabled=method.aligns)
         self._dtypes = [working_dtype(updates[0], layer) for layer in self.layers]

@@ -12,6 +12,7 @@ from lightning_fedfisher.curvature.base import Curvature
 from lightning_fedfisher.curvature.registry import KINDS
 from lightning_fedfisher.layers import Layer
 from lightning_fedfisher.update.client_update import ClientUpdate
+from lightning_fedfisher.update.header import UpdateHeader
 
 DEFAULT_MEMORY_BUDGET = 2**30
 """Bytes of clients' weights and curvature that a merge holds at a time, unless told otherwise."""
@@ -20,6 +21,8 @@ DEFAULT_MEMORY_BUDGET = 2**30
 _FLOAT_BYTES = 4
 # A decomposition holds about this many float64 matrices of a factor's size at once.
 _DECOMPOSITION_BYTES = 6 * 8
+# A solver's step holds about this many float64 matrices of a layer's shape at once.
+_STEP_BYTES = 9 * 8
 # Copies of the model in memory: merged, averaged, and in the solvers.
 _MODEL_COPIES = 3
 
@@ -89,20 +92,19 @@ def working_dtype(update: ClientUpdate, layer: Layer) -> torch.dtype:
     return reduce(torch.promote_types, dtypes, torch.float32)
 
 
-def sent_bytes(updates: Sequence[ClientUpdate], layer: Layer) -> int:
+def sent_bytes(header: UpdateHeader, clients: int, layer: Layer) -> int:
     """Estimates what all clients' weights and curvature of a layer take in memory.
 
     Args:
-        updates: The updates of all clients.
+        header: The header of any client's update.
+        clients: Number of clients.
         layer: One of their layers.
 
     Returns:
         Bytes, as sent: a method may make less of it.
     """
-    kind = KINDS[updates[0].header.kinds[layer.name]]
-    curvature = sum(map(math.prod, kind.tensor_shapes(layer.shape, layer.kernel).values()))
-    numbers = math.prod(layer.shape) + copies(kind) * curvature
-    return len(updates) * _FLOAT_BYTES * numbers
+    kind = KINDS[header.kinds[layer.name]]
+    return clients * (_weight_bytes(layer) + copies(kind) * _curvature_bytes(header, layer))
 
 
 def copies(kind: type[Curvature]) -> int:
@@ -114,22 +116,49 @@ def copies(kind: type[Curvature]) -> int:
     return 2 if kind.restricts else 1
 
 
-def peak_bytes(updates: Sequence[ClientUpdate], budget: MemoryBudget) -> int:
+def factor_sides(header: UpdateHeader, layer: Layer) -> list[int]:
+    """Lists the sizes of the matrices that a layer's curvature is decomposed by.
+
+    Args:
+        header: The header of any client's update.
+        layer: One of its layers.
+
+    Returns:
+        The number of rows of each factor.
+    """
+    kind = KINDS[header.kinds[layer.name]]
+    shapes = kind.tensor_shapes(layer.shape, layer.kernel)
+    return [shapes[part][0] for part, role in kind.tensor_roles.items() if role == "factor"]
+
+
+def peak_bytes(header: UpdateHeader, clients: int, budget: MemoryBudget) -> int:
     """Estimates how much memory a merge takes in one process, beside Python's own.
 
     Args:
-        updates: The updates of all clients.
+        header: The header of any client's update.
+        clients: Number of clients.
         budget: The budget of the merge.
 
     Returns:
         Bytes.
     """
-    kinds, sides = updates[0].header.kinds, [1]
-    for layer in updates[0].layers:
-        kind = KINDS[kinds[layer.name]]
-        shapes = kind.tensor_shapes(layer.shape, layer.kernel)
-        factors = (part for part, role in kind.tensor_roles.items() if role == "factor")
-        sides += [max(shapes[part]) for part in factors]
-    model = _FLOAT_BYTES * sum(math.prod(layer.shape) for layer in updates[0].layers)
-    held = min(sum(budget.sizes), budget.limit)
-    return _MODEL_COPIES * model + held + _DECOMPOSITION_BYTES * max(sides) ** 2
+    sides = [side for layer in header.layers for side in factor_sides(header, layer)]
+    model = sum(map(_weight_bytes, header.layers))
+    held = [min(sum(budget.sizes), budget.limit)]
+    for layer, size in zip(header.layers, budget.sizes, strict=True):
+        if budget.must_offload(size):  # its curvature, one client's and what is made of it
+            held.append(clients * _weight_bytes(layer) + 2 * _curvature_bytes(header, layer))
+    decomposed = _DECOMPOSITION_BYTES * max(sides, default=1) ** 2
+    step = _STEP_BYTES * max(math.prod(layer.shape) for layer in header.layers)
+    return _MODEL_COPIES * model + max(held) + max(decomposed, step)
+
+
+def _weight_bytes(layer: Layer) -> int:
+    """Bytes of a layer's weights."""
+    return _FLOAT_BYTES * math.prod(layer.shape)
+
+
+def _curvature_bytes(header: UpdateHeader, layer: Layer) -> int:
+    """Bytes of one client's curvature of a layer."""
+    shapes = KINDS[header.kinds[layer.name]].tensor_shapes(layer.shape, layer.kernel)
+    return _FLOAT_BYTES * sum(map(math.prod, shapes.values()))

@@ -136,7 +136,7 @@ METHODS: dict[str, MergeMethod] = {
             exact_solver,
             _CG_STEPS,
             _CG_STEPS_PER_EPOCH,
-            curvatures=("kfac",),
+            curvatures=("input_gram", "kfac"),
             converges=True,
         ),
         MergeMethod(
@@ -165,7 +165,7 @@ METHODS: dict[str, MergeMethod] = {
             partial(exact_solver, rcond=_ROOT_RCOND),
             _CG_STEPS,
             _CG_STEPS_PER_EPOCH,
-            curvatures=("kfac", "ekfac", "diagonal", "dense"),
+            curvatures=("kfac", "ekfac", "diagonal", "input_gram", "dense"),
             client_weight_power=0.5,
             converges=True,
             aligns=True,
@@ -176,8 +176,8 @@ METHODS: dict[str, MergeMethod] = {
 """Every method, by its name.
 
 The published ones are FedFisher's (arXiv 2403.12329), with its server's steps. RegMean (Jin et al.,
-2023) takes the inputs' second moment from the K-FAC factor, which for convolutions is that of
-unfolded patches; layers without one are averaged.
+2023) takes the inputs' second moment, alone or from the K-FAC factors, which for convolutions is
+that of unfolded patches; layers without one are averaged.
 """
 
 

@@ -18,6 +18,7 @@ from simulation.tables.benchmarks import (
     extraction_summary,
     fuzz_table,
     gpu_table,
+    large_models_table,
     large_table,
     logging_table,
     merge_benchmark_table,
@@ -70,6 +71,8 @@ def tables_of_report(report: dict[str, Any]) -> Iterator[str]:
             yield rounds_table(report)
     elif "runs" in report:
         yield logging_table(report)
+    elif "plans" in report:
+        yield from large_models_table(report).split("\n\n")
     elif "device" in report:
         yield gpu_table(report)
     elif "what" in config:

@@ -103,7 +103,7 @@ def test_a_dry_run_tells_and_writes_nothing(folder, capsys):
 
 def _peak_bytes(files, *method, **options):
     merger = Merger.open(files, MergeOptions(*method, **options))
-    return peak_bytes(merger.updates, merger.loader.budget)
+    return peak_bytes(merger.updates[0].header, len(merger.updates), merger.loader.budget)
 
 
 def test_the_estimate_of_memory_counts_models_curvature_and_the_longest_side(folder):
@@ -112,7 +112,10 @@ def test_the_estimate_of_memory_counts_models_curvature_and_the_longest_side(fol
     sent = 265 + 2 * sum(side**2 for side in (3, 10, 4, 28, 6, 17, 3, 7))
     fixed = 3 * 4 * 265 + 6 * 8 * 28**2
     assert _peak_bytes(files) == fixed + 10 * 4 * sent
-    assert _peak_bytes(files, memory_budget=1000) == fixed + 1000
+    # The largest layer alone: all weights of it, and a client's curvature twice.
+    alone = 10 * 4 * 4 * 28 + 2 * 4 * (4**2 + 28**2)
+    assert _peak_bytes(files, memory_budget=1000) == fixed + alone
+    assert _peak_bytes(files, memory_budget=40000) == fixed + 40000
     assert _peak_bytes(files, "fedavg", memory_budget=0) >= fixed
 
 

@@ -13,6 +13,7 @@ from lightning_fedfisher.curvature.convolution import ConvolutionKronecker
 from lightning_fedfisher.curvature.dense import Dense
 from lightning_fedfisher.curvature.diagonal import Diagonal
 from lightning_fedfisher.curvature.embedding import EmbeddingEigenKronecker, EmbeddingKronecker
+from lightning_fedfisher.curvature.input_gram import InputGram
 from lightning_fedfisher.curvature.input_map import InputMap
 from lightning_fedfisher.curvature.kronecker import (
     EigenKronecker,
@@ -41,6 +42,8 @@ def _make(kind, singular=False, seed=0):
     if kind == "diagonal":
         values = torch.rand(SHAPE, dtype=torch.float64, generator=generator) + 0.1
         return Diagonal(values * (torch.arange(columns) > 0 if singular else 1))
+    if kind == "input_gram":
+        return InputGram(_factor(columns, 2 if singular else 6, generator), rows)
     if kind in ("kronecker", "transposed_kronecker"):
         less = 1 if singular else 0
         return KINDS[kind](
@@ -78,6 +81,9 @@ def _reference_dense(curvature):
         return torch.eye(SHAPE[0] * SHAPE[1], dtype=torch.float64)
     if isinstance(curvature, Diagonal):
         return torch.diag(curvature.values.flatten())
+    if isinstance(curvature, InputGram):
+        rows = torch.eye(curvature.rows).to(curvature.column_factor)
+        return torch.kron(rows, curvature.column_factor)
     if isinstance(curvature, Kronecker):
         return torch.kron(curvature.row_factor, curvature.column_factor)
     if isinstance(curvature, ConvolutionKronecker):
@@ -118,6 +124,7 @@ def test_the_names_of_the_kinds_are_a_format():
     assert set(KINDS) == {
         "identity",
         "diagonal",
+        "input_gram",
         "kronecker",
         "transposed_kronecker",
         "convolution_kronecker",
@@ -212,6 +219,7 @@ def test_power_of_a_rank_one_matrix_is_finite(kind, dtype):
     rank_one = {
         "identity": lambda: Identity(SHAPE),
         "diagonal": lambda: Diagonal(torch.eye(12, dtype=dtype)[0].view(SHAPE) - 1e-9),
+        "input_gram": lambda: InputGram(torch.outer(vector[:4], vector[:4]), rows=3),
         "kronecker": lambda: Kronecker(
             torch.outer(vector[:3], vector[:3]), torch.outer(vector[:4], vector[:4])
         ),
@@ -350,7 +358,7 @@ def test_over_outputs_is_the_partial_trace(kind, singular):
     rows = curvature.average_over_columns()
     dense = _reference_dense(curvature)
     outputs, _ = _partial_traces(dense)
-    if kind in ("diagonal", "embedding_kronecker", "embedding_ekfac"):
+    if kind in ("diagonal", "input_gram", "embedding_kronecker", "embedding_ekfac"):
         assert torch.count_nonzero(outputs - torch.diag(outputs.diagonal())) == 0
     expected = torch.kron(outputs, torch.eye(SHAPE[1], dtype=torch.float64) / SHAPE[1])
     assert type(rows) is type(curvature)
@@ -373,8 +381,7 @@ def test_what_has_been_averaged_stays_so_under_powers(kind):
 
 def test_powers_and_averages_over_outputs_are_not_to_be_exchanged():
     # The mean of roots is not the root of the mean, but for a spectrum alike in all inputs.
-    kinds = "diagonal", "kronecker", "convolution_kronecker", "ekfac", "embedding_ekfac", "dense"
-    for kind in kinds:
+    for kind in KINDS.keys() - {"identity"}:
         curvature = _make(kind)
         first = _reference_dense(curvature.average_over_columns().power(0.5))
         last = _reference_dense(curvature.power(0.5).average_over_columns())
@@ -388,13 +395,16 @@ def test_of_inputs_keeps_the_inputs_alone(kind, singular):
     inputs = curvature.of_inputs()
     assert inputs.shape == SHAPE
     rows, columns = (torch.eye(size, dtype=torch.float64) for size in SHAPE)
-    if kind == "kronecker":
+    if kind == "input_gram":
+        expected = _reference_dense(curvature)
+        assert type(inputs) is InputGram
+    elif kind == "kronecker":
         expected = torch.kron(rows, curvature.column_factor)
         # By the definition alone: the moment of the inputs, up to a scale.
         _, traced = _partial_traces(_reference_dense(curvature))
         traced = traced / curvature.row_factor.trace()
         _close(_reference_dense(inputs), torch.kron(rows, traced))
-        assert type(inputs) is Kronecker
+        assert type(inputs) is InputGram
     elif kind == "convolution_kronecker":
         _, traced = _partial_traces(_reference_dense(curvature))
         expected = torch.kron(rows, traced / curvature.row_factor.trace())
@@ -416,7 +426,7 @@ def test_of_inputs_keeps_the_inputs_alone(kind, singular):
         # That of the Kronecker product with the same traces.
         _, traced = _partial_traces(_reference_dense(curvature))
         expected = torch.kron(rows, traced * columns.shape[0] / traced.trace())
-        assert type(inputs) is Kronecker
+        assert type(inputs) is InputGram
     else:
         expected = torch.kron(rows, columns)
         assert type(inputs) is Identity
@@ -434,7 +444,7 @@ def test_with_inputs_is_the_operator_for_other_inputs(kind, singular, units, bia
     change = InputMap(between, inputs)
     if kind == "convolution_kronecker" and bias:
         return  # three inputs are no channels of two elements
-    if kind not in ("kronecker", "convolution_kronecker", "ekfac"):
+    if kind not in ("input_gram", "kronecker", "convolution_kronecker", "ekfac"):
         assert curvature.inputs_on != "columns"
         with pytest.raises(TypeError, match=f"{kind} curvature .* on its columns"):
             curvature.with_inputs(change)
@@ -531,7 +541,7 @@ def test_a_spectrum_of_zeros_has_a_kronecker_product_of_zeros():
         assert _reference_dense(nothing).abs().max() == 0
 
 
-@pytest.mark.parametrize("kind", ["identity", "diagonal", "dense"])
+@pytest.mark.parametrize("kind", ["identity", "diagonal", "input_gram", "dense"])
 def test_mean_is_the_weighted_sum_where_the_kind_is_linear(kind):
     curvatures, client_weights = [_make(kind, seed=seed) for seed in range(3)], [0.5, 0.3, 0.2]
     expected = sum(p * _reference_dense(c) for p, c in zip(client_weights, curvatures, strict=True))

@@ -22,6 +22,7 @@ from lightning_fedfisher.extraction.extract import extract_curvatures
     [
         ("kfac", "normalised"),
         ("kfac", "mc"),
+        ("input_gram", "normalised"),
         ("diagonal", "exact"),
         ("dense", "empirical"),
         ("ekfac", "normalised"),

@@ -13,7 +13,7 @@ from lightning_fedfisher.extraction.extract import extract_curvature
 
 CLASSES, SAMPLES, BATCH = 3, 7, 3
 MC = {"draws": 3, "seed": 5, "tolerance": 0.0}  # options of an extraction
-EXTRACTED = ("diagonal", "dense", "kfac", "ekfac")
+EXTRACTED = ("diagonal", "dense", "input_gram", "kfac", "ekfac")
 
 
 class Net(nn.Module):

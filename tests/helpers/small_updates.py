@@ -15,6 +15,7 @@ from lightning_fedfisher.update import UpdateHeader
 ASKED = {  # the curvature that an extraction is asked for, by the kind that it gives
     "diagonal": "diagonal",
     "dense": "dense",
+    "input_gram": "input_gram",
     "kronecker": "kfac",
     "transposed_kronecker": "kfac",
     "convolution_kronecker": "kfac",

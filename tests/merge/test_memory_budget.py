@@ -50,7 +50,18 @@ def test_the_estimate_is_what_is_sent_and_what_a_solver_writes_anew(curvature, t
             for update in updates
             for block in [update.block(layer)]
         )
-        assert sent_bytes(updates, layer) == sent
-    sizes = [sent_bytes(updates, layer) for layer in updates[0].layers]
-    large, small = (peak_bytes(updates, MemoryBudget(n, sizes)) for n in (2**30, 1000))
-    assert large - small == sum(sizes) - 1000
+        assert sent_bytes(updates[0].header, len(updates), layer) == sent
+    header, clients = updates[0].header, len(updates)
+    sizes = [sent_bytes(header, clients, layer) for layer in header.layers]
+    limits = 2**30, max(sizes)
+    large, small = (peak_bytes(header, clients, MemoryBudget(n, sizes)) for n in limits)
+    assert large - small == sum(sizes) - max(sizes) > 0
+    # A layer that exceeds the budget alone is in memory with all weights, whatever the budget.
+    least = peak_bytes(header, clients, MemoryBudget(0, sizes))
+    assert least == peak_bytes(header, clients, MemoryBudget(100, sizes)) < small
+
+
+def test_the_estimate_counts_a_step_where_nothing_is_decomposed(tmp_path):
+    (update,) = tiny_updates(tmp_path, clients=1, epochs=1, curvature="identity")
+    budget = MemoryBudget(2**30, sizes=[100, 0, 0, 0])
+    assert peak_bytes(update.header, 1, budget) == 3 * 4 * 265 + 100 + 9 * 8 * 4 * 28

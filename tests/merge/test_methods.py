@@ -19,6 +19,7 @@ from lightning_fedfisher.curvature.base import Identity
 from lightning_fedfisher.curvature.dense import Dense
 from lightning_fedfisher.curvature.diagonal import Diagonal
 from lightning_fedfisher.curvature.embedding import EmbeddingEigenKronecker, EmbeddingKronecker
+from lightning_fedfisher.curvature.input_gram import InputGram
 from lightning_fedfisher.curvature.kronecker import EigenKronecker, Kronecker
 from lightning_fedfisher.extraction.fisher_types import FISHER_TYPES
 from lightning_fedfisher.extraction.layer_report import CURVATURE_TYPES
@@ -29,15 +30,24 @@ from lightning_fedfisher.merge.solvers import exact_solver
 
 PUBLISHED = ("fedfisher_diag", "fedfisher_kfac")
 ACCEPTED = {
-    "fedavg": {("identity", ""), *product(("diagonal", "kfac", "ekfac", "dense"), FISHER_TYPES)},
+    "fedavg": {
+        *(("identity", ""), ("input_gram", "")),
+        *product(("diagonal", "kfac", "ekfac", "dense"), FISHER_TYPES),
+    },
     "fisher_merge": set(product(("diagonal",), FISHER_TYPES)),
-    "regmean": set(product(("kfac",), FISHER_TYPES)),
+    "regmean": {("input_gram", ""), *product(("kfac",), FISHER_TYPES)},
     "fedfisher_diag": {("diagonal", "exact")},
     "fedfisher_kfac": {("kfac", "exact")},
-    "fedfisher": set(product(("kfac", "ekfac", "diagonal", "dense"), FISHER_TYPES)),
+    "fedfisher": {
+        ("input_gram", ""),
+        *product(("kfac", "ekfac", "diagonal", "dense"), FISHER_TYPES),
+    },
 }
 CPU = torch.device("cpu")
-UPDATES = [("identity", ""), *product(("diagonal", "kfac", "ekfac", "dense"), FISHER_TYPES)]
+UPDATES = [
+    *(("identity", ""), ("input_gram", "")),
+    *product(("diagonal", "kfac", "ekfac", "dense"), FISHER_TYPES),
+]
 
 
 def _factor(size, seed):
@@ -50,6 +60,7 @@ def _curvatures(seed=0):
     values = _factor(6, seed + 1).diagonal().reshape(2, 3)
     return {
         "diagonal": Diagonal(values),
+        "input_gram": InputGram(_factor(3, seed + 3), rows=2),
         "kronecker": Kronecker(_factor(2, seed + 2), _factor(3, seed + 3)),
         "ekfac": EigenKronecker(
             torch.linalg.eigh(_factor(2, seed + 2))[1],

@@ -6,13 +6,17 @@ import math
 
 import torch
 
-HOLD_INPUTS = ("kronecker", "convolution_kronecker", "ekfac")
+HOLD_INPUTS = ("input_gram", "kronecker", "convolution_kronecker", "ekfac")
 
 
 def written_out(block):
     """The operator by what its tensors mean, on weights row by row."""
     tensors = {name: tensor.double() for name, tensor in block.tensors().items()}
     rows = torch.eye(block.shape[0]).double()
+    if block.kind == "identity":
+        return torch.eye(math.prod(block.shape)).double()
+    if block.kind == "input_gram":
+        return torch.kron(rows, tensors["column_factor"])
     if block.kind == "kronecker":
         return torch.kron(tensors["row_factor"], tensors["column_factor"])
     if block.kind == "convolution_kronecker":

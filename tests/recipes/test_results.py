@@ -9,6 +9,7 @@ from simulation.tables.benchmarks import (
     benchmark_table,
     extraction_summary,
     fuzz_table,
+    large_models_table,
     large_table,
     logging_table,
     merge_benchmark_table,
@@ -150,6 +151,12 @@ def test_readmes_show_the_extraction_benchmarks():
     assert large_table(*load("extraction_resnet18")) in text
     assert extraction_summary(reports) in text
     assert extraction_summary(reports) in (ROOT / "README.md").read_text()
+
+
+def test_benchmarks_readme_shows_what_large_models_take():
+    (report,) = load("large_models")
+    for table in large_models_table(report).split("\n\n"):
+        assert table in readme("benchmarks")
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("merge_*.json")), ids=lambda path: path.stem)

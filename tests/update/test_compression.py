@@ -22,6 +22,7 @@ from lightning_fedfisher.curvature.convolution import ConvolutionKronecker
 from lightning_fedfisher.curvature.dense import Dense
 from lightning_fedfisher.curvature.diagonal import Diagonal
 from lightning_fedfisher.curvature.embedding import EmbeddingEigenKronecker, EmbeddingKronecker
+from lightning_fedfisher.curvature.input_gram import InputGram
 from lightning_fedfisher.curvature.kronecker import (
     EigenKronecker,
     Kronecker,
@@ -71,6 +72,7 @@ def _make(kind):
         "embedding_ekfac": lambda: EmbeddingEigenKronecker(
             torch.linalg.qr(_normal(columns, columns))[0].contiguous(), values
         ),
+        "input_gram": lambda: InputGram(_factor(columns, 4), rows),
         "convolution_kronecker": lambda: ConvolutionKronecker(
             _factor(rows, 4), _factor(columns // 2, 4), _factor(2, 4), has_bias=columns % 2 == 1
         ),
@@ -86,6 +88,8 @@ def _dense_root(kind, roots):
         return torch.diag(roots["values"].flatten())
     if kind == "dense":
         return roots["matrix"]
+    if kind == "input_gram":
+        return torch.kron(eye, roots["column_factor"])
     if kind in ("kronecker", "transposed_kronecker"):
         return torch.kron(roots["row_factor"], roots["column_factor"])
     if kind == "convolution_kronecker":
@@ -338,6 +342,7 @@ METHODS_OF_KINDS = [
     ("diagonal", "fedfisher", 1.8),
     ("kfac", "fedfisher", 3.0),
     ("kfac", "regmean", 3.0),
+    ("input_gram", "regmean", 2.5),
     ("ekfac", "fedfisher", 4.0),
 ]
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from lightning_fedfisher import ClientUpdate, UpdateError
 from lightning_fedfisher.curvature.base import Identity
-from lightning_fedfisher.curvature.registry import KINDS
+from lightning_fedfisher.curvature.registry import INPUT_KINDS, KINDS
 from lightning_fedfisher.layers import Layer, Source, find_layers
 from lightning_fedfisher.update.consistency import inconsistencies
 
@@ -184,6 +184,7 @@ def test_a_kind_that_its_extraction_cannot_give_is_refused():
 def test_kinds_are_those_that_an_extraction_gives(asked, kind):
     given = {(asked, kind) for kind, asked in ASKED.items()} | {("identity", "identity")}
     given |= {("kfac", "diagonal"), ("ekfac", "diagonal")}  # of layers without a matrix product
+    given |= {("input_gram", INPUT_KINDS.get(kind, "identity")) for kind in ASKED}
     header = header_of(linear(), kind, curvature=asked)
     shapes = {"parameters/weight": (2, 3), "parameters/bias": (2,)}
     (name,) = header.kinds

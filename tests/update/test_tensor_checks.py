@@ -15,6 +15,7 @@ from lightning_fedfisher.curvature.convolution import ConvolutionKronecker
 from lightning_fedfisher.curvature.dense import Dense
 from lightning_fedfisher.curvature.diagonal import Diagonal
 from lightning_fedfisher.curvature.embedding import EmbeddingEigenKronecker, EmbeddingKronecker
+from lightning_fedfisher.curvature.input_gram import InputGram
 from lightning_fedfisher.curvature.kronecker import Kronecker
 from lightning_fedfisher.curvature.registry import KINDS
 from lightning_fedfisher.update.file_format import UpdateFile
@@ -216,6 +217,8 @@ def _of_kind(kind):
             return Diagonal(values)
         case "dense":
             return Dense(_moment(8, 16), (2, 4))
+        case "input_gram":
+            return InputGram(_moment(4, 8), rows=2)
         case "kronecker" | "transposed_kronecker":
             return KINDS[kind](*_moments(2, 4))
         case "convolution_kronecker":
@@ -230,6 +233,7 @@ def _of_kind(kind):
 FORMS = {
     ("diagonal", "values"): "values",
     ("dense", "matrix"): "factor",
+    ("input_gram", "column_factor"): "factor",
     ("kronecker", "row_factor"): "factor",
     ("kronecker", "column_factor"): "factor",
     ("transposed_kronecker", "row_factor"): "factor",

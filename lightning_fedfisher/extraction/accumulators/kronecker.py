@@ -1,4 +1,4 @@
-"""Sums for K-FAC: the second moments of the two sides of a layer's gradient.
+"""Sums for K-FAC: the second moments of the two sides of a layer's gradient, or of its inputs.
 
 With rows ``r`` and columns ``c`` (see `layer_types`), the factors are the second moments of ``r``
 and of ``c``. Over positions, the side that comes from the inputs is averaged, and the side that
@@ -25,6 +25,8 @@ from lightning_fedfisher.layers import Layer
 
 class KroneckerAccumulator(Accumulator):
     """Row and column factors of layers whose gradient is a sum of outer products.
+
+    Of an `InputGram`, which has no row factor, the inputs alone are added up.
 
     Example:
         >>> import torch
@@ -60,8 +62,9 @@ class KroneckerAccumulator(Accumulator):
             gradient_factor = "column_factor" if layer_type.inputs_are_rows else "row_factor"
             for (part,), n in in_chunks([call], samples):
                 self._add_inputs(layer_type.unfold_inputs(part.inputs, n), 1 / positions)
-                gradients = layer_type.unfold_gradients(part.gradients, n)
-                self._grams[gradient_factor].add(gradients, 1.0)
+                if gradient_factor in self._grams:
+                    gradients = layer_type.unfold_gradients(part.gradients, n)
+                    self._grams[gradient_factor].add(gradients, 1.0)
 
     def _add_inputs(self, unfolded: Tensor, scale: float) -> None:
         """Adds the second moment of a call's inputs.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_fedfisher.curvature.base import Curvature
+from lightning_fedfisher.curvature.base import Curvature, Identity
 from lightning_fedfisher.curvature.kronecker import Eigenbased, Factored
 from lightning_fedfisher.curvature.registry import EIGEN_CORRECTED, KINDS, KINDS_OF, CurvatureType
 from lightning_fedfisher.extraction.accumulators.base import Accumulator, GradientAccumulator
@@ -19,6 +19,7 @@ from lightning_fedfisher.extraction.accumulators.embedding import EmbeddingAccum
 from lightning_fedfisher.extraction.accumulators.kronecker import KroneckerAccumulator
 from lightning_fedfisher.extraction.accumulators.per_sample_gradients import materialized_gradients
 from lightning_fedfisher.extraction.accumulators.spectrum import SpectrumAccumulator
+from lightning_fedfisher.extraction.backends.layer_inputs import LayerInputs
 from lightning_fedfisher.extraction.backends.output_gradients import OutputGradients
 from lightning_fedfisher.extraction.backends.per_sample import PerSampleGradients
 from lightning_fedfisher.extraction.layer_report import LayerReport, block_kind
@@ -30,6 +31,7 @@ from lightning_fedfisher.layers import Layer
 ACCUMULATORS: Mapping[str, type[Accumulator]] = {
     "diagonal": DiagonalAccumulator,
     "dense": DenseAccumulator,
+    "input_gram": KroneckerAccumulator,
     "kronecker": KroneckerAccumulator,
     "transposed_kronecker": KroneckerAccumulator,
     "convolution_kronecker": ConvolutionAccumulator,
@@ -96,7 +98,7 @@ class ModelAccumulator:
         parameters = dict(model.named_parameters())
         self._accumulators: dict[tuple[str, str], Accumulator] = {}
         for layer in layers:
-            for kind in {self._kind(c, layer) for c in curvatures}:
+            for kind in {self._kind(c, layer) for c in curvatures} - {Identity.kind}:
                 factored = _FACTORED.get(kind, kind)
                 like = parameters[layer.parameter_names[0]].detach()
                 self._accumulators.setdefault(
@@ -115,13 +117,18 @@ class ModelAccumulator:
         self._spectra: dict[str, SpectrumAccumulator] = {}
         self.needs_second_pass = False
         self._samples, self._uniforms = 0, torch.empty(0)
-        self._output_gradients = OutputGradients(model, layers, trace, self._add)
-        others = [layer for layer in layers if layer.name not in trace.layer_types]
+        collector = LayerInputs if set(curvatures) == {"input_gram"} else OutputGradients
+        self._collector = collector(model, layers, trace, self._add)
+        others = [
+            layer
+            for layer in layers
+            if layer.name not in trace.layer_types and self._accumulators_of(layer.name)
+        ]
         self._per_sample = PerSampleGradients(model, others, logits_of) if others else None
 
     def watch(self) -> LayerCallRecorder:
         """Forgets the last forward pass, and gives the context manager to run the next one in."""
-        return self._output_gradients.watch()
+        return self._collector.watch()
 
     def backward(
         self,
@@ -139,10 +146,8 @@ class ModelAccumulator:
             uniforms: A random number from 0 to below 1 for each sample, by which its positions are
                 chosen; zeros if None.
         """
-        self._samples = len(logits)
-        drawn = torch.zeros(len(logits), dtype=torch.float64) if uniforms is None else uniforms
-        self._uniforms = drawn.to(logits.device)
-        self._output_gradients.backward(logits, directions)
+        self._note(logits, uniforms)
+        self._collector.backward(logits, directions)
         if self._per_sample is not None and not self._spectra:
             for direction in directions:
                 for gradients in self._per_sample(batch, logits.detach(), direction):
@@ -150,6 +155,27 @@ class ModelAccumulator:
                         for accumulator in self._accumulators_of(name):
                             assert isinstance(accumulator, GradientAccumulator)
                             accumulator.add_gradients(gradient)
+
+    def add_inputs(self, logits: Tensor, uniforms: Tensor | None = None) -> int:
+        """Adds up the second moments of inputs, where nothing else was asked for.
+
+        Args:
+            logits: Result of the forward pass inside `watch`.
+            uniforms: As for `backward`.
+
+        Returns:
+            The number of samples.
+        """
+        assert isinstance(self._collector, LayerInputs)
+        self._note(logits, uniforms)
+        self._collector.deliver(logits)
+        return self._samples
+
+    def _note(self, logits: Tensor, uniforms: Tensor | None) -> None:
+        """Notes how many samples were run, and the numbers that choose their positions."""
+        self._samples = len(logits)
+        drawn = torch.zeros(len(logits), dtype=torch.float64) if uniforms is None else uniforms
+        self._uniforms = drawn.to(logits.device)
 
     def find_eigenbases(self, total: Reduce, first: Reduce, count: int) -> None:
         """Turns the factors of EKFAC into eigenbases, and starts their eigenvalues at zero.
@@ -197,9 +223,14 @@ class ModelAccumulator:
         blocks: dict[str, Curvature] = {}
         for layer in self._layers:
             kind = self._kind(curvature, layer)
+            if kind == Identity.kind:
+                blocks[layer.name] = Identity(layer.shape)
+                continue
             if kind in _FACTORED and (layer.name, kind) not in self._finished:
                 self._accumulators[layer.name, kind] = self._spectra[layer.name]
-            blocks[layer.name] = self._finish(layer.name, kind, total, count)
+            block = self._finish(layer.name, kind, total, count)
+            # A convolution's or an embedding's sums may hold its gradients beside its inputs.
+            blocks[layer.name] = block.of_inputs() if curvature == "input_gram" else block
         return blocks
 
     def layer_reports(self, curvature: CurvatureType) -> tuple[LayerReport, ...]:
@@ -215,11 +246,13 @@ class ModelAccumulator:
         for layer in self._layers:
             kind, backend = self._kind(curvature, layer), "hooks"
             reason = self._trace.unseen.get(layer.name, "")
-            if reason:
+            if kind == Identity.kind:
+                backend = "none"
+                reason = reason or f"{self._title(layer)} has no input Gram"
+            elif reason:
                 backend = "torch.func"
             elif kind == "diagonal" and curvature != "diagonal":
-                title = self._trace.layer_types[layer.name][0].title
-                reason = f"{title} has no Kronecker factors"
+                reason = f"{self._title(layer)} has no Kronecker factors"
             some = layer.name in self._sampled and kind in KINDS_OF["kfac"]
             reports.append(LayerReport(layer, kind, backend, reason, some))
         return tuple(reports)
@@ -231,6 +264,10 @@ class ModelAccumulator:
             sums = {part: total(tensor) for part, tensor in accumulator.sums.items()}
             self._finished[name, kind] = accumulator.finish(sums, count)
         return self._finished[name, kind]
+
+    def _title(self, layer: Layer) -> str:
+        """Names what a layer computes."""
+        return self._trace.layer_types[layer.name][0].title
 
     def _kind(self, curvature: CurvatureType, layer: Layer) -> str:
         """Gives the kind of a layer's block."""

@@ -28,10 +28,10 @@ _DIFFERENT = (
     "a layer has seen cannot be told"
 )
 # Names of the layers that a call uses, and how many calls before it use the same ones.
-_Place = tuple[tuple[str, ...], int]
+CallPlace = tuple[tuple[str, ...], int]
 # What came back to the calls of one layer: what each computes, its input, and a gradient for each
 # direction so far.
-_Arrived = dict[_Place, tuple[LayerType, Tensor, list[Tensor]]]
+_Arrived = dict[CallPlace, tuple[LayerType, Tensor, list[Tensor]]]
 
 
 class DifferentCallsError(ValueError):
@@ -101,11 +101,7 @@ class OutputGradients:
         Raises:
             DifferentCallsError: If the forward pass did not call the same layers as the traced one.
         """
-        if self._calls.keys() != self._axes.keys() or any(
-            count != len(self._axes[names]) and self._is_fixed(names)
-            for names, count in self._calls.items()
-        ):
-            raise DifferentCallsError(_DIFFERENT)
+        self._require_same_calls()
         self._samples, self._directions = len(logits), len(directions)
         leaves = list({id(leaf): leaf for _, leaf in edges_to_leaves(logits)}.values())
         for index, direction in enumerate(directions if leaves else ()):
@@ -120,6 +116,14 @@ class OutputGradients:
         for layer, arrived in self._arrived.values():  # no gradient reaches some of their calls
             self._deliver(layer, _layer_calls(arrived, self._samples))
         self._forget()
+
+    def _require_same_calls(self) -> None:
+        """Refuses a forward pass that called fewer layers than the traced one."""
+        if self._calls.keys() != self._axes.keys() or any(
+            count != len(self._axes[names]) and self._is_fixed(names)
+            for names, count in self._calls.items()
+        ):
+            raise DifferentCallsError(_DIFFERENT)
 
     def _forget(self) -> None:
         """Starts anew, before a forward pass."""
@@ -141,15 +145,27 @@ class OutputGradients:
         ]
         if batch_axis is None or not layers:
             return output
+        for layer, _ in layers:
+            self._expected[layer.name] = self._expected.get(layer.name, 0) + 1
+        return self._follow(place, batch_axis, call.arguments.inputs.detach(), layers, output)
+
+    def _follow(
+        self,
+        place: CallPlace,
+        batch_axis: BatchAxis,
+        inputs: Tensor,
+        layers: Sequence[tuple[Layer, LayerType]],
+        output: Tensor,
+    ) -> Tensor:
+        """Hooks the output of a call, and returns it."""
         if not output.requires_grad:
             # A clone, because an in-place activation must not write to a leaf.
             output = output.detach().requires_grad_().clone()
-        for layer, _ in layers:
-            self._expected[layer.name] = self._expected.get(layer.name, 0) + 1
-        inputs = call.arguments.inputs.detach()
         # On the tensor rather than on the module, so that the gradient is the one at the output
         # before any change in place.
-        output.register_hook(partial(self._arrive, place, batch_axis, inputs, layers))
+        output.register_hook(  # type: ignore[no-untyped-call]
+            partial(self._arrive, place, batch_axis, inputs, layers)
+        )
         return output
 
     def _next_axis(self, names: tuple[str, ...]) -> BatchAxis | None:
@@ -177,7 +193,7 @@ class OutputGradients:
 
     def _arrive(
         self,
-        place: _Place,
+        place: CallPlace,
         batch_axis: BatchAxis,
         inputs: Tensor,
         layers: Sequence[tuple[Layer, LayerType]],

@@ -45,6 +45,7 @@ class TransposedConvolution(KroneckerLayer):
     geometry: ConvGeometry
     positions: tuple[int, ...]
     kind: ClassVar[str] = "transposed_kronecker"
+    title: ClassVar[str] = "a transposed convolution, with its inputs on the rows,"
     inputs_are_rows: ClassVar[bool] = True
 
     @override

@@ -193,6 +193,38 @@ def logging_table(report: dict[str, Any]) -> str:
     return markdown([["time", "percent"], rule(2), *rows])
 
 
+def large_models_table(report: dict[str, Any]) -> str:
+    """Shows what the curvature of large models takes: planned, measured and estimated.
+
+    Args:
+        report: of ``large_models.py``.
+
+    Returns:
+        Two Markdown tables: plans and estimates of whole models, and the layers that were measured
+        beside their plans.
+    """
+    header = ["model", "curvature", "file, GB", "client, GB", "server, GB", "largest factor"]
+    rows = [[*header, "merge, hours (estimate)"]]
+    rows.append(rule(len(rows[0]), left=2))
+    for name, plans in report["plans"].items():
+        for kind, plan in plans.items():
+            sizes = [plan[f"{part}_bytes"] / 1e9 for part in ("file", "client", "server")]
+            estimate = report["estimates"][name].get(kind)
+            hours = f"{estimate['merge_seconds'] / 3600:.1f}" if estimate else ""
+            factor = f"{plan['largest_factor']:,}" if plan["largest_factor"] else ""
+            rows.append([name, kind, *(f"{size:.1f}" for size in sizes), factor, hours])
+    parts = ("extraction", "merge")
+    header = ["three layers", *(f"{part}, {of}" for part in parts for of in ("s", "GB", "planned"))]
+    measured = [header, rule(len(header))]
+    for kind, found in report["measured"].items():
+        cells = [kind]
+        for part in parts:
+            sizes = [found[part][name] / 1e9 for name in ("peak_bytes", "planned_bytes")]
+            cells += [f"{found[part]['seconds']:.1f}", *(f"{size:.2f}" for size in sizes)]
+        measured.append(cells)
+    return f"{markdown(rows)}\n\n{markdown(measured)}"
+
+
 def gpu_table(report: dict[str, Any]) -> str:
     """Shows the same work on the CPU and on another device.
 
