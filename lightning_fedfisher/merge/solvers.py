@@ -171,10 +171,18 @@ class ConjugateGradient(Solver):
 
     # Steps without progress after which none is to be expected.
     _PATIENCE = 100
+    # Steps whose gain is compared with that of all.
+    _WINDOW = 5
     # A true residual that agrees with the one carried along.
     _AGREES = 1.1
 
-    def __init__(self, problem: Quadratic, tolerance: float = 1e-4, rcond: float = 1e-6) -> None:
+    def __init__(
+        self,
+        problem: Quadratic,
+        tolerance: float = 1e-4,
+        rcond: float = 1e-6,
+        least_gain: float = 0.0,
+    ) -> None:
         """Starts at the average.
 
         Args:
@@ -182,9 +190,13 @@ class ConjugateGradient(Solver):
             tolerance: The `residual` at which it is finished.
             rcond: Part of the mean curvature's largest eigenvalue (for a Kronecker product, of
                 either factor's) up to which a direction counts as one without curvature.
+            least_gain: It is finished as well once five steps together have lowered the objective
+                by no more than this fraction of what all steps have. The next five tell how far
+                the objective is from its minimum (Strakos & Tichy, 2002): about as far as that.
         """
         super().__init__(problem)
-        self._tolerance, self._rcond = tolerance, rcond
+        self._tolerance, self._rcond, self._least_gain = tolerance, rcond, least_gain
+        self._gains: list[float] = []
         self._inverse: PseudoInverse | None = None
         self._moved: Tensor | None = None
         self._stalled = False
@@ -240,24 +252,36 @@ class ConjugateGradient(Solver):
         step = self._squared / curvature_along
         self._moved = step * direction + (0 if self._moved is None else self._moved)
         self._residual = self._residual - step * curved
+        self._gains.append(step * self._squared)
         length = norm(self._residual)
         self._waited = 0 if length < self._least else self._waited + 1
         self._least = min(length, self._least)
-        if length <= self._tolerance * self._scale or self._waited > self._PATIENCE:
-            self._check()
+        settled = self._has_settled()
+        if length <= self._tolerance * self._scale or self._waited > self._PATIENCE or settled:
+            self._check(length if settled else 0.0)
             return
         squared = dot(self._residual, self._inverse.inverse * self._residual)
         self._conjugate = self._residual + squared / self._squared * self._conjugate
         self._squared = squared
 
-    def _check(self) -> None:
+    def _has_settled(self) -> bool:
+        """Whether the last steps have hardly lowered the objective."""
+        last = self._gains[-self._WINDOW :]
+        return len(last) == self._WINDOW and sum(last) <= self._least_gain * sum(self._gains)
+
+    def _check(self, settled_at: float = 0.0) -> None:
         """Compares with the true residual, and decides how to go on.
 
         The solver is finished, starts anew, goes on in float64, or has come as far as it can.
+
+        Args:
+            settled_at: The residual carried along, if the objective has settled there; else 0.
         """
         before = self._started_at
         self._settle()
         self._begin()
+        # Rounding alone might have let it settle, and the true residual tells.
+        self.finished = self.finished or self._started_at <= self._AGREES * settled_at
         if self.finished or self._started_at < before / 2:
             return
         if self.weights.dtype == torch.float64:
@@ -273,19 +297,20 @@ def _rounding(tensor: Tensor) -> float:
     return 100 * torch.finfo(tensor.dtype).eps
 
 
-def exact_solver(problem: Quadratic, rcond: float = 1e-6) -> Solver:
+def exact_solver(problem: Quadratic, rcond: float = 1e-6, least_gain: float = 0.0) -> Solver:
     """The solver that reaches the minimum: the closed form where there is one.
 
     Args:
         problem: The quadratic to minimise.
         rcond: As for `ConjugateGradient`.
+        least_gain: As for `ConjugateGradient`.
 
     Returns:
         A solver that starts at the average.
     """
-    return (
-        ClosedForm(problem) if problem.kind.elementwise else ConjugateGradient(problem, rcond=rcond)
-    )
+    if problem.kind.elementwise:
+        return ClosedForm(problem)
+    return ConjugateGradient(problem, rcond=rcond, least_gain=least_gain)
 
 
 class PublishedServer(Solver):
