@@ -43,8 +43,7 @@ from simulation.model_peers import PEERS, run_peer
 from simulation.real_models import REAL_MODELS, RealModel
 
 _CLIENTS = 5
-# The files are as large as with more samples, and sooner there.
-_MERGED_SAMPLES = 40
+_MERGED_SAMPLES = 300  # as many as the callback takes by default
 _NOISE = 0.01  # of a client's weights, relative to their root mean square
 _FAILURE = 500  # letters of a reason
 _STEPS, _STEP_SECONDS = 3, 3.0  # of training: at least
