@@ -84,6 +84,15 @@ MERGE_FEDERATIONS = {
 earlier form of the default method.
 """
 
+POSITIONS_FEDERATIONS = {
+    "development": [
+        Federation("fashionmnist", "lenet", alpha, split, 0)
+        for alpha in (0.05, 0.1, 0.2, 0.3)
+        for split in (3, 6)
+    ]
+}
+"""The federations of the positions study: two splits of each alpha of the merge study's."""
+
 
 def benchmark_federation(model: str) -> Federation:
     """Chooses the federation whose trained clients the benchmarks work on.

@@ -30,6 +30,7 @@ from simulation.tables.studies import (
     hostile_table,
     merge_summary,
     merge_table,
+    positions_table,
     study_table,
 )
 
@@ -44,7 +45,9 @@ def tables_of_study(rows: Sequence[dict[str, str]]) -> Iterator[str]:
         Markdown tables.
     """
     columns = rows[0].keys()
-    if "samples" in columns:
+    if "positions" in columns:
+        yield positions_table(rows)
+    elif "samples" in columns:
         yield study_table(rows)
     elif "sent" in columns:
         yield compression_table(rows)

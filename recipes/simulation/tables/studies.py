@@ -44,6 +44,40 @@ def study_table(rows: Sequence[dict[str, str]]) -> str:
     return markdown(table)
 
 
+def positions_table(rows: Sequence[dict[str, str]]) -> str:
+    """Shows merged accuracy by the positions that factors are computed from, and by what is sent.
+
+    Args:
+        rows: of a positions study, from `read_rows`; all federations for every setting.
+
+    Returns:
+        A Markdown table of test accuracies in percent (mean, lowest and highest over federations),
+        of their change against all positions as they are, and of negative log-likelihoods.
+    """
+    settings = list(dict.fromkeys((row["positions"], row["sent"]) for row in rows))
+    by_setting = {
+        setting: [row for row in rows if (row["positions"], row["sent"]) == setting]
+        for setting in settings
+    }
+    first = [float(row["accuracy"]) for row in by_setting[settings[0]]]
+    columns = ["positions", "sent", "accuracy", "change", "least change", "NLL", "extraction, s"]
+    table = [columns, rule(len(columns), left=2)]
+    for setting, here in by_setting.items():
+        accuracies = [float(row["accuracy"]) for row in here]
+        changes = [now - before for now, before in zip(accuracies, first, strict=True)]
+        table.append(
+            [
+                *setting,
+                spread(accuracies),
+                f"{statistics.mean(changes):+.2f}",
+                f"{min(changes):+.2f}",
+                f"{statistics.mean(float(row['nll']) for row in here):.2f}",
+                f"{statistics.mean(float(row['extraction_seconds']) for row in here):.2f}",
+            ]
+        )
+    return markdown(table)
+
+
 def merge_table(rows: Sequence[dict[str, str]]) -> str:
     """Shows the accuracy of every merge method, by network and, for LeNet, by alpha.
 
