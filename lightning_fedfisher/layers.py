@@ -162,7 +162,7 @@ def find_layers(model: nn.Module) -> tuple[Layer, ...]:
     for path, module in model.named_modules():
         own = module.named_parameters(prefix=path, recurse=False)
         shapes = {name: tuple(parameter.shape) for name, parameter in own if name in trained}
-        pairs = {} if _is_transposed(module) else _pairs(shapes)
+        pairs = {} if is_transposed(module) else _pairs(shapes)
         for name, shape in shapes.items():
             if name in pairs:
                 bias = pairs[name]
@@ -217,7 +217,7 @@ def frozen_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if not p.requires_grad}
 
 
-def _is_transposed(module: nn.Module) -> bool:
+def is_transposed(module: nn.Module) -> bool:
     """Tells whether a module's weight has inputs on its rows, so that its bias has no place there.
 
     The linear layer of GPT-2 goes by its name: transformers need not be installed.

@@ -19,10 +19,11 @@ from lightning_fedfisher.curvature.base import Curvature, InputSide, TensorRole
 from lightning_fedfisher.curvature.input_map import InputMap
 from lightning_fedfisher.curvature.linalg import (
     PseudoInverse,
+    change_basis,
     frobenius_norm,
+    large_eigenpairs,
     pseudo_reciprocal,
     require_positive_exponent,
-    symmetric_eigendecomposition,
     symmetric_eigenvalues,
     symmetric_power,
 )
@@ -48,6 +49,7 @@ class InputGram(Curvature):
     rows: int
     kind: ClassVar[str] = "input_gram"
     tensor_roles: ClassVar[Mapping[str, TensorRole]] = {"column_factor": "factor"}
+    restricts: ClassVar[bool] = True
     inputs_on: ClassVar[InputSide | None] = "columns"
 
     @property
@@ -68,14 +70,26 @@ class InputGram(Curvature):
 
     @override
     def pseudo_inverse(self, rcond: float) -> PseudoInverse:
-        values, basis = symmetric_eigendecomposition(self.column_factor)
-        inverse, support = pseudo_reciprocal(values, rcond)
+        values, columns = large_eigenpairs(self.column_factor, rcond)
+        inverse, support = pseudo_reciprocal(values, 0.0)
         return PseudoInverse(
-            lambda matrix: matrix @ basis,
-            lambda coordinates: coordinates @ basis.mT,
-            inverse.expand(self.shape),
-            support.expand(self.shape),
+            lambda matrix: matrix @ columns,
+            lambda coordinates: coordinates @ columns.mT,
+            inverse.expand(self.rows, -1),
+            support.expand(self.rows, -1),
+            restrict=lambda curvature: curvature.within(columns),
         )
+
+    def within(self, columns: Tensor) -> Self:
+        """Gives the operator on coordinates in another basis of columns.
+
+        Args:
+            columns: Orthonormal columns, of shape ``(columns, n)``.
+
+        Returns:
+            The operator on matrices of shape ``(rows, n)``.
+        """
+        return type(self)(change_basis(self.column_factor, columns), self.rows)
 
     @override
     def average_over_columns(self) -> Self:

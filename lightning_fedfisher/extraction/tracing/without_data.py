@@ -19,8 +19,9 @@ from lightning_fedfisher.extraction.layer_types.linear import read_linear
 from lightning_fedfisher.extraction.layer_types.transposed_convolution import (
     read_transposed_convolution,
 )
+from lightning_fedfisher.extraction.layer_types.transposed_linear import TransposedLinear
 from lightning_fedfisher.extraction.tracing.recorder import LayerCallRecorder, WatchedCall
-from lightning_fedfisher.layers import Layer
+from lightning_fedfisher.layers import Layer, is_transposed
 
 LayerTypes = Mapping[str, Sequence[LayerType]]
 """What each call of a layer computes, by layer name; nothing of layers that are not understood."""
@@ -132,8 +133,12 @@ def _call_of(module: nn.Module, weight: Tensor) -> FunctionCall | None:
     if isinstance(module, nn.MultiheadAttention):
         # Its queries, keys and values are one linear map, unless their sizes differ.
         return read_linear(weight, weight) if weight is module.in_proj_weight else None
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        return read_linear(weight, weight)
     if weight is not getattr(module, "weight", None):
         return None
+    if is_transposed(module) and weight.ndim == 2:  # as GPT-2's
+        return FunctionCall(weight, weight, None, lambda has_bias: TransposedLinear(), None)
     if isinstance(module, nn.Linear):
         return read_linear(weight, weight)
     if isinstance(module, nn.Embedding):
