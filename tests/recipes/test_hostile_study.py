@@ -22,7 +22,7 @@ def study(monkeypatch, tmp_path):
     federation = Federation("digits", "lenet", 1.0, 3, 0)
     monkeypatch.setattr(hostile_study, "FEDERATIONS", {"development": [federation]})
     monkeypatch.setattr(hostile_study, "BOUNDS", {"none": math.inf, "2": 2.0})
-    monkeypatch.setattr(shared, "_EPOCHS", {"lenet": 2})
+    monkeypatch.setattr(shared, "_EPOCHS", {"lenet": 6})
     monkeypatch.setattr("sys.argv", ["hostile_study.py", "--output-dir", str(tmp_path)])
     hostile_study.main()
     return read_rows(tmp_path / "development.csv")

@@ -20,6 +20,7 @@ from simulation.tables.studies import (
     hostile_table,
     merge_summary,
     merge_table,
+    positions_table,
     study_table,
 )
 from studies import tables
@@ -136,6 +137,12 @@ def test_studies_readme_shows_the_compression_study(name):
     path = RESULTS / f"{name}.csv"
     assert path.read_text().startswith("# 20")
     assert compression_table(read_rows(path)) in readme("studies")
+
+
+def test_studies_readme_shows_the_positions_study():
+    path = RESULTS / "positions_study.csv"
+    assert path.read_text().startswith("# 20")
+    assert positions_table(read_rows(path)) in readme("studies")
 
 
 def test_readme_shows_the_merges_no_choice_was_made_on():
