@@ -11,6 +11,7 @@ bias. A dense curvature acts on ``W`` flattened row by row. All kinds are immuta
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -315,6 +316,10 @@ class Identity(Curvature):
     @override
     def diagonal(self) -> Tensor:
         return torch.ones(self.size)
+
+    @override
+    def trace(self) -> Tensor:
+        return torch.tensor(float(math.prod(self.size)), dtype=torch.float64)
 
     @override
     def sensitivities(self) -> dict[str, float]:

@@ -270,6 +270,8 @@ class _InDouble(LazyCurvatures):
 
 def dot(one: Tensor, other: Tensor) -> float:
     """The sum of the products of two tensors' entries, in float64."""
+    if one is other:  # as with the identity
+        return norm(one) ** 2
     # The curvature of a certain client may be fainter than float32's smallest square.
     return float((one.double() * other.double()).sum())
 
