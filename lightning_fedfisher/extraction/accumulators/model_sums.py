@@ -175,7 +175,7 @@ class ModelAccumulator:
         """Notes how many samples were run, and the numbers that choose their positions."""
         self._samples = len(logits)
         drawn = torch.zeros(len(logits), dtype=torch.float64) if uniforms is None else uniforms
-        self._uniforms = drawn.to(logits.device)
+        self._uniforms = drawn.cpu()  # where positions are chosen alike for every device
 
     def find_eigenbases(self, total: Reduce, first: Reduce, count: int) -> None:
         """Turns the factors of EKFAC into eigenbases, and starts their eigenvalues at zero.

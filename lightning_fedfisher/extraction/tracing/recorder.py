@@ -92,7 +92,7 @@ class LayerCall:
         most = most_positions(positions, available)
         if most == available:
             return self
-        chosen = choose_positions(uniforms, available, most)
+        chosen = choose_positions(uniforms, available, most).to(self.inputs.device)
         scale = math.sqrt(available / most)
         inputs = scale * layer_type.unfold_inputs_at(self.inputs, samples, chosen)
         found = [
