@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NoReturn, Self
 
 import torch
@@ -271,7 +271,18 @@ class Curvature(ABC):
             A curvature of the same kind.
         """
         moved = {name: tensor.to(device, dtype) for name, tensor in self.tensors().items()}
-        return type(self).from_tensors(moved, self.shape, self.kernel)
+        return self.with_tensors(moved)
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
+        """Gives the same operator with other tensors in place of its own.
+
+        Args:
+            tensors: Tensors of the same shapes, by field name.
+
+        Returns:
+            A curvature of the same kind.
+        """
+        return replace(self, **tensors)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True, eq=False)

@@ -201,8 +201,10 @@ def symmetric_eigendecomposition(matrix: Tensor, exact: bool = True) -> tuple[Te
 
 
 def _coupled(matrix: Tensor) -> Tensor:
-    """Which rows have an entry off the diagonal, a mask of shape ``(n,)``."""
-    return matrix.count_nonzero(dim=1) > (matrix.diagonal() != 0)
+    """Which rows or columns have an entry off the diagonal, a mask of shape ``(n,)``."""
+    # Either way: what a stranger sends may be symmetric up to rounding only.
+    seen = (matrix != 0) | (matrix != 0).mT
+    return seen.count_nonzero(dim=1) > seen.diagonal()
 
 
 def _eigh(matrix: Tensor, exact: bool) -> tuple[Tensor, Tensor]:

@@ -66,7 +66,7 @@ class OnDiskCurvatures(LazyCurvatures):
         """
         self._device = device
         self.kinds: list[type[Curvature]] = []
-        self._specs: list[tuple[tuple[int, int], int, torch.dtype]] = []
+        self._templates: list[tuple[Curvature, torch.dtype]] = []
         self._tensors = OnDiskTensors(self._noted(curvatures), device)
 
     def _noted(self, curvatures: Iterable[Curvature]) -> Iterator[Mapping[str, Tensor]]:
@@ -74,11 +74,12 @@ class OnDiskCurvatures(LazyCurvatures):
             tensors = curvature.tensors()
             dtype = next((tensor.dtype for tensor in tensors.values()), torch.float32)
             self.kinds.append(type(curvature))
-            self._specs.append((curvature.shape, curvature.kernel, dtype))
+            # What it is beside its tensors, without their memory.
+            self._templates.append((curvature.to(torch.device("meta"), dtype), dtype))
             yield tensors
 
     @override
     def __getitem__(self, index: Any) -> Any:
         tensors = self._tensors[index]
-        kind, (shape, kernel, dtype) = self.kinds[index], self._specs[index]
-        return kind.from_tensors(tensors, shape, kernel).to(self._device, dtype)
+        template, dtype = self._templates[index]
+        return template.with_tensors(tensors).to(self._device, dtype)

@@ -254,6 +254,7 @@ class _Part:
     def step(self, scale: float) -> float:
         """Computes the step to whose multiples the entries are rounded."""
         coarse = scale / math.sqrt(self.cost) if self.cost > 0 else self.largest / _COARSEST
+        coarse = min(coarse, 2 * self.largest)  # which leaves nothing but zeros already
         return max(coarse, self.largest / (LARGEST - 1)) or 1.0  # float32 may divide to one more
 
     def rounded(self, entries: Tensor, scale: float) -> Tensor:
@@ -329,6 +330,8 @@ def decode_root(
     if role in ("factor", "values"):
         rows = quantized.rank if role == "factor" else 1
         largest = largest * largest * rows + quantized.tail
+    if quantized.step > torch.finfo(torch.float32).max:  # of which a multiple by zero is no number
+        raise ValueError(f"its step is {quantized.step:.1e}")
     if not largest <= (limit := value_limit(role, QUANTIZED_TYPES[quantized.dtype])):
         raise ValueError(f"it holds values up to {largest:.1e}, more than {limit:.1e}")
     return numbers

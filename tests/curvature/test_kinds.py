@@ -21,6 +21,7 @@ from lightning_fedfisher.curvature.kronecker import (
     TransposedEigenKronecker,
     TransposedKronecker,
 )
+from lightning_fedfisher.curvature.linalg import symmetric_power
 from lightning_fedfisher.curvature.registry import KINDS, KINDS_OF, CurvatureType
 
 SHAPE = (3, 4)
@@ -634,3 +635,11 @@ def test_kinds_are_frozen_and_pure(kind):
 def test_what_can_be_asked_for_has_kinds():
     assert set(get_args(CurvatureType)) == KINDS_OF.keys()
     assert {kind for kinds in KINDS_OF.values() for kind in kinds} == KINDS.keys()
+
+
+def test_the_power_of_a_factor_that_is_symmetric_up_to_rounding_only():
+    # As a stranger may send it: each row is coupled to the next, and none to the one before.
+    size = 1500
+    matrix = torch.eye(size) + torch.diag(torch.full((size - 1,), 1e-6), 1)
+    power = symmetric_power(matrix, 0.5)
+    torch.testing.assert_close(power, torch.eye(size), atol=1e-5, rtol=0)

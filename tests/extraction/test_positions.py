@@ -5,7 +5,9 @@ import torch
 from helpers.networks import are_equal, build_net, extract, make_data
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
+from lightning_fedfisher.extraction import extract_curvatures
 from lightning_fedfisher.extraction.layer_types import convolution as convolutions
 from lightning_fedfisher.extraction.layer_types.conv_geometry import ConvGeometry
 from lightning_fedfisher.extraction.positions import (
@@ -128,6 +130,14 @@ def test_a_sample_has_the_same_positions_whatever_its_batch(net, fisher):
     assert not are_equal(
         extract(net, data, fisher=fisher, positions="auto", seed=1), expected, 1e-3
     )
+
+
+def test_the_report_tells_which_kinds_were_sampled(net):
+    loader = DataLoader(make_data(IMAGE, 6), batch_size=4)
+    found = extract_curvatures(net, loader, ("kfac", "diagonal", "input_gram"), progress=False)
+    assert "kronecker (hooks; some positions)" in found["kfac"].report
+    assert "input_gram (hooks; some positions)" in found["input_gram"].report
+    assert "some positions" not in found["diagonal"].report
 
 
 @pytest.mark.parametrize("kind", ["diagonal", "dense"])

@@ -28,6 +28,11 @@ class _Norm(nn.Module):
         return self.weight * F.layer_norm(x, (4,)) + self.bias
 
 
+def _first_row_doubled(tensor):
+    tensor[:1] *= 2
+    return tensor
+
+
 INDEX = torch.tensor([[0, 1, 2], [1, 0, 1], [2, 1, 0]])
 # The forward pass of tokens of shape (samples, 3, 4), and the parameter it uses.
 FOLLOWED = {
@@ -97,6 +102,14 @@ ALONE = {
     "positions first": (
         lambda net, x: net.head(torch.tanh(x.transpose(0, 1) + net.own).mean(0)),
         (3, 1, 4),
+    ),
+    "changed in place": (
+        lambda net, x: _pooled(net, x + _first_row_doubled(net.own.clone())),
+        (3, 4),
+    ),
+    "beside itself detached": (
+        lambda net, x: _pooled(net, x * net.own.detach().exp() + x @ torch.diag(net.own)),
+        (4,),
     ),
 }
 

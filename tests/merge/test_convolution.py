@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from lightning_fedfisher import ClientUpdate, extract_curvature, merge_updates
 from lightning_fedfisher.curvature import ConvolutionKronecker
 from lightning_fedfisher.extraction.layer_types import convolution as convolutions
+from lightning_fedfisher.merge.disk_cache import OnDiskCurvatures
 from lightning_fedfisher.merge.objective import Quadratic
 from lightning_fedfisher.merge.solvers import exact_solver
 
@@ -84,3 +85,21 @@ def test_the_product_of_channels_and_kernel_merges_as_what_it_stands_for(monkeyp
     assert found.solved
     for name, tensor in found.state_dict.items():
         assert relative_error(tensor, expected.state_dict[name]) < 1e-3, name
+
+
+@pytest.mark.parametrize("rank", [0, 1, 4])
+def test_a_kernel_of_any_rank_is_worked_on_from_disk(rank):
+    shares, size = [1.0, 2.0], 4
+    weights = [torch.randn(3, 2 * size + 1, dtype=torch.float64) for _ in shares]
+    curvatures, root = [], torch.randn(size, rank, dtype=torch.float64)
+    for k in range(2):
+        factors = _factor(3, k), _factor(2, 7 + k), root @ root.T
+        curvatures.append(ConvolutionKronecker(*factors, has_bias=True))
+    solvers = [
+        exact_solver(Quadratic(shares, weights, held), rcond=1e-9)
+        for held in (curvatures, OnDiskCurvatures(curvatures, torch.device("cpu")))
+    ]
+    for solver in solvers:
+        solver.advance(200)
+    assert solvers[0].converged
+    assert torch.equal(solvers[0].weights, solvers[1].weights)

@@ -411,3 +411,13 @@ def test_the_length_of_the_header_is_judged_before_it_is_read(size, tmp_path):
     with pytest.raises(UpdateError, match="truncated or damaged") as error:
         ClientUpdate.open(path)
     assert (f"a header of {size} bytes" in str(error.value)) == (size > 2**24)
+
+
+@pytest.mark.parametrize("step", [1e39, 1e300])
+def test_a_step_of_which_zero_times_is_no_number_is_refused(step, tmp_path):
+    how = QuantizedTensor(step, "float32", 1, 0.0)
+    update = ClientUpdate.open(_packed_file(tmp_path, how, torch.zeros(1, dtype=torch.int32)))
+    with pytest.raises(UpdateError, match="its step is"):
+        update.verify()
+    with pytest.raises(UpdateError, match="its step is"):
+        update.block(update.layers[0])

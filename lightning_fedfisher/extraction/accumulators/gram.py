@@ -22,8 +22,8 @@ _FEWEST, _MOST = 512, 4096
 class GramSum:
     """The second moment of features, summed over samples and positions.
 
-    Vectors wait until there are as many as features. So each product is a large one. What waits
-    takes no more memory than the sum itself, which is not there before it is needed.
+    Vectors wait until there are as many as features, or 512. So each product is a large one, and
+    what waits takes little more memory than the sum, which is not there before it is needed.
 
     Example:
         >>> gram = GramSum(2, like=torch.ones(()))

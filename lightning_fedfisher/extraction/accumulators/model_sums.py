@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_fedfisher.curvature.base import Curvature, Identity
 from lightning_fedfisher.curvature.kronecker import Eigenbased, Factored
-from lightning_fedfisher.curvature.registry import EIGEN_CORRECTED, KINDS, KINDS_OF, CurvatureType
+from lightning_fedfisher.curvature.registry import EIGEN_CORRECTED, KINDS, CurvatureType
 from lightning_fedfisher.extraction.accumulators.base import Accumulator, GradientAccumulator
 from lightning_fedfisher.extraction.accumulators.convolution import ConvolutionAccumulator
 from lightning_fedfisher.extraction.accumulators.dense import DenseAccumulator
@@ -44,6 +44,9 @@ ACCUMULATORS: Mapping[str, type[Accumulator]] = {
 _KEPT_BYTES = 2**30
 # The kind of the factors in whose eigenbases each eigenvalue-corrected kind is.
 _FACTORED = {corrected: factored for factored, corrected in EIGEN_CORRECTED.items()}
+
+# Kinds that take all positions of a sample.
+_WHOLE = ("identity", "diagonal", "dense")
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -253,7 +256,7 @@ class ModelAccumulator:
                 backend = "torch.func"
             elif kind == "diagonal" and curvature != "diagonal":
                 reason = f"{self._title(layer)} has no Kronecker factors"
-            some = layer.name in self._sampled and kind in KINDS_OF["kfac"]
+            some = layer.name in self._sampled and kind not in _WHOLE
             reports.append(LayerReport(layer, kind, backend, reason, some))
         return tuple(reports)
 

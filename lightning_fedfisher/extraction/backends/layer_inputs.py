@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor
 from typing_extensions import override
@@ -37,6 +38,8 @@ class LayerInputs(OutputGradients):
                 [3., 4.]]), gradients=tensor([[[0.],
                  [0.]]]))]
     """
+
+    _differentiates: ClassVar[bool] = False
 
     def deliver(self, logits: Tensor) -> None:
         """Gives the calls of the forward pass that was just watched.

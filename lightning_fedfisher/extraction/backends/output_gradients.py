@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,8 @@ class OutputGradients:
                  [5.]]]))]
     """
 
+    _differentiates: ClassVar[bool] = True
+
     def __init__(
         self, model: nn.Module, layers: Sequence[Layer], trace: ModelTrace, deliver: Deliver
     ) -> None:
@@ -72,6 +74,10 @@ class OutputGradients:
         # Gradients at the outputs are all that is needed. Gradients of the weights would be a third
         # of the work of a training step.
         model.requires_grad_(False)
+        for layer in layers if self._differentiates else ():
+            if layer.name in trace.spread:  # whose way tells what is detached from them
+                for name in layer.parameter_names:
+                    model.get_parameter(name).requires_grad_()
         self._recorder = LayerCallRecorder(model, layers, self._on_layer_call, spread=trace.spread)
         self._dtype = next(model.parameters()).dtype
         self._trace = trace

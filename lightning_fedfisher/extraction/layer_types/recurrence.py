@@ -305,6 +305,6 @@ class _Recurrence(torch.autograd.Function):
         for t, slopes in zip(reversed(ctx.order), reversed(ctx.slopes), strict=True):
             arriving = state[0] + to_states[t], *state[1:]
             direct, *others = cell.back(slopes, arriving, to_inputs[t], to_hidden[t])
-            through = to_hidden[t] @ weight
+            through = to_hidden[t] @ weight.to(to_hidden)
             state = through if direct is None else direct + through, *others
         return None, None, None, None, None, to_inputs, to_hidden, *state

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -53,6 +53,10 @@ class Spread(LayerType):
         found = found.reshape(count, rows, -1)
         after = self.columns - self.start - found.shape[2]
         return torch.nn.functional.pad(found, (self.start, after))
+
+    def forgotten(self) -> Spread:
+        """Gives the same layer type without anything of the model that it was seen in."""
+        return replace(self, parameter=self.parameter.detach().to("meta"), rebuild=torch.clone)
 
     @override
     def peak_numel(self, inputs: Tensor, gradients: Tensor) -> int:

@@ -31,6 +31,7 @@ class TransposedLinear(KroneckerLayer):
     """
 
     kind: ClassVar[str] = "transposed_kronecker"
+    title: ClassVar[str] = "a product with inputs on its rows"
     inputs_are_rows: ClassVar[bool] = True
 
     @override

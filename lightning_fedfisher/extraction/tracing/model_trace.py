@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from lightning_fedfisher.extraction.layer_types.base import LayerType
+from lightning_fedfisher.extraction.layer_types.spread import Spread
 from lightning_fedfisher.extraction.tracing.batch_axis import BatchAxis, possible_batch_axes
 from lightning_fedfisher.extraction.tracing.dataflow import Dataflow
 from lightning_fedfisher.extraction.tracing.recorder import (
@@ -135,7 +136,12 @@ class ModelTracer:
         for layer in self._layers:
             if layer.name not in found:
                 unseen.setdefault(layer.name, "no known operation uses it")
-        layer_types = {name: tuple(t) for name, t in found.items() if name not in unseen}
+        layer_types = {
+            # A trace may be kept for long, and must keep nothing of the model alive.
+            name: tuple(t.forgotten() if isinstance(t, Spread) else t for t in types)
+            for name, types in found.items()
+            if name not in unseen
+        }
         once = {name for name, types in layer_types.items() if len(types) == 1}
         plain = {
             name

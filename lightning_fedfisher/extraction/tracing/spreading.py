@@ -27,11 +27,18 @@ class Followed(NamedTuple):
         tensor: The tensor, or the parameter itself.
         parameter: The parameter.
         rebuild: Computes the tensor from the parameter.
+        version: How often the tensor had been changed in place when it was computed.
     """
 
     tensor: Tensor
     parameter: Tensor
     rebuild: Rebuild
+    version: int
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the tensor has not been changed since."""
+        return self.tensor._version == self.version
 
 
 class ParameterFollower:
@@ -52,12 +59,12 @@ class ParameterFollower:
         Args:
             parameters: Those that are followed.
         """
-        self._parameters = {id(p): Followed(p, p, _same) for p in parameters}
+        self._parameters = parameters
         self.forget()
 
     def forget(self) -> None:
         """Begins anew, before a forward pass."""
-        self._followed = dict(self._parameters)
+        self._followed = {id(p): Followed(p, p, _same, p._version) for p in self._parameters}
 
     def note(
         self,
@@ -77,10 +84,13 @@ class ParameterFollower:
         if not isinstance(result, Tensor) or _changes_in_place(func):
             return
         given = _tensors((args, kwargs))
-        ours = [t for t in given if id(t) in self._followed]
+        ours = self._among(given)
         if len(ours) != 1 or (len(given) > 1 and func not in _LOOKUPS):
             return
-        own, followed = ours[0], self._followed[id(ours[0])]
+        (followed,) = ours
+        own = followed.tensor
+        if followed.parameter.requires_grad and not result.requires_grad:
+            return  # detached, or of another type
 
         def rebuild(parameter: Tensor) -> Tensor:
             again = followed.rebuild(parameter)
@@ -90,7 +100,13 @@ class ParameterFollower:
             found: Tensor = func(*args_again, **kwargs_again)
             return found
 
-        self._followed[id(result)] = Followed(result, followed.parameter, rebuild)
+        version = result._version
+        self._followed[id(result)] = Followed(result, followed.parameter, rebuild, version)
+
+    def _among(self, tensors: Sequence[Tensor]) -> list[Followed]:
+        """Those of some tensors that are followed."""
+        found = [self._followed[id(t)] for t in tensors if id(t) in self._followed]
+        return [followed for followed in found if followed.is_current]
 
     def meets(
         self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -107,7 +123,7 @@ class ParameterFollower:
             a place.
         """
         given = _tensors((args, kwargs))
-        ours = [self._followed[id(t)] for t in given if id(t) in self._followed]
+        ours = self._among(given)
         if len(ours) != 1:
             return None
         (own,) = ours

@@ -16,7 +16,7 @@ def test_only_calls_with_one_followed_tensor_are_followed():
     assert follower.meets(torch.add, (one, two), {}) is None
     assert follower.meets(torch.add, (torch.zeros(3, 5), one), {}) is None  # which will fail
     assert follower.meets(torch.add, (torch.zeros(2), one), {}) is None  # nobody gets a copy
-    changed = one.detach() + 1
+    changed = one.exp()
     follower.note(torch.add, (one, two), {}, changed)
     assert follower.meets(torch.mul, (torch.zeros(3, 2), changed), {}) is None
     follower.note(torch.exp, (one,), {}, changed)
@@ -25,5 +25,11 @@ def test_only_calls_with_one_followed_tensor_are_followed():
     torch.testing.assert_close(
         spread(followed.parameter, followed.rebuild, shape), one.exp().expand(3, 2)
     )
+    detached = one.detach()
+    follower.note(torch.Tensor.detach, (one,), {}, detached)
+    assert follower.meets(torch.mul, (torch.zeros(3, 2), detached), {}) is None
+    with torch.no_grad():
+        changed.mul_(2)
+    assert follower.meets(torch.mul, (torch.zeros(3, 2), changed), {}) is None  # not any more
     follower.forget()
     assert follower.meets(torch.mul, (torch.zeros(3, 2), changed), {}) is None
