@@ -330,10 +330,10 @@ def decode_root(
     if role in ("factor", "values"):
         rows = quantized.rank if role == "factor" else 1
         largest = largest * largest * rows + quantized.tail
-    if quantized.step > torch.finfo(torch.float32).max:  # of which a multiple by zero is no number
-        raise ValueError(f"its step is {quantized.step:.1e}")
     if not largest <= (limit := value_limit(role, QUANTIZED_TYPES[quantized.dtype])):
         raise ValueError(f"it holds values up to {largest:.1e}, more than {limit:.1e}")
+    if quantized.step > torch.finfo(torch.float32).max:  # of which a multiple by zero is no number
+        raise ValueError(f"its step is {quantized.step:.1e}")
     return numbers
 
 
