@@ -13,6 +13,7 @@ from simulation.tables.benchmarks import (
     large_table,
     logging_table,
     merge_benchmark_table,
+    real_models_table,
 )
 from simulation.tables.runs import costs_table, results_table, rounds_table
 from simulation.tables.studies import (
@@ -158,6 +159,11 @@ def test_readmes_show_the_extraction_benchmarks():
     assert large_table(*load("extraction_resnet18")) in text
     assert extraction_summary(reports) in text
     assert extraction_summary(reports) in (ROOT / "README.md").read_text()
+
+
+def test_benchmarks_readme_shows_what_real_models_cost():
+    (report,) = load("real_models")
+    assert real_models_table(report) in readme("benchmarks")
 
 
 def test_benchmarks_readme_shows_what_large_models_take():
