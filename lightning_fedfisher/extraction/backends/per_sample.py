@@ -61,6 +61,9 @@ class PerSampleGradients:
             for layer in layers
             for name in layer.parameter_names
         }
+        # What a sample takes goes by the whole model, through which it is run, and not by the few
+        # layers whose gradients are kept.
+        self._numel = sum(p.numel() for p in parameters.values())
         self._batched = True
 
     def __call__(
@@ -98,7 +101,7 @@ class PerSampleGradients:
                 raise MixedSamplesError
             return (result[0] * direction).sum(), result[0].detach()
 
-        step = max(1, _CHUNK_NUMEL // sum(p.numel() for p in self._parameters.values()))
+        step = max(1, _CHUNK_NUMEL // self._numel)
         for start in range(0, samples, step):
             here = slice(start, start + step)
             found, alone = self._run(scalar, [t[here] for t in tensors], directions[here])
