@@ -130,7 +130,9 @@ class PerSampleGradients:
                 with warnings.catch_warnings():
                     # Where attention has no batched form, vmap loops, and says so.
                     warnings.filterwarnings("ignore", "There is a performance drop")
-                    found, alone = every(self._parameters, list(tensors), directions)
+                    # Other parameters may require gradients, of which no graph is wanted here.
+                    with torch.no_grad():
+                        found, alone = every(self._parameters, list(tensors), directions)
             except (UnsupportedModelError, torch.OutOfMemoryError):
                 raise
             except (RuntimeError, ValueError, TypeError, NotImplementedError):

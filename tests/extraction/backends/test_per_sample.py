@@ -76,3 +76,16 @@ def test_attention_leaves_its_fast_path_and_the_switch_of_the_process_alone():
     found = _run(model, draw(2, 3, 4), draw(2, 3, seed=1))
     assert torch.backends.mha.get_fastpath_enabled()
     assert found["0.self_attn.in_proj_weight"][0].abs().sum() > 0
+
+
+def test_no_graph_is_kept_of_parameters_that_require_gradients():
+    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
+    (_, last) = find_layers(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    batch = torch.randn(4, 2)
+    gradients = PerSampleGradients(model, [last], lambda m, x: m(x))
+    (found,) = gradients(batch, model(batch).detach(), torch.ones(4, 1))
+    assert not any(tensor.requires_grad for tensor in found.values())
+    hidden = torch.tanh(model[0](batch)).detach()
+    expected = torch.cat([hidden, torch.ones(4, 1)], dim=1).unsqueeze(1)
+    torch.testing.assert_close(found["2"], expected)
