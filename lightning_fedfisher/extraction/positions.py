@@ -8,12 +8,13 @@ unbiased: each position has the same chance.
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Positions = int | Literal["auto"] | None
+from lightning_fedfisher.extraction.limits import Limit, at_most, check_limit
+
+Positions = Limit
 """Most positions of a sample: a number, "auto" (a sixteenth, but at least 4), or None (all)."""
 
 # "auto" takes one position in so many, and at least so many.
@@ -31,9 +32,7 @@ def check_positions(positions: object) -> None:
     Raises:
         ValueError: If it is neither a whole number from 1, ``"auto"`` nor None.
     """
-    counted = type(positions) is int and positions >= 1
-    if not counted and positions not in (None, "auto"):
-        raise ValueError(f"positions must be at least 1, None or 'auto', got {positions!r}")
+    check_limit("positions", positions)
 
 
 def most_positions(positions: Positions, available: int) -> int:
@@ -50,9 +49,7 @@ def most_positions(positions: Positions, available: int) -> int:
         >>> most_positions("auto", 1024), most_positions("auto", 9), most_positions(None, 7)
         (64, 4, 7)
     """
-    if positions == "auto":
-        positions = max(_AUTO_FEWEST, available // _AUTO_FRACTION)
-    return available if positions is None else min(positions, available)
+    return at_most(positions, available, _AUTO_FRACTION, _AUTO_FEWEST)
 
 
 def choose_positions(uniforms: Tensor, available: int, most: int) -> Tensor:

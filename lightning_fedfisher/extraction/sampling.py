@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -25,8 +25,9 @@ from torch.utils.data import (
 )
 
 from lightning_fedfisher.distributed.processes import Shard
+from lightning_fedfisher.extraction.limits import Limit, at_most, check_limit
 
-MaxSamples = int | Literal["auto"] | None
+MaxSamples = Limit
 """Most samples to average over: a number, "auto" (a twelfth, but at least 300), or None (all)."""
 
 PREVIEW = 3
@@ -53,9 +54,7 @@ def check_max_samples(max_samples: object) -> None:
     Raises:
         ValueError: If it is neither a whole number from 1, ``"auto"`` nor None.
     """
-    counted = type(max_samples) is int and max_samples >= 1
-    if not counted and max_samples not in (None, "auto"):
-        raise ValueError(f"max_samples must be at least 1, None or 'auto', got {max_samples!r}")
+    check_limit("max_samples", max_samples)
 
 
 def most_samples(max_samples: MaxSamples, population: int) -> int:
@@ -72,9 +71,7 @@ def most_samples(max_samples: MaxSamples, population: int) -> int:
         >>> most_samples("auto", 60_000), most_samples("auto", 100), most_samples(None, 7)
         (5000, 100, 7)
     """
-    if max_samples == "auto":
-        max_samples = max(_AUTO_FEWEST, population // _AUTO_FRACTION)
-    return population if max_samples is None else min(max_samples, population)
+    return at_most(max_samples, population, _AUTO_FRACTION, _AUTO_FEWEST)
 
 
 @dataclass(frozen=True)
