@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_fedfisher.curvature.low_rank import pivoted_root
+
 # Up to so many rows, float64 costs little more.
 _SMALL = 1024
 # Leading eigenpairs that are looked for, passes in float32 and float64, and how exact they must be.
@@ -17,6 +19,9 @@ _LEADING, _ROUGH_PASSES, _PASSES, _CONVERGED = 32, 12, 4, 1e-10
 _FAINTEST, _LARGEST = 1e-25, 1e25
 # How well float32 has to reproduce a matrix and keep its eigenvectors orthogonal: it does to 1e-6.
 _ACCURATE = 1e-5
+_STRETCH = 2**16  # entries that are converted to float64 at a time
+# Rows from which a matrix may be worth a root of at most so many fewer, and what that may leave.
+_WIDE, _NARROWER, _LEFT = 512, 2, 1e-6
 # Eigenvalues up to this fraction of the largest are rounding where float32 found them.
 _FLOAT32_RCOND = 1e-4
 
@@ -126,7 +131,8 @@ def zero_small_values(values: Tensor, rcond: float) -> Tensor:
 def large_eigenpairs(matrix: Tensor, rcond: float) -> tuple[Tensor, Tensor]:
     """Finds the eigenvalues that are not small, and their eigenvectors.
 
-    It works in float64 where ``rcond`` asks for more than float32 can tell.
+    It works in float64 where ``rcond`` asks for more than float32 can tell, and else in float32
+    where that reproduces the matrix.
 
     Args:
         matrix: A symmetric positive semi-definite matrix, of shape ``(n, n)``.
@@ -160,9 +166,8 @@ def change_basis(matrix: Tensor, basis: Tensor) -> Tensor:
         >>> change_basis(torch.tensor([[2.0, 1.0], [1.0, 3.0]]), torch.tensor([[0.0], [1.0]]))
         tensor([[3.]])
     """
-    wide = torch.float64 if len(matrix) <= _SMALL else matrix.dtype
-    changed = basis.to(wide).mT @ matrix.to(wide) @ basis.to(wide)
-    return ((changed + changed.mT) / 2).to(matrix.dtype)
+    changed = basis.mT @ matrix @ basis
+    return (changed + changed.mT) / 2
 
 
 def symmetric_eigendecomposition(matrix: Tensor, exact: bool = True) -> tuple[Tensor, Tensor]:
@@ -276,6 +281,8 @@ def symmetric_power(matrix: Tensor, exponent: float) -> Tensor:
         power = matrix.diagonal().double().clamp_min(0).pow(exponent).to(matrix.dtype).diag()
         power[some.unsqueeze(1), some] = symmetric_power(matrix[some][:, some], exponent)
         return power
+    if (root := _narrow_root(matrix)) is not None:
+        return _power_of_root(root, exponent, matrix.dtype)
     if not _takes_float32(matrix):
         return _power(*symmetric_eigendecomposition(matrix.double()), exponent).to(matrix.dtype)
     # Rounding goes by the largest eigenvalues, and its root by the root of them. So these few are
@@ -287,6 +294,25 @@ def symmetric_power(matrix: Tensor, exponent: float) -> Tensor:
     others = others - vectors.to(others) @ (vectors.to(others).mT @ others)
     power = _power(leading, vectors, exponent).to(matrix.dtype)
     return power + _power(values, others, exponent)
+
+
+def _narrow_root(matrix: Tensor) -> Tensor | None:
+    """Finds a root of few rows in float64; None if it takes too many to pay."""
+    most = len(matrix) // _NARROWER
+    if len(matrix) < _WIDE or not (matrix.diagonal() > 0).all():
+        return None
+    root, left = pivoted_root(matrix, most)
+    return root if len(root) < most and left <= _LEFT else None
+
+
+def _power_of_root(root: Tensor, exponent: float, dtype: torch.dtype) -> Tensor:
+    """Raises ``U' U`` to a power by what is as large as the rank."""
+    # The rows along U's left singular vectors tell singular values better than they were found.
+    _, vectors = _eigh(root @ root.mT, exact=True)
+    rows = vectors.to(dtype).mT @ root.to(dtype)
+    squares = rows.square().sum(1, keepdim=True)
+    half = rows * torch.where(squares > 0, squares, 1.0).pow((exponent - 1) / 2)
+    return half.mT @ half
 
 
 def _power(values: Tensor, vectors: Tensor, exponent: float) -> Tensor:
@@ -313,8 +339,27 @@ def _leading_eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def frobenius_norm(tensor: Tensor) -> Tensor:
     """Computes the root of the sum of squares, in float64, where squares do not overflow."""
-    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.float64)
-    return norm
+    return inner_product(tensor, tensor).sqrt()
+
+
+def inner_product(one: Tensor, other: Tensor) -> Tensor:
+    """Computes the sum of the products of two tensors' entries, in float64.
+
+    Args:
+        one: A tensor of any shape.
+        other: A tensor of the same shape.
+
+    Returns:
+        A scalar.
+
+    Example:
+        >>> inner_product(torch.tensor([1e30, 1.0]), torch.tensor([1e30, 0.0]))
+        tensor(1.0000e+60, dtype=torch.float64)
+    """
+    # In stretches, since a copy of all in float64 leaves a processor's cache.
+    stretches = (torch.split(tensor.flatten(), _STRETCH) for tensor in (one, other))
+    sums = [torch.dot(a.double(), b.double()) for a, b in zip(*stretches, strict=True)]
+    return torch.stack(sums).sum()
 
 
 def identity_map(matrix: Tensor) -> Tensor:

@@ -12,14 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_fedfisher.curvature.low_rank import pivoted_root
+
 # Least squared diagonal entry of a Cholesky root, as a multiple of the matrix's, by which a type is
 # exact enough: float32 moves the root by a millionth then, and float64 by no more than the rounding
 # of a matrix that is stored in float32.
 _LEAST_PIVOT = {torch.float32: 1e-2, torch.float64: 1e-5}
 _INDEFINITE = 1e-4  # multiple of the trace that a root may leave of a matrix
-_PROBES = 8  # vectors that show what a root leaves: it escapes all of them once in 10^9 times
-_BLOCK = 64  # rows of a root that are found together
-_FLATTEST = 1e-3  # eigenvalue of a block, as a multiple of its largest, that may be divided by
 _SMALL = 2048  # rows up to which all eigenvalues take no longer than some
 _PRODUCTS = 5  # by which leading eigenvectors are found
 _NOTHING = 1e-6  # eigenvalue, as a multiple of the largest, that float32 finds in a singular matrix
@@ -150,7 +149,11 @@ def _is_upper(root: Tensor) -> bool:
 
 
 def _whole_root(matrix: Tensor) -> Tensor:
-    """Computes a root of as many rows as the matrix has rank, up to rounding."""
+    """Computes a root of as many rows as the matrix has rank, up to rounding.
+
+    Raises:
+        ValueError: If it is not positive semi-definite up to rounding.
+    """
     exact = torch.promote_types(matrix.dtype, torch.float32)
     half = len(matrix) // 2  # an eighth of the work, and shows most of what is singular
     _, pivot = _cholesky(matrix[:half, :half].to(exact))
@@ -159,7 +162,10 @@ def _whole_root(matrix: Tensor) -> Tensor:
             root, pivot = _cholesky(matrix.to(dtype))
             if pivot >= _LEAST_PIVOT[dtype]:
                 return root
-    return _pivoted_root(matrix)
+    root, left = pivoted_root(matrix, len(matrix))
+    if left > _INDEFINITE:
+        raise ValueError("is not positive semi-definite")
+    return root
 
 
 def _cholesky(matrix: Tensor) -> tuple[Tensor, float]:
@@ -167,46 +173,6 @@ def _cholesky(matrix: Tensor) -> tuple[Tensor, float]:
     lower, failed = torch.linalg.cholesky_ex(matrix)
     pivots = lower.diagonal().square() / matrix.diagonal()
     return lower.mT, float(pivots.min()) if len(matrix) and not failed else float(not failed)
-
-
-def _pivoted_root(matrix: Tensor) -> Tensor:
-    """Computes a root by pivoted Cholesky decomposition, in blocks, down to the rounding.
-
-    The rows that the root explains least come next (Harbrecht, Peters & Schneider, 2012, "On the
-    low-rank approximation by the pivoted Cholesky decomposition"), relative to their own diagonal
-    entry, which rounding is relative to as well. What a root of a semi-definite matrix leaves of
-    the diagonal is not negative: where it is, that is how large rounding is.
-
-    Raises:
-        ValueError: If there is more left than rounding.
-    """
-    scale = matrix.diagonal().double().sqrt()
-    scaled = matrix.to(torch.float64, copy=True).div_(scale).div_(scale.unsqueeze(1))
-    left, root, rank = torch.ones_like(scale), torch.empty_like(scaled), 0
-    while rank < len(root):
-        rounding = max(torch.finfo(matrix.dtype).eps, -2 * float(left.min()))
-        block = left.argsort(descending=True, stable=True)[: min(_BLOCK, len(root) - rank)]
-        block = block[left[block] > rounding]
-        if not len(block):
-            break
-        above = root[:rank]
-        rows = scaled[block] - above[:, block].mT @ above
-        values, vectors = torch.linalg.eigh(rows[:, block])
-        kept = values > max(rounding, _FLATTEST * float(values[-1]))
-        if not kept.any():
-            break
-        found = (vectors[:, kept] / values[kept].sqrt()).mT @ rows
-        root[rank : rank + len(found)] = found
-        rank += len(found)
-        left -= found.square().sum(0)
-    root = root[:rank]
-    probes = torch.randn(
-        len(scale), _PROBES, generator=torch.Generator().manual_seed(0), dtype=scale.dtype
-    ).mul_(scale.unsqueeze(1))
-    rest = (scaled @ probes - root.mT @ (root @ probes)).mul_(scale.unsqueeze(1))
-    if float(rest.square().mean(1).sum().sqrt()) > _INDEFINITE * float(scale.square().sum()):
-        raise ValueError("is not positive semi-definite")
-    return root.mul_(scale)
 
 
 def _leading_root(matrix: Tensor, rank: int) -> tuple[Tensor, float]:
