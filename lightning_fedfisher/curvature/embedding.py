@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Self
 
 import torch
@@ -28,6 +29,9 @@ from lightning_fedfisher.curvature.linalg import (
     symmetric_power,
     zero_small_values,
 )
+
+# A part of the tokens: where a client's data holds no more, the others are left out of products.
+_MOST_SEEN = 0.8
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +67,16 @@ class EmbeddingKronecker(Factored):
 
     @override
     def apply(self, matrix: Tensor) -> Tensor:
-        return self.row_values.unsqueeze(1) * (matrix @ self.column_factor)
+        some = self._seen
+        if len(some) > _MOST_SEEN * len(self.row_values):
+            return self.row_values.unsqueeze(1) * (matrix @ self.column_factor)
+        rows = self.row_values[some].unsqueeze(1) * (matrix[some] @ self.column_factor)
+        return torch.zeros_like(matrix).index_copy_(0, some, rows)
+
+    @cached_property
+    def _seen(self) -> Tensor:
+        """Indices of the tokens that the client's data holds."""
+        return self.row_values.nonzero().squeeze(1)
 
     @override
     def _powered(self, exponent: float) -> Self:

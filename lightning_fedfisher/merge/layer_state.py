@@ -65,9 +65,9 @@ class LayerState:
         progress, distances = Progress.OPEN, (0.0,) * len(solver.problem.weights)
         if solver.finished or solver.iterations >= max_iterations:
             progress = Progress.CONVERGED if solver.converged else Progress.STOPPED
-            distances = tuple(solver.problem.distances(solver.weights))
+            distances = solver.point.distances
         bits = 8 * solver.weights.dtype.itemsize
-        numbers = solver.iterations, *solver.objective_and_residual()
+        numbers = solver.iterations, solver.point.objective, solver.residual
         return cls(distances, *numbers, progress, bits)
 
     @classmethod

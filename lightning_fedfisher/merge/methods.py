@@ -106,8 +106,8 @@ def _square_root(curvature: Curvature, is_output_layer: bool) -> Curvature:
 
 # The square root of float32's rounding, with room: what the power makes of eigenvalues that are 0.
 _ROOT_RCOND = 1e-3
-# A thousandth of the way to the minimum moves no accuracy, and takes half of the steps.
-_LEAST_GAIN = 1e-3
+# A hundredth above the minimum moves no accuracy, and takes half of the steps.
+_RELATIVE_GAP = 1e-2
 _PUBLISHED_STEPS = 2000
 _PUBLISHED_STEPS_PER_EPOCH = 100
 _CG_STEPS = 1000
@@ -164,7 +164,7 @@ METHODS: dict[str, MergeMethod] = {
         MergeMethod(
             "fedfisher",
             _square_root,
-            partial(exact_solver, rcond=_ROOT_RCOND, least_gain=_LEAST_GAIN),
+            partial(exact_solver, rcond=_ROOT_RCOND, relative_gap=_RELATIVE_GAP),
             _CG_STEPS,
             _CG_STEPS_PER_EPOCH,
             curvatures=("kfac", "ekfac", "diagonal", "input_gram", "dense"),

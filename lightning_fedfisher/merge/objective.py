@@ -25,7 +25,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_fedfisher.curvature.base import Curvature
-from lightning_fedfisher.curvature.linalg import frobenius_norm
+from lightning_fedfisher.curvature.linalg import frobenius_norm, inner_product
 
 
 def average(client_weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
@@ -86,17 +86,20 @@ class LazyCurvatures(Sequence[Curvature], ABC):
         return len(self.kinds)
 
 
-class _AtAverage(NamedTuple):
-    """What one pass over the clients tells of the point where solvers start.
+class Point(NamedTuple):
+    """What one pass over the clients tells of a point ``W``.
 
     Attributes:
-        gradient_scale: ``sum_k p_k ||F_k (W_avg - W_k)||``.
-        gradient: ``sum_k p_k F_k (W_avg - W_k)``.
-        objective: ``Q(W_avg)``.
+        gradient: ``sum_k p_k F_k (W - W_k)``, half the gradient of ``Q``.
+        pull: ``sum_k p_k ||F_k (W - W_k)||``: what the gradient would be if no clients cancelled.
+        distances: ``<W - W_k, F_k (W - W_k)>^(1/2)`` for each client: how far it is, in its own
+            norm.
+        objective: ``Q(W)``, zero only where no client wants to move.
     """
 
-    gradient_scale: float
     gradient: Tensor
+    pull: float
+    distances: tuple[float, ...]
     objective: float
 
 
@@ -157,41 +160,33 @@ class Quadratic:
         """``sum_k p_k W_k``, where solvers start."""
         return average(self.client_weights, self.weights)
 
-    @cached_property
-    def _at_average(self) -> _AtAverage:
-        scale, gradient, objective = 0.0, torch.zeros_like(self.average), 0.0
-        for p, weights, curvature in self._terms():
-            offset = self.average - weights
-            force = curvature.apply(offset)
-            scale += p * norm(force)
-            gradient += p * force
-            objective += p * dot(offset, force)
-        return _AtAverage(scale, gradient, objective)
-
-    @property
-    def gradient_scale(self) -> float:
-        """``sum_k p_k ||F_k (W_avg - W_k)||``, by which a gradient counts as small.
-
-        The gradient at the average is the sum of the clients' terms, and rounding where they
-        cancel. Zero only if no client wants to move.
-        """
-        return self._at_average.gradient_scale
-
-    @property
-    def gradient_at_average(self) -> Tensor:
-        """`gradient` at `average`, without another pass over the curvatures."""
-        return self._at_average.gradient
-
-    def objective_at(self, matrix: Tensor, gradient: Tensor) -> float:
-        """``Q(W)`` from the gradient there, without a pass over the curvatures.
+    def at(self, matrix: Tensor) -> Point:
+        """Finds out all about a point, in one pass.
 
         Args:
             matrix: ``W``.
-            gradient: `gradient` at ``W``.
         """
-        start = self._at_average
-        rise = dot(matrix - self.average, start.gradient + gradient)
-        return max(0.0, start.objective + rise)  # rounding may leave a little less than zero
+        gradient, pull, squares = torch.zeros_like(self.average), 0.0, list[float]()
+        for p, weights, curvature in zip(
+            self.client_weights, self.weights, self.curvatures, strict=True
+        ):
+            offset = matrix - weights
+            force = curvature.apply(offset)
+            gradient.add_(force, alpha=p)
+            pull += p * norm(force)
+            squares.append(max(0.0, dot(offset, force)))  # rounding may leave less than zero
+        objective = sum(p * square for p, square in zip(self.client_weights, squares, strict=True))
+        return Point(gradient, pull, tuple(map(math.sqrt, squares)), objective)
+
+    @cached_property
+    def start(self) -> Point:
+        """`at` the `average`.
+
+        A gradient counts as small by the `Point.pull` there: the gradient is the sum of the
+        clients' terms, and rounding where they cancel. That is zero only if no client wants to
+        move.
+        """
+        return self.at(self.average)
 
     def objective(self, matrix: Tensor) -> float:
         """``Q(W)``, zero only where no client wants to move.
@@ -199,10 +194,10 @@ class Quadratic:
         Args:
             matrix: ``W``.
         """
-        return self.objective_at(matrix, self.gradient(matrix))
+        return self.at(matrix).objective
 
     def gradient(self, matrix: Tensor) -> Tensor:
-        """``sum_k p_k F_k (W - W_k)``, half the gradient of ``Q``, in one pass.
+        """``sum_k p_k F_k (W - W_k)``, half the gradient of ``Q``.
 
         Args:
             matrix: ``W``.
@@ -210,23 +205,7 @@ class Quadratic:
         Returns:
             A matrix of the same shape.
         """
-        return self.gradient_at_average + self.matvec(matrix - self.average)
-
-    def distances(self, matrix: Tensor) -> list[float]:
-        """``<W - W_k, F_k (W - W_k)>^(1/2)``: how far each client is, in its own norm.
-
-        Args:
-            matrix: ``W``.
-
-        Returns:
-            A number for each client.
-        """
-        offsets = (matrix - weights for weights in self.weights)
-        # Rounding may leave a little less than zero.
-        return [
-            math.sqrt(max(0.0, dot(offset, curvature.apply(offset))))
-            for offset, curvature in zip(offsets, self.curvatures, strict=True)
-        ]
+        return self.start.gradient + self.matvec(matrix - self.average)
 
     @cached_property
     def mean_curvature(self) -> Curvature:
@@ -250,9 +229,6 @@ class Quadratic:
         curvatures = _InDouble(self.curvatures, self.kind, weights[0].device)
         return Quadratic(self.client_weights, weights, curvatures)
 
-    def _terms(self) -> zip[tuple[float, Tensor, Curvature]]:
-        return zip(self.client_weights, self.weights, self.curvatures, strict=True)
-
 
 class _InDouble(LazyCurvatures):
     """Curvatures converted to float64, one at a time."""
@@ -270,10 +246,8 @@ class _InDouble(LazyCurvatures):
 
 def dot(one: Tensor, other: Tensor) -> float:
     """The sum of the products of two tensors' entries, in float64."""
-    if one is other:  # as with the identity
-        return norm(one) ** 2
     # The curvature of a certain client may be fainter than float32's smallest square.
-    return float((one.double() * other.double()).sum())
+    return float(inner_product(one, other))
 
 
 def norm(matrix: Tensor) -> float:

@@ -7,6 +7,7 @@ either factor, for Kronecker products) stays there.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from typing_extensions import override
 from lightning_fedfisher.curvature.base import Identity
 from lightning_fedfisher.curvature.linalg import PseudoInverse
 from lightning_fedfisher.merge.eigenbasis import matvec_within
-from lightning_fedfisher.merge.objective import Quadratic, dot, norm
+from lightning_fedfisher.merge.objective import Point, Quadratic, dot, norm
 
 
 class Solver(ABC):
@@ -52,10 +53,10 @@ class Solver(ABC):
         self.weights = problem.average.clone()
         self.iterations = 0
         self.finished = False
-        self._scale = problem.gradient_scale
-        # The gradient at the iterate, where it is known. A step makes it unknown.
-        self._gradient: Tensor | None = problem.gradient_at_average
-        self._gradient_before: Tensor | None = None  # the same where the current step began
+        self._scale = problem.start.pull
+        # What is known of the iterate. A step makes it unknown.
+        self._point: Point | None = problem.start
+        self._point_before: Point | None = None  # the same where the current step began
 
     @property
     def converged(self) -> bool:
@@ -71,30 +72,21 @@ class Solver(ABC):
         for _ in range(iterations):
             if self.finished:
                 return
-            self._gradient_before, self._gradient = self._gradient, None
+            self._point_before, self._point = self._point, None
             self._step()
             self.iterations += 1
 
-    def objective_and_residual(self) -> tuple[float, float]:
-        """The objective at the iterate, and its gradient's norm relative to the clients' scale.
-
-        Returns:
-            ``Q(W)``, and the norm of the gradient divided by `Quadratic.gradient_scale`.
-        """
-        gradient = self._current_gradient()
-        objective = self.problem.objective_at(self.weights, gradient)
-        return objective, norm(self._visible(gradient)) / self._scale if self._scale else 0.0
+    @property
+    def point(self) -> Point:
+        """All about the iterate, in at most one pass over the curvatures."""
+        if self._point is None:
+            self._point = self.problem.at(self.weights)
+        return self._point
 
     @property
     def residual(self) -> float:
-        """Norm of the gradient at the iterate, relative to `Quadratic.gradient_scale`."""
-        return self.objective_and_residual()[1]
-
-    def _current_gradient(self) -> Tensor:
-        """The gradient at the iterate, in at most one pass over the curvatures."""
-        if self._gradient is None:
-            self._gradient = self.problem.gradient(self.weights)
-        return self._gradient
+        """Norm of the gradient at the iterate, relative to `Point.pull` at the average."""
+        return norm(self._visible(self.point.gradient)) / self._scale if self._scale else 0.0
 
     def _visible(self, gradient: Tensor) -> Tensor:
         """The part of a gradient in directions where some client has curvature."""
@@ -138,7 +130,7 @@ class ClosedForm(Solver):
     def _step(self) -> None:
         self.finished = True
         if issubclass(self.problem.kind, Identity):
-            self._gradient = self._gradient_before
+            self._point = self._point_before
             return  # the average it is
         # In float64: what certain clients leave may be fainter than float32 can divide by.
         average = self.problem.average.double()
@@ -175,8 +167,8 @@ class ConjugateGradient(Solver):
 
     # Steps without progress after which none is to be expected.
     _PATIENCE = 100
-    # Steps whose gain is compared with that of all.
-    _WINDOW = 5
+    # Steps whose gains tell those to come.
+    _WINDOW = 3
     # A true residual that agrees with the one carried along.
     _AGREES = 1.1
 
@@ -185,7 +177,7 @@ class ConjugateGradient(Solver):
         problem: Quadratic,
         tolerance: float = 1e-4,
         rcond: float = 1e-6,
-        least_gain: float = 0.0,
+        relative_gap: float = 0.0,
     ) -> None:
         """Starts at the average.
 
@@ -194,17 +186,16 @@ class ConjugateGradient(Solver):
             tolerance: The `residual` at which it is finished.
             rcond: Part of the mean curvature's largest eigenvalue (for a Kronecker product, of
                 either factor's) up to which a direction counts as one without curvature.
-            least_gain: It is finished as well once five steps together have lowered the objective
-                by no more than this fraction of what all steps have. The next five tell how far
-                the objective is from its minimum (Strakos & Tichy, 2002): about as far as that.
+            relative_gap: It is finished as well once the objective is expected to be above its
+                minimum by no more than this fraction.
         """
         super().__init__(problem)
-        self._tolerance, self._rcond, self._least_gain = tolerance, rcond, least_gain
+        self._tolerance, self._rcond, self._relative_gap = tolerance, rcond, relative_gap
         self._gains: list[float] = []
         self._inverse: PseudoInverse | None = None
         self._moved: Tensor | None = None
         self._stalled = False
-        self.finished = norm(problem.gradient_at_average) <= tolerance * self._scale
+        self.finished = norm(problem.start.gradient) <= tolerance * self._scale
         if not self.finished:
             self._begin()
 
@@ -236,26 +227,28 @@ class ConjugateGradient(Solver):
         if self._inverse is None:
             self._inverse = self.problem.mean_curvature.pseudo_inverse(self._rcond)
             self._matvec = matvec_within(self.problem, self._inverse)
-        self._residual = -self._visible(self._current_gradient())
+        self._residual = -self._visible(self.point.gradient)
         self._started_from, self._moved = self.weights, None
         self._started_at = self._least = norm(self._residual)
         self._waited = 0
         self.finished = self._least <= self._AGREES * self._tolerance * self._scale
-        self._conjugate = self._residual
-        self._squared = dot(self._residual, self._inverse.inverse * self._residual)
+        self._direction = self._inverse.inverse * self._residual
+        self._squared = self._energy = dot(self._residual, self._direction)
 
     @override
     def _step(self) -> None:
         assert self._inverse is not None
-        direction = self._inverse.inverse * self._conjugate
+        direction = self._direction
         curved = self._matvec(direction)
         curvature_along = dot(direction, curved)
-        if curvature_along <= _rounding(direction) * dot(direction, self._conjugate):
+        # What it would be, were the preconditioner the inverse.
+        if curvature_along <= _rounding(direction) * self._energy:
             self._check()  # the mean curvature sees this direction, and no client's does
             return
         step = self._squared / curvature_along
-        self._moved = step * direction + (0 if self._moved is None else self._moved)
-        self._residual = self._residual - step * curved
+        moved = torch.zeros_like(direction) if self._moved is None else self._moved
+        self._moved = moved.add_(direction, alpha=step)
+        self._residual.sub_(curved, alpha=step)
         self._gains.append(step * self._squared)
         length = norm(self._residual)
         self._waited = 0 if length < self._least else self._waited + 1
@@ -264,14 +257,25 @@ class ConjugateGradient(Solver):
         if length <= self._tolerance * self._scale or self._waited > self._PATIENCE or settled:
             self._check(length if settled else 0.0)
             return
-        squared = dot(self._residual, self._inverse.inverse * self._residual)
-        self._conjugate = self._residual + squared / self._squared * self._conjugate
-        self._squared = squared
+        preconditioned = self._inverse.inverse * self._residual
+        squared = dot(self._residual, preconditioned)
+        turn = squared / self._squared
+        self._direction = direction.mul_(turn).add_(preconditioned)
+        # Directions are conjugate, and the residual orthogonal to those before.
+        self._squared, self._energy = squared, squared + turn * turn * self._energy
 
     def _has_settled(self) -> bool:
-        """Whether the last steps have hardly lowered the objective."""
+        """Whether all further steps together will hardly lower the objective, as far as it seems.
+
+        Gains fall geometrically, or faster. So those to come are no more than a geometric series
+        that goes on as slowly as the last ones.
+        """
         last = self._gains[-self._WINDOW :]
-        return len(last) == self._WINDOW and sum(last) <= self._least_gain * sum(self._gains)
+        if not self._relative_gap or len(last) < self._WINDOW:
+            return False
+        ratio = max(after / before for before, after in pairwise(last))
+        objective = self.problem.start.objective - sum(self._gains)
+        return ratio < 1 and last[-1] * ratio <= (1 - ratio) * self._relative_gap * objective
 
     def _check(self, settled_at: float = 0.0) -> None:
         """Compares with the true residual, and decides how to go on.
@@ -292,7 +296,7 @@ class ConjugateGradient(Solver):
             self.finished = self._stalled = True
             return
         self.problem, self.weights = self.problem.in_double(), self.weights.double()
-        self._inverse = self._gradient = self._moved = None
+        self._inverse = self._point = self._moved = None
         self._begin()
 
 
@@ -301,20 +305,20 @@ def _rounding(tensor: Tensor) -> float:
     return 100 * torch.finfo(tensor.dtype).eps
 
 
-def exact_solver(problem: Quadratic, rcond: float = 1e-6, least_gain: float = 0.0) -> Solver:
+def exact_solver(problem: Quadratic, rcond: float = 1e-6, relative_gap: float = 0.0) -> Solver:
     """The solver that reaches the minimum: the closed form where there is one.
 
     Args:
         problem: The quadratic to minimise.
         rcond: As for `ConjugateGradient`.
-        least_gain: As for `ConjugateGradient`.
+        relative_gap: As for `ConjugateGradient`.
 
     Returns:
         A solver that starts at the average.
     """
     if problem.kind.elementwise:
         return ClosedForm(problem)
-    return ConjugateGradient(problem, rcond=rcond, least_gain=least_gain)
+    return ConjugateGradient(problem, rcond=rcond, relative_gap=relative_gap)
 
 
 class PublishedServer(Solver):
@@ -345,9 +349,8 @@ class PublishedServer(Solver):
         self._square = torch.zeros_like(self.weights)
 
     def _step(self) -> None:
-        gradient = self._gradient_before
-        if gradient is None:
-            gradient = self.problem.gradient(self.weights)
+        before = self._point_before
+        gradient = self.problem.gradient(self.weights) if before is None else before.gradient
         self._mean = 0.9 * self._mean + gradient
         self._square = 0.99 * self._square + gradient.square()
         inside, outside = (0.01, 0.0) if self._damping_inside else (0.0, 0.01)

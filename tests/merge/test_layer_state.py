@@ -67,6 +67,6 @@ def test_a_state_tells_how_far_and_in_which_precision_its_solver_came(tolerance,
     solver.advance(1000)
     ended = LayerState.of(solver, max_iterations=2000)
     assert (ended.progress, ended.bits) == (Progress.CONVERGED, bits)
-    assert (ended.objective, ended.residual) == solver.objective_and_residual()
-    assert ended.distances == tuple(solver.problem.distances(solver.weights))
+    assert (ended.objective, ended.residual) == (solver.point.objective, solver.residual)
+    assert ended.distances == solver.problem.at(solver.weights).distances
     assert LayerState.waiting(2).waits

@@ -46,8 +46,8 @@ def test_distances_are_in_each_clients_own_norm(kind, seed):
         float(offset @ reference_dense(curvature) @ offset) ** 0.5
         for offset, curvature in zip(offsets, problem.curvatures, strict=True)
     ]
-    assert problem.distances(point) == pytest.approx(expected, rel=1e-12)
-    assert problem.distances(problem.weights[1])[1] == 0
+    assert problem.at(point).distances == pytest.approx(expected, rel=1e-12)
+    assert problem.at(problem.weights[1]).distances[1] == 0
 
 
 @pytest.mark.parametrize("distance", [1e3, 1e6])
@@ -73,7 +73,7 @@ def test_objective_is_not_negative_where_every_client_is_content(seed):
         curvature.values[:, others] = 0
     solver = solved(problem)
     assert 0 <= problem.objective(solver.weights) < 1e-6
-    assert solver.objective_and_residual()[0] == problem.objective(solver.weights)
+    assert solver.point.objective == problem.objective(solver.weights)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -84,7 +84,7 @@ def test_pull_is_what_the_clients_want_at_the_average(kind):
         n / sum(SHARES) * float((reference_dense(f) @ (start - w).flatten()).norm())
         for n, w, f in zip(SHARES, problem.weights, problem.curvatures, strict=True)
     ]
-    assert problem.gradient_scale == pytest.approx(sum(pulls), rel=1e-12)
+    assert problem.start.pull == pytest.approx(sum(pulls), rel=1e-12)
 
 
 def test_average_is_weighted_by_share():
