@@ -95,7 +95,7 @@ class FedFisherCallback(Callback):
                 It is needed if batches are not ``(x, y)`` or the module's output is not its logits.
             draws: Number of directions drawn for each sample, for the Fisher types that draw.
             positions: Most positions of each sample that a layer's factors are computed from;
-                ``"auto"`` takes a sixteenth of them (at least 4), None takes all.
+                ``"auto"`` takes a sixteenth of them (at least 2), None takes all.
             seed: Seed of the subset and of all draws.
             upload_budget: Most bytes of the file, in multiples of what FedAvg sends. Weights and
                 curvature are rounded to fit (see `ClientUpdate.compressed`). None rounds nothing,

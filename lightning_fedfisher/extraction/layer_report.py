@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from lightning_fedfisher.curvature.registry import EIGEN_CORRECTED, INPUT_KINDS, CurvatureType
-from lightning_fedfisher.extraction.layer_types.base import LayerType
+from lightning_fedfisher.extraction.layer_types.base import LayerType, are_alike
 from lightning_fedfisher.layers import Layer
 
 CURVATURE_TYPES: tuple[CurvatureType, ...] = get_args(CurvatureType)
@@ -59,8 +59,9 @@ def block_kind(curvature: CurvatureType, layer_types: Sequence[LayerType] | None
     if curvature not in ("input_gram", "kfac", "ekfac"):
         return curvature
     corrected = curvature == "ekfac"
-    kinds = {t.kind if corrected else t.kfac_kind for t in layer_types or ()}
-    kind = kinds.pop() if len(kinds) == 1 else "diagonal"
+    types = layer_types or ()
+    kinds = {t.kind if corrected else t.kfac_kind for t in types}
+    kind = kinds.pop() if are_alike(types) and len(kinds) == 1 else "diagonal"
     if curvature == "input_gram":
         return INPUT_KINDS.get(kind, "identity")
     return EIGEN_CORRECTED.get(kind, kind) if corrected else kind

@@ -15,10 +15,10 @@ from torch import Tensor
 from lightning_fedfisher.extraction.limits import Limit, at_most, check_limit
 
 Positions = Limit
-"""Most positions of a sample: a number, "auto" (a sixteenth, but at least 4), or None (all)."""
+"""Most positions of a sample: a number, "auto" (a sixteenth, but at least 2), or None (all)."""
 
 # "auto" takes one position in so many, and at least so many.
-_AUTO_FRACTION, _AUTO_FEWEST = 16, 4
+_AUTO_FRACTION, _AUTO_FEWEST = 16, 2
 # Of the golden ratio: its multiples fall evenly between 0 and 1, however many there are.
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -47,7 +47,7 @@ def most_positions(positions: Positions, available: int) -> int:
 
     Example:
         >>> most_positions("auto", 1024), most_positions("auto", 9), most_positions(None, 7)
-        (64, 4, 7)
+        (64, 2, 7)
     """
     return at_most(positions, available, _AUTO_FRACTION, _AUTO_FEWEST)
 

@@ -50,7 +50,7 @@ def _squares(model, data):
 @pytest.mark.parametrize("curvature", ["diagonal", "kfac"])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("build", [_gpt2, _llama])
-def test_only_a_tied_embedding_runs_sample_by_sample(build, tied, curvature):
+def test_all_but_a_tied_embedding_has_kronecker_factors(build, tied, curvature):
     torch.manual_seed(0)
     model = build(tied).double().eval()
     tokens = torch.randint(0, VOCABULARY, (SAMPLES, LENGTH))
@@ -59,14 +59,15 @@ def test_only_a_tied_embedding_runs_sample_by_sample(build, tied, curvature):
         model, DataLoader(data, 3), curvature, forward=_next_token, progress=False
     )
     embedding = "transformer.wte" if build is _gpt2 else "model.embed_tokens"
-    alone = {r.layer.name: r.reason for r in found.layer_reports if r.backend == "torch.func"}
-    assert alone == ({embedding: "it is shared by unlike operations"} if tied else {})
+    assert {r.backend for r in found.layer_reports} == {"hooks"}
+    unlike = {r.layer.name for r in found.layer_reports if "unlike operations" in r.reason}
+    assert unlike == ({embedding} if tied and curvature == "kfac" else set())
     squares = _squares(model, data)
-    # With Kronecker factors but for vectors, positions, and what runs sample by sample.
+    # With Kronecker factors but for vectors, positions, and what has none.
     matrices = {
         layer.name
         for layer in found.layers
-        if len(layer.parameters[0][1]) > 1 and layer.name not in {"transformer.wpe", *alone}
+        if len(layer.parameters[0][1]) > 1 and layer.name not in {"transformer.wpe", *unlike}
     }
     for layer in found.layers:
         block = found.blocks[layer.name]

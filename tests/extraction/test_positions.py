@@ -52,7 +52,7 @@ def test_other_values_are_refused(positions):
 
 
 def test_auto_is_a_sixteenth_but_at_least_four():
-    assert [most_positions("auto", n) for n in (3, 4, 63, 80, 3136)] == [3, 4, 4, 5, 196]
+    assert [most_positions("auto", n) for n in (1, 2, 3, 47, 48, 80, 3136)] == [1, 2, 2, 2, 3, 5, 196]
     assert [most_positions(10, n) for n in (3, 63)] == [3, 10]
 
 

@@ -23,6 +23,7 @@ from lightning_fedfisher.extraction.backends.layer_inputs import LayerInputs
 from lightning_fedfisher.extraction.backends.output_gradients import OutputGradients
 from lightning_fedfisher.extraction.backends.per_sample import PerSampleGradients
 from lightning_fedfisher.extraction.layer_report import LayerReport, block_kind
+from lightning_fedfisher.extraction.layer_types.base import are_alike
 from lightning_fedfisher.extraction.positions import Positions, shifted
 from lightning_fedfisher.extraction.tracing.model_trace import ModelTrace
 from lightning_fedfisher.extraction.tracing.recorder import LayerCall, LayerCallRecorder
@@ -270,7 +271,8 @@ class ModelAccumulator:
 
     def _title(self, layer: Layer) -> str:
         """Names what a layer computes."""
-        return self._trace.layer_types[layer.name][0].title
+        types = self._trace.layer_types[layer.name]
+        return types[0].title if are_alike(types) else "a parameter of unlike operations"
 
     def _kind(self, curvature: CurvatureType, layer: Layer) -> str:
         """Gives the kind of a layer's block."""

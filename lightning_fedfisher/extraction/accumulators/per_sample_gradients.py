@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 
 from lightning_fedfisher.extraction.layer_types.base import KroneckerLayer, SparseLayer
@@ -57,10 +56,12 @@ def per_sample_gradients(calls: Sequence[LayerCall], samples: int) -> Tensor:
         >>> per_sample_gradients([call, call], samples=4).shape
         torch.Size([4, 3, 3])
     """
-    gradients = [
+    total, *others = (
         call.layer_type.per_sample_gradients(call.inputs, call.gradients, samples) for call in calls
-    ]
-    return torch.stack(gradients).sum(0) if len(gradients) > 1 else gradients[0]
+    )
+    for gradients in others:
+        total = total + gradients
+    return total
 
 
 def is_outer_product(calls: Sequence[LayerCall], samples: int) -> bool:

@@ -12,7 +12,11 @@ from lightning_fedfisher.extraction.accumulators.per_sample_gradients import (
     is_outer_product,
     per_sample_gradients,
 )
-from lightning_fedfisher.extraction.layer_types.base import KroneckerLayer, SparseLayer
+from lightning_fedfisher.extraction.layer_types.base import (
+    KroneckerLayer,
+    SparseLayer,
+    are_alike,
+)
 from lightning_fedfisher.extraction.tracing.recorder import LayerCall
 
 # Entries of the products that are written out at a time: 2 MB in float32, which stays in the
@@ -40,7 +44,8 @@ def add_squared_gradients(
       matrix is never written out. In a basis the vectors are ``U' r`` and ``V' c``.
     - It is a sum of outer products ``R C'`` over positions (`KroneckerLayer`): either side may be
       multiplied by its basis before the product, where that is cheaper than after it.
-    - Otherwise it is written out, summed over calls and multiplied by the bases.
+    - Otherwise, as for a matrix that is an embedding and an output layer, it is written out, summed
+      over calls and multiplied by the bases.
 
     Args:
         sums: Tensor of shape ``(rows, columns)`` that the squares are added to, in place.
@@ -58,8 +63,8 @@ def add_squared_gradients(
         >>> sums
         tensor([[40., 80.]])
     """
-    layer_type = calls[0].layer_type
-    if isinstance(layer_type, SparseLayer):
+    layer_type, alike = calls[0].layer_type, are_alike(call.layer_type for call in calls)
+    if alike and isinstance(layer_type, SparseLayer):
         _add_squared_rows(sums, calls, samples, column_basis)
     elif is_outer_product(calls, samples):
         for (call,), n in in_chunks(calls, samples):

@@ -25,7 +25,7 @@ dimension, before that one: several directions may be back-propagated through on
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -328,6 +328,23 @@ class FunctionCall:
     bias: Tensor | None
     weight_type: Callable[[bool], LayerType] | None
     bias_type: LayerType | None
+
+
+def are_alike(types: Iterable[LayerType]) -> bool:
+    """Tells whether calls are of one layer type.
+
+    Args:
+        types: The layer type of each call.
+
+    Example:
+        >>> from lightning_fedfisher.extraction.layer_types.embedding import Embedding
+        >>> from lightning_fedfisher.extraction.layer_types.linear import Linear
+        >>> are_alike([Linear(False), Linear(False)])
+        True
+        >>> are_alike([Linear(False), Embedding(tokens=2, padding=None)])
+        False
+    """
+    return len({type(layer_type) for layer_type in types}) == 1
 
 
 def append_ones(tensor: Tensor, dim: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from lightning_fedfisher.extraction.layer_types.base import LayerType
+from lightning_fedfisher.extraction.layer_types.base import LayerType, are_alike
 from lightning_fedfisher.extraction.layer_types.spread import Spread
 from lightning_fedfisher.extraction.tracing.batch_axis import BatchAxis, possible_batch_axes
 from lightning_fedfisher.extraction.tracing.dataflow import Dataflow
@@ -130,8 +130,10 @@ class ModelTracer:
                 found.setdefault(layer.name, []).append(layer_type)
                 if batch_axis is None:
                     unseen.setdefault(layer.name, "its samples cannot be told apart")
+        several = {layer.name for layer in self._layers if len(layer.parameters) > 1}
         for name, types in found.items():
-            if len({type(layer_type) for layer_type in types}) > 1:
+            # Of a weight and its bias, an operation may use either alone.
+            if name in several and not are_alike(types):
                 unseen.setdefault(name, "it is shared by unlike operations")
         for layer in self._layers:
             if layer.name not in found:

@@ -122,16 +122,18 @@ class ParameterFollower:
             The followed tensor, and the shape that it is expanded to; None if the call is not such
             a place.
         """
+        if func not in _ELEMENTWISE and func not in EXPANSIONS:
+            return None
         given = _tensors((args, kwargs))
         ours = self._among(given)
         if len(ours) != 1:
             return None
         (own,) = ours
-        if func in _ELEMENTWISE and len(given) > 1:
-            shape = _broadcast(*(t.shape for t in given))
-        elif func in EXPANSIONS:
+        if func in EXPANSIONS:
             shape = func(*args, **kwargs).shape
             shape = shape if shape == _broadcast(own.tensor.shape, shape) else None
+        elif len(given) > 1:
+            shape = _broadcast(*(t.shape for t in given))
         else:
             return None
         if shape is None:  # it takes more than broadcasting, or fails
@@ -167,10 +169,14 @@ def _broadcast(*shapes: Sequence[int]) -> torch.Size | None:
 
 
 def _tensors(arguments: Any) -> list[Tensor]:
-    """Collects the tensors among arguments."""
-    found: list[Tensor] = []
-    apply_to_collection(arguments, Tensor, found.append)
-    return found
+    """Collects the tensors among arguments: at every call, so without a library's generality."""
+    if isinstance(arguments, Tensor):
+        return [arguments]
+    if isinstance(arguments, Mapping):
+        arguments = arguments.values()
+    elif not isinstance(arguments, tuple | list):
+        return []
+    return [tensor for argument in arguments for tensor in _tensors(argument)]
 
 
 def _changes_in_place(func: Callable[..., Any]) -> bool:

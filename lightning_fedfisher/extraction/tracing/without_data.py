@@ -6,13 +6,13 @@ Or by the types of its modules, where nothing is known of its inputs.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_fedfisher.extraction.layer_types.base import FunctionCall, LayerType
+from lightning_fedfisher.extraction.layer_types.base import FunctionCall, LayerType, are_alike
 from lightning_fedfisher.extraction.layer_types.convolution import read_convolution
 from lightning_fedfisher.extraction.layer_types.embedding import read_embedding
 from lightning_fedfisher.extraction.layer_types.linear import read_linear
@@ -68,7 +68,7 @@ def types_by_running(
             f"the model does not run on the meta device, where tensors have no values ({error}): "
             "leave `forward` out, and its layers are told by the types of its modules"
         ) from error
-    return {name: types for name, types in found.items() if _are_alike(types)}
+    return {name: types for name, types in found.items() if are_alike(types)}
 
 
 def types_by_modules(model: nn.Module, layers: Sequence[Layer]) -> LayerTypes:
@@ -101,13 +101,9 @@ def types_by_modules(model: nn.Module, layers: Sequence[Layer]) -> LayerTypes:
             continue  # a module uses one without the other
         types = [_type_in(module, weight, bool(biases)) for module in modules]
         known = [layer_type for layer_type in types if layer_type is not None]
-        if len(known) == len(types) and _are_alike(known):
+        if len(known) == len(types) and are_alike(known):
             found[layer.name] = known
     return found
-
-
-def _are_alike(types: Iterable[LayerType]) -> bool:
-    return len({type(layer_type) for layer_type in types}) == 1
 
 
 def _on_meta(model: nn.Module) -> nn.Module:
