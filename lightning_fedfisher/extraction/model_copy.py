@@ -89,10 +89,15 @@ def isolated(model: nn.Module) -> Iterator[None]:
     cuda = [device] if device.type == "cuda" else []
     # cuDNN's recurrent layers have no backward pass in eval mode.
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    cudnn = torch.backends.cudnn.enabled and not recurrent
+    enabled = torch.backends.cudnn.enabled and not recurrent
     try:
         with (
-            torch.backends.cudnn.flags(enabled=cudnn),
+            torch.backends.cudnn.flags(
+                enabled=enabled,  # and all else as the user has it, which would be reset
+                benchmark=torch.backends.cudnn.benchmark,
+                deterministic=torch.backends.cudnn.deterministic,
+                allow_tf32=torch.backends.cudnn.allow_tf32,
+            ),
             torch.random.fork_rng(cuda),
             torch.inference_mode(False),
             torch.enable_grad(),

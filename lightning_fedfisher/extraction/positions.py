@@ -52,13 +52,14 @@ def most_positions(positions: Positions, available: int) -> int:
     return at_most(positions, available, _AUTO_FRACTION, _AUTO_FEWEST)
 
 
-def choose_positions(uniforms: Tensor, available: int, most: int) -> Tensor:
+def choose_positions(uniforms: Tensor, available: int | Tensor, most: int) -> Tensor:
     """Chooses positions of each sample, one in each of as many equal stretches of them.
 
     Args:
         uniforms: A number from 0 to below 1 for each sample, of shape ``(samples,)``.
-        available: Number of positions that a sample has.
-        most: Number of positions to choose, at most those available.
+        available: Number of positions that a sample has; of each sample, of shape
+            ``(samples, 1)``, if they differ.
+        most: Number of positions to choose. A sample with fewer has some of them several times.
 
     Returns:
         Indices in ascending order, of shape ``(samples, most)``.
@@ -72,7 +73,36 @@ def choose_positions(uniforms: Tensor, available: int, most: int) -> Tensor:
     # Another place within each stretch, or all would lie on one grid.
     within = (uniforms.unsqueeze(1) + _GOLDEN * stretches) % 1
     places = ((stretches + within) * (available / most)).long()
-    return places.clamp_max(available - 1)
+    return torch.minimum(places, torch.as_tensor(available) - 1)
+
+
+def choose_nonzero(uniforms: Tensor, nonzero: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Chooses positions of each sample as `choose_positions` does, but among some of them.
+
+    Args:
+        uniforms: A number from 0 to below 1 for each sample, of shape ``(samples,)``.
+        nonzero: Which positions to choose among, a mask of shape ``(samples, positions)``.
+        most: Number of positions to choose.
+
+    Returns:
+        Indices of shape ``(samples, most)``, and for each sample the factor by which what is found
+        there must be multiplied, so that its second moments stand for those at all positions: 0
+        where there are none to choose among.
+
+    Example:
+        >>> nonzero = torch.tensor([[False, True, False, False], [True, True, True, True]])
+        >>> choose_nonzero(torch.zeros(2), nonzero, most=1)
+        (tensor([[1],
+                [0]]), tensor([1., 2.], dtype=torch.float64))
+    """
+    counts = nonzero.sum(dim=1, keepdim=True)
+    if nonzero.all():
+        chosen = choose_positions(uniforms, nonzero.shape[1], most)
+    else:
+        ranked = nonzero.logical_not().byte().argsort(dim=1, stable=True)  # those come first
+        places = choose_positions(uniforms, counts.clamp_min(1), most)
+        chosen = ranked.gather(1, places)
+    return chosen, (counts.squeeze(1).double() / most).sqrt()
 
 
 def shifted(uniforms: Tensor, index: int) -> Tensor:

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from helpers.networks import are_equal, build_net, extract, make_data
+from helpers.networks import build_net, extract, make_data
+from oracles.curvature import are_equal
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -12,6 +13,7 @@ from lightning_fedfisher.extraction.layer_types import convolution as convolutio
 from lightning_fedfisher.extraction.layer_types.conv_geometry import ConvGeometry
 from lightning_fedfisher.extraction.positions import (
     check_positions,
+    choose_nonzero,
     choose_positions,
     most_positions,
     shifted,
@@ -51,8 +53,16 @@ def test_other_values_are_refused(positions):
         check_positions(positions)
 
 
-def test_auto_is_a_sixteenth_but_at_least_four():
-    assert [most_positions("auto", n) for n in (1, 2, 3, 47, 48, 80, 3136)] == [1, 2, 2, 2, 3, 5, 196]
+def test_auto_is_a_sixteenth_but_at_least_two():
+    assert [most_positions("auto", n) for n in (1, 2, 3, 47, 48, 80, 3136)] == [
+        1,
+        2,
+        2,
+        2,
+        3,
+        5,
+        196,
+    ]
     assert [most_positions(10, n) for n in (3, 63)] == [3, 10]
 
 
@@ -110,9 +120,61 @@ def test_factors_of_some_positions_estimate_those_of_all_without_bias(net):
         assert (tensor - expected).norm() < 0.06 * expected.norm(), (name, part)
     assert "some positions" not in exact.report
     some = extract(net, data, fisher="exact", positions=7)
-    assert "kronecker (hooks; some positions): 2 layers, 42 weights: conv, mix" in some.report
+    assert "kronecker (hooks; some positions): 2 layers, 39 weights: conv, mix" in some.report
     apart = some.blocks["conv"].column_factor
     assert (apart - exact.blocks["conv"].column_factor).norm() > 1e-3  # or nothing was left out
+
+
+class _ReadsSome(nn.Module):
+    """A linear layer over tokens, of which the logits read but a few."""
+
+    def __init__(self, tokens):
+        super().__init__()
+        self.tokens = tokens
+        self.mix, self.head = nn.Linear(4, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        mixed = torch.tanh(self.mix(x.view(-1, 16, 4)))
+        return self.head(mixed[:, self.tokens].sum(1))
+
+
+@pytest.mark.parametrize("fisher", ["normalised", "exact"])
+@pytest.mark.parametrize("tokens", [[0], [3], [2, 9]])
+def test_gradients_are_taken_where_there_are_any(tokens, fisher):
+    torch.manual_seed(0)
+    net, data = _ReadsSome(tokens).double(), make_data((64,), 12)
+    exact = extract(net, data, fisher=fisher).blocks["mix"]
+    found = extract(net, data, fisher=fisher, positions=len(tokens)).blocks["mix"]
+    torch.testing.assert_close(found.row_factor, exact.row_factor)
+    assert (found.column_factor - exact.column_factor).norm() > 1e-2 * exact.column_factor.norm()
+
+
+def test_gradients_at_some_of_the_positions_that_have_any_are_without_bias():
+    torch.manual_seed(0)
+    net, data = _ReadsSome([1, 5, 6, 7, 12]).double(), make_data((64,), 12)
+    exact, rounds = extract(net, data).blocks["mix"].row_factor, 300
+    mean = sum(
+        extract(net, data, positions=2, seed=seed).blocks["mix"].row_factor / rounds
+        for seed in range(rounds)
+    )
+    assert (mean - exact).norm() < 0.06 * exact.norm()
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 5])
+def test_every_position_with_a_gradient_has_the_same_chance(most):
+    draws = 20_000
+    uniforms = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
+    has = torch.tensor([False, True, False, True, True, False])
+    chosen, scale = choose_nonzero(uniforms, has.expand(draws, 6), most)
+    torch.testing.assert_close(scale, torch.full_like(scale, (3 / most) ** 0.5))
+    shares = torch.bincount(chosen.flatten(), minlength=6) / (draws * most)
+    torch.testing.assert_close(shares, has / 3.0, atol=2e-3, rtol=0)
+
+
+def test_where_there_is_no_gradient_nothing_counts():
+    chosen, scale = choose_nonzero(torch.zeros(2), torch.zeros(2, 4, dtype=torch.bool), 2)
+    assert ((chosen >= 0) & (chosen < 4)).all()
+    assert not scale.any()
 
 
 def test_as_many_positions_as_there_are_change_nothing(net):
@@ -148,7 +210,7 @@ def test_other_curvature_takes_all_positions(net, kind):
 
 def test_eigenvalues_of_ekfac_take_all_positions():
     # The gradient's second moment has the trace that it has, in whatever basis.
-    model, data = build_net("lenet"), make_data(IMAGE, 6)
+    model, data = build_net("lenet"), make_data((2, 8, 8), 6)
     dense = extract(model, data, "dense", fisher="exact")
     found = extract(model, data, "ekfac", fisher="exact", positions=1)
     for name, block in found.blocks.items():

@@ -217,19 +217,6 @@ class KroneckerLayer(LayerType):
         """
         return take_positions(self.unfold_inputs(inputs, samples), positions)
 
-    def unfold_gradient_at(self, gradient: Tensor, samples: int, positions: Tensor) -> Tensor:
-        """Arranges a gradient at the output of a call at some positions of each sample.
-
-        Args:
-            gradient: One gradient, of the output's shape.
-            samples: Number of samples.
-            positions: Indices of positions, of shape ``(samples, some)``.
-
-        Returns:
-            A tensor of shape ``(samples, features, some)``.
-        """
-        return take_positions(self.unfold_gradient(gradient, samples), positions)
-
     def outer_products(self, inputs: Tensor, gradients: Tensor, directions: int) -> Tensor:
         """Multiplies the two sides into per-sample gradients.
 
@@ -254,8 +241,9 @@ class KroneckerLayer(LayerType):
 class Unfolded(KroneckerLayer):
     """A call that is arranged by position already, at some of the positions that it has.
 
-    Inputs have shape ``(samples, features, some)``, and each gradient as well. Both are multiplied
-    by ``sqrt(positions / some)``, so that their second moments stand for those at all positions.
+    Inputs have shape ``(samples, features, some)``, and each gradient as well. Both are scaled so
+    that their second moments stand for those at all positions. They may be at other positions than
+    each other, so that they have second moments but no products.
 
     Attributes:
         original: What the call computes.

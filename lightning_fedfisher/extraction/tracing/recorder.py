@@ -24,11 +24,13 @@ from lightning_fedfisher.extraction.layer_types.base import (
     KroneckerLayer,
     LayerType,
     Unfolded,
+    take_positions,
 )
 from lightning_fedfisher.extraction.layer_types.registry import OPENED, read_call
 from lightning_fedfisher.extraction.layer_types.spread import Spread
 from lightning_fedfisher.extraction.positions import (
     Positions,
+    choose_nonzero,
     choose_positions,
     most_positions,
 )
@@ -79,6 +81,9 @@ class LayerCall:
     def at_positions(self, positions: Positions, uniforms: Tensor) -> LayerCall:
         """Takes some positions of each sample, if it has more than wanted.
 
+        Gradients are taken where they are not zero: behind a classifier that reads one token, that
+        is a single position.
+
         Args:
             positions: Most positions of a sample.
             uniforms: A number from 0 to below 1 for each sample, by which they are chosen.
@@ -92,14 +97,15 @@ class LayerCall:
         most = most_positions(positions, available)
         if most == available:
             return self
-        chosen = choose_positions(uniforms, available, most).to(self.inputs.device)
-        scale = math.sqrt(available / most)
-        inputs = scale * layer_type.unfold_inputs_at(self.inputs, samples, chosen)
-        found = [
-            scale * layer_type.unfold_gradient_at(gradient, samples, chosen)
-            for gradient in self.gradients
-        ]
-        return LayerCall(Unfolded(layer_type, available), inputs, torch.stack(found))
+        chosen = choose_positions(uniforms, available, most)
+        inputs = layer_type.unfold_inputs_at(self.inputs, samples, chosen.to(self.inputs.device))
+        inputs = math.sqrt(available / most) * inputs
+        unfolded = [layer_type.unfold_gradient(gradient, samples) for gradient in self.gradients]
+        nonzero = torch.stack([(gradient != 0).any(dim=1) for gradient in unfolded]).any(dim=0)
+        chosen, scale = choose_nonzero(uniforms, nonzero.cpu(), most)
+        chosen, scale = chosen.to(inputs.device), scale.to(inputs).view(-1, 1, 1)
+        found = torch.stack([scale * take_positions(gradient, chosen) for gradient in unfolded])
+        return LayerCall(Unfolded(layer_type, available), inputs, found)
 
 
 @dataclass(frozen=True)
