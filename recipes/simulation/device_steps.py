@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -58,7 +59,7 @@ class DeviceSteps:
         callback = FedFisherCallback(path, max_samples=None, upload_budget=None)
         options = QUIET | {"accelerator": _accelerator(device), "callbacks": [callback]}
         Trainer(max_epochs=1, **options).fit(self._model, self._loader)
-        return _applied(ClientUpdate.open(path).blocks)
+        return applied(ClientUpdate.open(path).blocks)
 
     def extraction(self, device: torch.device) -> Tensors:
         """Extracts every kind of curvature with the exact Fisher.
@@ -83,7 +84,7 @@ class DeviceSteps:
         return {
             f"{kind}/{name}": tensor
             for kind, extracted in found.items()
-            for name, tensor in _applied(extracted.blocks).items()
+            for name, tensor in applied(extracted.blocks).items()
         }
 
     def merge(self, device: torch.device) -> Tensors:
@@ -115,8 +116,15 @@ def _accelerator(device: torch.device) -> str:
     return "gpu" if device.type == "cuda" else "cpu"
 
 
-def _applied(blocks: Mapping[str, Curvature]) -> Tensors:
-    """Each layer's curvature applied to a random matrix (eigenvectors themselves have no sign)."""
+def applied(blocks: Mapping[str, Curvature]) -> Tensors:
+    """Applies each layer's curvature to a random matrix (eigenvectors themselves have no sign).
+
+    Args:
+        blocks: the curvature of each layer, by name.
+
+    Returns:
+        Tensors on the CPU, by the same names.
+    """
     generator = torch.Generator().manual_seed(1)
     probes = {
         name: torch.randn(*block.shape, generator=generator) for name, block in blocks.items()
@@ -124,6 +132,34 @@ def _applied(blocks: Mapping[str, Curvature]) -> Tensors:
     return {
         name: block.to(CPU, torch.float32).apply(probes[name]) for name, block in blocks.items()
     }
+
+
+def relative_differences(expected: Tensors, found: Tensors) -> dict[str, float]:
+    """Compares tensors by name.
+
+    Args:
+        expected: tensors from the CPU.
+        found: the same from another device.
+
+    Returns:
+        The relative difference (Frobenius norm) of each tensor; nan if either is.
+    """
+    return {
+        name: float((found[name].cpu() - tensor).norm() / tensor.norm())
+        for name, tensor in expected.items()
+    }
+
+
+def worst(differences: Mapping[str, float]) -> str:
+    """Finds the largest difference.
+
+    Args:
+        differences: by name.
+
+    Returns:
+        Its name; of those that are nan the first, if there are any.
+    """
+    return max(differences, key=lambda name: (math.isnan(differences[name]), differences[name]))
 
 
 def relative_difference(expected: Tensors, found: Tensors) -> float:
@@ -134,9 +170,7 @@ def relative_difference(expected: Tensors, found: Tensors) -> float:
         found: the same from another device.
 
     Returns:
-        The largest relative difference (Frobenius norm) of any tensor.
+        The largest relative difference (Frobenius norm) of any tensor; nan if any is.
     """
-    differences = [
-        (found[name].cpu() - tensor).norm() / tensor.norm() for name, tensor in expected.items()
-    ]
-    return float(torch.stack(differences).max())  # nan if any is
+    differences = relative_differences(expected, found)
+    return differences[worst(differences)]

@@ -84,14 +84,8 @@ MERGE_FEDERATIONS = {
 earlier form of the default method.
 """
 
-POSITIONS_FEDERATIONS = {
-    "development": [
-        Federation("fashionmnist", "lenet", alpha, split, 0)
-        for alpha in (0.05, 0.1, 0.2, 0.3)
-        for split in (3, 6)
-    ]
-}
-"""The federations of the positions study: two splits of each alpha of the merge study's."""
+POSITIONS_FEDERATIONS = {"development": MERGE_FEDERATIONS["development"][:-1]}
+"""The federations of the positions study: those of the merge study, without the CNN."""
 
 
 def benchmark_federation(model: str) -> Federation:

@@ -1,4 +1,4 @@
-"""Measures how much memory this process takes (Linux only)."""
+"""Measures how much memory this process takes (Linux only), and how much of a GPU's."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 
 def peak_memory(run: Callable[[], Any]) -> tuple[Any, float]:
@@ -40,3 +42,21 @@ def status_bytes(field: str) -> float:
     """
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * float(next(line for line in lines if line.startswith(field)).split()[1])
+
+
+def peak_device_memory(run: Callable[[], Any], device: torch.device) -> tuple[Any, int | None]:
+    """Calls a function and measures the most memory of a GPU that tensors took.
+
+    Args:
+        run: the function.
+        device: that does the work.
+
+    Returns:
+        Its result, and the bytes with all that was there before; None if it is no GPU.
+    """
+    if device.type != "cuda":
+        return run(), None
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats(device)
+    result = run()
+    return result, torch.cuda.max_memory_allocated(device)

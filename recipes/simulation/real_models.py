@@ -23,6 +23,8 @@ _IMAGE_SIZE, _IMAGE_CLASSES = 64, 10
 _SENTENCE_LENGTH, _SENTENCE_CLASSES = 32, 77
 _TEXT_LENGTH, _VOCABULARY = 64, 8000
 _BERT_VOCABULARY, _LSTM_VOCABULARY = 30522, 5000
+_LARGE_IMAGE_SIZE = 224
+_GPT2_VOCABULARY, _GPT2_LENGTH = 50257, 128
 
 Draw = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
 """Draws inputs and labels of so many samples."""
@@ -166,11 +168,15 @@ def _texts(vocabulary: int, length: int, classes: int) -> Draw:
     return draw
 
 
-def _next_tokens(samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _next_tokens(vocabulary: int = _VOCABULARY, length: int = _TEXT_LENGTH) -> Draw:
     """Token sequences, each position labelled with the next token, the last one unobserved."""
-    tokens = torch.randint(_VOCABULARY, (samples, _TEXT_LENGTH), generator=generator)
-    unobserved = torch.full((samples, 1), IGNORE_INDEX)
-    return tokens, torch.cat((tokens[:, 1:], unobserved), dim=1)
+
+    def draw(samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        tokens = torch.randint(vocabulary, (samples, length), generator=generator)
+        unobserved = torch.full((samples, 1), IGNORE_INDEX)
+        return tokens, torch.cat((tokens[:, 1:], unobserved), dim=1)
+
+    return draw
 
 
 def _torchvision(name: str) -> Callable[[], Callable[[], nn.Module]]:
@@ -180,6 +186,18 @@ def _torchvision(name: str) -> Callable[[], Callable[[], nn.Module]]:
         return lambda: torchvision.models.get_model(name, num_classes=_IMAGE_CLASSES)
 
     return load
+
+
+def _vit_b_16() -> Callable[[], nn.Module]:
+    import torchvision
+
+    def build() -> nn.Module:
+        model = torchvision.models.vit_b_16(num_classes=_IMAGE_CLASSES)
+        head: Any = model.heads.head
+        head.reset_parameters()  # which is zero at first, and hides all layers before it
+        return model
+
+    return build
 
 
 def _timm(name: str, **options: Any) -> Callable[[], Callable[[], nn.Module]]:
@@ -237,18 +255,14 @@ def _distilbert() -> Callable[[], nn.Module]:
     return lambda: Logits(DistilBertForSequenceClassification(config))
 
 
-def _gpt2() -> Callable[[], nn.Module]:
-    from transformers import GPT2Config, GPT2LMHeadModel
+def _gpt2(**options: Any) -> Callable[[], Callable[[], nn.Module]]:
+    def load() -> Callable[[], nn.Module]:
+        from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = GPT2Config(
-        vocab_size=_VOCABULARY,
-        n_positions=_TEXT_LENGTH,
-        n_embd=256,
-        n_layer=4,
-        n_head=4,
-        use_cache=False,
-    )
-    return lambda: Logits(GPT2LMHeadModel(config))
+        config = GPT2Config(use_cache=False, **options)
+        return lambda: Logits(GPT2LMHeadModel(config))
+
+    return load
 
 
 def _llama() -> Callable[[], nn.Module]:
@@ -280,8 +294,12 @@ REAL_MODELS: dict[str, RealModel] = {
     "resnet18": RealModel(_torchvision("resnet18"), _images()),
     "unet": RealModel(lambda: UNet, _pixels),
     "vit_small": RealModel(_timm("vit_small_patch16_224", img_size=_IMAGE_SIZE), _images()),
-    "gpt2_small": RealModel(_gpt2, _next_tokens, "adamw"),
-    "llama_small": RealModel(_llama, _next_tokens, "adamw"),
+    "gpt2_small": RealModel(
+        _gpt2(vocab_size=_VOCABULARY, n_positions=_TEXT_LENGTH, n_embd=256, n_layer=4, n_head=4),
+        _next_tokens(),
+        "adamw",
+    ),
+    "llama_small": RealModel(_llama, _next_tokens(), "adamw"),
     "distilbert": RealModel(_distilbert, _SENTENCES, "adamw"),
     "resnet50": RealModel(_torchvision("resnet50"), _images()),
     "lstm": RealModel(
@@ -291,3 +309,11 @@ REAL_MODELS: dict[str, RealModel] = {
     ),
 }
 """The networks by name."""
+
+LARGE_MODELS: dict[str, RealModel] = {
+    "resnet50": RealModel(_torchvision("resnet50"), _images(size=_LARGE_IMAGE_SIZE)),
+    "vit_b_16": RealModel(_vit_b_16, _images(size=_LARGE_IMAGE_SIZE)),
+    # As openai-community/gpt2, which is what the package's defaults describe.
+    "gpt2": RealModel(_gpt2(), _next_tokens(_GPT2_VOCABULARY, _GPT2_LENGTH), "adamw"),
+}
+"""Networks and data of the sizes that take a GPU, by name."""

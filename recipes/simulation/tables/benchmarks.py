@@ -232,7 +232,8 @@ def gpu_table(report: dict[str, Any]) -> str:
         report: of ``gpu_check.py``.
 
     Returns:
-        A Markdown table of seconds and of the largest relative difference.
+        A Markdown table of seconds and of the largest relative difference, and another one of the
+        large networks if there are any.
     """
     header = ["model", "step", "CPU, s", f"{report['device']}, s", "relative difference"]
     rows = [
@@ -242,7 +243,45 @@ def gpu_table(report: dict[str, Any]) -> str:
         ]
         for row in report["rows"]
     ]
-    return markdown([header, rule(len(header), left=2), *rows])
+    tables = [[header, rule(len(header), left=2), *rows]] if rows else []
+    if report.get("large"):
+        tables.append(_large_gpu_rows(report))
+    return "\n\n".join(map(markdown, tables))
+
+
+def _large_gpu_rows(report: dict[str, Any]) -> list[list[str]]:
+    """Text of the table of large networks; of a step that was not reached it is empty."""
+    timed = ("training", "extraction", "merge")
+    header = [
+        *("model", "weights, M", "relative difference", "training, ms a sample"),
+        *("extraction, s", "x training", "packing, s", "merge, s", "CG steps"),
+        *(f"{step}, GB" for step in timed),
+    ]
+    rows = [header, rule(len(header))]
+    for row in report["large"]:
+        if reason := row.get("missing", row.get("failed")):
+            what = "left out" if "missing" in row else "failed"
+            text = f"{what}: {' '.join(reason.split())[:120]}"
+            rows.append([row["model"], text, *[""] * (len(header) - 2)])
+            continue
+        a_sample = row["extraction_seconds"] / row["curvature_samples"]
+        rows.append(
+            [
+                *(row["model"], f"{row['parameters'] / 1e6:.1f}"),
+                f"{row['relative_difference']:.0e}",
+                f"{1e3 * row['training_seconds']:.2f}",
+                f"{row['extraction_seconds']:.1f}",
+                f"{a_sample / row['training_seconds']:.2f}",
+                *(f"{row['packing_seconds']:.1f}", f"{row['merge_seconds']:.1f}"),
+                f"{row['iterations']}",
+                # Nothing measures it on a CPU.
+                *(
+                    f"{row[f'{step}_bytes'] / 1e9:.1f}" if row[f"{step}_bytes"] else ""
+                    for step in timed
+                ),
+            ]
+        )
+    return rows
 
 
 def real_models_table(report: dict[str, Any]) -> str:
