@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_fedfisher.curvature.registry import CurvatureType
-from lightning_fedfisher.curvature.summary import summarize_curvature
+from lightning_fedfisher.curvature.summary import CurvatureSummary, summarize_curvature
 from lightning_fedfisher.distributed.lightning_strategies import require_whole_model, sum_over_ranks
 from lightning_fedfisher.distributed.processes import Shard
 from lightning_fedfisher.extraction.batches import Forward
@@ -182,8 +183,7 @@ class FedFisherCallback(Callback):
         if counted:  # a rehearsal; an iterable might not start anew
             rehearsed = self._extract(trainer, pl_module, _REHEARSED_SAMPLES)
             self._trace = rehearsed.trace  # which spares another one after the training
-            header = rehearsed.header(self._num_samples, self._metadata)
-            update = ClientUpdate.from_model(pl_module, header, rehearsed.blocks)
+            update = self._update_of(pl_module, rehearsed)
             if self._upload_budget is not None:
                 update.require_room(self._upload_budget)
             rank_zero_info(f"FedFisherCallback will extract\n{rehearsed.report}")
@@ -198,11 +198,15 @@ class FedFisherCallback(Callback):
             most = most_samples(most, self._num_samples)
         tell = None if dry else progress_log(trainer.loggers, self._prefix(trainer))
         extracted = self._extract(trainer, pl_module, one_batch if dry else most, tell)
-        self.update = self._update_of(pl_module, extracted)
-        self.seconds = extracted.seconds
+        curvature = [] if dry else self._describe(trainer, extracted)
+        update = self._update_of(pl_module, extracted)
+        extracted = replace(extracted, blocks={})  # whose memory is free as they are rounded
+        if self._upload_budget is not None:
+            update = update.compressed(self._upload_budget, consume=True)
+        self.update, self.seconds = update, extracted.seconds
         if not dry:
             self._write(trainer, self.update)
-            self._log(trainer, extracted)
+            self._log(trainer, extracted, curvature)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -245,8 +249,7 @@ class FedFisherCallback(Callback):
 
     def _update_of(self, pl_module: LightningModule, extracted: ExtractedCurvature) -> ClientUpdate:
         header = extracted.header(self._num_samples, self._metadata)
-        update = ClientUpdate.from_model(pl_module, header, extracted.blocks)
-        return update if self._upload_budget is None else update.compressed(self._upload_budget)
+        return ClientUpdate.from_model(pl_module, header, extracted.blocks)
 
     def _write(self, trainer: Trainer, update: ClientUpdate) -> None:
         # Asked on every rank: the log directory is broadcast.
@@ -257,7 +260,21 @@ class FedFisherCallback(Callback):
         trainer.strategy.barrier("FedFisherCallback.write")
         rank_zero_info(f"FedFisherCallback wrote {self.path}")
 
-    def _log(self, trainer: Trainer, extracted: ExtractedCurvature) -> None:
+    def _describe(self, trainer: Trainer, extracted: ExtractedCurvature) -> list[CurvatureSummary]:
+        """Describes the curvature of each layer, where somebody logs it."""
+        logged = trainer.is_global_zero and trainer.loggers
+        if not logged or self._options.curvature == "identity":  # which says nothing
+            return []
+        # Of several callbacks' curvature, one has its eigenvalues shown.
+        spectrum = self._prefix(trainer) == keys.CLIENT_PREFIX
+        return [summarize_curvature(n, b, spectrum=spectrum) for n, b in extracted.blocks.items()]
+
+    def _log(
+        self,
+        trainer: Trainer,
+        extracted: ExtractedCurvature,
+        curvature: Sequence[CurvatureSummary],
+    ) -> None:
         if not trainer.is_global_zero or not trainer.loggers:
             return
         assert self.update is not None
@@ -270,11 +287,6 @@ class FedFisherCallback(Callback):
             keys.UPLOAD_BYTES: float(self.path.stat().st_size),
         }
         prefix = self._prefix(trainer)
-        curvature = []
-        if self._options.curvature != "identity":  # which says nothing
-            # Of several callbacks' curvature, one has its eigenvalues shown.
-            describe = partial(summarize_curvature, spectrum=prefix == keys.CLIENT_PREFIX)
-            curvature = [describe(name, block) for name, block in extracted.blocks.items()]
         # LightningModule.log is closed at this point of a fit; the loggers are not.
         log_update(trainer.loggers, prefix, written, curvature, metrics, trainer.global_step)
 

@@ -120,8 +120,11 @@ class DataPass:
         Args:
             samples: The samples of this process.
         """
+        self._samples = _halve_until_it_fits(samples, self._run_once)
 
-        def attempt(samples: SamplePartition) -> None:
+    def _run_once(self, samples: SamplePartition) -> None:
+        """Runs all samples, anew where something was found out on the way."""
+        while True:
             try:
                 self._start(samples)
                 self._pass(samples)
@@ -133,9 +136,6 @@ class DataPass:
                 if self._known_trace is None:
                     raise
                 self._known_trace = None  # the model has changed since
-            attempt(samples)
-
-        self._samples = _halve_until_it_fits(samples, attempt)
 
     def finish(self) -> Found:
         """Adds up over processes and divides, with a second pass first if one is needed.
@@ -159,11 +159,15 @@ class DataPass:
             raise ValueError("the client holds no samples: there is no curvature to extract")
         if isinstance(sums, ModelAccumulator) and "ekfac" in self._curvatures:
             self._correct(sums, count)
+        self._copy = None  # whose memory is free for the factors
         found = {
             kind: (sums.finish(kind, shard.total, count), self._layer_reports(kind))
             for kind in self._curvatures
         }
         self.count, (self.trace, self.discarded) = count, totals[1:]
+        if isinstance(sums, ModelAccumulator):
+            sums.release()
+        self._sums = None
         return found
 
     def _layer_reports(self, kind: CurvatureType) -> tuple[LayerReport, ...]:

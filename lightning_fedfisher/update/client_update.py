@@ -293,12 +293,13 @@ class ClientUpdate:
         """Bytes that a FedAvg client would send: weights and buffers as they are, nothing else."""
         return sum(map(spec_bytes, self.specs.values()))
 
-    def compressed(self, upload_budget: float) -> Self:
+    def compressed(self, upload_budget: float, *, consume: bool = False) -> Self:
         """Rounds weights and curvature so that the file is as small as wanted.
 
         Args:
             upload_budget: Largest size of the file, as a multiple of `fedavg_bytes`. Every file may
                 take 16 KiB.
+            consume: Whether this update is emptied, so that memory is free as it is rounded.
 
         Returns:
             An update whose weights and curvature differ by rounding (see `compression`); buffers
@@ -314,6 +315,8 @@ class ClientUpdate:
             return self
         with self.opened():
             plain = {name: self._read(name) for name in self._tensors}
+        if consume:
+            self._tensors = {}
         try:
             header, tensors = compress(self.header, plain, size)
         except BudgetError as error:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -61,13 +60,14 @@ _LONGEST = QuantizedTensor(_LONGEST_FLOAT, "bfloat16", 2**20, _LONGEST_FLOAT)
 
 
 def compress(
-    header: UpdateHeader, tensors: Mapping[str, Tensor], size: int
+    header: UpdateHeader, tensors: dict[str, Tensor], size: int
 ) -> tuple[UpdateHeader, dict[str, Tensor]]:
     """Quantizes an update so that its file is as small as wanted.
 
     Args:
         header: Header of the update.
-        tensors: Its tensors by their names in the file, none of them quantized.
+        tensors: Its tensors by their names in the file, none of them quantized. The curvature is
+            taken out, so that its memory is free as soon as its roots are found.
         size: Most bytes of the file.
 
     Returns:
@@ -77,8 +77,8 @@ def compress(
         FedFisherError: If a curvature is not positive semi-definite; all such are named.
         BudgetError: If nothing of use fits.
     """
-    compression = Compression(header, tensors, size)
     specs: dict[str, Spec] = {n: (tuple(t.shape), t.dtype) for n, t in tensors.items()}
+    compression = Compression(header, tensors, size)
     # What the rest takes: all but the bytes of what is quantized.
     guess = dataclasses.replace(header, quantized=dict.fromkeys(compression.names, _LONGEST))
     room = size - file_size(guess, specs | {name: _bytes(0) for name in compression.names})
@@ -109,12 +109,13 @@ def _bytes(count: int) -> Spec:
 class Compression:
     """The weights and curvature of an update, ready to be rounded."""
 
-    def __init__(self, header: UpdateHeader, tensors: Mapping[str, Tensor], room: int) -> None:
+    def __init__(self, header: UpdateHeader, tensors: dict[str, Tensor], room: int) -> None:
         """Takes the roots of the curvature, and finds out what an error costs where.
 
         Args:
             header: Header of the update.
-            tensors: Weights and curvature by their names in the file; others are left alone.
+            tensors: Weights and curvature by their names in the file; others are left alone. The
+                curvature is taken out.
             room: Bytes for all of them together, about.
 
         Raises:
@@ -124,9 +125,8 @@ class Compression:
         energy, offenders, width = 0.0, [], _width(header, room)
         for layer in header.layers:
             kind, prefix = KINDS[header.kinds[layer.name]], f"curvature/{layer.name}/"
-            block = kind.from_tensors(
-                {p: tensors[prefix + p] for p in kind.tensor_roles}, layer.shape, layer.kernel
-            )
+            factors = {part: tensors.pop(prefix + part) for part in kind.tensor_roles}
+            block = kind.from_tensors(factors, layer.shape, layer.kernel)
             weights = {f"parameters/{name}": math.prod(shape) for name, shape in layer.parameters}
             count, trace = sum(weights.values()), float(block.trace().double())
             spread = sum(_sum_of_squares(tensors[name]) for name in weights) / count
@@ -136,15 +136,13 @@ class Compression:
                     _Part(name, tensors[name].flatten(), trace / count, tensors[name].dtype)
                 )
             for part, cost in block.sensitivities().items():
-                name, role = prefix + part, kind.tensor_roles[part]
+                name, role, tensor = prefix + part, kind.tensor_roles[part], factors[part]
                 try:
-                    rooted = _rooted(tensors[name], role, _most(len(tensors[name]), count, width))
+                    rooted = _rooted(tensor, role, _most(len(tensor), count, width))
                 except ValueError as error:
                     offenders.append(f"{name} {error}")
                     continue
-                self._parts.append(
-                    _Part(name, rooted[0], spread * cost, tensors[name].dtype, *rooted[1:])
-                )
+                self._parts.append(_Part(name, rooted[0], spread * cost, tensor.dtype, *rooted[1:]))
         if offenders:
             raise FedFisherError("This curvature cannot be compressed:", offenders)
         self._count = sum(len(part.entries) for part in self._parts)

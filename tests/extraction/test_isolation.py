@@ -1,7 +1,9 @@
 """The user's module and the world around it are left as they were."""
 
 import copy
+import gc
 import random
+import weakref
 
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ from oracles.curvature import are_equal
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+
+from lightning_fedfisher.extraction import data_pass
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -154,3 +158,27 @@ def test_blocks_hold_no_graph(kind):
     extracted = extract(build_net("lenet"), make_data(IMAGE), kind)
     for block in extracted.blocks.values():
         assert not any(tensor.requires_grad for tensor in block.tensors().values())
+
+
+@pytest.mark.parametrize("kind", ["kfac", "ekfac", "diagonal", "input_gram"])
+def test_nothing_of_an_extraction_waits_for_the_garbage_collector(kind, monkeypatch):
+    copies, original = [], data_pass.copy_model
+
+    def copying(*arguments):
+        copied = original(*arguments)
+        copies.append(weakref.ref(copied))
+        return copied
+
+    monkeypatch.setattr(data_pass, "copy_model", copying)
+    gc.collect()
+    gc.disable()
+    try:
+        found = extract(build_net("lenet"), make_data(IMAGE), kind)
+        blocks = found.blocks.values()
+        factors = [weakref.ref(t) for block in blocks for t in block.tensors().values()]
+        assert all(factor() is not None for factor in factors)
+        del found, blocks
+        assert [factor() for factor in factors] == [None] * len(factors)
+        assert [copied() for copied in copies] == [None]
+    finally:
+        gc.enable()

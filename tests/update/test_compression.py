@@ -1,8 +1,10 @@
 """Packed updates: rounding, what an error costs, and files of strangers."""
 
 import dataclasses
+import gc
 import itertools
 import math
+import weakref
 
 import pytest
 import torch
@@ -408,9 +410,29 @@ def test_tensors_are_decoded_once_for_each_use(update, granted, monkeypatch, tmp
     assert len(opened.parameters) == len(decoded)
 
 
+def test_the_memory_of_what_is_consumed_is_free(monkeypatch):
+    header, tensors = _alone(_factor(40, samples=100).float())
+    expected = ClientUpdate(header, dict(tensors)).compressed(0.9)
+    consumed = ClientUpdate(header, dict(tensors))
+    factors = [weakref.ref(t) for n, t in tensors.items() if n.endswith("factor")]
+    alive, encoded = [], compression.encode
+
+    def noting(numbers):
+        alive.extend(factor() for factor in factors if factor() is not None)
+        return encoded(numbers)
+
+    monkeypatch.setattr(compression, "encode", noting)
+    del tensors
+    gc.collect()
+    packed = consumed.compressed(0.9, consume=True)
+    assert len(factors) == 2
+    assert not alive  # when the first tensor is coded
+    assert packed.digest == expected.digest
+
+
 def test_weights_are_not_copied_and_roots_are_no_larger_than_they_are_sent(update, granted):
     tensors = update._tensors
-    held = Compression(update.header, tensors, 10**6)._parts
+    held = Compression(update.header, dict(tensors), 10**6)._parts
     assert {part.name for part in held} == {n for n in tensors if not n.startswith("buffers/")}
     for part in held:
         tensor = tensors[part.name]

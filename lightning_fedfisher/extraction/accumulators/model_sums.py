@@ -237,6 +237,14 @@ class ModelAccumulator:
             blocks[layer.name] = block.of_inputs() if curvature == "input_gram" else block
         return blocks
 
+    def release(self) -> None:
+        """Lets go of all that was found, at once: hooks and sums refer to each other in a cycle."""
+        self._accumulators.clear()
+        self._finished.clear()
+        self._bases.clear()
+        self._spectra.clear()
+        self._per_sample = None
+
     def layer_reports(self, curvature: CurvatureType) -> tuple[LayerReport, ...]:
         """Tells how each layer's block of a kind of curvature is computed.
 
