@@ -20,8 +20,9 @@ _FAINTEST, _LARGEST = 1e-25, 1e25
 # How well float32 has to reproduce a matrix and keep its eigenvectors orthogonal: it does to 1e-6.
 _ACCURATE = 1e-5
 _STRETCH = 2**16  # entries that are converted to float64 at a time
-# Rows from which a matrix may be worth a root of at most so many fewer, and what that may leave.
-_WIDE, _NARROWER, _LEFT = 512, 2, 1e-6
+# Rows from which a matrix may be worth a root of at most such a part of them, and what that may
+# leave.
+_WIDE, _NARROW, _LEFT = 512, 0.6, 1e-6
 # Eigenvalues up to this fraction of the largest are rounding where float32 found them.
 _FLOAT32_RCOND = 1e-4
 
@@ -298,7 +299,7 @@ def symmetric_power(matrix: Tensor, exponent: float) -> Tensor:
 
 def _narrow_root(matrix: Tensor) -> Tensor | None:
     """Finds a root of few rows in float64; None if it takes too many to pay."""
-    most = len(matrix) // _NARROWER
+    most = int(_NARROW * len(matrix))
     if len(matrix) < _WIDE or not (matrix.diagonal() > 0).all():
         return None
     root, left = pivoted_root(matrix, most)

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from lightning_fedfisher.curvature.base import Identity
 from lightning_fedfisher.curvature.linalg import PseudoInverse
-from lightning_fedfisher.merge.eigenbasis import matvec_within
+from lightning_fedfisher.merge.eigenbasis import MatvecWithin
 from lightning_fedfisher.merge.objective import Point, Quadratic, dot, norm
 
 
@@ -150,10 +150,10 @@ class ConjugateGradient(Solver):
     The preconditioner is the pseudo-inverse of the clients' mean curvature. For Kronecker factors
     it makes tens of steps enough where plain conjugate gradients take a thousand. Directions of
     either factor in which no client has curvature stay at the average. All steps are made in the
-    preconditioner's eigenbasis, in which it is diagonal and few directions may be left. There the
-    clients' factors are written anew, once, so that a step changes no basis. The true residual, of
-    the curvature as it was, decides on the end. If float32 cannot reach the tolerance, the solver
-    goes on in float64.
+    preconditioner's eigenbasis, in which it is diagonal and few directions may be left. A solver
+    that takes many steps writes the clients' factors there anew, once, so that a step changes no
+    basis any more. The true residual, of the curvature as it was, decides on the end. If float32
+    cannot reach the tolerance, the solver goes on in float64.
 
     Example:
         >>> from lightning_fedfisher.curvature import Dense
@@ -226,7 +226,7 @@ class ConjugateGradient(Solver):
         """Starts, or starts anew, at the iterate."""
         if self._inverse is None:
             self._inverse = self.problem.mean_curvature.pseudo_inverse(self._rcond)
-            self._matvec = matvec_within(self.problem, self._inverse)
+            self._matvec = MatvecWithin(self.problem, self._inverse)
         self._residual = -self._visible(self.point.gradient)
         self._started_from, self._moved = self.weights, None
         self._started_at = self._least = norm(self._residual)
