@@ -310,12 +310,14 @@ def _narrow_root(matrix: Tensor) -> Tensor | None:
 
 def _power_of_root(root: Tensor, exponent: float, dtype: torch.dtype) -> Tensor:
     """Raises ``U' U`` to a power by what is as large as the rank."""
+    largest = root.abs().max()  # by which squares neither overflow nor vanish in float32
+    root = root / largest
     # The rows along U's left singular vectors tell singular values better than they were found.
     _, vectors = _eigh(root @ root.mT, exact=True)
     rows = vectors.to(dtype).mT @ root.to(dtype)
     squares = rows.square().sum(1, keepdim=True)
     half = rows * torch.where(squares > 0, squares, 1.0).pow((exponent - 1) / 2)
-    return half.mT @ half
+    return (half.mT @ half).mul_(float(largest) ** (2 * exponent))
 
 
 def _power(values: Tensor, vectors: Tensor, exponent: float) -> Tensor:

@@ -2,7 +2,8 @@
 
 The pixels of a feature map or the tokens of a text are much alike, and a factor is a mean over
 them. So a layer's second moments are estimated from some positions of each sample. The estimate is
-unbiased: each position has the same chance.
+unbiased: each position has the same chance. Gradients are taken among the positions where they are
+not zero, which may be a single one: that of the token a classifier reads.
 """
 
 from __future__ import annotations

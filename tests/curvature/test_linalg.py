@@ -119,6 +119,14 @@ def test_faint_and_huge_matrices_are_decomposed_in_float64(scale, decomposed):
     assert (SIZE, torch.float64) in decomposed
 
 
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e30])
+def test_faint_and_huge_matrices_of_low_rank_have_their_power(scale):
+    matrix = (_second_moment(samples=200, dtype=torch.float64) * scale).float()
+    expected = _reference_power(_second_moment(samples=200, dtype=torch.float64), 0.5)
+    error = symmetric_power(matrix, 0.5).double() / scale**0.5 - expected
+    assert float(error.norm() / expected.norm()) < 1e-4
+
+
 def test_what_float32_does_not_reproduce_is_decomposed_in_float64(monkeypatch):
     matrix, original = _second_moment(samples=5000), torch.linalg.eigh
     expected = original(matrix.double())
