@@ -97,13 +97,9 @@ def choose_nonzero(uniforms: Tensor, nonzero: Tensor, most: int) -> tuple[Tensor
                 [0]]), tensor([1., 2.], dtype=torch.float64))
     """
     counts = nonzero.sum(dim=1, keepdim=True)
-    if nonzero.all():
-        chosen = choose_positions(uniforms, nonzero.shape[1], most)
-    else:
-        ranked = nonzero.logical_not().byte().argsort(dim=1, stable=True)  # those come first
-        places = choose_positions(uniforms, counts.clamp_min(1), most)
-        chosen = ranked.gather(1, places)
-    return chosen, (counts.squeeze(1).double() / most).sqrt()
+    ranked = nonzero.logical_not().byte().argsort(dim=1, stable=True)  # those come first
+    places = choose_positions(uniforms, counts.clamp_min(1), most)
+    return ranked.gather(1, places), (counts.squeeze(1).double() / most).sqrt()
 
 
 def shifted(uniforms: Tensor, index: int) -> Tensor:

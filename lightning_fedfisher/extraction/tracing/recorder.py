@@ -97,13 +97,17 @@ class LayerCall:
         most = most_positions(positions, available)
         if most == available:
             return self
-        chosen = choose_positions(uniforms, available, most)
-        inputs = layer_type.unfold_inputs_at(self.inputs, samples, chosen.to(self.inputs.device))
-        inputs = math.sqrt(available / most) * inputs
+        device = self.inputs.device
+        chosen = choose_positions(uniforms, available, most).to(device)
+        scale: float | Tensor = math.sqrt(available / most)
+        inputs = scale * layer_type.unfold_inputs_at(self.inputs, samples, chosen)
         unfolded = [layer_type.unfold_gradient(gradient, samples) for gradient in self.gradients]
-        nonzero = torch.stack([(gradient != 0).any(dim=1) for gradient in unfolded]).any(dim=0)
-        chosen, scale = choose_nonzero(uniforms, nonzero.cpu(), most)
-        chosen, scale = chosen.to(inputs.device), scale.to(inputs).view(-1, 1, 1)
+        nonzero = unfolded[0].any(dim=1)
+        for gradient in unfolded[1:]:
+            nonzero |= gradient.any(dim=1)
+        if not nonzero.all():
+            chosen, scales = choose_nonzero(uniforms, nonzero.cpu(), most)
+            chosen, scale = chosen.to(device), scales.to(inputs).view(-1, 1, 1)
         found = torch.stack([scale * take_positions(gradient, chosen) for gradient in unfolded])
         return LayerCall(Unfolded(layer_type, available), inputs, found)
 
