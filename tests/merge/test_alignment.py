@@ -446,7 +446,7 @@ STOPS = (1, 3, 5, 8)
 
 @pytest.mark.parametrize("stop", STOPS)
 def test_an_aligned_merge_that_is_interrupted_ends_as_it_would_have(stop, tmp_path):
-    row = dataclasses.replace(METHODS["fedfisher"], steps_per_epoch=2)
+    row = dataclasses.replace(METHODS["fedfisher"], steps_per_epoch=1)
     clients = _clients("convolutional")
     whole = merge(clients, tmp_path, method=row)
     assert len(whole.history) > max(STOPS)

@@ -51,6 +51,7 @@ def per_sample_gradients(calls: Sequence[LayerCall], samples: int) -> Tensor:
         A tensor of shape ``(samples * directions, rows, columns)``.
 
     Example:
+        >>> import torch
         >>> from lightning_fedfisher.extraction.layer_types.linear import Linear
         >>> call = LayerCall(Linear(has_bias=True), torch.ones(4, 2), torch.ones(1, 4, 3))
         >>> per_sample_gradients([call, call], samples=4).shape
