@@ -198,7 +198,8 @@ class FedFisherCallback(Callback):
             most = most_samples(most, self._num_samples)
         tell = None if dry else progress_log(trainer.loggers, self._prefix(trainer))
         extracted = self._extract(trainer, pl_module, one_batch if dry else most, tell)
-        curvature = [] if dry else self._describe(trainer, extracted)
+        logs = not dry and trainer.is_global_zero and bool(trainer.loggers)
+        curvature = self._describe(trainer, extracted) if logs else []
         update = self._update_of(pl_module, extracted)
         extracted = replace(extracted, blocks={})  # whose memory is free as they are rounded
         if self._upload_budget is not None:
@@ -206,6 +207,7 @@ class FedFisherCallback(Callback):
         self.update, self.seconds = update, extracted.seconds
         if not dry:
             self._write(trainer, self.update)
+        if logs:
             self._log(trainer, extracted, curvature)
 
     @override
@@ -261,9 +263,8 @@ class FedFisherCallback(Callback):
         rank_zero_info(f"FedFisherCallback wrote {self.path}")
 
     def _describe(self, trainer: Trainer, extracted: ExtractedCurvature) -> list[CurvatureSummary]:
-        """Describes the curvature of each layer, where somebody logs it."""
-        logged = trainer.is_global_zero and trainer.loggers
-        if not logged or self._options.curvature == "identity":  # which says nothing
+        """Describes the curvature of each layer, for the loggers."""
+        if self._options.curvature == "identity":  # which says nothing
             return []
         # Of several callbacks' curvature, one has its eigenvalues shown.
         spectrum = self._prefix(trainer) == keys.CLIENT_PREFIX
@@ -275,8 +276,6 @@ class FedFisherCallback(Callback):
         extracted: ExtractedCurvature,
         curvature: Sequence[CurvatureSummary],
     ) -> None:
-        if not trainer.is_global_zero or not trainer.loggers:
-            return
         assert self.update is not None
         assert self.path is not None
         written = copy(self.update)  # the same tensors, under the name of the file

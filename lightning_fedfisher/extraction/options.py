@@ -40,7 +40,7 @@ class ExtractionOptions:
         seed: Seed of the subset and of all draws.
         positions: Most positions of each sample (pixels of a feature map, tokens of a text) that a
             layer's Kronecker factors are computed from: ``"auto"`` takes a sixteenth of them but at
-            least 4, at random, which costs no accuracy (see the recipes' positions study), and None
+            least 2, at random, which costs no accuracy (see the recipes' positions study), and None
             takes all. Diagonal and dense curvature and EKFAC's eigenvalues always take all.
         draws: Number of directions that are drawn for each sample, for the Fisher types that draw.
         tolerance: Share of each batch's trace, from 0 to below 1, that the exact Fisher type may

@@ -92,11 +92,7 @@ class DeviceCosts:
 
         def train() -> float:
             network = copy.deepcopy(self._network).to(self._device).train()
-            optimizer: torch.optim.Optimizer = torch.optim.SGD(
-                network.parameters(), 1e-4, momentum=0.9
-            )
-            if self._model.optimizer == "adamw":
-                optimizer = torch.optim.AdamW(network.parameters(), 1e-5)
+            optimizer = self._model.make_optimizer(network.parameters())
 
             def step() -> None:
                 optimizer.zero_grad()

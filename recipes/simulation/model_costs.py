@@ -123,9 +123,7 @@ class _Steps:
     def __init__(self, setting: Setting, network: nn.Module) -> None:
         self._network = network.train()
         weights = [weight for weight in network.parameters() if weight.requires_grad]
-        self._optimizer: torch.optim.Optimizer = torch.optim.SGD(weights, 1e-4, momentum=0.9)
-        if setting.network.optimizer == "adamw":
-            self._optimizer = torch.optim.AdamW(weights, 1e-5)
+        self._optimizer = setting.network.make_optimizer(weights)
         self._batch: tuple[Tensor, Tensor] = next(iter(setting.data(setting.batch_size)))
 
     def step(self) -> float:

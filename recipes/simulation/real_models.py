@@ -8,7 +8,7 @@ efficientnet-lite-pytorch`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -43,6 +43,16 @@ class RealModel:
     load: Callable[[], Callable[[], nn.Module]]
     draw: Draw
     optimizer: Literal["sgd", "adamw"] = "sgd"
+
+    def make_optimizer(self, weights: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """Makes the optimizer, with steps that move the weights little.
+
+        Args:
+            weights: that it trains.
+        """
+        if self.optimizer == "adamw":
+            return torch.optim.AdamW(weights, 1e-5)
+        return torch.optim.SGD(weights, 1e-4, momentum=0.9)
 
 
 class Logits(nn.Module):

@@ -24,6 +24,7 @@ from lightning_fedfisher import ClientUpdate
 from lightning_fedfisher._utils.files import atomic_write
 from lightning_fedfisher.extraction.extract import ExtractedCurvature, extract_curvatures
 from lightning_fedfisher.extraction.layer_report import CurvatureType
+from lightning_fedfisher.extraction.positions import Positions
 from simulation.clients import (
     QUIET,
     Classifier,
@@ -118,7 +119,11 @@ def fit_federation(federation: Federation, images: ImageData, folder: Path) -> I
 
 
 def extract(
-    client: Client, kinds: Sequence[str], fisher: str, max_samples: int | str | None
+    client: Client,
+    kinds: Sequence[str],
+    fisher: str,
+    max_samples: int | str | None,
+    positions: Positions = "auto",
 ) -> dict[str, ExtractedCurvature]:
     """Extracts curvature from a client's samples, without augmentation and in one pass.
 
@@ -127,6 +132,7 @@ def extract(
         kinds: kinds of curvature, for example ``kfac``.
         fisher: Fisher type, for example ``normalised``.
         max_samples: as `extract_curvatures` takes it.
+        positions: as `extract_curvatures` takes it.
 
     Returns:
         What was extracted, by kind of curvature.
@@ -140,21 +146,23 @@ def extract(
         cast(Sequence[CurvatureType], kinds),
         fisher=cast(Any, fisher),
         max_samples=cast(Any, max_samples),
+        positions=positions,
         progress=False,
     )
     return {str(kind): found for kind, found in extracted.items()}
 
 
-def default_update(client: Client) -> tuple[ClientUpdate, float]:
+def default_update(client: Client, positions: Positions = "auto") -> tuple[ClientUpdate, float]:
     """Makes the update that the callback's defaults give, but for compression.
 
     Args:
         client: network and samples.
+        positions: of each sample, where others than by default.
 
     Returns:
         The update, and the seconds that its extraction took.
     """
-    extracted = extract(client, ["kfac"], "normalised", "auto")["kfac"]
+    extracted = extract(client, ["kfac"], "normalised", "auto", positions)["kfac"]
     update = ClientUpdate.from_model(client[0], extracted.header(), extracted.blocks)
     return update, extracted.seconds
 

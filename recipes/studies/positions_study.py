@@ -10,17 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
-from typing import Any
 
 from jsonargparse import ArgumentParser
-from simulation.data import ImageData, collate_images
+from simulation.data import ImageData
 from simulation.federations import POSITIONS_FEDERATIONS, Federation
-from simulation.study import Client, initial_network, run_study, scores_of, study_parser
-from torch.utils.data import DataLoader
+from simulation.study import (
+    Client,
+    default_update,
+    initial_network,
+    run_study,
+    scores_of,
+    study_parser,
+)
 
-from lightning_fedfisher import ClientUpdate, extract_curvature, merge_updates
+from lightning_fedfisher import ClientUpdate, merge_updates
+from lightning_fedfisher.extraction.positions import Positions
 
-POSITIONS: dict[str, Any] = {"all": None, "auto": "auto", "1": 1}
+POSITIONS: dict[str, Positions] = {"all": None, "auto": "auto", "1": 1}
 BUDGETS: dict[str, float | None] = {
     "as it is": None,
     "budget 1": 1.0,
@@ -71,16 +77,10 @@ def run_settings(
         yield Row(*astuple(federation), positions, sent, *scores, seconds)
 
 
-def _extract(clients: Sequence[Client], positions: Any) -> tuple[list[ClientUpdate], float]:
+def _extract(clients: Sequence[Client], positions: Positions) -> tuple[list[ClientUpdate], float]:
     """Makes the clients' updates, and tells the mean seconds that one took."""
-    updates, seconds = [], 0.0
-    for network, samples in clients:
-        plain = samples.without_augmentation()
-        loader = DataLoader(plain, batch_size=250, collate_fn=collate_images)
-        found = extract_curvature(network, loader, positions=positions, progress=False)
-        updates.append(ClientUpdate.from_model(network, found.header(), found.blocks))
-        seconds += found.seconds / len(clients)
-    return updates, seconds
+    updates, seconds = zip(*(default_update(c, positions) for c in clients), strict=True)
+    return list(updates), sum(seconds) / len(clients)
 
 
 def make_parser() -> ArgumentParser:
