@@ -268,7 +268,7 @@ def test_validating_before_and_within_an_epoch_does_no_harm(updates, tmp_path):
 
 
 def _tempered(power):
-    return lambda curvature, is_output_layer: curvature.power(power)
+    return lambda curvature: curvature.power(power)
 
 
 @pytest.mark.parametrize("changed", [{"transform": _tempered(0.4)}, {"solver": ConjugateGradient}])

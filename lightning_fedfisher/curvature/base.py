@@ -26,14 +26,32 @@ from lightning_fedfisher.curvature.linalg import (
     PseudoInverse,
     frobenius_norm,
     identity_map,
-    require_positive_exponent,
 )
+from lightning_fedfisher.curvature.powers import symmetric_power
 
 TensorRole = Literal["factor", "values", "basis"]
 """What a tensor of a curvature is: a positive semi-definite matrix, eigenvalues, or a basis."""
 
 InputSide = Literal["rows", "columns"]
 """The side of a layer's matrix that belongs to its inputs."""
+
+
+def tensor_power(tensor: Tensor, role: TensorRole, exponent: float) -> Tensor:
+    """Computes what a tensor of a curvature is when the operator is raised to a power.
+
+    Args:
+        tensor: A tensor of a curvature.
+        role: What it is.
+        exponent: The power, greater than zero.
+
+    Returns:
+        The power of a factor or of eigenvalues. A basis stays as it is, and so does all at power 1.
+    """
+    if exponent == 1:
+        return tensor
+    if role == "factor":
+        return symmetric_power(tensor, exponent)
+    return tensor.clamp_min(0).pow(exponent) if role == "values" else tensor
 
 
 class Curvature(ABC):
@@ -86,8 +104,7 @@ class Curvature(ABC):
             ``F W`` as a tensor of the same shape.
         """
 
-    @abstractmethod
-    def power(self, exponent: float) -> Curvature:
+    def power(self, exponent: float) -> Self:
         """Raises the operator to a positive power; zero eigenvalues stay zero.
 
         Args:
@@ -99,6 +116,14 @@ class Curvature(ABC):
         Raises:
             ValueError: If the exponent is not greater than zero.
         """
+        if not exponent > 0:
+            raise ValueError(f"the power of a curvature must be greater than 0, got {exponent}")
+        if exponent == 1 or not self.tensor_roles:
+            return self
+        roles = self.tensor_roles
+        return self.with_tensors(
+            {n: tensor_power(tensor, roles[n], exponent) for n, tensor in self.tensors().items()}
+        )
 
     @abstractmethod
     def pseudo_inverse(self, rcond: float) -> PseudoInverse:
@@ -309,11 +334,6 @@ class Identity(Curvature):
     @override
     def apply(self, matrix: Tensor) -> Tensor:
         return matrix
-
-    @override
-    def power(self, exponent: float) -> Identity:
-        require_positive_exponent(exponent)
-        return self
 
     @override
     def pseudo_inverse(self, rcond: float) -> PseudoInverse:

@@ -21,13 +21,12 @@ from lightning_fedfisher.curvature.input_map import InputMap
 from lightning_fedfisher.curvature.kronecker import Kronecker
 from lightning_fedfisher.curvature.linalg import (
     PseudoInverse,
+    Restriction,
     change_basis,
     frobenius_norm,
     large_eigenpairs,
     pseudo_reciprocal,
-    require_positive_exponent,
     symmetric_eigenvalues,
-    symmetric_power,
 )
 
 
@@ -82,23 +81,21 @@ class ConvolutionKronecker(Curvature):
         return self.row_factor @ self._on_columns(matrix, self.channel_factor, self.kernel_factor)
 
     @override
-    def power(self, exponent: float) -> Self:
-        require_positive_exponent(exponent)
-        if exponent == 1:
-            return self
-        rows, channels, kernel = (symmetric_power(factor, exponent) for factor in self._factors)
-        return type(self)(rows, channels, kernel, self.has_bias)
-
-    @override
     def pseudo_inverse(self, rcond: float) -> PseudoInverse:
         # Each factor by itself, as for every Kronecker product, and what counts alone.
         (rows, u), (channels, v), (kernel, w) = (large_eigenpairs(f, rcond) for f in self._factors)
         spectrum = torch.outer(rows, self._columns(torch.outer(channels, kernel)))
+        whole, some = zip(*(basis.shape for basis in (u, v, w)), strict=True)
         return PseudoInverse(
             lambda matrix: u.mT @ self._on_columns(matrix, v, w),
             lambda coordinates: u @ self._on_columns(coordinates, v.mT, w.mT),
             *pseudo_reciprocal(spectrum, 0.0),
-            restrict=lambda curvature: curvature.within(u, v, w),
+            Restriction(
+                lambda curvature: curvature.within(u, v, w),
+                writing=sum(k * n * (k + n) for k, n in zip(whole, some, strict=True)),
+                changing=math.prod(whole) * sum(some) + math.prod(some) * sum(whole),
+                saved=math.prod(whole) * sum(whole) - math.prod(some) * sum(some),
+            ),
         )
 
     def within(self, rows: Tensor, channels: Tensor, kernel: Tensor) -> Self:

@@ -15,10 +15,8 @@ from lightning_fedfisher.curvature.linalg import (
     PseudoInverse,
     frobenius_norm,
     pseudo_reciprocal,
-    require_positive_exponent,
     symmetric_eigendecomposition,
     symmetric_eigenvalues,
-    symmetric_power,
 )
 
 
@@ -50,11 +48,6 @@ class Dense(Curvature):
     @override
     def apply(self, matrix: Tensor) -> Tensor:
         return (self.matrix @ matrix.flatten()).view(self.size)
-
-    @override
-    def power(self, exponent: float) -> Dense:
-        require_positive_exponent(exponent)
-        return Dense(symmetric_power(self.matrix, exponent), self.size)
 
     @override
     def pseudo_inverse(self, rcond: float) -> PseudoInverse:

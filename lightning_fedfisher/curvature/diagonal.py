@@ -14,7 +14,6 @@ from lightning_fedfisher.curvature.linalg import (
     PseudoInverse,
     identity_map,
     pseudo_reciprocal,
-    require_positive_exponent,
 )
 
 
@@ -47,11 +46,6 @@ class Diagonal(Curvature):
     @override
     def apply(self, matrix: Tensor) -> Tensor:
         return self.values * matrix
-
-    @override
-    def power(self, exponent: float) -> Diagonal:
-        require_positive_exponent(exponent)
-        return Diagonal(self.values.clamp_min(0).pow(exponent))
 
     @override
     def pseudo_inverse(self, rcond: float) -> PseudoInverse:

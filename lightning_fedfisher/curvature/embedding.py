@@ -20,13 +20,13 @@ from lightning_fedfisher.curvature.base import InputSide, TensorRole
 from lightning_fedfisher.curvature.kronecker import Eigenbased, Factored
 from lightning_fedfisher.curvature.linalg import (
     PseudoInverse,
+    Restriction,
     change_basis,
     frobenius_norm,
     large_eigenpairs,
     pseudo_reciprocal,
     symmetric_eigendecomposition,
     symmetric_eigenvalues,
-    symmetric_power,
     zero_small_values,
 )
 
@@ -79,13 +79,6 @@ class EmbeddingKronecker(Factored):
         return self.row_values.nonzero().squeeze(1)
 
     @override
-    def _powered(self, exponent: float) -> Self:
-        return type(self)(
-            self.row_values.clamp_min(0).pow(exponent),
-            symmetric_power(self.column_factor, exponent),
-        )
-
-    @override
     def diagonal(self) -> Tensor:
         return torch.outer(self.row_values, self.column_factor.diagonal())
 
@@ -113,6 +106,7 @@ class EmbeddingKronecker(Factored):
         # Coordinates are those of tokens that some client has seen.
         seen = (self.row_values > rcond * self.row_values.max()).nonzero().squeeze(1)
         values, columns = large_eigenpairs(self.column_factor, rcond)
+        c, n = columns.shape
 
         def from_eigenbasis(coordinates: Tensor) -> Tensor:
             matrix = coordinates.new_zeros(self.shape)
@@ -123,7 +117,12 @@ class EmbeddingKronecker(Factored):
             lambda matrix: matrix[seen] @ columns,
             from_eigenbasis,
             *pseudo_reciprocal(torch.outer(self.row_values[seen], values), 0.0),
-            restrict=lambda curvature: curvature.within(seen, columns),
+            Restriction(
+                lambda curvature: curvature.within(seen, columns),
+                writing=c * n * (c + n),
+                changing=2 * len(seen) * c * n,
+                saved=len(seen) * (c * c - n * n),  # unless clients see far fewer tokens
+            ),
         )
 
     def within(self, seen: Tensor, columns: Tensor) -> Self:

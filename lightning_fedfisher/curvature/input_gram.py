@@ -19,13 +19,12 @@ from lightning_fedfisher.curvature.base import Curvature, InputSide, TensorRole
 from lightning_fedfisher.curvature.input_map import InputMap
 from lightning_fedfisher.curvature.linalg import (
     PseudoInverse,
+    Restriction,
     change_basis,
     frobenius_norm,
     large_eigenpairs,
     pseudo_reciprocal,
-    require_positive_exponent,
     symmetric_eigenvalues,
-    symmetric_power,
 )
 
 
@@ -62,22 +61,21 @@ class InputGram(Curvature):
         return matrix @ self.column_factor
 
     @override
-    def power(self, exponent: float) -> Self:
-        require_positive_exponent(exponent)
-        if exponent == 1:
-            return self
-        return type(self)(symmetric_power(self.column_factor, exponent), self.rows)
-
-    @override
     def pseudo_inverse(self, rcond: float) -> PseudoInverse:
         values, columns = large_eigenpairs(self.column_factor, rcond)
         inverse, support = pseudo_reciprocal(values, 0.0)
+        c, n = columns.shape
         return PseudoInverse(
             lambda matrix: matrix @ columns,
             lambda coordinates: coordinates @ columns.mT,
             inverse.expand(self.rows, -1),
             support.expand(self.rows, -1),
-            restrict=lambda curvature: curvature.within(columns),
+            Restriction(
+                lambda curvature: curvature.within(columns),
+                writing=c * n * (c + n),
+                changing=2 * self.rows * c * n,
+                saved=self.rows * (c * c - n * n),
+            ),
         )
 
     def within(self, columns: Tensor) -> Self:

@@ -16,14 +16,13 @@ from lightning_fedfisher.curvature.input_gram import InputGram
 from lightning_fedfisher.curvature.input_map import InputMap
 from lightning_fedfisher.curvature.linalg import (
     PseudoInverse,
+    Restriction,
     change_basis,
     frobenius_norm,
     large_eigenpairs,
     pseudo_reciprocal,
-    require_positive_exponent,
     symmetric_eigendecomposition,
     symmetric_eigenvalues,
-    symmetric_power,
     zero_small_values,
 )
 
@@ -41,15 +40,6 @@ class Factored(Curvature):
         Returns:
             The same operator as the corresponding kind with an eigenbasis.
         """
-
-    @abstractmethod
-    def _powered(self, exponent: float) -> Self:
-        """Raises both factors to a power."""
-
-    @override
-    def power(self, exponent: float) -> Self:
-        require_positive_exponent(exponent)
-        return self if exponent == 1 else self._powered(exponent)
 
     @override
     def pseudo_inverse(self, rcond: float) -> PseudoInverse:
@@ -91,11 +81,6 @@ class Eigenbased(Curvature):
     @override
     def apply(self, matrix: Tensor) -> Tensor:
         return self.from_eigenbasis(self.spectrum * self.to_eigenbasis(matrix))
-
-    @override
-    def power(self, exponent: float) -> Self:
-        require_positive_exponent(exponent)
-        return self.with_spectrum(self.spectrum.clamp_min(0).pow(exponent))
 
     @override
     def pseudo_inverse(self, rcond: float) -> PseudoInverse:
@@ -178,13 +163,6 @@ class Kronecker(Factored):
         return self.row_factor @ matrix @ self.column_factor
 
     @override
-    def _powered(self, exponent: float) -> Self:
-        return type(self)(
-            symmetric_power(self.row_factor, exponent),
-            symmetric_power(self.column_factor, exponent),
-        )
-
-    @override
     def eigendecompose(self, rcond: float = 0.0) -> EigenKronecker:
         return EigenKronecker(*self._bases_and_spectrum(rcond))
 
@@ -203,11 +181,17 @@ class Kronecker(Factored):
         row_values, rows = large_eigenpairs(self.row_factor, rcond)
         values, columns = large_eigenpairs(self.column_factor, rcond)
         spectrum = torch.outer(row_values, values)
+        (r, m), (c, n) = rows.shape, columns.shape
         return PseudoInverse(
             lambda matrix: rows.mT @ matrix @ columns,
             lambda coordinates: rows @ coordinates @ columns.mT,
             *pseudo_reciprocal(spectrum, 0.0),
-            restrict=lambda curvature: curvature.within(rows, columns),
+            Restriction(
+                lambda curvature: curvature.within(rows, columns),
+                writing=r * m * (r + m) + c * n * (c + n),
+                changing=2 * m * c * (r + n),
+                saved=r * c * (r + c) - m * n * (m + n),
+            ),
         )
 
     def within(self, rows: Tensor, columns: Tensor) -> Self:

@@ -9,22 +9,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fedfisher.curvature.low_rank import pivoted_root
-
-# Up to so many rows, float64 costs little more.
-_SMALL = 1024
-# Leading eigenpairs that are looked for, passes in float32 and float64, and how exact they must be.
-_LEADING, _ROUGH_PASSES, _PASSES, _CONVERGED = 32, 12, 4, 1e-10
+# Up to so many rows, float64 costs little.
+_SMALL = 256
 # Of a matrix within these bounds, float32 holds the small eigenvalues as well.
 _FAINTEST, _LARGEST = 1e-25, 1e25
 # How well float32 has to reproduce a matrix and keep its eigenvectors orthogonal: it does to 1e-6.
 _ACCURATE = 1e-5
 _STRETCH = 2**16  # entries that are converted to float64 at a time
-# Rows from which a matrix may be worth a root of at most such a part of them, and what that may
-# leave.
-_WIDE, _NARROW, _LEFT = 512, 0.6, 1e-6
 # Eigenvalues up to this fraction of the largest are rounding where float32 found them.
 _FLOAT32_RCOND = 1e-4
+
+
+@dataclass(frozen=True)
+class Restriction:
+    """Writes curvature as an operator on the coordinates of a pseudo-inverse, and what that costs.
+
+    Costs are multiplications, of matrices with matrices alone.
+
+    Attributes:
+        write: Gives a curvature of the same kind on coordinates.
+        writing: What that costs.
+        changing: What it costs to map coordinates to the weight matrix and back.
+        saved: What a product with the written curvature costs less than one with the curvature.
+    """
+
+    write: Callable[[Any], Any]
+    writing: int
+    changing: int
+    saved: int
 
 
 @dataclass(frozen=True)
@@ -37,8 +49,8 @@ class PseudoInverse:
         inverse: Reciprocal of each eigenvalue, in the shape of the coordinates. Zero for those that
             count as zero.
         support: One for each eigenvalue that does not count as zero, and zero for the others.
-        restrict: Gives a curvature of the same kind as an operator on coordinates, where that is
-            cheaper than a change of basis at each product; None where it is not.
+        restriction: Writes curvature on coordinates, so that no product changes the basis; None
+            where the kind cannot.
 
     Example:
         >>> from lightning_fedfisher.curvature import Diagonal
@@ -53,7 +65,7 @@ class PseudoInverse:
     from_eigenbasis: Callable[[Tensor], Tensor]
     inverse: Tensor
     support: Tensor
-    restrict: Callable[[Any], Any] | None = None
+    restriction: Restriction | None = None
 
     def solve(self, matrix: Tensor) -> Tensor:
         """Multiplies a weight matrix by the pseudo-inverse of the operator.
@@ -76,19 +88,6 @@ class PseudoInverse:
             A tensor of the same shape.
         """
         return self.from_eigenbasis(self.support * self.to_eigenbasis(matrix))
-
-
-def require_positive_exponent(exponent: float) -> None:
-    """Refuses powers that are not greater than zero.
-
-    Args:
-        exponent: The power.
-
-    Raises:
-        ValueError: If it is zero, negative or not a number.
-    """
-    if not exponent > 0:
-        raise ValueError(f"the power of a curvature must be greater than 0, got {exponent}")
 
 
 def pseudo_reciprocal(values: Tensor, rcond: float) -> tuple[Tensor, Tensor]:
@@ -194,19 +193,19 @@ def symmetric_eigendecomposition(matrix: Tensor, exact: bool = True) -> tuple[Te
         (tensor([2., 1.]), tensor([[1., 0.],
                 [0., 1.]]))
     """
-    values, coupled = matrix.diagonal().double(), _coupled(matrix)
+    values, coupled = matrix.diagonal().double(), coupled_rows(matrix)
     if coupled.all():
-        values, vectors = _eigh(matrix, exact)
+        values, vectors = eigh(matrix, exact)
     else:
         vectors = torch.eye(len(matrix), dtype=values.dtype, device=values.device)
         some = coupled.nonzero().squeeze(1)
         values = values.clone()
-        found, basis = _eigh(matrix[some][:, some], exact)
+        found, basis = eigh(matrix[some][:, some], exact)
         values[some], vectors[some.unsqueeze(1), some] = found.to(values), basis.to(vectors)
     return values.clamp_min(0).to(matrix.dtype), vectors.to(matrix.dtype)
 
 
-def _coupled(matrix: Tensor) -> Tensor:
+def coupled_rows(matrix: Tensor) -> Tensor:
     """Which rows or columns have an entry off the diagonal, a mask of shape ``(n,)``."""
     if len(matrix) > 1 and matrix[0].all():  # as most are: all rows, by their first entries
         return torch.ones(len(matrix), dtype=torch.bool, device=matrix.device)
@@ -215,9 +214,9 @@ def _coupled(matrix: Tensor) -> Tensor:
     return seen.count_nonzero(dim=1) > seen.diagonal()
 
 
-def _eigh(matrix: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
+def eigh(matrix: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
     """Decomposes a matrix in float64, or in float32 where that will do."""
-    if not exact and _takes_float32(matrix):
+    if not exact and takes_float32(matrix):
         values, vectors = torch.linalg.eigh(matrix)
         if _reproduces(matrix, values, vectors):
             return values, vectors
@@ -225,7 +224,7 @@ def _eigh(matrix: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
     return values, vectors
 
 
-def _takes_float32(matrix: Tensor) -> bool:
+def takes_float32(matrix: Tensor) -> bool:
     """Whether a matrix is large enough for float32 to gain something, and not faint or huge."""
     large = matrix.dtype == torch.float32 and len(matrix) > _SMALL
     return large and _FAINTEST < float(matrix.abs().max()) < _LARGEST
@@ -259,87 +258,6 @@ def symmetric_eigenvalues(matrix: Tensor) -> Tensor:
     """
     values: Tensor = torch.linalg.eigvalsh(matrix.double())
     return values.clamp_min(0).to(matrix.dtype)
-
-
-def symmetric_power(matrix: Tensor, exponent: float) -> Tensor:
-    """Raises a symmetric positive semi-definite matrix to a positive power.
-
-    Large matrices of float32 are decomposed in float32 (see `symmetric_eigendecomposition`).
-
-    Args:
-        matrix: A tensor of shape ``(n, n)``.
-        exponent: The power; 0.5 gives the square root.
-
-    Returns:
-        A tensor of the same shape.
-
-    Example:
-        >>> symmetric_power(torch.tensor([[4.0, 0.0], [0.0, 9.0]]), 0.5)
-        tensor([[2., 0.],
-                [0., 3.]])
-    """
-    coupled = _coupled(matrix)
-    if not coupled.all():
-        some = coupled.nonzero().squeeze(1)
-        power = matrix.diagonal().double().clamp_min(0).pow(exponent).to(matrix.dtype).diag()
-        power[some.unsqueeze(1), some] = symmetric_power(matrix[some][:, some], exponent)
-        return power
-    if (root := _narrow_root(matrix)) is not None:
-        return _power_of_root(root, exponent, matrix.dtype)
-    if not _takes_float32(matrix):
-        return _power(*symmetric_eigendecomposition(matrix.double()), exponent).to(matrix.dtype)
-    # Rounding goes by the largest eigenvalues, and its root by the root of them. So these few are
-    # taken out before, which leaves the small ones their digits.
-    exact = matrix.double()
-    leading, vectors = _leading_eigenpairs(exact)
-    rest = (exact - (vectors * leading) @ vectors.mT).to(matrix.dtype)
-    values, others = symmetric_eigendecomposition(rest, exact=False)
-    others = others - vectors.to(others) @ (vectors.to(others).mT @ others)
-    power = _power(leading, vectors, exponent).to(matrix.dtype)
-    return power + _power(values, others, exponent)
-
-
-def _narrow_root(matrix: Tensor) -> Tensor | None:
-    """Finds a root of few rows in float64; None if it takes too many to pay."""
-    most = int(_NARROW * len(matrix))
-    if len(matrix) < _WIDE or not (matrix.diagonal() > 0).all():
-        return None
-    root, left = pivoted_root(matrix, most)
-    return root if len(root) < most and left <= _LEFT else None
-
-
-def _power_of_root(root: Tensor, exponent: float, dtype: torch.dtype) -> Tensor:
-    """Raises ``U' U`` to a power by what is as large as the rank."""
-    largest = root.abs().max()  # by which squares neither overflow nor vanish in float32
-    root = root / largest
-    # The rows along U's left singular vectors tell singular values better than they were found.
-    _, vectors = _eigh(root @ root.mT, exact=True)
-    rows = vectors.to(dtype).mT @ root.to(dtype)
-    squares = rows.square().sum(1, keepdim=True)
-    half = rows * torch.where(squares > 0, squares, 1.0).pow((exponent - 1) / 2)
-    return (half.mT @ half).mul_(float(largest) ** (2 * exponent))
-
-
-def _power(values: Tensor, vectors: Tensor, exponent: float) -> Tensor:
-    """Multiplies out the power of a matrix that is written by eigenpairs."""
-    half = vectors * values.pow(exponent / 2)
-    return half @ half.mT
-
-
-def _leading_eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Finds a few of the largest eigenvalues, by subspace iteration, and none that is inexact."""
-    seeds = torch.arange(1, _LEADING * len(matrix) + 1).to(matrix).view(-1, _LEADING)
-    basis = torch.linalg.qr((seeds.square() * 0.7).cos()).Q
-    for dtype, passes in ((torch.float32, _ROUGH_PASSES), (matrix.dtype, _PASSES)):
-        rounded, basis = matrix.to(dtype), basis.to(dtype)
-        for _ in range(passes):
-            basis = torch.linalg.qr(rounded @ basis).Q
-    product = matrix @ basis
-    values, turn = torch.linalg.eigh(basis.mT @ product)
-    vectors = basis @ turn
-    error = torch.linalg.vector_norm(product @ turn - vectors * values, dim=0)
-    exact = (error <= _CONVERGED * values[-1]) & (values > 0)
-    return values[exact], vectors[:, exact]
 
 
 def frobenius_norm(tensor: Tensor) -> Tensor:

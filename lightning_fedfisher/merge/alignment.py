@@ -228,8 +228,9 @@ class LayerAlignments:
         dtype = working_dtype(self._updates[0], layer)
         alignments = self.of_layer(index, device, merged) if aligned else itertools.repeat(None)
         for update, alignment in zip(self._updates, alignments, strict=False):
-            own, block = update.read_layer(layer)
-            weights, moments = own.to(device, dtype), block.to(device, dtype).of_inputs()
+            with update.opened():
+                weights = update.weights(layer).to(device, dtype)
+                moments = update.block(layer, device=device, dtype=dtype).of_inputs()
             if alignment is not None:
                 weights, moments = alignment.weights(weights), alignment.curvature(moments)
             to_client, to_merged = align(weights, merged[index], moments, activation)

@@ -16,7 +16,7 @@ from lightning_fedfisher.merge.methods import MergeMethod
 from lightning_fedfisher.update.client_update import ClientUpdate
 
 # What a resumed merge may change, or a method of one's own cannot show.
-_NOT_COMPARED = {"transform", "solver", "max_iterations", "keeps_best"}
+_NOT_COMPARED = {"transform", "output_transform", "solver", "max_iterations", "keeps_best"}
 
 
 def fingerprint(method: MergeMethod, updates: Sequence[ClientUpdate]) -> str:

@@ -11,10 +11,6 @@ from lightning_fedfisher.curvature.linalg import PseudoInverse
 from lightning_fedfisher.merge.disk_cache import OnDiskCurvatures
 from lightning_fedfisher.merge.objective import LazyCurvatures, Quadratic, weighted_sum
 
-# Products that change the basis there and back, after which it pays to write the clients' curvature
-# in it once. That takes as long as 8 to 16 of them, so never more than twice the best is spent.
-_CHANGES = 10
-
 
 class MatvecWithin:
     """The Hessian-vector product on coordinates: ``X -> P sum_k p_k F_k P' X``.
@@ -42,7 +38,7 @@ class MatvecWithin:
             inverse: The pseudo-inverse of its mean curvature.
         """
         self._problem, self._inverse = problem, inverse
-        self._changes = 0
+        self._products = 0
         self._written: Sequence[Curvature] | None = None
 
     def __call__(self, coordinates: Tensor) -> Tensor:
@@ -55,18 +51,30 @@ class MatvecWithin:
             A tensor of the same shape.
         """
         problem, inverse = self._problem, self._inverse
-        if self._changes == _CHANGES and problem.kind.restricts and inverse.restrict is not None:
+        if self._pays():
             self._written = self._write()
-        self._changes += 1
+        self._products += 1
         if self._written is not None:
             return weighted_sum(problem.client_weights, self._written, coordinates)
         product = problem.matvec(inverse.from_eigenbasis(coordinates))
         return inverse.support * inverse.to_eigenbasis(product)
 
+    def _pays(self) -> bool:
+        """Whether products have cost as much more by now as it takes to write the curvature.
+
+        As nobody knows how many follow, that never costs more than twice the best.
+        """
+        found = self._inverse.restriction
+        if found is None or self._written is not None or not self._problem.kind.restricts:
+            return False
+        clients = len(self._problem.weights)
+        saved = clients * found.saved + found.changing
+        return self._products * saved >= clients * found.writing
+
     def _write(self) -> Sequence[Curvature]:
         """Writes the clients' curvature in the eigenbasis."""
-        assert self._inverse.restrict is not None
-        written = map(self._inverse.restrict, self._problem.curvatures)
+        assert self._inverse.restriction is not None
+        written = map(self._inverse.restriction.write, self._problem.curvatures)
         if isinstance(self._problem.curvatures, LazyCurvatures):
             return OnDiskCurvatures(written, self._problem.average.device)
         return list(written)

@@ -124,11 +124,14 @@ class LayerLoader:
         """
         layer, update = self.layers[index], self.updates[client]
         if self.method.ignores_curvature:
-            return self.method.transform(Identity(layer.shape), False)
+            return self.method.transformed(Identity(layer.shape))
         aligned = self.alignments.waits_for(index) is not None
         is_output_layer = layer.name == update.header.output_layer and aligned
-        block = update.block(layer).to(device, self._dtypes[index])
-        return self.method.transform(block, is_output_layer)
+        dtype = self._dtypes[index]
+        if self.method.transform_of(is_output_layer) is None:  # then roots need not be multiplied
+            return update.block(layer, self.method.power, device, dtype)
+        block = update.block(layer, device=device, dtype=dtype)
+        return self.method.transformed(block, is_output_layer)
 
     def curvatures(self, index: int, device: torch.device) -> Iterator[Curvature]:
         """Reads what the method makes of the clients' curvature of a layer, one at a time.

@@ -16,6 +16,9 @@ from lightning_fedfisher.merge.influence_cap import DEFAULT_MAX_INFLUENCE
 from lightning_fedfisher.merge.objective import Quadratic
 from lightning_fedfisher.merge.solvers import ClosedForm, PublishedServer, Solver, exact_solver
 
+Transform = Callable[[Curvature], Curvature]
+"""What a method makes of a client's curvature of a layer."""
+
 
 @dataclass(frozen=True)
 class MergeMethod:
@@ -25,11 +28,13 @@ class MergeMethod:
 
     Attributes:
         name: What it is called. A checkpoint tells methods apart by their names and numbers.
-        transform: What it makes of a client's curvature. The second argument tells whether the
-            layer is an output layer with aligned inputs: its outputs are the logits of a softmax.
         solver: Makes the solver of a layer's quadratic.
         max_iterations: Steps after which it stops, unless its solver finishes before.
         steps_per_epoch: Steps that a solver makes between two evaluations of the merged model.
+        transform: What it makes of a client's curvature before the power; None for nothing.
+        output_transform: The same for an output layer with aligned inputs, whose outputs are the
+            logits of a softmax; None for nothing else there than elsewhere.
+        power: Power that each client's curvature is raised to.
         curvatures: The curvatures it can merge, as an extraction is asked for them; any if empty.
         fishers: The Fisher types it is defined for; any if empty.
         client_weight_power: A client of ``n`` samples weighs ``n ** client_weight_power``.
@@ -49,10 +54,12 @@ class MergeMethod:
     """
 
     name: str
-    transform: Callable[[Curvature, bool], Curvature]
     solver: Callable[[Quadratic], Solver]
     max_iterations: int
     steps_per_epoch: int
+    transform: Transform | None = None
+    output_transform: Transform | None = None
+    power: float = 1.0
     curvatures: tuple[str, ...] = ()
     fishers: tuple[str, ...] = ()
     client_weight_power: float = 1.0
@@ -61,6 +68,24 @@ class MergeMethod:
     ignores_curvature: bool = False
     aligns: bool = False
     max_influence: float = math.inf
+
+    def transformed(self, curvature: Curvature, is_output_layer: bool = False) -> Curvature:
+        """Makes of a client's curvature of a layer what is merged.
+
+        Args:
+            curvature: The curvature, as it was sent.
+            is_output_layer: Whether the layer is an output layer with aligned inputs.
+        """
+        transform = self.transform_of(is_output_layer)
+        return (curvature if transform is None else transform(curvature)).power(self.power)
+
+    def transform_of(self, is_output_layer: bool) -> Transform | None:
+        """What is done before the power.
+
+        Args:
+            is_output_layer: Whether the layer is an output layer with aligned inputs.
+        """
+        return (self.output_transform if is_output_layer else None) or self.transform
 
     def refusal(self, curvature: str, fisher: str) -> str | None:
         """Says why it cannot merge an update with this curvature.
@@ -81,29 +106,25 @@ class MergeMethod:
         return f"holds {found}: extract it with FedFisherCallback({wanted}, ...)"
 
 
-def _as_sent(curvature: Curvature, is_output_layer: bool) -> Curvature:
-    return curvature
-
-
-def _of_inputs(curvature: Curvature, is_output_layer: bool) -> Curvature:
+def _of_inputs(curvature: Curvature) -> Curvature:
     return curvature.of_inputs()
 
 
-def _ignored(curvature: Curvature, is_output_layer: bool) -> Curvature:
+def _ignored(curvature: Curvature) -> Curvature:
     return Identity(curvature.shape)
 
 
-def _square_root(curvature: Curvature, is_output_layer: bool) -> Curvature:
-    # At power 1 the few steepest directions of each client rule, and the exact minimum forgets the
-    # rest; at power 1/2 the minimum itself is the model wanted, and no labels decide when to stop.
+def _of_outputs(curvature: Curvature) -> Curvature:
     # The inputs of the output layer have a mean far larger than their spread. Weighing by their
     # second moment ties the clients to how much they prefer a class whatever the input, which is
-    # about the classes they happened to hold; so that layer is weighed by its outputs alone. Only
-    # where it is aligned: else nothing but that weight keeps a new mean from shifting all classes.
-    rooted = curvature.average_over_columns() if is_output_layer else curvature
-    return rooted.power(0.5)
+    # about the classes they happened to hold. Only where it is aligned is it weighed so: else
+    # nothing but that weight keeps a new mean from shifting all classes.
+    return curvature.average_over_columns()
 
 
+# At power 1 the few steepest directions of each client rule, and the exact minimum forgets the
+# rest; at power 1/2 the minimum itself is the model wanted, and no labels decide when to stop.
+_SQUARE_ROOT = 0.5
 # The square root of float32's rounding, with room: what the power makes of eigenvalues that are 0.
 _ROOT_RCOND = 1e-3
 # A hundredth above the minimum moves no accuracy, and takes half of the steps.
@@ -118,15 +139,14 @@ METHODS: dict[str, MergeMethod] = {
     for method in (
         MergeMethod(
             "fedavg",
-            _ignored,
             ClosedForm,
             max_iterations=1,
             steps_per_epoch=1,
+            transform=_ignored,
             ignores_curvature=True,
         ),
         MergeMethod(
             "fisher_merge",
-            _as_sent,
             ClosedForm,
             max_iterations=1,
             steps_per_epoch=1,
@@ -134,16 +154,15 @@ METHODS: dict[str, MergeMethod] = {
         ),
         MergeMethod(
             "regmean",
-            _of_inputs,
             exact_solver,
             _CG_STEPS,
             _CG_STEPS_PER_EPOCH,
+            transform=_of_inputs,
             curvatures=("input_gram", "kfac"),
             converges=True,
         ),
         MergeMethod(
             "fedfisher_diag",
-            _as_sent,
             partial(PublishedServer, damping_inside=False),
             _PUBLISHED_STEPS,
             _PUBLISHED_STEPS_PER_EPOCH,
@@ -153,7 +172,6 @@ METHODS: dict[str, MergeMethod] = {
         ),
         MergeMethod(
             "fedfisher_kfac",
-            _as_sent,
             partial(PublishedServer, damping_inside=True),
             _PUBLISHED_STEPS,
             _PUBLISHED_STEPS_PER_EPOCH,
@@ -163,10 +181,11 @@ METHODS: dict[str, MergeMethod] = {
         ),
         MergeMethod(
             "fedfisher",
-            _square_root,
             partial(exact_solver, rcond=_ROOT_RCOND, relative_gap=_RELATIVE_GAP),
             _CG_STEPS,
             _CG_STEPS_PER_EPOCH,
+            output_transform=_of_outputs,
+            power=_SQUARE_ROOT,
             curvatures=("kfac", "ekfac", "diagonal", "input_gram", "dense"),
             client_weight_power=0.5,
             converges=True,

@@ -87,7 +87,7 @@ def client_sums(
     sums, offenders = {"client_weight": client_weight, "samples": samples}, []
     with update.opened():
         for layer in update.layers:
-            curvature = row.transform(update.block(layer), False)
+            curvature = row.transformed(update.block(layer))
             if not curvature.elementwise:
                 offenders.append(f"layer {layer.name} has {curvature.kind} curvature, not diagonal")
                 continue

@@ -10,8 +10,9 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from lightning_fedfisher.curvature.base import Curvature
@@ -20,8 +21,9 @@ from lightning_fedfisher.errors import BudgetError, FedFisherError, UpdateError
 from lightning_fedfisher.layers import Layer
 from lightning_fedfisher.update.architecture import describe_architecture, fingerprint
 from lightning_fedfisher.update.buffer_roles import buffer_role
-from lightning_fedfisher.update.compression import compress, decode_root, fewest_bytes, restore
+from lightning_fedfisher.update.compression import compress, fewest_bytes
 from lightning_fedfisher.update.consistency import inconsistencies
+from lightning_fedfisher.update.decompression import decode_root, restore
 from lightning_fedfisher.update.file_format import (
     UpdateFile,
     file_digest,
@@ -58,7 +60,8 @@ class ClientUpdate:
         ...     path = update.save(f"{folder}/client.safetensors")
         ...     opened = ClientUpdate.open(path)
         ...     opened.verify()
-        ...     weights, curvature = opened.read_layer(layer)
+        ...     with opened.opened():
+        ...         weights, curvature = opened.weights(layer), opened.block(layer)
         >>> weights.shape, curvature.kind
         (torch.Size([2, 4]), 'diagonal')
     """
@@ -179,18 +182,6 @@ class ClientUpdate:
         else:
             yield
 
-    def read_layer(self, layer: Layer) -> tuple[Tensor, Curvature]:
-        """Reads one layer's weights and curvature in one go, and no other layer.
-
-        Args:
-            layer: One of `layers`.
-
-        Returns:
-            The weight matrix, as of `weights`, and the curvature, as of `block`.
-        """
-        with self.opened():
-            return self.weights(layer), self.block(layer)
-
     def weights(self, layer: Layer) -> Tensor:
         """Reads one layer's weight matrix, and no other layer.
 
@@ -206,11 +197,20 @@ class ClientUpdate:
         """
         return layer.join({n: self._read(f"parameters/{n}") for n in layer.parameter_names})
 
-    def block(self, layer: Layer) -> Curvature:
+    def block(
+        self,
+        layer: Layer,
+        power: float = 1.0,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Curvature:
         """Reads one layer's curvature, and no other layer.
 
         Args:
             layer: One of `layers`.
+            power: Power that it is raised to (`Curvature.power`).
+            device: Where to work; the CPU if not given.
+            dtype: Type to work in; that in which it was sent if not given.
 
         Returns:
             The curvature of the layer's weight matrix.
@@ -219,8 +219,10 @@ class ClientUpdate:
             UpdateError: If a tensor of the curvature is damaged.
         """
         kind = KINDS[self.header.kinds[layer.name]]
-        parts = kind.tensor_shapes(layer.shape, layer.kernel)
-        tensors = {part: self._read(f"curvature/{layer.name}/{part}") for part in parts}
+        tensors = {
+            part: self._read(f"curvature/{layer.name}/{part}", power, device, dtype)
+            for part in kind.tensor_roles
+        }
         return kind.from_tensors(tensors, layer.shape, layer.kernel)
 
     def verify(self, decode: bool = True, curvature: bool = True) -> None:
@@ -244,13 +246,15 @@ class ClientUpdate:
                 role = self._roles[name][1] if name in self._roles else buffer_role(name)
                 if role == "factor" and not definite:
                     role = "basis"
+                packed = name in self.header.quantized
+                unpacks = packed and decode
                 try:
-                    tensor = self._decoded(name, decode_root if decode else lambda t, *_: t)
+                    read = self._read(name, decode=decode_root) if unpacks else self._tensors[name]
                 except UpdateError as error:
                     offenders += error.offenders
                     continue
                 # What is quantized is a root, which was checked; and what has a root is definite.
-                if name not in self.header.quantized and (found := find_problem(tensor, role)):
+                if not packed and (found := find_problem(read, role)):
                     offenders.append(f"{name} {found}")
         if offenders:
             raise UpdateError(self.source, offenders)
@@ -381,17 +385,12 @@ class ClientUpdate:
             raise UpdateError(str(path), offenders)
         return update
 
-    def _read(self, name: str) -> Tensor:
-        """Reads a tensor by its name in the file."""
-        return self._decoded(name, restore)
-
-    def _decoded(self, name: str, decode: Callable[..., Tensor]) -> Tensor:
-        """Reads a tensor; what is quantized goes through ``decode``."""
-        tensor, how = self._tensors[name], self.header.quantized.get(name)
-        if how is None:
-            return tensor
+    def _read(self, name: str, *how: Any, decode: Callable[..., Tensor] = restore) -> Tensor:
+        """Reads a tensor by its name in the file; ``how`` is what `restore` takes beside that."""
+        quantized = self.header.quantized.get(name)
+        shape, role = self._roles.get(name, ((), "weights"))  # a buffer is as it is stored
         try:
-            return decode(tensor, how, *self._roles[name])
+            return decode(self._tensors[name], quantized, shape, role, *how)
         except ValueError as error:
             raise UpdateError(self.source, [f"{name} cannot be unpacked: {error}"]) from error
 

@@ -28,17 +28,11 @@ from torch import Tensor
 from lightning_fedfisher.curvature.registry import KINDS
 from lightning_fedfisher.errors import BudgetError, FedFisherError
 from lightning_fedfisher.update.file_format import file_size
-from lightning_fedfisher.update.header import QUANTIZED_TYPES, QuantizedTensor, UpdateHeader
-from lightning_fedfisher.update.integer_coding import LARGEST, decode, encode, encoded_size
-from lightning_fedfisher.update.roots import (
-    factor_root,
-    flatten_root,
-    matrix_of_root,
-    root_entries,
-    unflatten_root,
-)
+from lightning_fedfisher.update.header import QuantizedTensor, UpdateHeader
+from lightning_fedfisher.update.integer_coding import LARGEST, encode, encoded_size
+from lightning_fedfisher.update.roots import factor_root, flatten_root, root_entries
 from lightning_fedfisher.update.safetensors_layout import Spec
-from lightning_fedfisher.update.tensor_checks import StoredRole, value_limit
+from lightning_fedfisher.update.tensor_checks import StoredRole
 
 _ROUNDING_ERROR = 1 / 12  # mean squared error of rounding to integers
 _OCTAVES = 32.0  # from a useless scale to one finer than float32
@@ -275,64 +269,6 @@ class _Part:
         """Describes the rounding, for the header."""
         dtype = str(self.dtype).removeprefix("torch.")
         return QuantizedTensor(self.step(scale), dtype, self.rank, self.tail)
-
-
-def restore(
-    payload: Tensor, quantized: QuantizedTensor, shape: tuple[int, ...], role: StoredRole
-) -> Tensor:
-    """Restores a quantized tensor.
-
-    Args:
-        payload: Its bytes, from a stranger.
-        quantized: How it was quantized.
-        shape: Shape of the tensor.
-        role: What the tensor is.
-
-    Returns:
-        The tensor, up to rounding.
-
-    Raises:
-        ValueError: If the bytes are not those of such a tensor, or it would be too large.
-    """
-    dtype = QUANTIZED_TYPES[quantized.dtype]
-    numbers = decode_root(payload, quantized, shape, role)
-    entries = numbers.to(torch.promote_types(dtype, torch.float32)).mul_(quantized.step)
-    if role == "factor":
-        root = unflatten_root(entries, shape[0], quantized.rank)
-        return matrix_of_root(root, quantized.tail).to(dtype)
-    return (entries.square_() if role == "values" else entries).view(shape).to(dtype)
-
-
-def decode_root(
-    payload: Tensor, quantized: QuantizedTensor, shape: tuple[int, ...], role: StoredRole
-) -> Tensor:
-    """Decodes what a tensor was rounded to, and makes sure that the tensor can be used.
-
-    Args:
-        payload: Its bytes, from a stranger.
-        quantized: How it was quantized.
-        shape: Shape of the tensor.
-        role: What the tensor is.
-
-    Returns:
-        The steps in each entry of the tensor's root, ``int32`` in one dimension.
-
-    Raises:
-        ValueError: If the bytes are not those of such a tensor, or it would be too large.
-    """
-    if role == "factor" and quantized.rank > shape[0]:
-        raise ValueError(f"a matrix of {shape[0]} rows has no rank of {quantized.rank}")
-    count = root_entries(shape[0], quantized.rank) if role == "factor" else math.prod(shape)
-    numbers = decode(payload, count)
-    largest = max(map(abs, map(int, numbers.aminmax()))) * quantized.step if count else 0.0
-    if role in ("factor", "values"):
-        rows = quantized.rank if role == "factor" else 1
-        largest = largest * largest * rows + quantized.tail
-    if not largest <= (limit := value_limit(role, QUANTIZED_TYPES[quantized.dtype])):
-        raise ValueError(f"it holds values up to {largest:.1e}, more than {limit:.1e}")
-    if quantized.step > torch.finfo(torch.float32).max:  # of which a multiple by zero is no number
-        raise ValueError(f"its step is {quantized.step:.1e}")
-    return numbers
 
 
 def _sum_of_squares(tensor: Tensor) -> float:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_fedfisher.curvature.low_rank import pivoted_root
+from lightning_fedfisher.curvature.powers import power_of_root, symmetric_power
 
 # Least squared diagonal entry of a Cholesky root, as a multiple of the matrix's, by which a type is
 # exact enough: float32 moves the root by a millionth then, and float64 by no more than the rounding
@@ -79,17 +80,20 @@ def unflatten_root(entries: Tensor, rows: int, rank: int) -> Tensor:
     return torch.from_numpy(root)
 
 
-def matrix_of_root(root: Tensor, tail: float = 0.0) -> Tensor:
+def matrix_of_root(root: Tensor, tail: float = 0.0, power: float = 1.0) -> Tensor:
     """Multiplies a root with itself.
 
     Args:
         root: A root ``U`` of shape ``(rank, n)``.
         tail: What is added to the diagonal, where the root is not all zero.
+        power: Power that the matrix is raised to; greater than zero.
 
     Returns:
-        ``U' U + tail``, symmetric and of shape ``(n, n)``.
+        ``(U' U + tail)^power``, symmetric and of shape ``(n, n)``.
     """
     rank, rows = root.shape
+    if power != 1 and not _is_triangle(rows, rank):
+        return power_of_root(root, power, tail)
     matrix = root.new_empty(rows, rows)
     for start in range(0, rows, _STRIP):
         stop = min(start + _STRIP, rows)
@@ -99,7 +103,7 @@ def matrix_of_root(root: Tensor, tail: float = 0.0) -> Tensor:
         matrix[start:stop, :stop], matrix[:stop, start:stop] = strip, strip.mT
     if tail:  # what no row sees is not in the tail either: it is zero
         matrix.diagonal().add_(tail * root.any(dim=0))
-    return matrix
+    return matrix if power == 1 else symmetric_power(matrix, power)
 
 
 def factor_root(matrix: Tensor, most: int) -> tuple[Tensor, float]:

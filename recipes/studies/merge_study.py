@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +36,6 @@ from simulation.study import (
 from tqdm import tqdm
 
 from lightning_fedfisher import ClientUpdate
-from lightning_fedfisher.curvature.base import Curvature
 from lightning_fedfisher.merge.methods import METHODS, MergeMethod
 
 _CPU = torch.device("cpu")
@@ -75,41 +73,20 @@ class Merge:
         return replace(METHODS[self.base], name=own, **self.changes) if self.changes else self.base
 
 
-def temper(curvature: Curvature, head: bool, *, power: float, average_head: bool) -> Curvature:
-    """Transforms curvature as the default method does, with its choices left open.
-
-    Args:
-        curvature: of one client and layer.
-        head: whether the layer is the output layer.
-        power: that the spectrum is raised to.
-        average_head: whether to average the output layer's curvature over its inputs first.
-
-    Returns:
-        The curvature to merge.
-    """
-    return (curvature.average_over_columns() if head and average_head else curvature).power(power)
-
-
 def _variant(**changes: Any) -> Merge:
     """The default method with other values of some of its fields."""
     return Merge("fedfisher", EXTRACTIONS["fedfisher"], changes)
 
 
-_ANY_LAYER = partial(temper, power=0.5, average_head=False)
 VARIANTS = {
-    **{
-        f"fedfisher, power {power:g}": _variant(
-            transform=partial(temper, power=power, average_head=True)
-        )
-        for power in (0.25, 0.35, 0.65, 1.0)
-    },
-    "fedfisher, head as any layer": _variant(transform=_ANY_LAYER),
+    **{f"fedfisher, power {power:g}": _variant(power=power) for power in (0.25, 0.35, 0.65, 1.0)},
+    "fedfisher, head as any layer": _variant(output_transform=None),
     **{
         f"fedfisher, shares to the power {power:g}": _variant(client_weight_power=power)
         for power in (1.0, 0.75, 0.25, 0.0)
     },
     "fedfisher, not aligned": _variant(aligns=False),
-    "fedfisher, as before": _variant(transform=_ANY_LAYER, client_weight_power=1.0, aligns=False),
+    "fedfisher, as before": _variant(output_transform=None, client_weight_power=1.0, aligns=False),
     "fedfisher, exact Fisher": Merge("fedfisher", ("kfac", "exact")),
     "fedfisher, diagonal": Merge("fedfisher", ("diagonal", "normalised")),
 }

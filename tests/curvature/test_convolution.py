@@ -74,7 +74,7 @@ def test_the_factor_of_patches_is_channels_times_kernel(has_bias):
 def test_restricted_to_an_eigenbasis_it_is_the_same_operator(has_bias):
     mean, other = _convolution(has_bias), _convolution(has_bias, seed=1)
     inverse = mean.pseudo_inverse(0.05)
-    restricted = inverse.restrict(other)
+    restricted = inverse.restriction.write(other)
     coordinates = torch.randn(inverse.support.shape, dtype=torch.float64)
     expected = inverse.to_eigenbasis(other.apply(inverse.from_eigenbasis(coordinates)))
     _close(restricted.apply(coordinates), expected)

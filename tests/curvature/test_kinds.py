@@ -21,7 +21,7 @@ from lightning_fedfisher.curvature.kronecker import (
     TransposedEigenKronecker,
     TransposedKronecker,
 )
-from lightning_fedfisher.curvature.linalg import symmetric_power
+from lightning_fedfisher.curvature.powers import symmetric_power
 from lightning_fedfisher.curvature.registry import KINDS, KINDS_OF, CurvatureType
 
 SHAPE = (3, 4)

@@ -164,7 +164,7 @@ def test_a_merge_of_updates_in_memory_resumes_from_their_files(updates, read, tm
 
 
 def _tempered(power):
-    return lambda curvature, is_output_layer: curvature.power(power)
+    return lambda curvature: curvature.power(power)
 
 
 ROW = dataclasses.replace(METHODS["fedfisher"], name="own", transform=_tempered(0.4))

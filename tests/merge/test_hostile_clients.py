@@ -106,8 +106,8 @@ def test_curvature_that_overflows_is_refused_by_name(honest, tmp_path):
 class _Overflowing(ClientUpdate):
     """What passed the reader in some other way."""
 
-    def block(self, layer):
-        block = super().block(layer)
+    def block(self, layer, *how, **options):
+        block = super().block(layer, *how, **options)
         return Kronecker(1e18 * block.row_factor, 1e38 * block.column_factor.sign().abs())
 
     def verify(self):

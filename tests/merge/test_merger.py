@@ -167,7 +167,7 @@ def test_options_out_of_range_are_refused(updates):
 
 
 def test_a_method_of_ones_own_is_a_row(updates):
-    own = replace(METHODS["fedfisher"], name="own", transform=lambda f, _: f.power(1.0))
+    own = replace(METHODS["fedfisher"], name="own", transform=lambda f: f.power(1.0))
     assert merge_updates(updates["fedfisher"], method=own).method == "own"
 
 

@@ -81,9 +81,7 @@ def _merge(method, kind, shares=(3, 1)):
     weights = [torch.randn(2, 3, generator=generator, dtype=torch.float64) for _ in shares]
     curvatures = [_curvatures(seed)[kind] for seed in (10, 20)]
     row = METHODS[method]
-    problem = Quadratic(
-        shares, weights, [row.transform(curvature, False) for curvature in curvatures]
-    )
+    problem = Quadratic(shares, weights, [row.transformed(curvature) for curvature in curvatures])
     solver = row.solver(problem)
     solver.advance(row.max_iterations)
     return weights, curvatures, solver
@@ -160,7 +158,7 @@ def test_following_the_remedies_leads_to_an_accepted_update(method, curvature, f
 @pytest.mark.parametrize("kind", _curvatures())
 def test_fedavg_forgets_the_curvature(kind):
     curvature = _curvatures()[kind]
-    forgotten = METHODS["fedavg"].transform(curvature, False)
+    forgotten = METHODS["fedavg"].transformed(curvature)
     assert isinstance(forgotten, Identity)
     assert forgotten.shape == curvature.shape
     weights, _, solver = _merge("fedavg", kind)
@@ -171,7 +169,7 @@ def test_fedavg_forgets_the_curvature(kind):
 @pytest.mark.parametrize("kind", _curvatures())
 def test_fedfisher_takes_the_square_root(kind):
     curvature = _curvatures()[kind]
-    root = METHODS["fedfisher"].transform(curvature, False)
+    root = METHODS["fedfisher"].transformed(curvature)
     assert type(root) is type(curvature)
     torch.testing.assert_close(root.dense() @ root.dense(), curvature.dense())
     assert float((root.dense() - curvature.dense()).norm()) > 0.1
@@ -182,7 +180,7 @@ def test_fedfisher_takes_the_square_root(kind):
 @pytest.mark.parametrize("method", ["fisher_merge", *PUBLISHED])
 def test_published_methods_leave_the_curvature_as_it_is(method, kind):
     curvature = _curvatures()[kind]
-    assert METHODS[method].transform(curvature, False) is curvature
+    assert METHODS[method].transformed(curvature) is curvature
 
 
 @pytest.mark.parametrize("kind", _curvatures())
@@ -265,7 +263,7 @@ def _written_out(curvature):
 @pytest.mark.parametrize("kind", ["kfac", "ekfac", "dense"])
 def test_fedfisher_weighs_the_output_layer_by_its_outputs_alone(kind):
     head = _blocks(small_classifier(), small_data(), kind)["2"]
-    found = METHODS["fedfisher"].transform(head, True)
+    found = METHODS["fedfisher"].transformed(head, True)
     assert type(found) is type(head)
     dense = _written_out(head)
     outputs = torch.einsum("iaja->ij", dense.view(3, 5, 3, 5)) / 5
@@ -275,14 +273,14 @@ def test_fedfisher_weighs_the_output_layer_by_its_outputs_alone(kind):
     expected = torch.kron(root, torch.eye(5).double())
     # The root of what rounding leaves of a zero.
     assert float((_written_out(found) - expected).abs().max()) < 2e-3 * float(expected.max())
-    plain = _written_out(METHODS["fedfisher"].transform(head, False))
+    plain = _written_out(METHODS["fedfisher"].transformed(head))
     assert float((plain - expected).norm() / expected.norm()) > 0.05
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "fedfisher"])
 def test_other_methods_know_no_output_layer(method):
     for curvature in _curvatures().values():
-        here, there = (METHODS[method].transform(curvature, head) for head in (True, False))
+        here, there = (METHODS[method].transformed(curvature, head) for head in (True, False))
         assert type(here) is type(there)
         torch.testing.assert_close(here.dense(), there.dense(), rtol=0, atol=0)
 
@@ -404,7 +402,9 @@ def test_a_row_from_another_process_is_the_same_method(name):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"transform": lambda f, _: f},
+        {"transform": lambda f: f},
+        {"output_transform": None},
+        {"power": 1.0},
         {"solver": partial(exact_solver, rcond=1e-2)},
         {"client_weight_power": 1.0},
         {"aligns": False},

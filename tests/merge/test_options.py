@@ -26,7 +26,7 @@ def test_what_is_not_asked_for_is_the_methods():
 def test_what_is_asked_for_changes_the_row():
     row = MergeOptions("fedfisher", keep_best=True, max_iterations=7, max_influence=2).row
     assert (row.keeps_best, row.max_iterations, row.max_influence) == (True, 7, 2.0)
-    assert row.transform is METHODS["fedfisher"].transform
+    assert row.output_transform is METHODS["fedfisher"].output_transform
 
 
 @pytest.mark.parametrize(

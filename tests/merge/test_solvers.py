@@ -323,7 +323,7 @@ OURS = METHODS["fedfisher"]
 def test_tempered_clients_stay_at_the_average_in_a_common_null_space(kind, dtype, seed):
     # Rounded to float32, the null space is none: the root of its eigenvalues is 3e-4 of the rest.
     problem, seen = _singular(kind, seed, dtype=dtype)
-    tempered = [OURS.transform(curvature, False) for curvature in problem.curvatures]
+    tempered = [OURS.transformed(curvature) for curvature in problem.curvatures]
     solver = solved(Quadratic(SHARES, problem.weights, tempered), OURS.solver)
     assert solver.finished
     move = solver.weights.double() - problem.average.double()

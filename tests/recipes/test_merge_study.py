@@ -88,8 +88,8 @@ def test_variants_merge_the_same_clients(study, monkeypatch):
 
 
 def test_variants_with_the_default_choices_are_the_default(study, monkeypatch):
-    same = merge_study.temper
-    chosen = {"transform": lambda c, head: same(c, head, power=0.5, average_head=True)}
+    default = METHODS["fedfisher"]
+    chosen = {"power": 0.5, "output_transform": default.output_transform}
     spelled_out = merge_study.Merge("fedfisher", EXTRACTIONS["fedfisher"], chosen)
     monkeypatch.setitem(merge_study.MERGES, "spelled out", spelled_out)
     monkeypatch.setattr(merge_study, "VARIANTS", {"spelled out": spelled_out})

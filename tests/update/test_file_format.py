@@ -91,6 +91,12 @@ def counts(monkeypatch):
     return counts
 
 
+def _read_layer(update, layer):
+    """A layer's weights and curvature, in one opening."""
+    with update.opened():
+        return update.weights(layer), update.block(layer)
+
+
 def test_each_phase_opens_a_file_once_and_reads_each_tensor_once(counts, tmp_path):
     names = [f"{seed}.safetensors" for seed in range(3)]
     paths = [_save(_update(seed), tmp_path / name) for seed, name in enumerate(names)]
@@ -112,7 +118,7 @@ def test_each_phase_opens_a_file_once_and_reads_each_tensor_once(counts, tmp_pat
     for update in updates:  # as a merge does
         with update.opened():
             for layer in update.layers:
-                update.read_layer(layer)
+                _read_layer(update, layer)
             assert len(update.buffers) == 3
     assert counts.opened == Counter(names)
     assert set(counts.read.values()) == {1}
@@ -124,7 +130,7 @@ def test_each_phase_opens_a_file_once_and_reads_each_tensor_once(counts, tmp_pat
 def test_what_is_read_is_what_was_written(path):
     update, opened = _update(), ClientUpdate.open(path)
     for layer in update.layers:
-        weights, curvature = opened.read_layer(layer)
+        weights, curvature = _read_layer(opened, layer)
         assert torch.equal(weights, update.weights(layer))
         assert torch.equal(curvature.values, update.block(layer).values)
 
@@ -190,12 +196,12 @@ def test_a_byte_changed_in_place_while_the_file_is_open_is_noticed(path):
     update.verify()
     place = _place(path, update.parameters["2.weight"])
     with update.opened():
-        update.read_layer(update.layers[2])
+        _read_layer(update, update.layers[2])
         with path.open("r+b") as file:
             file.seek(place)
             file.write(b"\xff")
         with pytest.raises(UpdateError, match=r"2\.weight does not match its digest"):
-            update.read_layer(update.layers[2])
+            _read_layer(update, update.layers[2])
 
 
 def test_times_set_back_do_not_hide_a_change(path):
@@ -258,7 +264,7 @@ def test_an_open_update_holds_no_file(path):
     before = len(os.listdir("/proc/self/fd"))
     updates = [ClientUpdate.open(path) for _ in range(1000)]
     for update in updates:
-        update.read_layer(update.layers[0])
+        _read_layer(update, update.layers[0])
     assert len(os.listdir("/proc/self/fd")) == before
 
 
@@ -298,7 +304,7 @@ def test_threads_read_one_update(path):
     def read(index):
         layer = update.layers[index % len(update.layers)]
         with update.opened():
-            return torch.equal(update.read_layer(layer)[0], expected.weights(layer))
+            return torch.equal(_read_layer(update, layer)[0], expected.weights(layer))
 
     with update.opened(), ThreadPoolExecutor(8) as pool:
         assert all(pool.map(read, range(400)))
