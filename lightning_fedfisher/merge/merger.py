@@ -262,7 +262,7 @@ class Merger:
             return
         solver, method = self.solvers[index], self.method
         solver.advance(min(method.steps_per_epoch, method.max_iterations - solver.iterations))
-        if not torch.isfinite(solver.weights).all():
+        if not torch.stack(solver.weights.aminmax()).isfinite().all():
             raise ValueError(
                 f"the merge of layer {self.layers[index].name} left the finite numbers within "
                 f"{solver.iterations} iterations: some client's curvature is too large, or none"

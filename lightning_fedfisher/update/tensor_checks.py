@@ -39,15 +39,16 @@ def find_problem(tensor: Tensor, role: StoredRole | None) -> str:
     """
     if not tensor.is_floating_point():
         return ""
-    if not torch.isfinite(tensor).all():
-        return f"holds {int((~torch.isfinite(tensor)).sum())} values that are not finite"
     if not tensor.numel():
         return ""
-    largest, rounding = float(tensor.abs().max()), max(_ROUNDING, torch.finfo(tensor.dtype).eps)
+    lowest, highest = map(float, tensor.aminmax())  # in one pass; not a number if any is not
+    largest, rounding = max(-lowest, highest), max(_ROUNDING, torch.finfo(tensor.dtype).eps)
+    if not math.isfinite(largest):
+        return f"holds {int((~torch.isfinite(tensor)).sum())} values that are not finite"
     if largest > (limit := value_limit(role, tensor.dtype)):
         return f"holds values up to {largest:.1e}, more than {limit:.2g}"
-    if role == "values" and float(tensor.min()) < -rounding * largest:
-        return f"holds negative values, down to {float(tensor.min()):.1e}"
+    if role == "values" and lowest < -rounding * largest:
+        return f"holds negative values, down to {lowest:.1e}"
     if role == "factor":
         if float((tensor - tensor.mT).abs().max()) > rounding * largest:
             return "is not symmetric"
