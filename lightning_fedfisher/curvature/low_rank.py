@@ -10,6 +10,7 @@ from torch import Tensor
 
 _PROBES = 8  # vectors that show what a root leaves: it escapes all of them once in 10^9 times
 _BLOCK = 64  # rows of a root that are found together
+_STRIP = 128  # rows that are converted to float64 at a time
 _FLATTEST = 1e-3  # eigenvalue of a block, as a multiple of its largest, that may be divided by
 
 
@@ -36,8 +37,7 @@ def pivoted_root(matrix: Tensor, most: int) -> tuple[Tensor, float]:
         (tensor([[2.0000, 2.0000, 2.0000]], dtype=torch.float64), True)
     """
     scale = matrix.diagonal().double().sqrt()
-    scaled = matrix.to(torch.float64, copy=True).div_(scale).div_(scale.unsqueeze(1))
-    left, root, rank = torch.ones_like(scale), scaled.new_empty(most, len(scale)), 0
+    left, root, rank = torch.ones_like(scale), scale.new_empty(most, len(scale)), 0
     while rank < most:
         rounding = max(4 * torch.finfo(matrix.dtype).eps, -2 * float(left.min()))
         block = left.argsort(descending=True, stable=True)[: min(_BLOCK, most - rank)]
@@ -45,7 +45,8 @@ def pivoted_root(matrix: Tensor, most: int) -> tuple[Tensor, float]:
         if not len(block):
             break
         above = root[:rank]
-        rows = scaled[block] - above[:, block].mT @ above
+        rows = matrix[block].double().div_(scale).div_(scale[block].unsqueeze(1))
+        rows.addmm_(above[:, block].mT, above, alpha=-1)
         values, vectors = torch.linalg.eigh(rows[:, block])
         kept = values > max(rounding, _FLATTEST * float(values[-1]))
         if not kept.any():
@@ -58,7 +59,8 @@ def pivoted_root(matrix: Tensor, most: int) -> tuple[Tensor, float]:
     # The same noise everywhere, and no state of a generator is touched.
     generator = torch.Generator().manual_seed(0)
     probes = torch.randn(len(scale), _PROBES, generator=generator, dtype=torch.float64)
-    probes = probes.to(scale.device).mul_(scale.unsqueeze(1))
-    rest = (scaled @ probes - root.mT @ (root @ probes)).mul_(scale.unsqueeze(1))
-    norm = float(rest.square().mean(1).sum().sqrt())
-    return root.mul_(scale), norm / float(scale.square().sum())
+    probes, root = probes.to(scale.device), root.mul_(scale)
+    # Strip by strip, since a copy in float64 would take as long as all the rest.
+    whole = torch.cat([strip.double() @ probes for strip in torch.split(matrix, _STRIP)])
+    norm = float((whole - root.mT @ (root @ probes)).square().mean(1).sum().sqrt())
+    return root, norm / float(scale.square().sum())
