@@ -36,7 +36,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_fedfisher.likelihoods.base import Likelihood
+from lightning_fedfisher.likelihoods.base import Likelihood, exactly
 from lightning_fedfisher.likelihoods.categorical import Categorical
 from lightning_fedfisher.likelihoods.registry import LIKELIHOODS
 
@@ -109,8 +109,8 @@ def residual_directions(
 ) -> Directions:
     """Finds directions in logit space whose back-propagated second moment is the Fisher.
 
-    All arithmetic is in float64: the residual of a sample that the model is certain of is far below
-    the resolution of float32.
+    Likelihoods see to it that the residual of a sample that the model is certain of, which is far
+    below the resolution of float32, keeps its digits.
 
     Args:
         logits: Output of the model; its shape is told by the likelihood's class.
@@ -137,10 +137,7 @@ def residual_directions(
     """
     kind = LIKELIHOODS[likelihood]
     kind.check_logits(logits)
-    # Apple's GPUs have no float64.
-    exact = torch.float32 if logits.device.type == "mps" else torch.float64
-    values = logits.detach().to(exact)
-    given = kind(values, labels)
+    given = kind(logits.detach(), labels)
     if fisher == "exact":
         found = _in_parts(given, given.parts(), tolerance)
     elif fisher == "empirical":
@@ -150,7 +147,7 @@ def residual_directions(
     else:
         if draw is None:
             raise ValueError(f"the {fisher} Fisher of these labels needs uniform draws")
-        uniforms = draw(draws * given.observations).to(values)
+        uniforms = exactly(draw(draws * given.observations).to(logits.device))
         uniforms = uniforms.reshape(len(logits), draws, given.observations).transpose(0, 1)
         found = (_drawn if fisher == "mc" else _randomly_signed)(given, uniforms)
     dtype, further = logits.dtype, found.further
@@ -178,15 +175,16 @@ def _drawn(likelihood: Likelihood, uniforms: Tensor) -> Directions:
 def _randomly_signed(likelihood: Likelihood, uniforms: Tensor) -> Directions:
     """Unit residuals with random signs, by draws of shape (draws, samples, observations)."""
     unit = likelihood.unit_residual()
-    signs = (uniforms < 0.5).to(unit) * 2 - 1
-    return _jointly([likelihood.signed(unit, s) / math.sqrt(len(uniforms)) for s in signs])
+    signs = ((uniforms < 0.5).to(unit) * 2 - 1) / math.sqrt(len(uniforms))
+    return _jointly([likelihood.signed(unit, s) for s in signs])
 
 
 def _jointly(directions: list[Tensor]) -> Directions:
     """Directions that are the same number for every sample, each of all observations together."""
     samples = len(directions[0])
     rows = torch.arange(samples, device=directions[0].device).repeat_interleave(len(directions) - 1)
-    stacked = torch.stack(directions)
+    # One direction of many classes is not copied for nothing.
+    stacked = torch.stack(directions) if len(directions) > 1 else directions[0].unsqueeze(0)
 
     def further(indices: Tensor) -> Tensor:
         return stacked[indices % (len(directions) - 1) + 1, rows[indices]]

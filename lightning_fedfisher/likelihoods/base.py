@@ -95,7 +95,7 @@ class Likelihood(ABC):
         """
         if logits.ndim < 1 or logits.numel() == 0:
             raise ValueError("a batch holds no samples: leave it out")
-        if not torch.isfinite(logits).all():
+        if not torch.stack(logits.aminmax()).isfinite().all():  # one pass, where NaN wins
             raise ValueError(
                 "the model's logits are not finite: it has diverged, or a batch holds NaN"
             )
@@ -119,11 +119,11 @@ class Likelihood(ABC):
 
     @abstractmethod
     def signed(self, residual: Tensor, signs: Tensor) -> Tensor:
-        """Multiplies the residual of every observation by a sign of its own.
+        """Multiplies the residual of every observation by a sign, or a number, of its own.
 
         Args:
             residual: A residual of the logits' shape.
-            signs: Numbers +1 or -1, of shape ``(samples, observations)``.
+            signs: A number for each, of shape ``(samples, observations)``.
         """
 
     @abstractmethod
@@ -180,8 +180,8 @@ class ScalarLikelihood(Likelihood):
         Raises:
             ValueError: If the labels cannot belong to the logits.
         """
-        self._logits = logits
-        self._y = None if labels is None else self.check_labels(labels, logits)
+        self._logits = exactly(logits)
+        self._y = None if labels is None else self.check_labels(labels, self._logits)
         self.observations = math.prod(logits.shape[1:])
 
     @classmethod
@@ -230,6 +230,20 @@ class ScalarLikelihood(Likelihood):
         whole[torch.arange(len(rows), device=rows.device), parts] = variance[rows, parts].sqrt()
         result: Tensor = whole.reshape(len(rows), *self._logits.shape[1:])
         return result
+
+
+def exactly(tensor: Tensor) -> Tensor:
+    """Gives a tensor in float64.
+
+    The residual of a sample that the model is certain of is far below the resolution of float32.
+
+    Args:
+        tensor: Numbers of any floating type.
+
+    Returns:
+        The same in float64, or in float32 on Apple's GPUs, which have no float64.
+    """
+    return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
 
 
 def sum_over_observations(values: Tensor) -> Tensor:

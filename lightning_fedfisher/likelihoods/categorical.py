@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from typing_extensions import override
 
-from lightning_fedfisher.likelihoods.base import Likelihood, sum_over_observations
+from lightning_fedfisher.likelihoods.base import Likelihood, exactly, sum_over_observations
 
 IGNORE_INDEX = -100
 """Label of a position that is not observed, as in `torch.nn.functional.cross_entropy`."""
@@ -44,18 +45,27 @@ class Categorical(Likelihood):
         Raises:
             ValueError: If the labels cannot belong to the logits.
         """
+        self._logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         self._positions = logits.shape[2:]
         self.observations = math.prod(self._positions)
-        # (samples, observations, classes)
-        log_p = torch.log_softmax(logits, dim=1)
-        self._log_p = log_p.reshape(*logits.shape[:2], -1).movedim(1, -1)
         self._y: Tensor | None = None
-        self._observed = self._log_p.new_ones(self._log_p.shape[:2])
+        self._observed = self._logits.new_ones(len(logits), self.observations)
         if labels is not None:
             y = _check_classes(labels, logits).reshape(len(logits), -1)
-            self._observed = (y != IGNORE_INDEX).to(self._log_p)
+            self._observed = (y != IGNORE_INDEX).to(self._logits)
             self._y = y.clamp_min(0)
-        self._weights = self._log_p.exp()
+        self._frequency: Tensor | None = None
+
+    @cached_property
+    def _log_p(self) -> Tensor:
+        """Log-probabilities in float64, of shape ``(samples, observations, classes)``."""
+        log_p = torch.log_softmax(exactly(self._logits), dim=1)
+        return log_p.reshape(*log_p.shape[:2], -1).movedim(1, -1)
+
+    @property
+    def _weights(self) -> Tensor:
+        """What each class counts for: its probability, or its frequency among draws."""
+        return self._log_p.exp() if self._frequency is None else self._frequency
 
     @override
     @staticmethod
@@ -91,8 +101,16 @@ class Categorical(Likelihood):
 
     @override
     def unit_residual(self) -> Tensor:
-        unit = _unit_residual(self._log_p, self._labels())
-        return self._as_logits(unit * self._observed.unsqueeze(2))
+        # All are scaled by the largest wrong class before they leave log space. So the residual
+        # stays finite and exact however certain the model is, in float32 as well: the limit of its
+        # direction exists where it is zero. In place, since a vocabulary may have many classes.
+        y = self._by_class(self._labels())
+        others = self._logits.scatter(1, y, -torch.inf)
+        others = others.sub_(others.amax(1, keepdim=True)).exp_()
+        right = others.sum(1, keepdim=True)
+        length = torch.hypot(torch.linalg.vector_norm(others, dim=1, keepdim=True), right)
+        scale = self._by_class(self._observed) / length
+        return others.mul_(-scale).scatter_(1, y, right * scale)
 
     @override
     def drawn_residual(self, uniforms: Tensor) -> Tensor:
@@ -100,7 +118,7 @@ class Categorical(Likelihood):
 
     @override
     def signed(self, residual: Tensor, signs: Tensor) -> Tensor:
-        return residual * signs.view(len(signs), 1, *self._positions)
+        return residual * self._by_class(signs)
 
     @override
     def parts(self) -> Tensor:
@@ -116,7 +134,7 @@ class Categorical(Likelihood):
     def drawn_parts(self, uniforms: Tensor) -> Tensor:
         drawn = _draw_classes(self._log_p, uniforms.unsqueeze(1))
         frequency = torch.full_like(drawn, 1 / uniforms.shape[1], dtype=self._log_p.dtype)
-        self._weights = torch.zeros_like(self._log_p).scatter_add(2, drawn, frequency)
+        self._frequency = torch.zeros_like(self._log_p).scatter_add(2, drawn, frequency)
         return self.parts()
 
     @override
@@ -131,8 +149,12 @@ class Categorical(Likelihood):
 
     def _as_logits(self, residual: Tensor) -> Tensor:
         """Brings ``(samples, observations, classes)`` into the logits' shape."""
-        moved: Tensor = residual.movedim(-1, 1)
+        moved: Tensor = residual.movedim(-1, 1).to(self._logits.dtype)
         return moved.reshape(len(residual), moved.shape[1], *self._positions)
+
+    def _by_class(self, observations: Tensor) -> Tensor:
+        """Brings numbers of shape ``(samples, observations)`` to where all classes take them."""
+        return observations.view(len(observations), 1, *self._positions)
 
     def _toward(self, y: Tensor) -> Tensor:
         """The residual of any labels, zero where nothing is observed."""
@@ -151,18 +173,6 @@ def _residual(log_p: Tensor, y: Tensor) -> Tensor:
     """``e_y - p``, with ``1 - p_y`` summed from the other classes, which loses no digits."""
     others = log_p.exp().scatter(-1, y.unsqueeze(-1), 0.0)
     return (-others).scatter(-1, y.unsqueeze(-1), others.sum(dim=-1, keepdim=True))
-
-
-def _unit_residual(log_p: Tensor, y: Tensor) -> Tensor:
-    """``e_y - p`` at length 1.
-
-    It is scaled by the largest wrong class before it leaves log space. So it stays finite and exact
-    however certain the model is: the limit of the direction exists where the residual is zero.
-    """
-    others = log_p.scatter(-1, y.unsqueeze(-1), -torch.inf)
-    residual = _residual(others - others.amax(dim=-1, keepdim=True), y)
-    length: Tensor = torch.linalg.vector_norm(residual, dim=-1, keepdim=True)
-    return residual / length
 
 
 def _check_classes(labels: Tensor, logits: Tensor) -> Tensor:
