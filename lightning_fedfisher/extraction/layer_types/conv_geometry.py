@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -110,6 +111,40 @@ class ConvGeometry:
         patches = apart.flatten(2).gather(2, elements_first.expand(-1, image.shape[1], -1))
         patches = patches * inside.flatten(1).unsqueeze(1).to(patches.dtype)
         return patches.reshape(samples, -1, positions.shape[1])
+
+    def correlate(self, channels: Tensor, gradients: Tensor) -> Tensor:
+        """Computes the gradient of each channel's own filter, kernel element by kernel element.
+
+        Args:
+            channels: Channels of images, of shape ``(channels, *spatial)``.
+            gradients: Gradients at the positions of each, of shape ``(channels, *positions)``.
+
+        Returns:
+            A tensor of shape ``(channels, *kernel)``.
+
+        Example:
+            >>> import torch
+            >>> geometry = ConvGeometry.from_arguments(kernel=[2], stride=1, padding=0, dilation=1)
+            >>> geometry.correlate(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[1.0, 10.0]]))
+            tensor([[21., 32.]])
+        """
+        # Channels last: all of them are multiplied at once, and there are many.
+        image, at = (tensor.movedim(0, -1).contiguous() for tensor in (channels, gradients))
+        found = image.new_zeros(*self.kernel, len(channels))
+        for element in itertools.product(*map(range, self.kernel)):
+            meets = [self._meets(axis, e, image, at) for axis, e in enumerate(element)]
+            pixels, positions = zip(*meets, strict=True)
+            products = image[pixels] * at[positions]
+            torch.sum(products.flatten(0, -2), 0, out=found[element])
+        return found.movedim(-1, 0)
+
+    def _meets(self, axis: int, element: int, image: Tensor, at: Tensor) -> tuple[slice, slice]:
+        """Which pixels along an axis an element of the kernel meets, and at which positions."""
+        stride, offset = self.stride[axis], element * self.dilation[axis] - self.padding[axis][0]
+        first = max(0, -(offset // stride))
+        stop = max(first, min(at.shape[axis], (image.shape[axis] - 1 - offset) // stride + 1))
+        start = first * stride + offset
+        return slice(start, stop * stride + offset, stride), slice(first, stop)
 
     def _positions(self, sizes: Sequence[int]) -> list[int]:
         """Counts the positions of the kernel in each dimension of an image of this size."""

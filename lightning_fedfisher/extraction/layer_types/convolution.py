@@ -98,33 +98,44 @@ class GroupedConvolution(LayerType):
 
     @override
     def per_sample_gradients(self, inputs: Tensor, gradients: Tensor, samples: int) -> Tensor:
-        # PyTorch computes the weight gradient of a grouped convolution. All images together are one
-        # image with so many times the groups, and each has its own filters.
         directions, outputs = len(gradients), gradients.shape[2]
-        images = self.geometry.pad(inputs)
-        if directions > 1:
-            images = images.expand(directions, *images.shape).flatten(0, 1)
+        images = inputs.expand(directions, *inputs.shape).flatten(0, 2)
         by_filter = gradients.flatten(0, 2)
-        found: Tensor = _WEIGHT_GRADIENTS[inputs.ndim - 2](
-            images.flatten(0, 1).unsqueeze(0),
-            (len(by_filter), inputs.shape[1] // self.groups, *self.geometry.kernel),
-            by_filter.unsqueeze(0),
-            stride=self.geometry.stride,
-            dilation=self.geometry.dilation,
-            groups=len(images) * self.groups,
-        )
+        few = by_filter[0].numel() <= _FEW_POSITIONS * math.prod(self.geometry.kernel)
+        if inputs.shape[1] == outputs == self.groups and few:
+            found = self.geometry.correlate(images, by_filter)
+        else:
+            found = self._filter_gradients(images, by_filter, inputs.shape[1] // self.groups)
         columns = found.reshape(directions * len(inputs), outputs, -1)
         if self.has_bias:
             biases = by_filter.flatten(1).sum(1).view(len(columns), outputs, 1)
             columns = torch.cat([columns, biases], dim=2)
         return columns.view(directions * samples, -1, *columns.shape[1:]).sum(1)
 
+    def _filter_gradients(self, images: Tensor, by_filter: Tensor, channels: int) -> Tensor:
+        """The gradient of each filter, from ``channels`` channels of the images after each other.
 
-_WEIGHT_GRADIENTS: dict[int, Callable[..., Tensor]] = {
-    1: grad.conv1d_weight,
-    2: grad.conv2d_weight,
-    3: grad.conv3d_weight,
-}
+        PyTorch computes the weight gradient of a grouped convolution. All images together are one
+        image with so many times the groups, and each has its own filters.
+        """
+        return _WEIGHT_GRADIENTS[len(self.geometry.kernel) - 1](
+            self.geometry.pad(images.unsqueeze(0)),
+            (len(by_filter), channels, *self.geometry.kernel),
+            by_filter.unsqueeze(0),
+            stride=self.geometry.stride,
+            dilation=self.geometry.dilation,
+            groups=len(images) // channels,
+        )
+
+
+# Positions of a channel, as a multiple of its kernel's elements, up to which a product for each
+# element takes no longer than PyTorch's weight gradient, which is meant for few and large images.
+_FEW_POSITIONS = 8
+_WEIGHT_GRADIENTS: tuple[Callable[..., Tensor], ...] = (
+    grad.conv1d_weight,
+    grad.conv2d_weight,
+    grad.conv3d_weight,
+)
 
 
 def read_convolution(

@@ -3,6 +3,7 @@ import torch
 from helpers.layer_calls import check_gradients, draw
 from torch.nn import functional as F
 
+from lightning_fedfisher.extraction.layer_types.conv_geometry import ConvGeometry
 from lightning_fedfisher.extraction.layer_types.convolution import (
     Convolution,
     GroupedConvolution,
@@ -43,6 +44,21 @@ def test_groups_have_no_kronecker_factors_and_say_so():
     layer = call.weight_type(False)
     assert (layer.kind, layer.title) == ("diagonal", "a grouped convolution")
     assert layer.channel_axis(3) is None
+
+
+@pytest.mark.parametrize(("size", "few"), [(3, True), (12, False)])
+@pytest.mark.parametrize("samples", [3, 6])
+def test_filters_of_single_channels_are_correlated_where_images_are_small(
+    size, few, samples, monkeypatch
+):
+    correlated, original = [], ConvGeometry.correlate
+    monkeypatch.setattr(
+        ConvGeometry, "correlate", lambda *args: (correlated.append(1), original(*args))[1]
+    )
+    x, weight, bias = draw(6, 4, size, size), draw(4, 1, 3, 3, seed=1), draw(4, seed=2)
+    parts = [weight, bias]
+    check_gradients(F.conv2d, (x, weight, bias), parts, samples=samples, groups=4, padding=1)
+    assert bool(correlated) == few
 
 
 def test_an_image_without_a_batch_is_not_known():
