@@ -127,8 +127,8 @@ def _of_outputs(curvature: Curvature) -> Curvature:
 _SQUARE_ROOT = 0.5
 # The square root of float32's rounding, with room: what the power makes of eigenvalues that are 0.
 _ROOT_RCOND = 1e-3
-# A hundredth above the minimum moves no accuracy, and takes half of the steps.
-_RELATIVE_GAP = 1e-2
+# Two hundredths above the minimum move no accuracy, and take half of the steps or less.
+_RELATIVE_GAP = 2e-2
 _PUBLISHED_STEPS = 2000
 _PUBLISHED_STEPS_PER_EPOCH = 100
 _CG_STEPS = 1000

@@ -39,7 +39,7 @@ _OCTAVES = 32.0  # from a useless scale to one finer than float32
 _GUESSES = 12  # of the scale, by sizes of samples
 # Parts of the room: what a guess may be off, what is left on purpose, and what may be left if
 # another coding is to be spared.
-_CLOSE, _MARGIN, _SPARED = 1e-3, 5e-4, 5e-3
+_CLOSE, _MARGIN, _SPARED = 1e-3, 2e-3, 1e-2
 _CAUTION = 0.1  # of a correction, by which it errs on the small side
 # Entries by which a size is estimated, in stretches as long as zlib's code for one.
 _SAMPLED, _STRETCHES, _STRETCH = 2**14, 8, 2**15
