@@ -54,7 +54,6 @@ class Categorical(Likelihood):
             y = _check_classes(labels, logits).reshape(len(logits), -1)
             self._observed = (y != IGNORE_INDEX).to(self._logits)
             self._y = y.clamp_min(0)
-        self._frequency: Tensor | None = None
 
     @cached_property
     def _log_p(self) -> Tensor:
@@ -62,10 +61,10 @@ class Categorical(Likelihood):
         log_p = torch.log_softmax(exactly(self._logits), dim=1)
         return log_p.reshape(*log_p.shape[:2], -1).movedim(1, -1)
 
-    @property
+    @cached_property
     def _weights(self) -> Tensor:
-        """What each class counts for: its probability, or its frequency among draws."""
-        return self._log_p.exp() if self._frequency is None else self._frequency
+        """What each class counts for: its probability, until labels are drawn."""
+        return self._log_p.exp()
 
     @override
     @staticmethod
@@ -134,7 +133,7 @@ class Categorical(Likelihood):
     def drawn_parts(self, uniforms: Tensor) -> Tensor:
         drawn = _draw_classes(self._log_p, uniforms.unsqueeze(1))
         frequency = torch.full_like(drawn, 1 / uniforms.shape[1], dtype=self._log_p.dtype)
-        self._frequency = torch.zeros_like(self._log_p).scatter_add(2, drawn, frequency)
+        self._weights = torch.zeros_like(self._log_p).scatter_add(2, drawn, frequency)
         return self.parts()
 
     @override

@@ -48,7 +48,7 @@ class OnDiskTensors(Sequence[Mapping[str, Tensor]]):
         if not 0 <= index < self._clients:
             raise IndexError(index)
         tensors = load_file(self._file(index))
-        # Copied, as products round otherwise where a tensor does not start at an even address.
+        # Copied, since products round otherwise where a tensor starts anywhere in memory.
         return {name: tensor.to(self._device, copy=True) for name, tensor in tensors.items()}
 
     def _file(self, index: int) -> Path:

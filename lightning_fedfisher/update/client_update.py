@@ -387,10 +387,10 @@ class ClientUpdate:
 
     def _read(self, name: str, *how: Any, decode: Callable[..., Tensor] = restore) -> Tensor:
         """Reads a tensor by its name in the file; ``how`` is what `restore` takes beside that."""
-        quantized = self.header.quantized.get(name)
+        stored, quantized = self._tensors[name], self.header.quantized.get(name)
         shape, role = self._roles.get(name, ((), "weights"))  # a buffer is as it is stored
         try:
-            return decode(self._tensors[name], quantized, shape, role, *how)
+            return decode(stored, quantized, shape, role, *how)
         except ValueError as error:
             raise UpdateError(self.source, [f"{name} cannot be unpacked: {error}"]) from error
 

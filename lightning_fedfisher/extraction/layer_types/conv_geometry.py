@@ -131,11 +131,15 @@ class ConvGeometry:
         # Channels last: all of them are multiplied at once, and there are many.
         image, at = (tensor.movedim(0, -1).contiguous() for tensor in (channels, gradients))
         found = image.new_zeros(*self.kernel, len(channels))
-        for element in itertools.product(*map(range, self.kernel)):
-            meets = [self._meets(axis, e, image, at) for axis, e in enumerate(element)]
-            pixels, positions = zip(*meets, strict=True)
-            products = image[pixels] * at[positions]
-            torch.sum(products.flatten(0, -2), 0, out=found[element])
+        axes = [
+            [(e, *self._meets(axis, e, image, at)) for e in range(size)]
+            for axis, size in enumerate(self.kernel)
+        ]
+        for meets in itertools.product(*axes):
+            element, pixels, positions = zip(*meets, strict=True)
+            if all(some.start < some.stop for some in positions):  # else it meets padding alone
+                products = image[pixels] * at[positions]
+                torch.sum(products.flatten(0, -2), 0, out=found[element])
         return found.movedim(-1, 0)
 
     def _meets(self, axis: int, element: int, image: Tensor, at: Tensor) -> tuple[slice, slice]:
