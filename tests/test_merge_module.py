@@ -293,10 +293,10 @@ def test_a_method_of_ones_own_merges(updates, tmp_path):
     clients = updates["fedfisher"]
     own = MergeMethod(
         "own",
-        lambda f, is_output_layer: Diagonal(f.diagonal()),
         ClosedForm,
         max_iterations=1,
         steps_per_epoch=1,
+        transform=lambda f: Diagonal(f.diagonal()),
         curvatures=("kfac",),
     )
     module = merge(clients, tmp_path, method=own)
