@@ -36,6 +36,19 @@ InputSide = Literal["rows", "columns"]
 """The side of a layer's matrix that belongs to its inputs."""
 
 
+def require_positive_exponent(exponent: float) -> None:
+    """Refuses powers that are not greater than zero.
+
+    Args:
+        exponent: The power.
+
+    Raises:
+        ValueError: If it is zero, negative or not a number.
+    """
+    if not exponent > 0:
+        raise ValueError(f"the power of a curvature must be greater than 0, got {exponent}")
+
+
 def tensor_power(tensor: Tensor, role: TensorRole, exponent: float) -> Tensor:
     """Computes what a tensor of a curvature is when the operator is raised to a power.
 
@@ -116,8 +129,7 @@ class Curvature(ABC):
         Raises:
             ValueError: If the exponent is not greater than zero.
         """
-        if not exponent > 0:
-            raise ValueError(f"the power of a curvature must be greater than 0, got {exponent}")
+        require_positive_exponent(exponent)
         if exponent == 1 or not self.tensor_roles:
             return self
         roles = self.tensor_roles

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,9 +15,8 @@ from lightning_fedfisher.curvature.linalg import (
 )
 from lightning_fedfisher.curvature.low_rank import pivoted_root
 
-# Rows from which the leading eigenpairs are taken out in float64 before the rest is decomposed in
-# float32. That takes about as long as what is saved on fewer rows.
-_LARGE = 1024
+# Up to so many rows, float64 costs little more.
+_SMALL = 1024
 # Leading eigenpairs that are looked for, passes in float32 and float64, and how exact they must be.
 _LEADING, _ROUGH_PASSES, _PASSES, _CONVERGED = 32, 12, 4, 1e-10
 # Rows from which a matrix may be worth a root of at most such a part of them, and what that may
@@ -26,9 +27,7 @@ _WIDE, _NARROW, _LEFT = 512, 0.6, 1e-6
 def symmetric_power(matrix: Tensor, exponent: float) -> Tensor:
     """Raises a symmetric positive semi-definite matrix to a positive power.
 
-    Matrices of float32 with more than a few hundred rows are decomposed in float32. That moves the
-    square root by less than a thousandth of its largest eigenvalue, and of large matrices, whose
-    largest eigenvalues are taken out before, by much less.
+    Large matrices of float32 are decomposed in float32 (see `symmetric_eigendecomposition`).
 
     Args:
         matrix: A tensor of shape ``(n, n)``.
@@ -50,10 +49,8 @@ def symmetric_power(matrix: Tensor, exponent: float) -> Tensor:
         return power
     if (root := _narrow_root(matrix)) is not None:
         return power_of_root(root.to(matrix.dtype), exponent)
-    if not takes_float32(matrix):
+    if len(matrix) <= _SMALL or not takes_float32(matrix):
         return _power(*symmetric_eigendecomposition(matrix.double()), exponent).to(matrix.dtype)
-    if len(matrix) <= _LARGE:
-        return _power(*symmetric_eigendecomposition(matrix, exact=False), exponent)
     # Rounding goes by the largest eigenvalues, and its root by the root of them. So these few are
     # taken out before, which leaves the small ones their digits.
     exact = matrix.double()
@@ -68,7 +65,8 @@ def symmetric_power(matrix: Tensor, exponent: float) -> Tensor:
 def power_of_root(root: Tensor, exponent: float, tail: float = 0.0) -> Tensor:
     """Raises a matrix that is given by a root to a positive power.
 
-    All that is decomposed has as many rows as the root.
+    All that is decomposed has as many rows as the root. Small eigenvalues keep more digits than the
+    matrix itself has for them: rounding goes by the largest singular value, not by its square.
 
     Args:
         root: A root ``U`` of shape ``(rank, n)``, with no more rows than columns.
@@ -87,17 +85,18 @@ def power_of_root(root: Tensor, exponent: float, tail: float = 0.0) -> Tensor:
     largest = float(root.abs().max()) if root.numel() else 0.0
     if not largest:
         return root.new_zeros(root.shape[1], root.shape[1])
-    root, tail = root / largest, tail / largest**2  # so that no square overflows or vanishes
+    scale = max(largest, math.sqrt(tail))  # by which no square overflows, nor all of them vanish
+    root, tail = root / scale, (math.sqrt(tail) / scale) ** 2
     _, vectors = eigh(root @ root.mT, exact=False)
     # The rows along U's left singular vectors tell singular values better than they were found.
     rows = vectors.to(root).mT @ root
     squares = rows.square().sum(1, keepdim=True)
-    gain = (squares + tail).pow(exponent) - tail**exponent
+    gain = ((squares + tail).pow(exponent) - tail**exponent).clamp_min(0)  # but for rounding
     half = rows * torch.where(squares > 0, gain / squares, 0.0).sqrt()
     power = half.mT @ half
     if tail:
-        power.diagonal().add_(tail**exponent * root.any(dim=0))
-    return power.mul_(largest ** (2 * exponent))
+        power.diagonal().add_(tail**exponent * root.any(dim=0).to(power))
+    return power.mul_(scale ** (2 * exponent))
 
 
 def _narrow_root(matrix: Tensor) -> Tensor | None:

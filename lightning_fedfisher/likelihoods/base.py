@@ -18,7 +18,8 @@ class Likelihood(ABC):
     of a categorical likelihood (tokens, pixels), or the outputs of the others.
 
     The class itself scores a model (`nll`, `accuracy`). An instance stands for one batch, and gives
-    the residuals of its labels (label minus mean) of which a Fisher information is made.
+    the residuals of its labels (label minus mean) of which a Fisher information is made. Logits may
+    come in half precision: whatever loses digits there is computed `exactly`.
 
     Attributes:
         name: Name of the likelihood, its key in `LIKELIHOODS` and in an update's header.

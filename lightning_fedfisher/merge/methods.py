@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 
-from lightning_fedfisher.curvature.base import Curvature, Identity
+from lightning_fedfisher.curvature.base import Curvature, Identity, require_positive_exponent
 from lightning_fedfisher.merge.influence_cap import DEFAULT_MAX_INFLUENCE
 from lightning_fedfisher.merge.objective import Quadratic
 from lightning_fedfisher.merge.solvers import ClosedForm, PublishedServer, Solver, exact_solver
@@ -32,8 +32,8 @@ class MergeMethod:
         max_iterations: Steps after which it stops, unless its solver finishes before.
         steps_per_epoch: Steps that a solver makes between two evaluations of the merged model.
         transform: What it makes of a client's curvature before the power; None for nothing.
-        output_transform: The same for an output layer with aligned inputs, whose outputs are the
-            logits of a softmax; None for nothing else there than elsewhere.
+        output_transform: What stands for it in an output layer with aligned inputs, whose outputs
+            are the logits of a softmax; None for the same as in any layer.
         power: Power that each client's curvature is raised to.
         curvatures: The curvatures it can merge, as an extraction is asked for them; any if empty.
         fishers: The Fisher types it is defined for; any if empty.
@@ -69,6 +69,10 @@ class MergeMethod:
     aligns: bool = False
     max_influence: float = math.inf
 
+    def __post_init__(self) -> None:
+        """Refuses a power that is not greater than zero."""
+        require_positive_exponent(self.power)
+
     def transformed(self, curvature: Curvature, is_output_layer: bool = False) -> Curvature:
         """Makes of a client's curvature of a layer what is merged.
 
@@ -85,7 +89,8 @@ class MergeMethod:
         Args:
             is_output_layer: Whether the layer is an output layer with aligned inputs.
         """
-        return (self.output_transform if is_output_layer else None) or self.transform
+        own = self.output_transform if is_output_layer else None
+        return self.transform if own is None else own
 
     def refusal(self, curvature: str, fisher: str) -> str | None:
         """Says why it cannot merge an update with this curvature.
@@ -127,8 +132,8 @@ def _of_outputs(curvature: Curvature) -> Curvature:
 _SQUARE_ROOT = 0.5
 # The square root of float32's rounding, with room: what the power makes of eigenvalues that are 0.
 _ROOT_RCOND = 1e-3
-# Two hundredths above the minimum move no accuracy, and take half of the steps or less.
-_RELATIVE_GAP = 2e-2
+# Three hundredths above the minimum move no accuracy, and take a third to a half of the steps.
+_RELATIVE_GAP = 3e-2
 _PUBLISHED_STEPS = 2000
 _PUBLISHED_STEPS_PER_EPOCH = 100
 _CG_STEPS = 1000

@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from lightning_fedfisher.curvature.base import Curvature
+from lightning_fedfisher.curvature.base import Curvature, require_positive_exponent
 from lightning_fedfisher.curvature.registry import KINDS
 from lightning_fedfisher.errors import BudgetError, FedFisherError, UpdateError
 from lightning_fedfisher.layers import Layer
@@ -60,8 +60,7 @@ class ClientUpdate:
         ...     path = update.save(f"{folder}/client.safetensors")
         ...     opened = ClientUpdate.open(path)
         ...     opened.verify()
-        ...     with opened.opened():
-        ...         weights, curvature = opened.weights(layer), opened.block(layer)
+        ...     weights, curvature = opened.weights(layer), opened.block(layer)
         >>> weights.shape, curvature.kind
         (torch.Size([2, 4]), 'diagonal')
     """
@@ -209,15 +208,17 @@ class ClientUpdate:
         Args:
             layer: One of `layers`.
             power: Power that it is raised to (`Curvature.power`).
-            device: Where to work; the CPU if not given.
-            dtype: Type to work in; that in which it was sent if not given.
+            device: Where to work, and ``dtype`` in which type; by default as it was sent.
+            dtype: See ``device``.
 
         Returns:
             The curvature of the layer's weight matrix.
 
         Raises:
+            ValueError: If the power is not greater than zero.
             UpdateError: If a tensor of the curvature is damaged.
         """
+        require_positive_exponent(power)
         kind = KINDS[self.header.kinds[layer.name]]
         tensors = {
             part: self._read(f"curvature/{layer.name}/{part}", power, device, dtype)

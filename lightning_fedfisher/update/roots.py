@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_fedfisher.curvature.low_rank import pivoted_root
-from lightning_fedfisher.curvature.powers import power_of_root, symmetric_power
+from lightning_fedfisher.curvature.powers import power_of_root
 
 # Least squared diagonal entry of a Cholesky root, as a multiple of the matrix's, by which a type is
 # exact enough: float32 moves the root by a millionth then, and float64 by no more than the rounding
@@ -91,9 +91,9 @@ def matrix_of_root(root: Tensor, tail: float = 0.0, power: float = 1.0) -> Tenso
     Returns:
         ``(U' U + tail)^power``, symmetric and of shape ``(n, n)``.
     """
-    rank, rows = root.shape
-    if power != 1 and not _is_triangle(rows, rank):
+    if power != 1:
         return power_of_root(root, power, tail)
+    rank, rows = root.shape
     matrix = root.new_empty(rows, rows)
     for start in range(0, rows, _STRIP):
         stop = min(start + _STRIP, rows)
@@ -102,8 +102,8 @@ def matrix_of_root(root: Tensor, tail: float = 0.0, power: float = 1.0) -> Tenso
         strip[:, start:] = (strip[:, start:] + strip[:, start:].mT) / 2  # but for rounding, equal
         matrix[start:stop, :stop], matrix[:stop, start:stop] = strip, strip.mT
     if tail:  # what no row sees is not in the tail either: it is zero
-        matrix.diagonal().add_(tail * root.any(dim=0))
-    return matrix if power == 1 else symmetric_power(matrix, power)
+        matrix.diagonal().add_(tail * root.any(dim=0).to(matrix))
+    return matrix
 
 
 def factor_root(matrix: Tensor, most: int) -> tuple[Tensor, float]:

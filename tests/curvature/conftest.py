@@ -24,4 +24,4 @@ def decomposed(monkeypatch):
 def large(monkeypatch):
     """Makes matrices of a few hundred rows count as large, as those of thousands do."""
     monkeypatch.setattr(linalg, "_SMALL", SIZE - 100)
-    monkeypatch.setattr(powers, "_LARGE", SIZE - 100)
+    monkeypatch.setattr(powers, "_SMALL", SIZE - 100)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers.second_moments import SIZE, reference_power, second_moment
 
-from lightning_fedfisher.curvature import linalg, powers
+from lightning_fedfisher.curvature import linalg
 from lightning_fedfisher.curvature.powers import power_of_root, symmetric_power
 
 pytestmark = pytest.mark.usefixtures("large")
@@ -130,12 +130,24 @@ def test_large_roots_are_decomposed_in_float32(decomposed, monkeypatch):
     assert float((found - expected).norm() / expected.norm()) < 1e-5
 
 
-def test_a_matrix_of_a_few_hundred_rows_takes_float32_alone(decomposed, monkeypatch):
-    monkeypatch.setattr(powers, "_LARGE", SIZE)
-    matrix = second_moment(samples=5000)
+@pytest.mark.parametrize("last", ["a copy of the first", "one faint entry"])
+@pytest.mark.parametrize("seed", range(20))
+def test_rows_that_add_nothing_to_a_tail_leave_it_finite(last, seed):
+    generator = torch.Generator().manual_seed(seed)
+    root = torch.randn(7, 40, generator=generator)
+    root[-1] = root[0] if last == "a copy of the first" else 1e-5 * (torch.arange(40) == 3)
+    tail = 0.3 * float(torch.rand(1, generator=generator))
+    matrix = root.double().mT @ root.double() + tail * torch.eye(40)
     expected = reference_power(matrix, 0.5)
-    decomposed.clear()
-    root = symmetric_power(matrix, 0.5)
-    assert [dtype for size, dtype in decomposed if size == SIZE] == [torch.float32]
-    largest = torch.linalg.matrix_norm(expected, 2)
-    assert float(torch.linalg.matrix_norm(root - expected, 2) / largest) < 1e-3
+    assert float((power_of_root(root, 0.5, tail) - expected).norm() / expected.norm()) < 1e-5
+
+
+def test_a_root_of_a_singular_matrix_leaves_its_null_space_alone():
+    """As the default method needs, which takes a thousandth of the largest for nothing."""
+    for size, samples, mean in ((300, 150, 3.0), (500, 250, 10.0), (500, 499, 3.0)):
+        generator = torch.Generator().manual_seed(0)
+        root = (mean + torch.randn(samples, size, generator=generator)) / samples**0.5
+        values, basis = torch.linalg.eigh(root.double().mT @ root.double())
+        null = basis[:, : size - samples]
+        found = power_of_root(root, 0.5).double()
+        assert float(torch.linalg.matrix_norm(null.mT @ found @ null, 2)) < 1e-5 * values[-1].sqrt()

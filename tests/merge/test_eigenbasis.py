@@ -49,7 +49,7 @@ def _large_problem(kind):
     generator = torch.Generator().manual_seed(0)
 
     def factor(size):
-        root = torch.randn(size // 4, size, generator=generator).double()
+        root = torch.randn(max(size // 8, 2), size, generator=generator).double()
         return root.mT @ root
 
     weights = [torch.randn(40, 54, generator=generator).double() for _ in SHARES]

@@ -419,6 +419,12 @@ def test_what_changes_the_result_takes_a_name_of_its_own(changes):
     assert find_method(replace(METHODS["fedfisher"], name="own", **changes)).name == "own"
 
 
+@pytest.mark.parametrize("power", [0.0, -0.5, float("nan")])
+def test_a_power_that_is_not_positive_is_refused(power):
+    with pytest.raises(ValueError, match="greater than 0"):
+        replace(METHODS["fedfisher"], name="own", power=power)
+
+
 def test_options_of_a_merge_leave_the_name():
     adjusted = {"max_iterations": 3, "steps_per_epoch": 1, "keeps_best": True, "max_influence": 2.0}
     assert find_method(replace(METHODS["fedfisher"], **adjusted)).name == "fedfisher"

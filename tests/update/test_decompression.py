@@ -1,9 +1,12 @@
 """Restored tensors, and powers of them, against what was packed; and bytes that cannot be."""
 
+import math
+
 import pytest
 import torch
 from helpers.second_moments import reference_power
 
+from lightning_fedfisher.curvature.diagonal import Diagonal
 from lightning_fedfisher.curvature.kronecker import Kronecker
 from lightning_fedfisher.layers import find_layers
 from lightning_fedfisher.update import ClientUpdate, UpdateHeader
@@ -87,7 +90,31 @@ def test_an_update_reads_powers_whether_packed_or_not(tmp_path):
             assert float((tensor - wanted).norm() / wanted.norm()) < 1e-2
 
 
+@pytest.mark.parametrize("power", [0.0, -1.0, math.nan])
+def test_powers_that_are_not_positive_are_refused(power):
+    model = torch.nn.Linear(2, 1)
+    (layer,) = find_layers(model)
+    kinds = {layer.name: "diagonal"}
+    header = UpdateHeader(7, "diagonal", "exact", "categorical", 7, (layer,), kinds)
+    update = ClientUpdate.from_model(model, header, {layer.name: Diagonal(torch.ones(1, 3))})
+    with pytest.raises(ValueError, match="greater than 0"):
+        update.block(layer, power)
+
+
 # Bytes of strangers
+
+
+@pytest.mark.parametrize(
+    ("step", "tail", "dtype"), [(1e-20, 1.0, "float32"), (1e-170, 0.0, "float64")]
+)
+def test_any_step_and_tail_have_a_power(step, tail, dtype):
+    numbers = torch.arange(1, ROWS + 1, dtype=torch.int32)
+    packed = QuantizedTensor(step, dtype, 1, tail)
+    found = restore(encode(numbers), packed, (ROWS, ROWS), "factor", power=0.5)
+    assert found.isfinite().all()
+    exact = numbers.double()
+    expected = step * torch.outer(exact, exact) / exact.norm() + tail * torch.eye(ROWS)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6 * (tail or step))
 
 
 def _payload(form="factor", size=5):
