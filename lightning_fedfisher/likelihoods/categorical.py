@@ -62,9 +62,14 @@ class Categorical(Likelihood):
         return log_p.reshape(*log_p.shape[:2], -1).movedim(1, -1)
 
     @cached_property
+    def _p(self) -> Tensor:
+        """Probabilities, of the shape of the log-probabilities."""
+        return self._log_p.exp()
+
+    @cached_property
     def _weights(self) -> Tensor:
         """What each class counts for: its probability, until labels are drawn."""
-        return self._log_p.exp()
+        return self._p
 
     @override
     @staticmethod
@@ -113,7 +118,7 @@ class Categorical(Likelihood):
 
     @override
     def drawn_residual(self, uniforms: Tensor) -> Tensor:
-        return self._toward(_draw_classes(self._log_p, uniforms.unsqueeze(2)).squeeze(2))
+        return self._toward(_draw_classes(self._p, uniforms.unsqueeze(2)).squeeze(2))
 
     @override
     def signed(self, residual: Tensor, signs: Tensor) -> Tensor:
@@ -121,7 +126,7 @@ class Categorical(Likelihood):
 
     @override
     def parts(self) -> Tensor:
-        p = self._log_p.exp()
+        p = self._p
         # 1 - p_c, for the likeliest class summed from the others, which loses no digits.
         top = p.argmax(2, keepdim=True)
         others = (1 - p).scatter(2, top, p.scatter(2, top, 0.0).sum(2, keepdim=True))
@@ -131,7 +136,7 @@ class Categorical(Likelihood):
 
     @override
     def drawn_parts(self, uniforms: Tensor) -> Tensor:
-        drawn = _draw_classes(self._log_p, uniforms.unsqueeze(1))
+        drawn = _draw_classes(self._p, uniforms.unsqueeze(1))
         frequency = torch.full_like(drawn, 1 / uniforms.shape[1], dtype=self._log_p.dtype)
         self._weights = torch.zeros_like(self._log_p).scatter_add(2, drawn, frequency)
         return self.parts()
@@ -160,12 +165,12 @@ class Categorical(Likelihood):
         return self._as_logits(_residual(self._log_p, y) * self._observed.unsqueeze(2))
 
 
-def _draw_classes(log_p: Tensor, uniforms: Tensor) -> Tensor:
+def _draw_classes(p: Tensor, uniforms: Tensor) -> Tensor:
     """Draws classes by the inverse of the distribution function."""
     # On the CPU: a CUDA device may have no deterministic sum.
-    cumulative = log_p.exp().cpu().cumsum(dim=-1).to(log_p.device)
+    cumulative = p.cpu().cumsum(dim=-1).to(p.device)
     drawn = torch.searchsorted(cumulative, uniforms * cumulative[..., -1:], right=True)
-    return drawn.clamp_max(log_p.shape[-1] - 1)
+    return drawn.clamp_max(p.shape[-1] - 1)
 
 
 def _residual(log_p: Tensor, y: Tensor) -> Tensor:
