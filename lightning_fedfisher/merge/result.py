@@ -51,8 +51,8 @@ class LayerResult:
         residual: Norm of the gradient there, relative to the clients' gradients at the average.
         solved: Whether the solver reached what the method promises.
         bits: Bits of the numbers that it was solved with: 32, or 64 where float32 could not reach
-            the tolerance, and for models in float64. With 32, factors of more than 256 rows were
-            decomposed in float32 as well where that reproduced them. 0 if the layer was not begun.
+            the tolerance, and for models in float64. With 32, large factors were decomposed
+            in float32 as well where that reproduced them. 0 if the layer was not begun.
 
     Example:
         >>> layer = LayerResult("fc", (10, 65), 12, 0.5, 8e-5, solved=True)
