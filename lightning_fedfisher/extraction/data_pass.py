@@ -40,7 +40,7 @@ from lightning_fedfisher.extraction.batches import (
 )
 from lightning_fedfisher.extraction.fisher_types import Directions, residual_directions
 from lightning_fedfisher.extraction.layer_report import LayerReport
-from lightning_fedfisher.extraction.model_copy import copy_around_parameters, copy_model
+from lightning_fedfisher.extraction.model_copy import copy_model
 from lightning_fedfisher.extraction.options import ExtractionOptions
 from lightning_fedfisher.extraction.preview import trace_model
 from lightning_fedfisher.extraction.sampling import SamplePartition
@@ -203,10 +203,7 @@ class DataPass:
         copied = self._copy = copy_model(self._model, self._buffers)
         traced = self._known_trace
         if traced is None:
-            # On a copy around the same parameters, because what the model remembers of a forward
-            # pass, in a buffer or a cache, must not be there in the next one.
-            alike = copy_around_parameters(copied)
-            traced = trace_model(alike, self._layers, self._runner, samples)
+            traced = trace_model(copied, self._layers, self._runner, samples)
         self.model_trace = traced
         if self._curvatures == ("diagonal",) and not self._backpack_problem:
             self._backpack_problem = why_unsupported(copied, self._layers, traced)

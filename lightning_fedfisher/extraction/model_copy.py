@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -36,7 +37,7 @@ def copy_model(model: nn.Module, buffers: Mapping[str, Tensor]) -> nn.Module:
         (torch.float32, False, True)
     """
     try:
-        copied = copy.deepcopy(model)
+        copied = copy.deepcopy(model, _empty_dicts(model))
     except RuntimeError as error:
         error.add_note(
             "Curvature is extracted on a deep copy of the module, and it cannot be copied. Most "
@@ -71,7 +72,17 @@ def copy_around_parameters(model: nn.Module) -> nn.Module:
         >>> copied.weight is model.weight, copied.running_mean is model.running_mean
         (True, False)
     """
-    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    known: dict[int, object] = {id(p): p for p in model.parameters()}
+    return copy.deepcopy(model, known | _empty_dicts(model))
+
+
+def _empty_dicts(model: nn.Module) -> dict[int, object]:
+    """Copies the empty dictionaries of hooks, of which every module has a dozen, for `deepcopy`.
+
+    It would take longer for them than for all the rest.
+    """
+    found = (value for module in model.modules() for value in vars(module).values())
+    return {id(d): type(d)() for d in found if type(d) in (dict, OrderedDict) and not d}
 
 
 @contextmanager

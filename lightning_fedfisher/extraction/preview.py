@@ -27,7 +27,8 @@ def trace_model(
     """Traces a model on a few samples, and refuses one that has no curvature of a sample.
 
     Args:
-        model: A copy of the model, to be thrown away.
+        model: A copy of the model. What is run is a copy around its parameters: what the model
+            remembers of a forward pass, in a buffer or a cache, must not be there in the next one.
         layers: Its layers.
         runner: Runs it.
         samples: The samples, a few of which are previewed.
@@ -41,11 +42,13 @@ def trace_model(
     """
     batch = runner.prepare(model, samples.preview())
     if samples.count is None:  # the preview is a whole batch
-        batch = _few(model, runner, batch)
+        batch = _few(copy_around_parameters(model), runner, batch)
     _require_independence(copy_around_parameters(model), runner, batch)
     traced = _trace_batch(copy_around_parameters(model), layers, runner, batch)
     if traced.spreadable and not traced.unreached:
-        traced = _trace_batch(model, layers, runner, batch, traced.spreadable)
+        traced = _trace_batch(
+            copy_around_parameters(model), layers, runner, batch, traced.spreadable
+        )
     if len(traced.unreached) == len(layers):
         raise UnsupportedModelError(
             [

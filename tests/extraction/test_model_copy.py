@@ -89,6 +89,20 @@ def test_copies_around_parameters_share_nothing_else():
     torch.testing.assert_close(copied.eval()(x)[0], model.eval()(x)[0])
 
 
+@pytest.mark.parametrize("copied_by", [copy_around_parameters, lambda model: copy_model(model, {})])
+def test_a_copy_has_hooks_and_dictionaries_of_its_own(copied_by):
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    model[0].cache = model[1].cache = {}
+    model[1].register_forward_hook(lambda module, inputs, output: 2 * output)
+    copied, seen = copied_by(model), []
+    copied[0].register_forward_hook(lambda *arguments: seen.append("copy"))
+    copied[0].cache["key"] = 1
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(copied(x), model(x))
+    assert (seen, model[0].cache, copied[1].cache) == (["copy"], {}, {"key": 1})
+    assert [type(d) for d in vars(copied[0]).values()] == [type(d) for d in vars(model[0]).values()]
+
+
 def test_a_copy_takes_other_buffers_and_leaves_the_model_alone():
     model = nn.Sequential(nn.BatchNorm1d(2), nn.Embedding(3, 2, sparse=True)).train()
     copied = copy_model(model, {"0.running_mean": torch.tensor([5.0, 6.0])})
