@@ -1,3 +1,4 @@
+import pytest
 import torch
 from helpers.layer_calls import draw
 from torch import nn
@@ -84,3 +85,12 @@ def test_every_edge_to_a_leaf_is_found_once():
     assert sum(leaf is a for leaf in leaves) == 2
     assert sum(leaf is b for leaf in leaves) == 1
     assert list(edges_to_leaves(torch.ones(2))) == []
+
+
+@pytest.mark.parametrize("feature", [0, 11])
+def test_a_gradient_is_found_in_whatever_feature_it_is(feature):
+    gradients = torch.zeros(1, 2, 32, 12)
+    gradients[0, :, 5, feature] = 3.0
+    call = LayerCall(Linear(has_bias=False), torch.ones(2, 32, 4), gradients)
+    some = call.at_positions(1, torch.tensor([0.1, 0.9], dtype=torch.float64))
+    assert some.gradients.square().sum() == gradients.square().sum()
