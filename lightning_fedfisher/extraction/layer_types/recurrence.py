@@ -51,10 +51,11 @@ class Cell(ABC):
 
     @abstractmethod
     def slopes(self, activations: Tensors, state: State) -> Tensors:
-        """Computes what `back` multiplies gradients by.
+        """Computes what `back` multiplies gradients by, at one position or at all of them.
 
         Args:
-            activations: What `activate` returned besides the next state.
+            activations: What `activate` returned besides the next state, with any dimensions before
+                the last.
             state: State before.
         """
 
@@ -89,7 +90,7 @@ class _Lstm(Cell):
     def slopes(self, activations: Tensors, state: State) -> Tensors:
         i, f, g, o, out = activations
         by_cell = g * _of_sigmoid(i), state[1] * _of_sigmoid(f), i * _of_tanh(g)
-        return torch.stack(by_cell, dim=1), out * _of_sigmoid(o), o * _of_tanh(out), f
+        return torch.stack(by_cell, dim=-2), out * _of_sigmoid(o), o * _of_tanh(out), f
 
     @override
     def back(
@@ -98,7 +99,7 @@ class _Lstm(Cell):
         by_cell, by_hidden, of_cell, kept = slopes
         hidden, cell = arriving
         cell = torch.addcmul(cell, hidden, of_cell)
-        gates = torch.unflatten(to_hidden, 1, (4, -1))
+        gates = to_hidden.view(len(to_hidden), 4, -1)
         torch.mul(by_cell, cell.unsqueeze(1), out=gates[:, :3])
         torch.mul(by_hidden, hidden, out=gates[:, 3])
         return None, cell * kept
@@ -120,16 +121,16 @@ class _Gru(Cell):
         r, z, n, new = activations
         of_new = (1 - z) * _of_tanh(n)
         gates = of_new * new * _of_sigmoid(r), (state[0] - n) * _of_sigmoid(z), of_new
-        return torch.stack(gates, dim=1), r, z
+        return torch.stack(gates, dim=-2), r, z
 
     @override
     def back(
         self, slopes: Tensors, arriving: State, to_inputs: Tensor, to_hidden: Tensor
     ) -> tuple[Tensor | None, ...]:
         of_gates, reset, kept = slopes
-        torch.mul(of_gates, arriving[0].unsqueeze(1), out=torch.unflatten(to_inputs, 1, (3, -1)))
+        torch.mul(of_gates, arriving[0].unsqueeze(1), out=to_inputs.view(len(to_inputs), 3, -1))
         to_hidden.copy_(to_inputs)
-        torch.unflatten(to_hidden, 1, (3, -1))[:, 2] *= reset
+        to_hidden.view(len(to_hidden), 3, -1)[:, 2] *= reset
         return (arriving[0] * kept,)
 
 
@@ -222,17 +223,20 @@ def _known(
 
     Returns:
         What `run_layer` returns. The hidden states before each position, and what the map gives of
-        them. The slopes at each position in the order of time.
+        them. The slopes at each position.
     """
     state, steps = first, mapped.unbind()
-    before, after, maps = list(steps), list(steps), list(steps)
-    slopes: list[Tensors] = []
+    after, maps = list(steps), list(steps)
+    states: list[State] = [first] * len(steps)
+    activations: list[Tensors] = [()] * len(steps)
     for t in order:
-        maps[t] = functional.linear(state[0], weight, bias)
-        following, activations = cell.activate(steps[t], maps[t], state)
-        slopes.append(cell.slopes(activations, state))
-        before[t], after[t], state = state[0], following[0], following
-    return (torch.stack(after), *state[1:]), torch.stack(before), torch.stack(maps), slopes
+        states[t], maps[t] = state, functional.linear(state[0], weight, bias)
+        state, activations[t] = cell.activate(steps[t], maps[t], state)
+        after[t] = state[0]
+    told = torch.stack(after), *state[1:]
+    before = tuple(map(torch.stack, zip(*states, strict=True)))
+    slopes = cell.slopes(tuple(map(torch.stack, zip(*activations, strict=True))), before)
+    return told, before[0], torch.stack(maps), list(zip(*slopes, strict=True))
 
 
 @wrap_torch_function(lambda *arguments: arguments)
@@ -302,9 +306,9 @@ class _Recurrence(torch.autograd.Function):
         if not cell.maps_alike:
             to_inputs = torch.empty_like(to_hidden)
         state = torch.zeros_like(to_states[0]), *last
-        for t, slopes in zip(reversed(ctx.order), reversed(ctx.slopes), strict=True):
+        for t in reversed(ctx.order):
             arriving = state[0] + to_states[t], *state[1:]
-            direct, *others = cell.back(slopes, arriving, to_inputs[t], to_hidden[t])
+            direct, *others = cell.back(ctx.slopes[t], arriving, to_inputs[t], to_hidden[t])
             through = to_hidden[t] @ weight.to(to_hidden)
             state = through if direct is None else direct + through, *others
         return None, None, None, None, None, to_inputs, to_hidden, *state
