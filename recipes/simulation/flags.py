@@ -12,7 +12,7 @@ from typing import Any, Literal, get_type_hints
 import torch
 from jsonargparse import ArgumentParser, Namespace
 
-from lightning_fedfisher.merge.methods import METHODS
+from simulation.clients import EXTRACTIONS
 from simulation.data import ImageData
 
 DatasetName = Literal[
@@ -59,7 +59,7 @@ class Flags:
     curvature_samples: int | None = _flag(None, "samples a client averages its curvature over")
     upload_budget: float = _flag(1.0, "most bytes of an update, in multiples of a FedAvg upload")
     methods: list[str] = field(
-        default_factory=lambda: list(METHODS),
+        default_factory=lambda: list(EXTRACTIONS),
         metadata={"help": "merge methods to compare"},
     )
     output_dir: Path | None = _flag(None, "folder for everything written; a new one by default")
@@ -100,7 +100,7 @@ def flags_parser(description: str | None = None, script: str = "cifar_resnet.py"
         if hints[flag.name] is bool:
             how = {"action": "store_true"}
         elif flag.name == "methods":
-            how |= {"type": str, "choices": list(METHODS), "nargs": "+"}
+            how |= {"type": str, "choices": list(EXTRACTIONS), "nargs": "+"}
         name = "--" + flag.name.replace("_", "-")
         parser.add_argument(name, help=flag.metadata["help"], **how)
     return parser

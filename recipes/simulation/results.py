@@ -118,9 +118,10 @@ def show(results: Report, console: Console, title: str) -> None:
     table.add_column("model", no_wrap=True)
     for column in ("accuracy", "NLL", "ECE", "upload", "client", "server", "labels"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_row("best single client", *_scores(results["best_client"]))
-    table.add_row("ensemble of clients", *_scores(results["ensemble"]))
-    table.add_section()
+    if results["best_client"]:  # clients that fit a head alone have no model of their own
+        table.add_row("best single client", *_scores(results["best_client"]))
+        table.add_row("ensemble of clients", *_scores(results["ensemble"]))
+        table.add_section()
     for method, row in results["methods"].items():
         table.add_row(
             method,

@@ -99,7 +99,7 @@ layer: the default of an earlier version.
 # What a merge is measured against.
 BEST_CLIENT, ENSEMBLE = "best client", "ensemble"
 MERGES: dict[str, Merge] = {
-    **{name: Merge(name, EXTRACTIONS[name]) for name in METHODS},
+    **{name: Merge(name, extraction) for name, extraction in EXTRACTIONS.items()},
     **VARIANTS,
 }
 
@@ -196,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: of the command line; None reads `sys.argv`.
     """
     flags = make_parser().parse_args(arguments)
-    names = [BEST_CLIENT, ENSEMBLE, *METHODS, *(VARIANTS if flags.variants else ())]
+    names = [BEST_CLIENT, ENSEMBLE, *EXTRACTIONS, *(VARIANTS if flags.variants else ())]
     run_study(flags, MERGE_FEDERATIONS, [(name,) for name in names], Row, run_methods)
 
 

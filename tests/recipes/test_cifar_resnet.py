@@ -18,10 +18,10 @@ import torch
 from helpers.wandb_runs import read_runs
 from safetensors.torch import load_file, save_file
 from simulation import clients
+from simulation.clients import EXTRACTIONS
 from simulation.models import build_model
 
 from lightning_fedfisher import ClientUpdate
-from lightning_fedfisher.merge.methods import METHODS
 from lightning_fedfisher.report.page import write_report
 from lightning_fedfisher.results.record import FederationRecord
 
@@ -53,7 +53,7 @@ def test_report_has_the_documented_form(federation):
     assert written["best_client"]["accuracy"] == max(accuracies)
     scores = {"accuracy", "nll", "calibration_error"}
     assert set(written["ensemble"]) == set(written["best_client"]) == scores
-    assert set(written["methods"]) == set(METHODS)
+    assert set(written["methods"]) == set(EXTRACTIONS)
     for row in written["methods"].values():
         assert set(row) == scores | {
             "upload_bytes",
@@ -119,7 +119,8 @@ def test_the_report_is_of_the_record(federation, tmp_path):
     assert "digits, lenet, 3 clients, alpha 1" in page
 
 
-CLIENTS, SERVERS = ["client-0", "client-1", "client-2"], [f"server-{method}" for method in METHODS]
+CLIENTS = ["client-0", "client-1", "client-2"]
+SERVERS = [f"server-{method}" for method in EXTRACTIONS]
 
 
 def test_wandb_runs_belong_together(federation, runs):
@@ -127,7 +128,7 @@ def test_wandb_runs_belong_together(federation, runs):
     assert sorted(runs) == sorted([*CLIENTS, *SERVERS])
     assert {run.group for run in runs.values()} == {"digits-lenet-a1-p3-s0-out"}
     assert [runs[name].job_type for name in CLIENTS] == ["client"] * 3
-    assert [runs[name].job_type for name in SERVERS] == ["server"] * len(METHODS)
+    assert [runs[name].job_type for name in SERVERS] == ["server"] * len(EXTRACTIONS)
     assert len({run.id for run in runs.values()}) == len(runs)
     for name, run in runs.items():
         assert set(run.tags) == {"digits", "lenet"}

@@ -17,7 +17,7 @@ from studies.merge_study import VARIANTS
 from lightning_fedfisher.merge.methods import METHODS
 
 FEDERATION = Federation("digits", "lenet", 1.0, 3, 0)
-NAMES = ["best client", "ensemble", *METHODS]
+NAMES = ["best client", "ensemble", *EXTRACTIONS]
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_study_writes_a_row_for_each_method_and_goes_on(study, monkeypatch):
     published = {name for name, method in METHODS.items() if method.keeps_best}
     assert labels == {name: 500 if name in published else 0 for name in NAMES}
     merged = [float(row["server_seconds"]) > 0 for row in rows]
-    assert merged == [False] * 2 + [True] * len(METHODS)
+    assert merged == [False] * 2 + [True] * len(EXTRACTIONS)
     clients = sorted((table.parent / FEDERATION.name).iterdir())
     assert [file.name for file in clients] == [f"client-{k}.safetensors" for k in range(5)]
 

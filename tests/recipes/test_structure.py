@@ -42,7 +42,7 @@ def imported_names(path):
 
 def test_the_scripts_are_found():
     assert {"cifar_resnet", "studies.tables", "fuzzing.fuzz_updates"} <= SCRIPT_NAMES
-    assert len(SCRIPTS) == 14
+    assert len(SCRIPTS) == 16
     assert "fuzzing.mutations" not in SCRIPT_NAMES
 
 

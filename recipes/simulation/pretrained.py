@@ -1,0 +1,338 @@
+"""Federations that start from a pre-trained network: no training at all, or fine-tuning.
+
+Every client has the same body. ``closed_form_head`` fits the last layer of the untouched network
+and trains nothing. The other methods merge clients that were fine-tuned from a new head, as people
+do. Those with ``head_first_`` before their name merge clients that start from the merged
+closed-form head and are fine-tuned gently: normalisation in eval mode, class frequencies in the
+loss.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any, cast
+
+import lightning
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch import Callback, Trainer
+from rich.console import Console
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_fedfisher import FedFisherCallback, PriorCrossEntropy, fit_closed_form_head
+from lightning_fedfisher.report.page import write_report
+from lightning_fedfisher.results.record import MergeRecord
+from simulation.clients import (
+    EXTRACTIONS,
+    Classifier,
+    ClientFolder,
+    ClientResult,
+    assess,
+    merge,
+)
+from simulation.json_report import write_json
+from simulation.partition import class_histogram, reference_partition
+from simulation.pretrained_report import describe
+from simulation.pretrained_setting import (
+    CLOSED_FORM,
+    FINE_TUNED,
+    HEAD_FIRST,
+    Flags,
+    Task,
+    subset,
+)
+from simulation.results import Report, show
+
+# Outputs of a closed-form head lie between 0 and 1. As logits they tell little.
+_HEAD_SCALE = 10.0
+_GENTLE_EPOCHS = 1
+_EVALUATION_BATCH = 250
+_FOLDERS = _HEADS, _TUNED, _GENTLE = "updates", "fine-tuned", "head-first"
+
+
+def start(parsed: Namespace, make_task: Callable[[Namespace], Task]) -> None:
+    """Runs a recipe from its parsed command line, and says in one line what is wrong with it.
+
+    Args:
+        parsed: the command line.
+        make_task: loads the data and names the network.
+    """
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    for known in ("not have many workers", "than the logging", "treespec", "no `val_", "eval mode"):
+        warnings.filterwarnings("ignore", f".*{known}.*")
+    flags = Flags(**{flag.name: parsed[flag.name] for flag in fields(Flags)})
+    try:
+        run(make_task(parsed), replace(flags, methods=tuple(flags.methods)))
+    except (OSError, ValueError, ImportError) as error:
+        sys.exit(f"error: {error}")
+
+
+class _FineTuner(Classifier):
+    """Fine-tunes a network; gently, with normalisation in eval mode, if frequencies are given."""
+
+    def __init__(self, network: nn.Module, task: Task, rate: float, counts: Any = None) -> None:
+        super().__init__(network, rate)
+        self._optimizer = task.optimizer
+        self._gentle = counts is not None
+        self._loss = nn.CrossEntropyLoss() if counts is None else PriorCrossEntropy(counts)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Computes the mean loss of a batch."""
+        if self._gentle:
+            self.network.eval()
+        loss: Tensor = self._loss(self(batch[0]), batch[1])
+        self.log("train_loss", loss, on_step=False, on_epoch=True)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Makes the optimizer of the task."""
+        return self._optimizer(self.parameters(), lr=self.learning_rate)
+
+
+class Federation:
+    """A federation of one task: the clients' updates, and what the methods make of them."""
+
+    def __init__(self, task: Task, flags: Flags) -> None:
+        """Splits the data; trains nothing yet.
+
+        Args:
+            task: data and network.
+            flags: of the command line.
+        """
+        self.task, self.flags = task, flags
+        stamp = f"{datetime.now():%Y-%m-%dT%H-%M-%S}-{task.name}-{task.network}"
+        self.output = flags.output_dir or Path("runs") / stamp
+        if not flags.resume and any((self.output / name).exists() for name in _FOLDERS):
+            raise ValueError(f"{self.output} holds finished clients: add --resume to keep them")
+        chosen = subset(len(task.train), flags.max_train_samples, flags.partition_seed)
+        labels = task.train.tensors[1].numpy()[chosen]
+        parts = reference_partition(labels, flags.clients, flags.alpha, flags.partition_seed)
+        self.histogram = class_histogram(labels, parts, task.classes)
+        self.parts = [chosen[part] for part in parts]
+        some = subset(len(task.test), flags.max_test_samples, flags.partition_seed)
+        self.test = TensorDataset(*(tensor[some] for tensor in task.test.tensors))
+        self.options: dict[str, Any] = {
+            "accelerator": flags.accelerator,
+            "devices": 1,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_model_summary": False,
+            "enable_progress_bar": sys.stdout.isatty(),
+        }
+        self.device = torch.device(
+            "cuda" if torch.cuda.is_available() and flags.accelerator != "cpu" else "cpu"
+        )
+
+    def samples(self, index: int) -> TensorDataset:
+        """Takes one client's training samples."""
+        rows = torch.from_numpy(self.parts[index])
+        return TensorDataset(*(tensor[rows] for tensor in self.task.train.tensors))
+
+    def fit_heads(self) -> list[Path]:
+        """Fits every client's head on the untouched network, which trains nothing.
+
+        Returns:
+            The clients' update files.
+        """
+        tuner = _FineTuner(self.task.build(self.flags.seed), self.task, 0.0).to(self.device)
+        paths = []
+        for index in range(self.flags.clients):
+            path = self.output / _HEADS / f"client-{index}" / f"{CLOSED_FORM}.safetensors"
+            paths.append(path)
+            if self.flags.resume and path.is_file():
+                continue
+            say(f"client {index + 1} of {self.flags.clients}: one forward pass, no training")
+            loader = DataLoader(self.samples(index), _EVALUATION_BATCH)
+            fit_closed_form_head(tuner, loader).save(path)
+        return paths
+
+    def fine_tune(
+        self, name: str, network: nn.Module, methods: Sequence[str], gentle: bool
+    ) -> tuple[list[ClientResult], list[Tensor], list[ClientFolder]]:
+        """Fine-tunes every client that is not finished.
+
+        Args:
+            name: of the folder of these clients.
+            network: where all of them start; it is not changed.
+            methods: merge methods that their updates must serve.
+            gentle: whether as after a closed-form head.
+
+        Returns:
+            Each client's result, log-probabilities on the test set, and folder.
+        """
+        flags, task = self.flags, self.task
+        rate = (flags.gentle_rate or task.gentle_rate) if gentle else flags.learning_rate
+        epochs = _GENTLE_EPOCHS if gentle else flags.epochs or task.epochs
+        rate = rate or task.learning_rate
+        elsewhere = {"methods", "output_dir", "accelerator", "resume"}
+        setting = {k: str(v) for k, v in asdict(flags).items() if k not in elsewhere}
+        setting |= {"task": f"{task.name} {task.network}", "rate": str(rate), "epochs": str(epochs)}
+        results, predictions, folders = [], [], []
+        for index in range(flags.clients):
+            folder = ClientFolder(self.output / name, index)
+            finished = folder.load(setting, methods) if flags.resume else None
+            if finished is None:
+                say(f"client {index + 1} of {flags.clients}: {epochs} epochs at {rate:g} ({name})")
+                lightning.seed_everything(1000 * flags.seed + index, verbose=False)
+                samples = self.samples(index)
+                counts = self.histogram[index] if gentle else None
+                # As people train: networks of Hugging Face come in eval mode.
+                tuner = _FineTuner(copy.deepcopy(network), task, rate, counts).train()
+                callbacks = {
+                    folder.update(method): FedFisherCallback(
+                        folder.update(method),
+                        curvature=cast(Any, EXTRACTIONS[method][0]),
+                        fisher=cast(Any, EXTRACTIONS[method][1]),
+                        upload_budget=flags.upload_budget,
+                        dataloader=DataLoader(samples, flags.batch_size),
+                    )
+                    for method in methods
+                }
+                losses = _Losses()
+                every = [losses, *callbacks.values()]
+                trainer = Trainer(max_epochs=epochs, callbacks=every, **self.options)
+                # A batch of one has no statistics to normalise by.
+                alone = len(samples) % flags.batch_size == 1 and len(samples) > 1
+                trainer.fit(
+                    tuner, DataLoader(samples, flags.batch_size, shuffle=True, drop_last=alone)
+                )
+                predicted = self.predict(tuner.network)
+                seconds = {path.name: found.seconds or 0.0 for path, found in callbacks.items()}
+                accuracy = assess(predicted, self.test.tensors[1]).accuracy
+                finished = ClientResult(len(samples), accuracy, seconds, losses.found), predicted
+                folder.save(setting, *finished)
+            say(f"client {index + 1} of {flags.clients}: {finished[0].accuracy:.1f}%")
+            results.append(finished[0])
+            predictions.append(finished[1])
+            folders.append(folder)
+        return results, predictions, folders
+
+    def merged(
+        self, method: str, paths: Sequence[Path], network: nn.Module
+    ) -> tuple[MergeRecord, dict[str, Tensor]]:
+        """Merges update files, and tests the merged network.
+
+        Args:
+            method: name of a merge method of the package.
+            paths: the clients' update files.
+            network: takes the merged weights; it is not changed.
+
+        Returns:
+            What there is to tell of the merge, and the network's state dict.
+        """
+        say(f"merging with {method}")
+        tuner = _FineTuner(copy.deepcopy(network), self.task, 0.0)
+        result = merge(method, paths, tuner, None, self.options)
+        tuner.load_state_dict(result.state_dict, strict=False)
+        scored = assess(self.predict(tuner.network), self.test.tensors[1])
+        # A head alone is small: all uploads are told in multiples of what fine-tuning sends.
+        sent = [p for p in network.parameters() if p.requires_grad] + [*network.buffers()]
+        whole = sum(tensor.nbytes for tensor in sent)
+        record = replace(result.record, score=scored, fedavg_bytes=whole)
+        return record, tuner.network.state_dict()
+
+    @torch.inference_mode()
+    def predict(self, network: nn.Module) -> Tensor:
+        """Computes log-probabilities on the test set, of shape ``(n, classes)``."""
+        network.to(self.device).eval()
+        loader = DataLoader(TensorDataset(self.test.tensors[0]), _EVALUATION_BATCH)
+        found = [network(x.to(self.device)).float().log_softmax(1).cpu() for (x,) in loader]
+        network.cpu()
+        return torch.cat(found)
+
+
+class _Losses(Callback):
+    """Keeps the training loss of every epoch."""
+
+    def __init__(self) -> None:
+        self.found: list[float] = []
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
+        self.found.append(float(trainer.callback_metrics["train_loss"]))
+
+
+def run(task: Task, flags: Flags) -> Report:
+    """Simulates a federation, and writes its results.
+
+    Args:
+        task: data and network.
+        flags: of the command line.
+
+    Returns:
+        The content of ``results.json``.
+    """
+    federation = Federation(task, flags)
+    counts = [len(part) for part in federation.parts]
+    say(f"data: {task.note}\n{flags.clients} clients of {task.name} hold {counts} samples")
+    network = task.build(flags.seed)
+    found: dict[str, tuple[MergeRecord, dict[str, Tensor]]] = {}
+    plain = [m for m in flags.methods if m in FINE_TUNED]
+    gentle = [m.removeprefix(HEAD_FIRST) for m in flags.methods if m.startswith(HEAD_FIRST)]
+    results, predictions = list[ClientResult](), list[Tensor]()
+    if gentle or CLOSED_FORM in flags.methods:
+        found[CLOSED_FORM] = federation.merged(CLOSED_FORM, federation.fit_heads(), network)
+    if plain:
+        tuned = federation.fine_tune(_TUNED, network, plain, gentle=False)
+        results, predictions, folders = tuned
+        _merge_all(federation, plain, folders, results, network, "", found)
+    if gentle:
+        shared = copy.deepcopy(network)
+        shared.load_state_dict(_scaled(network.state_dict(), found[CLOSED_FORM][1]))
+        tuned = federation.fine_tune(_GENTLE, shared, gentle, gentle=True)
+        if not plain:
+            results, predictions = tuned[:2]
+        _merge_all(federation, gentle, tuned[2], tuned[0], shared, HEAD_FIRST, found)
+    merges = [found[method][0] for method in flags.methods]
+    report, record = describe(
+        *(task, flags, federation.histogram, merges, results, predictions),
+        *(federation.test.tensors[1], federation.device),
+    )
+    first = flags.methods[0]
+    save_file(found[first][1], federation.output / "merged.safetensors")
+    record.save(federation.output / "record.json")
+    write_report(record, federation.output / "report.html")
+    write_json(federation.output / "results.json", report)
+    show(report, Console(), f"Test accuracy on {task.name}")
+    say(f"written: {federation.output}/results.json, report.html, merged.safetensors ({first})")
+    return report
+
+
+def _merge_all(
+    federation: Federation,
+    methods: Sequence[str],
+    folders: Sequence[ClientFolder],
+    results: Sequence[ClientResult],
+    network: nn.Module,
+    prefix: str,
+    found: dict[str, tuple[MergeRecord, dict[str, Tensor]]],
+) -> None:
+    """Merges the same clients with several methods, and notes what clients spent."""
+    for method in methods:
+        paths = [folder.update(method) for folder in folders]
+        record, state = federation.merged(method, paths, network)
+        spent = [result.extraction_seconds[paths[0].name] for result in results]
+        record = replace(record, method=prefix + method, client_seconds=sum(spent) / len(spent))
+        found[prefix + method] = record, state
+
+
+def _scaled(before: Mapping[str, Tensor], fitted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The fitted weights, with those that the fit changed scaled to logits."""
+    return {
+        name: tensor if torch.equal(tensor, before[name]) else _HEAD_SCALE * tensor
+        for name, tensor in fitted.items()
+    }
+
+
+def say(text: str) -> None:
+    """Prints a line of progress."""
+    Console(highlight=False).print(text, soft_wrap=True, markup=False)

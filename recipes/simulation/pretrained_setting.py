@@ -1,0 +1,127 @@
+"""What the recipes that start from a pre-trained network are asked: data, network and flags."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import numpy as np
+import torch
+from jsonargparse import ArgumentParser
+from torch import nn
+from torch.utils.data import TensorDataset
+
+CLOSED_FORM, HEAD_FIRST = "closed_form_head", "head_first_"
+FINE_TUNED = ("fedavg", "fisher_merge", "regmean", "fedfisher")
+METHODS = (CLOSED_FORM, *FINE_TUNED, *(HEAD_FIRST + method for method in FINE_TUNED))
+"""What the recipes compare: none of it takes labels on the server."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set and the pre-trained network for it.
+
+    Attributes:
+        name: of the data set.
+        network: name of the network.
+        note: where the data comes from.
+        train: inputs and labels, in memory.
+        test: the same.
+        classes: number of classes.
+        build: gives the network with pre-trained weights and a head from the seed.
+        optimizer: of the fine-tuning, given parameters and learning rate.
+        learning_rate: of ordinary fine-tuning.
+        gentle_rate: of fine-tuning after a closed-form head.
+        epochs: of ordinary fine-tuning.
+    """
+
+    name: str
+    network: str
+    note: str
+    train: TensorDataset
+    test: TensorDataset
+    classes: int
+    build: Callable[[int], nn.Module]
+    optimizer: Callable[..., torch.optim.Optimizer]
+    learning_rate: float
+    gentle_rate: float
+    epochs: int
+
+
+@dataclass(frozen=True)
+class Flags:
+    """The command line that the recipes share."""
+
+    data_dir: Path | None = None
+    clients: int = 5
+    alpha: float = 0.1
+    partition_seed: int = 3
+    seed: int = 0
+    epochs: int | None = None
+    max_train_samples: int | None = None
+    max_test_samples: int | None = None
+    learning_rate: float | None = None
+    gentle_rate: float | None = None
+    batch_size: int = 32
+    upload_budget: float = 1.0
+    methods: tuple[str, ...] = METHODS[:5]
+    output_dir: Path | None = None
+    accelerator: str = "auto"
+    resume: bool = False
+
+
+_HELP = {
+    "data_dir": "folder or file of the data",
+    "clients": "number of clients",
+    "alpha": "how uneven the split is: less is more uneven",
+    "partition_seed": "seed of the split",
+    "seed": "seed of the new head and of training",
+    "epochs": "local epochs of ordinary fine-tuning",
+    "max_train_samples": "train on a random subset of this size",
+    "max_test_samples": "test on a random subset of this size",
+    "learning_rate": "of ordinary fine-tuning",
+    "gentle_rate": "of fine-tuning after a closed-form head",
+    "batch_size": "batch size of local training",
+    "upload_budget": "most bytes of an update, in multiples of a FedAvg upload",
+    "methods": "merge methods to compare",
+    "output_dir": "folder for everything written; a new one by default",
+    "accelerator": "Lightning accelerator",
+    "resume": "go on in --output-dir, keeping finished clients",
+}
+
+
+def shared_parser(description: str | None, script: str) -> ArgumentParser:
+    """Describes the command line that the recipes share.
+
+    Args:
+        description: what the script does, for ``--help``.
+        script: name of the script.
+    """
+    parser = ArgumentParser(prog=script, description=description)
+    hints = get_type_hints(Flags)
+    for flag in fields(Flags):
+        how: dict[str, Any] = {"type": hints[flag.name], "default": flag.default}
+        if hints[flag.name] is bool:
+            how = {"action": "store_true"}
+        elif flag.name == "methods":
+            how = {"type": str, "choices": METHODS, "nargs": "+", "default": list(flag.default)}
+        parser.add_argument("--" + flag.name.replace("_", "-"), help=_HELP[flag.name], **how)
+    return parser
+
+
+def subset(size: int, most: int | None, seed: int) -> np.ndarray:
+    """Chooses samples at random, in their order.
+
+    Args:
+        size: how many there are.
+        most: how many to choose at most; None takes all.
+        seed: of the choice.
+
+    Returns:
+        Their indices.
+    """
+    if most is None or most >= size:
+        return np.arange(size)
+    return np.sort(np.random.default_rng(seed).choice(size, most, replace=False))

@@ -1,0 +1,80 @@
+"""The image recipe end to end on embedded digits and a network without pre-trained weights."""
+
+import json
+import math
+
+import pretrained_image
+import pytest
+import torch
+from safetensors.torch import load_file
+from simulation.pretrained_setting import METHODS
+
+SMALL = [
+    *("--dataset", "digits", "--model", "resnet18", "--weights", "none", "--image-size", "32"),
+    *("--clients", "2", "--alpha", "1", "--epochs", "1", "--batch-size", "16"),
+    *("--max-train-samples", "60", "--max-test-samples", "40"),
+]
+SHOWN = ("closed_form_head", "fedavg", "regmean", "head_first_fedavg")
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory):
+    """A finished federation, and its results."""
+    output = tmp_path_factory.mktemp("federation")
+    pretrained_image.main([*SMALL, "--methods", *SHOWN, "--output-dir", str(output)])
+    return output, json.loads((output / "results.json").read_text())
+
+
+def test_results_have_the_form_of_the_other_recipes(federation):
+    _, results = federation
+    assert list(results["methods"]) == list(SHOWN)
+    for row in results["methods"].values():
+        assert 0 <= row["accuracy"] <= 100
+        assert math.isfinite(row["nll"])
+        assert row["server_labels"] == 0
+        assert row["upload_bytes"] < 1.01 * row["fedavg_bytes"]
+    assert sum(client["num_samples"] for client in results["clients"]) == 60
+    accuracies = [client["accuracy"] for client in results["clients"]]
+    assert results["best_client"]["accuracy"] == max(accuracies)
+    assert {"dataset": "digits", "model": "resnet18"}.items() <= results["config"].items()
+
+
+def test_the_first_model_is_written(federation):
+    output, results = federation
+    state = load_file(output / "merged.safetensors")
+    assert state["fc.weight"].shape == (10, 512)
+    assert (output / "report.html").stat().st_size > 10_000
+    assert max(row["accuracy"] for row in results["methods"].values()) > 20  # of random features
+
+
+def test_a_finished_federation_is_kept(federation, monkeypatch, capsys):
+    output, results = federation
+    monkeypatch.setattr(torch.Tensor, "backward", None)  # nothing is trained again
+    flags = [*SMALL, "--methods", *SHOWN, "--output-dir", str(output)]
+    with pytest.raises(SystemExit, match="add --resume"):
+        pretrained_image.main(flags)
+    pretrained_image.main([*flags, "--resume"])
+    again = json.loads((output / "results.json").read_text())
+    for method, row in results["methods"].items():
+        assert again["methods"][method]["accuracy"] == row["accuracy"]
+    assert "epochs at" not in capsys.readouterr().out
+
+
+def test_a_head_alone_trains_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "backward", None)
+    pretrained_image.main([*SMALL, "--methods", "closed_form_head", "--output-dir", str(tmp_path)])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results["methods"]) == ["closed_form_head"]
+    assert results["best_client"] == {}
+
+
+def test_all_methods_are_offered_and_no_other():
+    parser = pretrained_image.make_parser()
+    assert parser.parse_args(["--methods", *METHODS]).methods == list(METHODS)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--methods", "fedfisher_kfac"])
+
+
+def test_a_network_that_is_unknown_is_told_at_once():
+    with pytest.raises((SystemExit, RuntimeError), match=r"nowhere|Unknown model"):
+        pretrained_image.main(["--dataset", "digits", "--model", "nowhere"])
