@@ -18,6 +18,7 @@ from lightning_fedfisher._utils.lazy_import import lazy_exports
 
 if TYPE_CHECKING:
     from lightning_fedfisher.callback import FedFisherCallback
+    from lightning_fedfisher.closed_form_head import fit_closed_form_head
     from lightning_fedfisher.errors import (
         BudgetError,
         FedFisherError,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
         UpdateError,
     )
     from lightning_fedfisher.extraction.extract import extract_curvature
+    from lightning_fedfisher.losses import PriorCrossEntropy
     from lightning_fedfisher.merge.merger import merge_updates
     from lightning_fedfisher.merge.methods import METHODS, MergeMethod
     from lightning_fedfisher.merge_module import FisherMergeModule
@@ -43,11 +45,13 @@ __all__ = [
     "FisherMergeModule",
     "MergeError",
     "MergeMethod",
+    "PriorCrossEntropy",
     "UnsupportedModelError",
     "UpdateError",
     "__version__",
     "extract_curvature",
     "federation_logger",
+    "fit_closed_form_head",
     "merge_updates",
     "plan_update",
     "write_report",
@@ -55,10 +59,12 @@ __all__ = [
 
 _ROOMS = {
     "callback": ("FedFisherCallback",),
+    "closed_form_head": ("fit_closed_form_head",),
     "errors": (
         *("FedFisherError", "UnsupportedModelError", "UpdateError", "MergeError", "BudgetError"),
     ),
     "extraction.extract": ("extract_curvature",),
+    "losses": ("PriorCrossEntropy",),
     "merge.merger": ("merge_updates",),
     "merge.methods": ("METHODS", "MergeMethod"),
     "merge_module": ("FisherMergeModule",),

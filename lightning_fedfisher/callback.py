@@ -9,10 +9,11 @@ from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
@@ -21,6 +22,7 @@ from lightning_fedfisher.curvature.summary import CurvatureSummary, summarize_cu
 from lightning_fedfisher.distributed.lightning_strategies import require_whole_model, sum_over_ranks
 from lightning_fedfisher.distributed.processes import Shard
 from lightning_fedfisher.extraction.batches import Forward
+from lightning_fedfisher.extraction.closed_form_head import extract_closed_form_head
 from lightning_fedfisher.extraction.extract import extract_curvature
 from lightning_fedfisher.extraction.fisher_types import FisherType
 from lightning_fedfisher.extraction.options import ExtractionOptions
@@ -46,6 +48,10 @@ class FedFisherCallback(Callback):
     the extraction on two samples, so that a model that is not supported is refused at once.
     Weights, gradients, modes and random states stay as they are. After an exception or Ctrl-C
     nothing is written. Under ``fast_dev_run`` one batch is extracted and nothing is written.
+
+    With ``closed_form_head=True`` nothing has to be trained: the last layer is fitted to all labels
+    in one forward pass, at the end of `Trainer.fit`, `Trainer.validate` or `Trainer.predict`, and
+    the update holds that layer alone (see `fit_closed_form_head`).
 
     Attributes:
         update: The update as it is sent; None until the fit has ended.
@@ -74,7 +80,8 @@ class FedFisherCallback(Callback):
         draws: int = ExtractionOptions.draws,
         positions: Positions = ExtractionOptions.positions,
         seed: int = ExtractionOptions.seed,
-        upload_budget: float | None = 1.0,
+        closed_form_head: bool | str = False,
+        upload_budget: float | Literal["auto"] | None = "auto",
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         """Checks and keeps the options.
@@ -86,7 +93,8 @@ class FedFisherCallback(Callback):
             fisher: Fisher type.
             likelihood: Name of the likelihood of the labels given the logits.
             max_samples: Most samples to average over: a number takes a seeded random subset,
-                ``"auto"`` takes every twelfth sample but at least 300, None takes all.
+                ``"auto"`` takes every twelfth sample but at least 300 (for a closed-form head, all
+                of them), None takes all.
             batch_size: Number of samples in a batch; None keeps the loader's own.
             dataloader: The client's samples, if they are not those behind the training loader, for
                 example to extract without its augmentation; None takes the training loader.
@@ -98,19 +106,30 @@ class FedFisherCallback(Callback):
             positions: Most positions of each sample that a layer's factors are computed from;
                 ``"auto"`` takes a sixteenth of them (at least 2), None takes all.
             seed: Seed of the subset and of all draws.
+            closed_form_head: Whether to fit the last layer by least squares in place of extracting
+                curvature; or the name of the layer, if it is not the one whose outputs are the
+                logits. The other layers must be the same on all clients.
             upload_budget: Most bytes of the file, in multiples of what FedAvg sends. Weights and
                 curvature are rounded to fit (see `ClientUpdate.compressed`). None rounds nothing,
-                and neither does any budget if the update takes up to 16 KiB.
+                and neither does any budget if the update takes up to 16 KiB. ``"auto"`` is 1, and
+                None with ``closed_form_head``, whose merge is exact.
             metadata: Further text to send along, by names; None sends none.
 
         Raises:
             ValueError: If an option is unknown or out of range.
         """
+        if closed_form_head and curvature not in (ExtractionOptions.curvature, "input_gram"):
+            raise ValueError(
+                f"closed_form_head extracts the inputs' second moment, and not {curvature} "
+                "curvature: leave curvature= out"
+            )
+        self._fits_head = bool(closed_form_head)
+        self._head = closed_form_head if isinstance(closed_form_head, str) else None
         self._options = ExtractionOptions(
-            curvature=curvature,
+            curvature="input_gram" if closed_form_head else curvature,
             fisher=fisher,
             likelihood=likelihood,
-            max_samples=max_samples,
+            max_samples=None if closed_form_head and max_samples == "auto" else max_samples,
             batch_size=batch_size,
             forward=forward,
             draws=draws,
@@ -119,6 +138,8 @@ class FedFisherCallback(Callback):
         )
         if num_samples is not None and not (isinstance(num_samples, int) and num_samples >= 1):
             raise ValueError(f"num_samples must be a whole number, at least 1, got {num_samples!r}")
+        if upload_budget == "auto":
+            upload_budget = None if closed_form_head else 1.0
         if upload_budget is not None and not 0 < upload_budget < math.inf:
             raise ValueError(f"upload_budget must be greater than 0, got {upload_budget!r}")
         for item in (metadata or {}).items():
@@ -145,7 +166,7 @@ class FedFisherCallback(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
+        if stage not in (("fit", "validate", "predict") if self._fits_head else ("fit",)):
             return
         self.update = self.path = self.seconds = self._trace = None
         require_whole_model(trainer, "FedFisherCallback")
@@ -190,6 +211,20 @@ class FedFisherCallback(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._send(trainer, pl_module)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._fits_head and trainer.state.fn == TrainerFn.VALIDATING:
+            self._send(trainer, pl_module)
+
+    @override
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._fits_head:
+            self._send(trainer, pl_module)
+
+    def _send(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Extracts the update and writes it."""
         dry = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
         one_batch = getattr(self._loader(trainer), "batch_size", None) or 1
         most = self._options.max_samples
@@ -201,7 +236,9 @@ class FedFisherCallback(Callback):
         logs = not dry and trainer.is_global_zero and bool(trainer.loggers)
         curvature = self._describe(trainer, extracted) if logs else []
         update = self._update_of(pl_module, extracted)
-        extracted = replace(extracted, blocks={})  # whose memory is free as they are rounded
+        extracted = replace(
+            extracted, blocks={}, fitted=None
+        )  # whose memory is free as they are rounded
         if self._upload_budget is not None:
             update = update.compressed(self._upload_budget, consume=True)
         self.update, self.seconds = update, extracted.seconds
@@ -222,10 +259,15 @@ class FedFisherCallback(Callback):
             )
 
     def _loader(self, trainer: Trainer) -> Iterable[Any]:
-        loader = self._dataloader if self._dataloader is not None else trainer.train_dataloader
+        own: dict[TrainerFn | None, Any] = {
+            TrainerFn.VALIDATING: trainer.val_dataloaders,
+            TrainerFn.PREDICTING: trainer.predict_dataloaders,
+        }
+        found = own.get(trainer.state.fn, trainer.train_dataloader)
+        loader = found if self._dataloader is None else self._dataloader
         if loader is None or isinstance(loader, Mapping | list | tuple):
             raise ValueError(
-                "several training loaders, or none: pass FedFisherCallback(dataloader=...) the one "
+                "several loaders, or none: pass FedFisherCallback(dataloader=...) the one "
                 "over this client's samples"
             )
         return loader
@@ -237,21 +279,25 @@ class FedFisherCallback(Callback):
         max_samples: MaxSamples,
         on_progress: Callable[[int, int | None], None] | None = None,
     ) -> ExtractedCurvature:
-        return extract_curvature(
+        options = replace(self._options, max_samples=max_samples)
+        extract = (
+            partial(extract_closed_form_head, head=self._head)
+            if self._fits_head
+            else partial(extract_curvature, trace=self._trace)
+        )
+        return extract(
             pl_module,
             self._loader(trainer),
-            options=self._options,
-            max_samples=max_samples,
+            options=options,
             prepare=trainer.strategy.batch_to_device,
             shard=Shard(trainer.global_rank, trainer.world_size, partial(sum_over_ranks, trainer)),
-            trace=self._trace,
             progress=trainer.progress_bar_callback is not None,
             on_progress=on_progress,
         )
 
     def _update_of(self, pl_module: LightningModule, extracted: ExtractedCurvature) -> ClientUpdate:
         header = extracted.header(self._num_samples, self._metadata)
-        return ClientUpdate.from_model(pl_module, header, extracted.blocks)
+        return ClientUpdate.from_model(extracted.fitted or pl_module, header, extracted.blocks)
 
     def _write(self, trainer: Trainer, update: ClientUpdate) -> None:
         # Asked on every rank: the log directory is broadcast.

@@ -322,7 +322,7 @@ def test_loaders_that_hide_the_samples_are_refused_before_training(tmp_path):
     with pytest.raises(ValueError, match="pass `dataloader=`"):
         fit(tmp_path, FedFisherCallback(), loader=weighted)
     several = [tiny_loader(), tiny_loader()]
-    with pytest.raises(ValueError, match="several training loaders"):
+    with pytest.raises(ValueError, match="several loaders, or none"):
         fit(tmp_path, FedFisherCallback(), loader=several)
 
 

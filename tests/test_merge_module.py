@@ -10,7 +10,14 @@ from functools import partial
 import pytest
 import torch
 from helpers.federation import quiet_trainer, tiny_data, tiny_loader, tiny_model
-from helpers.merging import assert_same, merge, update_of, updates_by_method, with_header
+from helpers.merging import (
+    OF_NETWORKS,
+    assert_same,
+    merge,
+    update_of,
+    updates_by_method,
+    with_header,
+)
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from oracles import merge as oracle
@@ -41,21 +48,21 @@ def updates(tmp_path_factory):
 EXACT = {m: 1e-6 if row.aligns else 0.0 for m, row in METHODS.items()}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OF_NETWORKS)
 def test_one_client_is_returned(updates, method, tmp_path):
     client, error = updates[method][0], EXACT[method]
     module = merge([client], tmp_path, method=method)
     assert_same(module.merged_state_dict(), client.parameters, rtol=error, atol=error)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OF_NETWORKS)
 def test_identical_clients_are_returned(updates, method, tmp_path):
     client, error = updates[method][1], EXACT[method]
     module = merge([client] * 3, tmp_path, method=method)
     assert_same(module.merged_state_dict(), client.parameters, rtol=error, atol=error)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OF_NETWORKS)
 def test_distances_to_the_clients_add_up_to_the_objective(updates, method, tmp_path):
     module = merge(updates[method], tmp_path, method=method)
     assert module.distances.shape == (len(module.layers), 3)
@@ -104,7 +111,7 @@ def test_diagonal_curvature_gives_the_closed_form(updates, method, power, tmp_pa
     assert_same(module.merged_state_dict(), reference, rtol=2e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OF_NETWORKS)
 def test_order_of_clients_does_not_matter(updates, method, tmp_path):
     clients = updates[method]
     options = {"method": method, "max_iterations": 200}
@@ -327,7 +334,7 @@ def test_a_warning_names_the_layers_that_are_not_solved(updates, tmp_path):
 def test_a_merge_that_is_solved_warns_of_nothing(updates, tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*converged")
-        for method in METHODS:
+        for method in OF_NETWORKS:
             merge(updates[method], tmp_path, method=method, trainer={"max_epochs": -1})
 
 
@@ -427,7 +434,7 @@ WIRINGS = {
 
 
 @pytest.mark.parametrize(("fed_by", "reason"), WIRINGS.values(), ids=WIRINGS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OF_NETWORKS)
 def test_clients_that_ran_their_layers_otherwise_are_refused(updates, method, fed_by, reason):
     clients = updates[method if method != "fedavg" else "fedfisher"]
     odd = with_header(clients[1], fed_by=fed_by)

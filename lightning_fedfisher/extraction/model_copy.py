@@ -76,6 +76,27 @@ def copy_around_parameters(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, known | _empty_dicts(model))
 
 
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """Copies all of a model but the memory of its parameters; none of them is trained in the copy.
+
+    Args:
+        model: Any module. It is not changed.
+
+    Returns:
+        The copy.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> copied = frozen_copy(model)
+        >>> copied.weight.requires_grad, copied.weight.data_ptr() == model.weight.data_ptr()
+        (False, True)
+    """
+    known: dict[int, object] = {
+        id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()
+    }
+    return copy.deepcopy(model, known | _empty_dicts(model))
+
+
 def _empty_dicts(model: nn.Module) -> dict[int, object]:
     """Copies the empty dictionaries of hooks, of which every module has a dozen, for `deepcopy`.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from torch import nn
+
 from lightning_fedfisher.curvature.base import Curvature
 from lightning_fedfisher.curvature.registry import CurvatureType
 from lightning_fedfisher.extraction.layer_report import (
@@ -34,6 +36,9 @@ class ExtractedCurvature:
         fed_by: For each layer that reads the outputs of one other layer, that layer, by name.
         output_layer: Name of the layer whose outputs are the logits; empty if there is none.
         trace: What a forward pass of a few samples showed about the model; None if none was run.
+        fitted: The model that the curvature is around, if it is not the one that was given.
+        squared_error: Squared error that is left at its weights, as a mean over samples, if they
+            are a least-squares fit of the labels (`extract_closed_form_head`); None if not.
 
     Example:
         >>> import torch
@@ -57,6 +62,8 @@ class ExtractedCurvature:
     fed_by: Mapping[str, Source] = field(default_factory=dict)
     output_layer: str = ""
     trace: ModelTrace | None = field(default=None, repr=False, compare=False)
+    fitted: nn.Module | None = field(default=None, repr=False, compare=False)
+    squared_error: float | None = None
 
     @property
     def kind(self) -> CurvatureType:
@@ -102,4 +109,5 @@ class ExtractedCurvature:
             metadata=dict(metadata or {}),
             fed_by=self.fed_by,
             output_layer=self.output_layer if LIKELIHOODS[options.likelihood].softmax else "",
+            squared_error=self.squared_error,
         )

@@ -243,12 +243,15 @@ def _is_map_style(dataloader: Iterable[Any]) -> TypeGuard[DataLoader[Any]]:
 
 
 def _batch_sampler(dataloader: DataLoader[Any]) -> BatchSampler:
-    if type(dataloader.batch_sampler) is not BatchSampler:
+    found = dataloader.batch_sampler
+    # While it predicts, Lightning wraps it, to note which samples are in a batch.
+    found = getattr(found, "_batch_sampler", found)
+    if type(found) is not BatchSampler:
         raise ValueError(
             "a custom batch sampler, or batch_size=None, hides which samples the client trains on: "
             "pass `dataloader=` a plain DataLoader over them"
         )
-    return dataloader.batch_sampler
+    return found
 
 
 def _trained_indices(dataloader: DataLoader[Any], sampler: Iterable[Any]) -> list[int]:

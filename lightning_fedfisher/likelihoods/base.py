@@ -85,6 +85,23 @@ class Likelihood(ABC):
         """
 
     @classmethod
+    @abstractmethod
+    def regressands(cls, logits: Tensor, labels: Tensor) -> Tensor:
+        """What a least-squares fit of the labels brings the outputs close to.
+
+        Args:
+            logits: Output of the model, of shape ``(samples, *)``; its values do not matter.
+            labels: Labels of the same samples.
+
+        Returns:
+            A tensor in float64 of shape ``(samples, *positions, outputs)``: an observation in each
+            row, and NaN where it is not observed.
+
+        Raises:
+            ValueError: If the labels cannot belong to the logits.
+        """
+
+    @classmethod
     def check_logits(cls, logits: Tensor) -> None:
         """Refuses an output that cannot hold logits of this likelihood.
 
@@ -207,6 +224,11 @@ class ScalarLikelihood(Likelihood):
         if not torch.isfinite(labels).all():
             raise ValueError("labels must be finite")
         return labels.to(logits)
+
+    @override
+    @classmethod
+    def regressands(cls, logits: Tensor, labels: Tensor) -> Tensor:
+        return exactly(cls.check_labels(labels, logits))
 
     @abstractmethod
     def _variance(self) -> Tensor:

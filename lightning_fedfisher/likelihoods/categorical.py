@@ -90,6 +90,13 @@ class Categorical(Likelihood):
 
     @override
     @classmethod
+    def regressands(cls, logits: Tensor, labels: Tensor) -> Tensor:
+        y = _check_classes(labels, logits)
+        found = exactly(functional.one_hot(y.clamp_min(0), logits.shape[1]))
+        return found.masked_fill_((y == IGNORE_INDEX).unsqueeze(-1), torch.nan)
+
+    @override
+    @classmethod
     def check_logits(cls, logits: Tensor) -> None:
         if logits.ndim < 2 or logits.shape[1] < 2:
             raise ValueError(

@@ -121,7 +121,7 @@ def check_updates(
     traits = [_traits(update, any_curvature) for _, update in opened]
     if method is not None:
         for found, update in opened:
-            if refusal := method.refusal(update.header.curvature, update.header.fisher):
+            if refusal := method.refusal(update.header):
                 reason = f"{update.source} {refusal}, as method {method.name!r} needs"
                 found.offenders.append(reason)
     # In memory and in a file the same tables may be in another order.
@@ -171,6 +171,8 @@ def _traits(update: ClientUpdate, any_curvature: bool) -> tuple[dict[str, object
     if any_curvature:
         return model, {}, {}, {}
     extracted = {name: getattr(header, name) for name in ("curvature", "fisher", "likelihood")}
+    fit = "no" if header.squared_error is None else "a"
+    extracted["fit"] = f"{fit} least-squares fit"
     wiring: dict[str, object] = {
         f"the source of {name}": f"{source.layer} ({source.activation})"
         for name, source in header.fed_by.items()

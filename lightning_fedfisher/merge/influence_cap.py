@@ -59,7 +59,7 @@ def measure(problem: Quadratic) -> Tensor:
     Returns:
         For each client the three `MEASURES`, as multiples of the median client's: of shape
         ``(clients, 3)``, in float64. Zeros do not count for a median. Infinite where float32
-        overflows.
+        overflows. The distance of least-squares fits says nothing, and is zero.
 
     Example:
         >>> from lightning_fedfisher.curvature.base import Identity
@@ -75,7 +75,9 @@ def measure(problem: Quadratic) -> Tensor:
     ):
         offset = weights - middle
         pull = p * norm(curvature.apply(offset))
-        rows.append([p * float(curvature.trace()), norm(offset), pull])
+        # The fit of a few samples is anywhere in directions that they do not show.
+        distance = norm(offset) if problem.fit is None else 0.0
+        rows.append([p * float(curvature.trace()), distance, pull])
     found = torch.tensor(rows, dtype=torch.float64)
     return multiples(found.nan_to_num(nan=math.inf, posinf=math.inf))
 
@@ -97,7 +99,8 @@ def cap(problem: Quadratic, influence: Tensor, max_influence: float) -> Quadrati
     information, distance, pull = _reduction(influence, max_influence).T
     scale = torch.minimum(information, pull).tolist()
     reduced = [p * by for p, by in zip(problem.client_weights, scale, strict=True)]
-    return Quadratic(reduced, shrink_to_median(problem.weights, distance), problem.curvatures)
+    weights = shrink_to_median(problem.weights, distance)
+    return Quadratic(reduced, weights, problem.curvatures, problem.fit)
 
 
 def cap_values(

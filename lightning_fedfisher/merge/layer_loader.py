@@ -25,7 +25,7 @@ from lightning_fedfisher.merge.memory_budget import (
     working_dtype,
 )
 from lightning_fedfisher.merge.methods import MergeMethod
-from lightning_fedfisher.merge.objective import Quadratic, average
+from lightning_fedfisher.merge.objective import LeastSquares, Quadratic, average
 from lightning_fedfisher.update.client_update import ClientUpdate
 
 
@@ -176,7 +176,7 @@ class LayerLoader:
 
         ready = None if prepared is None else iter(prepared)
         held, nbytes = self._hold(layer, curvatures(), self._dtypes[index], device)
-        problem = Quadratic(self.client_weights, weights, held)
+        problem = Quadratic(self.client_weights, weights, held, self._fit(layer))
         influence = measure(problem)
         if overflown := [
             f"{update.source} is too large for float32 in layer {layer.name}"
@@ -185,6 +185,15 @@ class LayerLoader:
         ]:
             raise MergeError(overflown)
         return LoadedLayer(cap(problem, influence, self.method.max_influence), influence, nbytes)
+
+    def _fit(self, layer: Layer) -> LeastSquares | None:
+        """What the clients' fits leave, if their weights are fits."""
+        samples, total = sum(update.num_samples for update in self.updates), 0.0
+        for update in self.updates:
+            if update.header.squared_error is None:
+                return None
+            total += update.num_samples * update.header.squared_error
+        return LeastSquares(samples, total / samples, len(layer.parameters) > 1)
 
     def _alignments(
         self, index: int, device: torch.device, merged: Sequence[Tensor]

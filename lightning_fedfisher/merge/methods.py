@@ -14,7 +14,9 @@ from functools import partial
 from lightning_fedfisher.curvature.base import Curvature, Identity, require_positive_exponent
 from lightning_fedfisher.merge.influence_cap import DEFAULT_MAX_INFLUENCE
 from lightning_fedfisher.merge.objective import Quadratic
+from lightning_fedfisher.merge.ridge import RidgeRegression
 from lightning_fedfisher.merge.solvers import ClosedForm, PublishedServer, Solver, exact_solver
+from lightning_fedfisher.update.header import UpdateHeader
 
 Transform = Callable[[Curvature], Curvature]
 """What a method makes of a client's curvature of a layer."""
@@ -45,6 +47,7 @@ class MergeMethod:
             curvature for the inputs that the merged model gives it (see `alignment`).
         max_influence: What a client may weigh in a layer, as a multiple of what the median client
             weighs (see `influence_cap`).
+        takes_fits: Whether it merges least-squares fits alone (`closed_form_head`).
 
     Example:
         >>> from dataclasses import replace
@@ -68,6 +71,7 @@ class MergeMethod:
     ignores_curvature: bool = False
     aligns: bool = False
     max_influence: float = math.inf
+    takes_fits: bool = False
 
     def __post_init__(self) -> None:
         """Refuses a power that is not greater than zero."""
@@ -92,20 +96,26 @@ class MergeMethod:
         own = self.output_transform if is_output_layer else None
         return self.transform if own is None else own
 
-    def refusal(self, curvature: str, fisher: str) -> str | None:
-        """Says why it cannot merge an update with this curvature.
+    def refusal(self, header: UpdateHeader) -> str | None:
+        """Says why it cannot merge an update.
 
         Args:
-            curvature: Curvature that the update was extracted with.
-            fisher: Fisher type that it was extracted with.
+            header: Header of the update.
 
         Returns:
-            The reason, with what to extract instead; None if it can merge the update.
+            The reason, with what to do instead; None if it can merge the update.
         """
-        if self.curvatures and curvature not in self.curvatures:
-            wanted, found = f"curvature={self.curvatures[0]!r}", f"{curvature} curvature"
-        elif self.fishers and fisher not in self.fishers:
-            wanted, found = f"fisher={self.fishers[0]!r}", f"the {fisher} Fisher"
+        if self.takes_fits and header.squared_error is None:
+            return "holds no least-squares fit: make it by FedFisherCallback(closed_form_head=True)"
+        if header.squared_error is not None and self.power != 1:
+            return (
+                "holds a least-squares fit, and no power of its curvature has the fit of all "
+                "samples: merge it by method='closed_form_head'"
+            )
+        if self.curvatures and header.curvature not in self.curvatures:
+            wanted, found = f"curvature={self.curvatures[0]!r}", f"{header.curvature} curvature"
+        elif self.fishers and header.fisher not in self.fishers:
+            wanted, found = f"fisher={self.fishers[0]!r}", f"the {header.fisher} Fisher"
         else:
             return None
         return f"holds {found}: extract it with FedFisherCallback({wanted}, ...)"
@@ -197,13 +207,23 @@ METHODS: dict[str, MergeMethod] = {
             aligns=True,
             max_influence=DEFAULT_MAX_INFLUENCE,
         ),
+        MergeMethod(
+            "closed_form_head",
+            RidgeRegression,
+            max_iterations=1,
+            steps_per_epoch=1,
+            curvatures=("input_gram",),
+            converges=True,
+            takes_fits=True,
+        ),
     )
 }
 """Every method, by its name.
 
 The published ones are FedFisher's (arXiv 2403.12329), with its server's steps. RegMean (Jin et al.,
 2023) takes the inputs' second moment, alone or from the K-FAC factors, which for convolutions is
-that of unfolded patches; layers without one are averaged.
+that of unfolded patches; layers without one are averaged. ``closed_form_head`` takes the fits of
+`fit_closed_form_head`, and gives the ridge regression of all clients' samples together.
 """
 
 

@@ -103,6 +103,21 @@ class Point(NamedTuple):
     objective: float
 
 
+class LeastSquares(NamedTuple):
+    """What is known of a layer beside its quadratic if the clients' weights are fits of labels.
+
+    Attributes:
+        samples: Number of samples of all clients.
+        squared_error: Squared error that each client's own fit leaves, as a mean over all samples.
+            With the quadratic, it is the squared error of any weights over all samples.
+        has_bias: Whether the last column is a bias, whose input is one.
+    """
+
+    samples: int
+    squared_error: float
+    has_bias: bool
+
+
 class Quadratic:
     """The merge objective of one layer, with its gradient and Hessian-vector product.
 
@@ -111,6 +126,7 @@ class Quadratic:
         weights: ``W_k``, a matrix for each client, all of one shape.
         curvatures: ``F_k``, all of one kind, acting on that shape.
         kind: The class of the curvatures.
+        fit: What is known beside it if the weights are least-squares fits; None if they are not.
 
     Example:
         >>> from lightning_fedfisher.curvature.diagonal import Diagonal
@@ -128,6 +144,7 @@ class Quadratic:
         client_weights: Sequence[float],
         weights: Sequence[Tensor],
         curvatures: Sequence[Curvature],
+        fit: LeastSquares | None = None,
     ) -> None:
         """Checks that the parts belong together; reads no curvature.
 
@@ -135,6 +152,7 @@ class Quadratic:
             client_weights: A positive number for each client, of any sum.
             weights: A matrix for each client, all of one shape.
             curvatures: A curvature for each client; may be `LazyCurvatures`.
+            fit: What is known beside it if the weights are least-squares fits of the labels.
 
         Raises:
             ValueError: If the lengths differ or the curvatures are of several kinds.
@@ -152,7 +170,7 @@ class Quadratic:
             raise ValueError(f"the clients' curvatures of one layer are of several kinds: {names}")
         total = sum(client_weights)
         self.client_weights = tuple(weight / total for weight in client_weights)
-        self.weights, self.curvatures = weights, curvatures
+        self.weights, self.curvatures, self.fit = weights, curvatures, fit
         self.kind: type[Curvature] = kinds.pop()
 
     @cached_property
@@ -227,7 +245,7 @@ class Quadratic:
         """The same objective in float64; curvatures are converted at every use."""
         weights = [matrix.double() for matrix in self.weights]
         curvatures = _InDouble(self.curvatures, self.kind, weights[0].device)
-        return Quadratic(self.client_weights, weights, curvatures)
+        return Quadratic(self.client_weights, weights, curvatures, self.fit)
 
 
 class _InDouble(LazyCurvatures):

@@ -80,7 +80,7 @@ def client_sums(
     if not sample_unit > 0:
         raise ValueError(f"sample_unit must be greater than 0, got {sample_unit}")
     row = METHODS[method]
-    if refusal := row.refusal(update.header.curvature, update.header.fisher):
+    if refusal := row.refusal(update.header):
         raise UpdateError(update.source, [f"it {refusal}, as method {method!r} needs"])
     samples = torch.tensor(update.num_samples / sample_unit, dtype=torch.float64)
     client_weight = samples**row.client_weight_power

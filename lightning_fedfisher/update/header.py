@@ -71,6 +71,8 @@ class UpdateHeader:
         output_layer: Name of the layer whose outputs are the logits of a softmax. Empty if there is
             none.
         quantized: How tensors were quantized, by their names in the file.
+        squared_error: Squared error that is left at the weights, as a mean over samples, if they
+            are a least-squares fit of the labels; None if they are not.
 
     Raises:
         TypeError: If an attribute, or something in it, is not of its type.
@@ -98,6 +100,7 @@ class UpdateHeader:
     fed_by: Mapping[str, Source] = field(default_factory=dict)
     output_layer: str = ""
     quantized: Mapping[str, QuantizedTensor] = field(default_factory=dict)
+    squared_error: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "curvature_samples"):
@@ -107,6 +110,9 @@ class UpdateHeader:
         for table in (self.kinds, self.metadata, self.aliases, self.frozen):
             for key, value in table.items():
                 _typed(str, key), _typed(str, value)
+        error = self.squared_error
+        if error is not None and not 0 <= _typed(float, error) < math.inf:
+            raise ValueError(f"squared_error is {error}")
         for reader, source in self.fed_by.items():
             _typed(str, reader), _typed(str, source.layer), _typed(str, source.activation)
         for name, quantized in self.quantized.items():
@@ -142,7 +148,8 @@ class UpdateHeader:
             TypeError: If a field is unknown or of the wrong type.
             ValueError: If a shape or a quantization is impossible.
         """
-        missing = {field.name for field in dataclasses.fields(cls)} - fields.keys()
+        known = dataclasses.fields(cls)
+        missing = {field.name for field in known if field.default is not None} - fields.keys()
         if missing:
             raise KeyError(*sorted(missing))
         layers = tuple(

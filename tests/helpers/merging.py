@@ -12,8 +12,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from lightning_fedfisher import ClientUpdate, FisherMergeModule, extract_curvature
+from lightning_fedfisher import METHODS, ClientUpdate, FisherMergeModule, extract_curvature
 
+# All but those that merge fits of a single layer.
+OF_NETWORKS = [name for name, row in METHODS.items() if not row.takes_fits]
 METHOD_OPTIONS = {  # what a client extracts for each method: curvature and Fisher type
     "fedavg": ("identity", "exact"),
     "fisher_merge": ("diagonal", "exact"),

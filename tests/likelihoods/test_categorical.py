@@ -53,3 +53,14 @@ def test_labels_out_of_range():
             Categorical.nll(logits, torch.full_like(labels, wrong))
     with pytest.raises(ValueError, match="class indices"):
         Categorical.accuracy(logits, labels.double())
+
+
+def test_least_squares_regresses_on_ones_and_zeros():
+    labels = torch.tensor([[0, -100], [2, 1]])
+    found = Categorical.regressands(torch.randn(2, 3, 2), labels)
+    assert (found.shape, found.dtype) == ((2, 2, 3), torch.float64)
+    assert found[0, 1].isnan().all()
+    assert found[0, 0].tolist() == [1, 0, 0]
+    assert found[1].tolist() == [[0, 0, 1], [0, 1, 0]]
+    with pytest.raises(ValueError, match="labels must"):
+        Categorical.regressands(torch.randn(2, 3), torch.tensor([0, 3]))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.merging import small_classifier, small_data, update_of
+from helpers.merging import OF_NETWORKS, small_classifier, small_data, update_of
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -59,7 +59,7 @@ def _assert_same_problem(one, other):
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OF_NETWORKS)
 def test_a_method_is_told_which_layer_is_an_aligned_output_layer(method, activation):
     updates = _updates(_curvature_of(method), activation)
     row, told = _noting(method)
@@ -79,7 +79,7 @@ def test_a_method_is_told_which_layer_is_an_aligned_output_layer(method, activat
             assert told == [expected[index]] * 2
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OF_NETWORKS)
 def test_only_what_is_aligned_is_read_more_than_once(method, monkeypatch):
     kind = _curvature_of(method)
     updates = _updates(kind)
@@ -119,7 +119,7 @@ def _opened(updates, folder):
 
 
 @pytest.mark.parametrize("budget", [0, 2**30])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OF_NETWORKS)
 def test_a_read_opens_each_file_once(method, budget, openings, tmp_path):
     kind = _curvature_of(method)
     loader = LayerLoader(_opened(_updates(kind), tmp_path), METHODS[method], budget)
@@ -162,7 +162,7 @@ def test_a_layer_prepared_beforehand_is_read_as_any(kind):
     _assert_same_problem(problem, expected)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OF_NETWORKS)
 def test_client_weights_are_powers_of_the_sample_counts(method):
     updates = [
         update_of(small_classifier(seed=client), small_data(client), "kfac", samples)

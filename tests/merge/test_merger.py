@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.federation import quiet_trainer, tiny_loader, tiny_model
-from helpers.merging import merge, updates_by_method
+from helpers.merging import OF_NETWORKS, merge, updates_by_method
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -44,7 +44,7 @@ def assert_equal(result, module):
 
 
 @pytest.mark.parametrize("budget", [0, 2**30])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OF_NETWORKS)
 def test_the_function_and_the_module_give_the_same_merge(updates, method, budget, tmp_path):
     clients, options = updates[method], {"method": method, "memory_budget": budget}
     options["max_iterations"] = 300

@@ -9,7 +9,7 @@ from itertools import product
 
 import pytest
 import torch
-from helpers.merging import small_classifier, small_data, update_of
+from helpers.merging import OF_NETWORKS, small_classifier, small_data, update_of
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
@@ -27,6 +27,7 @@ from lightning_fedfisher.merge.layer_loader import LayerLoader
 from lightning_fedfisher.merge.methods import METHODS, find_method
 from lightning_fedfisher.merge.objective import Quadratic
 from lightning_fedfisher.merge.solvers import exact_solver
+from lightning_fedfisher.update.header import UpdateHeader
 
 PUBLISHED = ("fedfisher_diag", "fedfisher_kfac")
 ACCEPTED = {
@@ -42,12 +43,20 @@ ACCEPTED = {
         ("input_gram", ""),
         *product(("kfac", "ekfac", "diagonal", "dense"), FISHER_TYPES),
     },
+    "closed_form_head": set(),  # of updates without a fit
 }
 CPU = torch.device("cpu")
 UPDATES = [
     *(("identity", ""), ("input_gram", "")),
     *product(("diagonal", "kfac", "ekfac", "dense"), FISHER_TYPES),
 ]
+
+
+def _header(curvature, fisher, squared_error=None):
+    kinds = {"w": "input_gram"} if squared_error is not None else {}
+    return UpdateHeader(
+        *(1, curvature, fisher, "categorical", 1, (), kinds), squared_error=squared_error
+    )
 
 
 def _factor(size, seed):
@@ -99,7 +108,7 @@ def test_the_table_below_covers_every_update():
 @pytest.mark.parametrize(("curvature", "fisher"), UPDATES)
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_refuse_what_they_are_not_defined_for(method, curvature, fisher):
-    refusal = METHODS[method].refusal(curvature, fisher)
+    refusal = METHODS[method].refusal(_header(curvature, fisher))
     assert (refusal is None) == ((curvature, fisher) in ACCEPTED[method])
 
 
@@ -140,19 +149,28 @@ def test_methods_refuse_what_they_are_not_defined_for(method, curvature, fisher)
     ],
 )
 def test_a_refusal_says_what_to_extract(method, curvature, fisher, refusal):
-    assert METHODS[method].refusal(curvature, fisher) == refusal
+    assert METHODS[method].refusal(_header(curvature, fisher)) == refusal
 
 
 @pytest.mark.parametrize(("curvature", "fisher"), UPDATES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OF_NETWORKS)
 def test_following_the_remedies_leads_to_an_accepted_update(method, curvature, fisher):
     row, options = METHODS[method], {"curvature": curvature, "fisher": fisher or "exact"}
     for _ in range(2):
-        if refusal := row.refusal(**options):
+        if refusal := row.refusal(_header(**options)):
             name, value = re.search(r"\((\w+)='(\w+)', \.\.\.\)", refusal).groups()
             assert options[name] != value
             options[name] = value
-    assert row.refusal(**options) is None
+    assert row.refusal(_header(**options)) is None
+
+
+def test_fits_are_merged_as_they_are_or_not_at_all():
+    fit = _header("input_gram", "", squared_error=0.5)
+    accepted = {name for name, row in METHODS.items() if row.refusal(fit) is None}
+    assert accepted == {"closed_form_head", "regmean", "fedavg"}
+    assert "merge it by method='closed_form_head'" in METHODS["fedfisher"].refusal(fit)
+    told = METHODS["closed_form_head"].refusal(_header("input_gram", ""))
+    assert "FedFisherCallback(closed_form_head=True)" in told
 
 
 @pytest.mark.parametrize("kind", _curvatures())

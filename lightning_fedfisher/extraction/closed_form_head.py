@@ -1,0 +1,257 @@
+"""The last layer of a model, fitted to a client's labels in closed form.
+
+With the rest of a network as it is, the linear layer at its end has a least-squares problem: bring
+the outputs close to the labels, classes written as ones and zeros. Its solution takes one forward
+pass, and no training. Its quadratic is no approximation: the sum over clients is the problem that
+all their samples pose together, however they are split (He et al., 2025, "AFL: A Single-Round
+Analytic Approach for Federated Learning with Pre-trained Models").
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lightning_fedfisher.curvature.input_gram import InputGram
+from lightning_fedfisher.distributed.processes import Shard
+from lightning_fedfisher.errors import UnsupportedModelError
+from lightning_fedfisher.extraction.accumulators.gram import GramSum
+from lightning_fedfisher.extraction.batches import BatchRunner
+from lightning_fedfisher.extraction.layer_report import LayerReport
+from lightning_fedfisher.extraction.layer_types.base import append_ones
+from lightning_fedfisher.extraction.layer_types.linear import Linear
+from lightning_fedfisher.extraction.model_copy import copy_model, frozen_copy, isolated
+from lightning_fedfisher.extraction.options import ExtractionOptions
+from lightning_fedfisher.extraction.result import ExtractedCurvature
+from lightning_fedfisher.extraction.sampling import SamplePartition, partition_samples
+from lightning_fedfisher.extraction.tracing.recorder import LayerCallRecorder, WatchedCall
+from lightning_fedfisher.layers import Layer, aliases, find_layers
+from lightning_fedfisher.likelihoods.registry import LIKELIHOODS
+
+_BAR_DELAY_SECONDS = 2
+
+
+def extract_closed_form_head(
+    model: nn.Module,
+    dataloader: Iterable[Any],
+    head: str | None = None,
+    options: ExtractionOptions | None = None,
+    *,
+    prepare: Callable[[Any], Any] | None = None,
+    shard: Shard | None = None,
+    progress: bool = True,
+    on_progress: Callable[[int, int | None], None] | None = None,
+) -> ExtractedCurvature:
+    """Fits a model's last layer to the labels by least squares, in one forward pass.
+
+    Everything is added up and solved in float64. Where the samples leave the fit open, it is the
+    smallest one.
+
+    Args:
+        model: A model whose other layers are as they shall be: pre-trained, or merged. Whether they
+            are frozen does not matter. It is left as it was.
+        dataloader: Batches ``(x, y)`` of the client's own samples (see `extract_curvature`).
+        head: Name of the layer to fit, as `find_layers` names it; None takes the linear layer whose
+            outputs are the logits.
+        options: Likelihood of the labels, ``forward``, ``batch_size``, ``max_samples`` (where
+            ``"auto"`` takes all) and ``seed``; the other options say nothing here. None takes the
+            defaults of `ExtractionOptions`.
+        prepare: Function applied to each batch first; None leaves batches as they are.
+        shard: The place of this process among several; None stands for a single process.
+        progress: Whether to show a progress bar, after two seconds, on rank 0 and on a terminal.
+        on_progress: Function called after each batch (see `extract_curvature`).
+
+    Returns:
+        The quadratic of the fit, an `InputGram` for one layer, around `ExtractedCurvature.fitted`:
+        the model with the fit in place of its head, which alone is trained in it.
+
+    Raises:
+        UnsupportedModelError: If there is no such layer, or its outputs are not the logits.
+        ValueError: If there are no samples, or a batch or the model's output is unusable.
+
+    Example:
+        >>> x = torch.tensor([[0.0], [1.0], [2.0]])
+        >>> lines = ExtractionOptions(likelihood="gaussian")
+        >>> found = extract_closed_form_head(nn.Linear(1, 1), [(x, 3 * x + 1)], options=lines)
+        >>> weight, bias = found.fitted.parameters()
+        >>> round(weight.item(), 6), round(bias.item(), 6), found.squared_error < 1e-12
+        (3.0, 1.0, True)
+    """
+    options = replace(options or ExtractionOptions(), curvature="input_gram")
+    shard = shard or Shard()
+    started = time.perf_counter()
+    samples = partition_samples(
+        dataloader,
+        max_samples=None if options.max_samples == "auto" else options.max_samples,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        shard=shard,
+    )
+    with (
+        isolated(model),
+        tqdm(
+            desc="closed-form head",
+            unit=" samples",
+            unit_scale=shard.world_size,
+            delay=_BAR_DELAY_SECONDS,
+            disable=None if progress and shard.rank == 0 else True,
+        ) as bar,
+    ):
+        problem = _HeadProblem(model, head, options, prepare, samples)
+        own = None if samples.indices is None else len(samples.indices)
+        bar.reset(own)
+        for batch in samples.batches:
+            bar.update(problem.add(batch))
+            if on_progress is not None:
+                on_progress(problem.samples, own)
+        weights, gram, error, count = problem.solve(shard)
+    layer = problem.layer
+    fitted = frozen_copy(model)
+    module = fitted.get_submodule(layer.module_name)
+    for name, tensor in layer.split(weights).items():
+        setattr(module, name.rpartition(".")[2], nn.Parameter(tensor))
+    return ExtractedCurvature(
+        options,
+        (layer,),
+        {layer.name: InputGram(gram, rows=layer.shape[0])},
+        (LayerReport(layer, InputGram.kind, "hooks"),),
+        count,
+        samples.population,
+        time.perf_counter() - started,
+        output_layer=layer.name,
+        fitted=fitted,
+        squared_error=error,
+    )
+
+
+class _HeadProblem:
+    """The least-squares problem of a model's head, added up batch by batch.
+
+    Attributes:
+        layer: The head.
+        samples: Number of samples so far.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        head: str | None,
+        options: ExtractionOptions,
+        prepare: Callable[[Any], Any] | None,
+        samples: SamplePartition,
+    ) -> None:
+        """Finds the head, by running a few samples."""
+        self._model = copy_model(model, {})
+        self._runner = BatchRunner(options.forward, prepare)
+        self._likelihood = LIKELIHOODS[options.likelihood]
+        for parameter in self._model.parameters():  # of which the copy has its own
+            parameter.requires_grad_(parameter.is_floating_point())
+        self._watched: tuple[Layer, ...] = find_layers(self._model)
+        self._model.requires_grad_(False)  # no graph is needed
+        shared = {*aliases(model), *aliases(model).values()}
+        _, _, calls = self._run(samples.preview())
+        candidates = {layer.name: layer for layer, _, _, is_logits in calls if is_logits}
+        chosen = candidates.get(head or next(reversed(candidates), ""))
+        if chosen is None:
+            which = "no linear layer's" if head is None else f"{head}: it is no layer whose"
+            raise UnsupportedModelError(
+                [
+                    f"{which} outputs are the logits: pass `forward` to return the outputs of a "
+                    "torch.nn.Linear, without a softmax"
+                    + (f" (those are: {', '.join(candidates)})" if candidates else "")
+                ]
+            )
+        if tied := [name for name in chosen.parameter_names if name in shared]:
+            raise UnsupportedModelError(
+                [f"{tied[0]}: another layer shares it, and would change with the head: untie them"]
+            )
+        self.layer, self._watched = chosen, (chosen,)
+        self.samples, rows = 0, sum(chosen.shape)
+        device = next(self._model.parameters()).device
+        # Apple's GPUs have no float64.
+        self._device = torch.device("cpu") if device.type == "mps" else device
+        like = torch.zeros((), dtype=torch.float64, device=self._device)
+        self._moments = GramSum(rows, like)
+
+    def add(self, batch: Any) -> int:
+        """Adds a batch, and returns its number of samples."""
+        logits, labels, calls = self._run(batch)
+        if labels is None:
+            raise ValueError("a fit needs labels, and the batch holds none")
+        if len(calls) != 1 or not calls[0][3]:
+            raise UnsupportedModelError(
+                [f"{self.layer.name}: its outputs are the logits of some batches, not of all"]
+            )
+        _, inputs, has_bias, _ = calls[0]
+        targets = self._likelihood.regressands(logits, labels)
+        targets = targets.reshape(-1, self.layer.shape[0]).to(self._device)
+        inputs = inputs.to(self._device, torch.float64)
+        if has_bias:
+            inputs = append_ones(inputs, 1)
+        observed = targets.isfinite().all(dim=1)
+        rows = torch.cat([inputs, targets], dim=1)[observed]
+        self._moments.add(rows.mT.unsqueeze(0), 1.0)
+        self.samples += len(logits)
+        return len(logits)
+
+    def solve(self, shard: Shard) -> tuple[Tensor, Tensor, float, int]:
+        """Solves it for the samples of all processes together.
+
+        Returns:
+            The weights, the second moment of the inputs and the squared error, both as means over
+            samples, and the number of samples.
+        """
+        count = round(float(shard.total(torch.tensor([self.samples]).double().to(self._device))))
+        if count == 0:
+            raise ValueError("the client holds no samples: there is nothing to fit")
+        moments = shard.total(self._moments.total()).div_(count)
+        columns = self.layer.shape[1]
+        gram = moments[:columns, :columns].contiguous()
+        crossed = moments[columns:, :columns]
+        weights = crossed @ torch.linalg.pinv(gram, hermitian=True)
+        squares = moments[columns:, columns:].trace()
+        error = float(squares - (weights * crossed).sum())  # but for rounding, not negative
+        return weights, gram, max(error, 0.0), count
+
+    def _run(
+        self, batch: Any
+    ) -> tuple[Tensor, Tensor | None, list[tuple[Layer, Tensor, bool, bool]]]:
+        """Runs a batch.
+
+        Returns:
+            The logits, the labels, and for each call of a linear layer the layer, its inputs in
+            rows, whether it has a bias, and whether its outputs are the logits.
+        """
+        seen: list[tuple[Layer, Tensor, bool, Tensor]] = []
+
+        def note(call: WatchedCall) -> Any:
+            output = call.run()
+            for layer, layer_type in call.layers:
+                if isinstance(layer_type, Linear):
+                    inputs = call.arguments.inputs
+                    rows = inputs.reshape(-1, inputs.shape[-1]).clone()
+                    seen.append((layer, rows, layer_type.has_bias, output))
+            return output
+
+        with LayerCallRecorder(self._model, self._watched, note):
+            logits, labels = self._runner(self._model, self._runner.prepare(self._model, batch))
+        self._likelihood.check_logits(logits)
+        by_class = logits.movedim(1, -1) if self._likelihood.softmax else logits
+        calls = [
+            (layer, rows, has_bias, _is_the_same(output, by_class, layer.shape[0]))
+            for layer, rows, has_bias, output in seen
+        ]
+        return logits, labels, calls
+
+
+def _is_the_same(output: Tensor, logits: Tensor, width: int) -> bool:
+    """Whether a layer's outputs are the logits, position by position."""
+    if output.numel() != logits.numel() or output.numel() % width:
+        return False
+    return torch.allclose(output.reshape(-1, width), logits.reshape(-1, width).to(output))
