@@ -27,7 +27,7 @@ from lightning_fedfisher.curvature.linalg import (
     frobenius_norm,
     identity_map,
 )
-from lightning_fedfisher.curvature.powers import symmetric_power
+from lightning_fedfisher.curvature.powers import damping_of, symmetric_power
 
 TensorRole = Literal["factor", "values", "basis"]
 """What a tensor of a curvature is: a positive semi-definite matrix, eigenvalues, or a basis."""
@@ -49,21 +49,24 @@ def require_positive_exponent(exponent: float) -> None:
         raise ValueError(f"the power of a curvature must be greater than 0, got {exponent}")
 
 
-def tensor_power(tensor: Tensor, role: TensorRole, exponent: float) -> Tensor:
+def tensor_power(tensor: Tensor, role: TensorRole, exponent: float, damping: float = 0.0) -> Tensor:
     """Computes what a tensor of a curvature is when the operator is raised to a power.
 
     Args:
         tensor: A tensor of a curvature.
         role: What it is.
         exponent: The power, greater than zero.
+        damping: Part of its mean diagonal entry by which a factor is damped before.
 
     Returns:
-        The power of a factor or of eigenvalues. A basis stays as it is, and so does all at power 1.
+        The power of a factor or of eigenvalues. A basis stays as it is, and so does all at power 1
+        without damping.
     """
-    if exponent == 1:
+    tail = damping_of(tensor.diagonal(), damping) if role == "factor" else 0.0
+    if exponent == 1 and not tail:
         return tensor
     if role == "factor":
-        return symmetric_power(tensor, exponent)
+        return symmetric_power(tensor, exponent, tail)
     return tensor.clamp_min(0).pow(exponent) if role == "values" else tensor
 
 
@@ -90,6 +93,8 @@ class Curvature(ABC):
     """Whether its pseudo-inverse restricts curvature, which a solver holds beside the curvature."""
     elementwise: ClassVar[bool] = False
     """Whether the operator is diagonal, so that sums of operators invert entry by entry."""
+    outputs_factor: ClassVar[str] = ""
+    """The tensor that holds the second moment of gradients at the layer's outputs, if one does."""
     inputs_on: ClassVar[InputSide | None] = None
     """The side of the matrix on which the operator holds second moments of the layer's inputs.
 
@@ -117,11 +122,13 @@ class Curvature(ABC):
             ``F W`` as a tensor of the same shape.
         """
 
-    def power(self, exponent: float) -> Self:
+    def power(self, exponent: float, damping: float = 0.0) -> Self:
         """Raises the operator to a positive power; zero eigenvalues stay zero.
 
         Args:
             exponent: The power, greater than zero.
+            damping: Part of its mean diagonal entry that is added to the diagonal of the
+                `outputs_factor` before, where it is not zero.
 
         Returns:
             A curvature of the same kind.
@@ -130,11 +137,14 @@ class Curvature(ABC):
             ValueError: If the exponent is not greater than zero.
         """
         require_positive_exponent(exponent)
-        if exponent == 1 or not self.tensor_roles:
+        if (exponent == 1 and not damping) or not self.tensor_roles:
             return self
-        roles = self.tensor_roles
+        dampings = {self.outputs_factor: damping}
         return self.with_tensors(
-            {n: tensor_power(tensor, roles[n], exponent) for n, tensor in self.tensors().items()}
+            {
+                name: tensor_power(tensor, self.tensor_roles[name], exponent, dampings.get(name, 0))
+                for name, tensor in self.tensors().items()
+            }
         )
 
     @abstractmethod

@@ -63,6 +63,7 @@ class ConvolutionKronecker(Curvature):
         "kernel_factor": "factor",
     }
     restricts: ClassVar[bool] = True
+    outputs_factor: ClassVar[str] = "row_factor"
     inputs_on: ClassVar[InputSide | None] = "columns"
 
     @property

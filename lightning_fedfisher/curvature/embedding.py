@@ -54,6 +54,7 @@ class EmbeddingKronecker(Factored):
     column_factor: Tensor
     kind: ClassVar[str] = "embedding_kronecker"
     restricts: ClassVar[bool] = True
+    outputs_factor: ClassVar[str] = "column_factor"
     inputs_on: ClassVar[InputSide | None] = "rows"
     tensor_roles: ClassVar[Mapping[str, TensorRole]] = {
         "row_values": "values",

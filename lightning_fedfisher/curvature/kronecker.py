@@ -151,6 +151,7 @@ class Kronecker(Factored):
         "column_factor": "factor",
     }
     restricts: ClassVar[bool] = True
+    outputs_factor: ClassVar[str] = "row_factor"
     inputs_on: ClassVar[InputSide | None] = "columns"
 
     @property
@@ -345,6 +346,7 @@ class TransposedKronecker(Kronecker):
     """
 
     kind: ClassVar[str] = "transposed_kronecker"
+    outputs_factor: ClassVar[str] = "column_factor"
     inputs_on: ClassVar[InputSide | None] = "rows"
 
     @override

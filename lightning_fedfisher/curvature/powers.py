@@ -24,7 +24,7 @@ _LEADING, _ROUGH_PASSES, _PASSES, _CONVERGED = 32, 12, 4, 1e-10
 _WIDE, _NARROW, _LEFT = 512, 0.6, 1e-6
 
 
-def symmetric_power(matrix: Tensor, exponent: float) -> Tensor:
+def symmetric_power(matrix: Tensor, exponent: float, tail: float = 0.0) -> Tensor:
     """Raises a symmetric positive semi-definite matrix to a positive power.
 
     Large matrices of float32 are decomposed in float32 (see `symmetric_eigendecomposition`).
@@ -32,6 +32,7 @@ def symmetric_power(matrix: Tensor, exponent: float) -> Tensor:
     Args:
         matrix: A tensor of shape ``(n, n)``.
         exponent: The power; 0.5 gives the square root.
+        tail: What is added to the diagonal first, where it is not zero.
 
     Returns:
         A tensor of the same shape.
@@ -44,11 +45,14 @@ def symmetric_power(matrix: Tensor, exponent: float) -> Tensor:
     coupled = coupled_rows(matrix)
     if not coupled.all():
         some = coupled.nonzero().squeeze(1)
-        power = matrix.diagonal().double().clamp_min(0).pow(exponent).to(matrix.dtype).diag()
-        power[some.unsqueeze(1), some] = symmetric_power(matrix[some][:, some], exponent)
+        alone = matrix.diagonal().double().clamp_min(0)
+        power = (alone + tail * (alone > 0)).pow(exponent).to(matrix.dtype).diag()
+        power[some.unsqueeze(1), some] = symmetric_power(matrix[some][:, some], exponent, tail)
         return power
     if (root := _narrow_root(matrix)) is not None:
-        return power_of_root(root.to(matrix.dtype), exponent)
+        return power_of_root(root.to(matrix.dtype), exponent, tail)
+    if tail:
+        matrix = matrix + tail * torch.eye(len(matrix)).to(matrix)
     if len(matrix) <= _SMALL or not takes_float32(matrix):
         return _power(*symmetric_eigendecomposition(matrix.double()), exponent).to(matrix.dtype)
     # Rounding goes by the largest eigenvalues, and its root by the root of them. So these few are
@@ -97,6 +101,24 @@ def power_of_root(root: Tensor, exponent: float, tail: float = 0.0) -> Tensor:
     if tail:
         power.diagonal().add_(tail**exponent * root.any(dim=0).to(power))
     return power.mul_(scale ** (2 * exponent))
+
+
+def damping_of(diagonal: Tensor, damping: float) -> float:
+    """Computes the tail that damps a matrix.
+
+    Args:
+        diagonal: The matrix's diagonal.
+        damping: A fraction of its mean entry, over those that are not zero.
+
+    Returns:
+        What to add to the diagonal where it is not zero.
+
+    Example:
+        >>> damping_of(torch.tensor([0.0, 2.0, 4.0]), damping=0.5)
+        1.5
+    """
+    seen = diagonal[diagonal > 0]
+    return damping * float(seen.double().mean()) if damping and len(seen) else 0.0
 
 
 def _narrow_root(matrix: Tensor) -> Tensor | None:

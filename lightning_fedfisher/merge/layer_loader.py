@@ -129,7 +129,7 @@ class LayerLoader:
         is_output_layer = layer.name == update.header.output_layer and aligned
         dtype = self._dtypes[index]
         if self.method.transform_of(is_output_layer) is None:  # then roots need not be multiplied
-            return update.block(layer, self.method.power, device, dtype)
+            return update.block(layer, self.method.power, device, dtype, self.method.damping)
         block = update.block(layer, device=device, dtype=dtype)
         return self.method.transformed(block, is_output_layer)
 

@@ -37,6 +37,8 @@ class MergeMethod:
         output_transform: What stands for it in an output layer with aligned inputs, whose outputs
             are the logits of a softmax; None for the same as in any layer.
         power: Power that each client's curvature is raised to.
+        damping: Part of its mean diagonal entry that is added to the factor over the outputs
+            before; not where an `output_transform` is made.
         curvatures: The curvatures it can merge, as an extraction is asked for them; any if empty.
         fishers: The Fisher types it is defined for; any if empty.
         client_weight_power: A client of ``n`` samples weighs ``n ** client_weight_power``.
@@ -63,6 +65,7 @@ class MergeMethod:
     transform: Transform | None = None
     output_transform: Transform | None = None
     power: float = 1.0
+    damping: float = 0.0
     curvatures: tuple[str, ...] = ()
     fishers: tuple[str, ...] = ()
     client_weight_power: float = 1.0
@@ -74,8 +77,10 @@ class MergeMethod:
     takes_fits: bool = False
 
     def __post_init__(self) -> None:
-        """Refuses a power that is not greater than zero."""
+        """Refuses a power that is not greater than zero, and a negative damping."""
         require_positive_exponent(self.power)
+        if not 0 <= self.damping < math.inf:
+            raise ValueError(f"damping must not be negative, got {self.damping}")
 
     def transformed(self, curvature: Curvature, is_output_layer: bool = False) -> Curvature:
         """Makes of a client's curvature of a layer what is merged.
@@ -85,7 +90,10 @@ class MergeMethod:
             is_output_layer: Whether the layer is an output layer with aligned inputs.
         """
         transform = self.transform_of(is_output_layer)
-        return (curvature if transform is None else transform(curvature)).power(self.power)
+        made = curvature if transform is None else transform(curvature)
+        # Adding a constant to all logits changes nothing: there the null space is meant.
+        meant = is_output_layer and self.output_transform is not None
+        return made.power(self.power, 0.0 if meant else self.damping)
 
     def transform_of(self, is_output_layer: bool) -> Transform | None:
         """What is done before the power.
@@ -140,6 +148,9 @@ def _of_outputs(curvature: Curvature) -> Curvature:
 # At power 1 the few steepest directions of each client rule, and the exact minimum forgets the
 # rest; at power 1/2 the minimum itself is the model wanted, and no labels decide when to stop.
 _SQUARE_ROOT = 0.5
+# Of a few hundred samples the factor over the outputs is singular, and claims that what it did not
+# see does not matter at all.
+_DAMPING = 0.1
 # The square root of float32's rounding, with room: what the power makes of eigenvalues that are 0.
 _ROOT_RCOND = 1e-3
 # Three hundredths above the minimum move no accuracy, and take a third to a half of the steps.
@@ -201,6 +212,7 @@ METHODS: dict[str, MergeMethod] = {
             _CG_STEPS_PER_EPOCH,
             output_transform=_of_outputs,
             power=_SQUARE_ROOT,
+            damping=_DAMPING,
             curvatures=("kfac", "ekfac", "diagonal", "input_gram", "dense"),
             client_weight_power=0.5,
             converges=True,

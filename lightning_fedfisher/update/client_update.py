@@ -46,8 +46,7 @@ class ClientUpdate:
         source: The file it was opened from, or a phrase for an update in memory.
 
     Example:
-        >>> import tempfile
-        >>> import torch
+        >>> import tempfile, torch
         >>> from lightning_fedfisher.curvature.diagonal import Diagonal
         >>> from lightning_fedfisher.layers import find_layers
         >>> model = torch.nn.Linear(3, 2)
@@ -202,6 +201,7 @@ class ClientUpdate:
         power: float = 1.0,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
+        damping: float = 0.0,
     ) -> Curvature:
         """Reads one layer's curvature, and no other layer.
 
@@ -210,6 +210,7 @@ class ClientUpdate:
             power: Power that it is raised to (`Curvature.power`).
             device: Where to work, and ``dtype`` in which type; by default as it was sent.
             dtype: See ``device``.
+            damping: See `Curvature.power`.
 
         Returns:
             The curvature of the layer's weight matrix.
@@ -219,9 +220,10 @@ class ClientUpdate:
             UpdateError: If a tensor of the curvature is damaged.
         """
         require_positive_exponent(power)
-        kind = KINDS[self.header.kinds[layer.name]]
+        kind, prefix = KINDS[self.header.kinds[layer.name]], f"curvature/{layer.name}/"
+        dampings = {kind.outputs_factor: damping}
         tensors = {
-            part: self._read(f"curvature/{layer.name}/{part}", power, device, dtype)
+            part: self._read(prefix + part, power, device, dtype, dampings.get(part, 0.0))
             for part in kind.tensor_roles
         }
         return kind.from_tensors(tensors, layer.shape, layer.kernel)
@@ -315,8 +317,7 @@ class ClientUpdate:
             BudgetError: If nothing of use fits.
             UpdateError: If a curvature is not positive semi-definite.
         """
-        size = budget_bytes(upload_budget, self.fedavg_bytes)
-        if self.upload_bytes <= size:
+        if self.upload_bytes <= (size := budget_bytes(upload_budget, self.fedavg_bytes)):
             return self
         with self.opened():
             plain = {name: self._read(name) for name in self._tensors}
@@ -352,8 +353,7 @@ class ClientUpdate:
         Returns:
             The path.
         """
-        path = Path(path)
-        write_file(path, self.header, self._tensors)
+        write_file(path := Path(path), self.header, self._tensors)
         return path
 
     @classmethod

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_fedfisher.curvature.base import tensor_power
+from lightning_fedfisher.curvature.powers import damping_of
 from lightning_fedfisher.update.header import QUANTIZED_TYPES, QuantizedTensor
 from lightning_fedfisher.update.integer_coding import decode
 from lightning_fedfisher.update.roots import matrix_of_root, root_entries, unflatten_root
@@ -22,6 +23,7 @@ def restore(
     power: float = 1.0,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
+    damping: float = 0.0,
 ) -> Tensor:
     """Restores a tensor, or its part in a power of the curvature.
 
@@ -33,6 +35,7 @@ def restore(
         power: Power that the curvature is raised to.
         device: Where to work; the CPU if not given.
         dtype: Type to work in; that of the tensor if not given.
+        damping: Part of its mean diagonal entry by which a factor is damped before.
 
     Returns:
         The tensor, up to rounding if it was quantized.
@@ -42,13 +45,19 @@ def restore(
     """
     if quantized is None:
         tensor = stored.to(device=device, dtype=dtype)
-        return tensor if role == "weights" or role == "mean" else tensor_power(tensor, role, power)
+        if role == "weights" or role == "mean":
+            return tensor
+        return tensor_power(tensor, role, power, damping)
     dtype = dtype or QUANTIZED_TYPES[quantized.dtype]
     numbers = decode_root(stored, quantized, shape, role)
     entries = numbers.to(torch.promote_types(dtype, torch.float32)).mul_(quantized.step)
     if role == "factor":
         root = unflatten_root(entries, shape[0], quantized.rank).to(device)
-        return matrix_of_root(root, quantized.tail, power).to(dtype)
+        tail = quantized.tail
+        if damping:
+            squares = root.square().sum(0)
+            tail += damping_of(squares + tail * (squares > 0), damping)
+        return matrix_of_root(root, tail, power).to(dtype)
     if role == "values":
         entries = entries.abs_().pow_(2 * power)
     return entries.view(shape).to(device, dtype)

@@ -643,3 +643,35 @@ def test_the_power_of_a_factor_that_is_symmetric_up_to_rounding_only():
     matrix = torch.eye(size) + torch.diag(torch.full((size - 1,), 1e-6), 1)
     power = symmetric_power(matrix, 0.5)
     torch.testing.assert_close(power, torch.eye(size), atol=1e-5, rtol=0)
+
+
+OUTPUTS = {
+    "kronecker": "row_factor",
+    "transposed_kronecker": "column_factor",
+    "convolution_kronecker": "row_factor",
+    "embedding_kronecker": "column_factor",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("exponent", [0.5, 1, 2])
+def test_damping_adds_to_the_factor_over_the_outputs_alone(kind, exponent):
+    curvature = _make(kind, singular=True)
+    found = curvature.power(exponent, damping=0.3)
+    assert OUTPUTS.get(kind, "") == type(curvature).outputs_factor
+    name = type(curvature).outputs_factor
+    if name:
+        factor = curvature.tensors()[name]
+        more = factor + 0.3 * factor.diagonal().mean() * torch.eye(len(factor)).to(factor)
+        curvature = curvature.with_tensors({name: more})
+        assert not torch.equal(more, factor)
+    expected = curvature.power(exponent).dense()
+    torch.testing.assert_close(found.dense(), expected, rtol=1e-7, atol=1e-7)
+
+
+def test_outputs_without_a_gradient_are_not_damped():
+    factor = torch.tensor([[4.0, 2.0, 0.0], [2.0, 2.0, 0.0], [0.0, 0.0, 0.0]])
+    found = Kronecker(factor, torch.eye(1)).power(2, damping=0.5)
+    seen = factor[:2, :2] + 0.5 * 3.0 * torch.eye(2)
+    torch.testing.assert_close(found.row_factor[:2, :2], seen @ seen)
+    assert not found.row_factor[2].any()

@@ -184,12 +184,22 @@ def test_fedavg_forgets_the_curvature(kind):
     torch.testing.assert_close(solver.weights, (3 * weights[0] + weights[1]) / 4)
 
 
+def _damped(curvature):
+    """What the default makes of a curvature before its root, written out."""
+    outputs = {"kronecker": "row_factor", "embedding_kronecker": "column_factor"}
+    if (name := outputs.get(curvature.kind)) is None:
+        return curvature.dense()
+    factor = curvature.tensors()[name]
+    more = factor + 0.1 * factor.trace() / len(factor) * torch.eye(len(factor)).double()
+    return curvature.with_tensors({name: more}).dense()
+
+
 @pytest.mark.parametrize("kind", _curvatures())
-def test_fedfisher_takes_the_square_root(kind):
+def test_fedfisher_takes_the_square_root_with_a_damped_factor_over_the_outputs(kind):
     curvature = _curvatures()[kind]
     root = METHODS["fedfisher"].transformed(curvature)
     assert type(root) is type(curvature)
-    torch.testing.assert_close(root.dense() @ root.dense(), curvature.dense())
+    torch.testing.assert_close(root.dense() @ root.dense(), _damped(curvature))
     assert float((root.dense() - curvature.dense()).norm()) > 0.1
     assert torch.linalg.eigvalsh(root.dense()).min() > 0
 
@@ -207,7 +217,7 @@ def test_fedfisher_ends_in_the_minimum_of_the_square_roots(kind):
     assert solver.finished
     roots = []
     for curvature in curvatures:
-        values, basis = torch.linalg.eigh(curvature.dense())
+        values, basis = torch.linalg.eigh(_damped(curvature))
         roots.append((basis * values.sqrt()) @ basis.mT)
     right = 3 * roots[0] @ weights[0].flatten() + roots[1] @ weights[1].flatten()
     expected = torch.linalg.solve(3 * roots[0] + roots[1], right).view(2, 3)
@@ -291,7 +301,8 @@ def test_fedfisher_weighs_the_output_layer_by_its_outputs_alone(kind):
     expected = torch.kron(root, torch.eye(5).double())
     # The root of what rounding leaves of a zero.
     assert float((_written_out(found) - expected).abs().max()) < 2e-3 * float(expected.max())
-    plain = _written_out(METHODS["fedfisher"].transformed(head))
+    undamped = replace(METHODS["fedfisher"], name="own", damping=0.0)
+    plain = _written_out(undamped.transformed(head))
     assert float((plain - expected).norm() / expected.norm()) > 0.05
 
 
@@ -423,6 +434,7 @@ def test_a_row_from_another_process_is_the_same_method(name):
         {"transform": lambda f: f},
         {"output_transform": None},
         {"power": 1.0},
+        {"damping": 0.0},
         {"solver": partial(exact_solver, rcond=1e-2)},
         {"client_weight_power": 1.0},
         {"aligns": False},
@@ -441,6 +453,12 @@ def test_what_changes_the_result_takes_a_name_of_its_own(changes):
 def test_a_power_that_is_not_positive_is_refused(power):
     with pytest.raises(ValueError, match="greater than 0"):
         replace(METHODS["fedfisher"], name="own", power=power)
+
+
+@pytest.mark.parametrize("damping", [-0.1, float("nan"), float("inf")])
+def test_a_damping_that_is_negative_is_refused(damping):
+    with pytest.raises(ValueError, match="damping must not be negative"):
+        replace(METHODS["fedfisher"], name="own", damping=damping)
 
 
 def test_options_of_a_merge_leave_the_name():

@@ -2,6 +2,7 @@
 
 import copy
 import weakref
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
@@ -314,7 +315,7 @@ def test_the_objective_ends_as_near_its_minimum_as_asked(gap, seed):
     assert near.point.objective <= (1 + 5 * gap) * tight.point.objective
 
 
-OURS = METHODS["fedfisher"]
+OURS = replace(METHODS["fedfisher"], name="undamped", damping=0.0)  # which has null spaces
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -6,12 +6,22 @@ import math
 
 import torch
 
+DAMPING = 0.1  # of the default method
+OVER_OUTPUTS = {
+    "kronecker": "row_factor",
+    "convolution_kronecker": "row_factor",
+    "embedding_kronecker": "column_factor",
+}
 HOLD_INPUTS = ("input_gram", "kronecker", "convolution_kronecker", "ekfac")
 
 
-def written_out(block):
-    """The operator by what its tensors mean, on weights row by row."""
-    tensors = {name: tensor.double() for name, tensor in block.tensors().items()}
+def written_out(block, damping=0.0):
+    """The operator by what its tensors mean, on weights row by row; its outputs' factor damped."""
+    tensors = {name: tensor.double().clone() for name, tensor in block.tensors().items()}
+    if damping and block.kind in OVER_OUTPUTS:
+        factor = tensors[OVER_OUTPUTS[block.kind]]
+        seen = factor.diagonal() > 0
+        factor += damping * factor.diagonal()[seen].mean() * torch.diag(seen.double())
     rows = torch.eye(block.shape[0]).double()
     if block.kind == "identity":
         return torch.eye(math.prod(block.shape)).double()
@@ -128,8 +138,9 @@ def quadratic(clients, name, merged, aligns=True):
     same = torch.eye(layer.shape[1]).double()
     carried = _carried(clients, name, merged) if aligns else [(same, same)] * len(clients)
     for client, (there, back) in zip(clients, carried, strict=True):
-        dense = written_out(client.block(layer))
-        if name == header.output_layer and aligns and _is_aligned(header, name):
+        is_head = name == header.output_layer and aligns and _is_aligned(header, name)
+        dense = written_out(client.block(layer), 0.0 if is_head else DAMPING)
+        if is_head:
             dense = over_outputs(dense, layer.shape)
         change = torch.kron(torch.eye(layer.shape[0]).double(), back)
         weights.append(client.weights(layer).double() @ there)

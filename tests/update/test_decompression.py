@@ -67,25 +67,28 @@ def test_a_tensor_comes_back_in_its_type_or_in_the_one_asked_for(dtype):
     assert float((found - expected).norm() / expected.norm()) < 1e-5  # not that of half precision
 
 
-def test_an_update_reads_powers_whether_packed_or_not(tmp_path):
+@pytest.mark.parametrize("damping", [0.0, 0.1])
+def test_an_update_reads_powers_whether_packed_or_not(damping, tmp_path):
     generator = torch.Generator().manual_seed(0)
-    model = torch.nn.Linear(299, 4)
+    model = torch.nn.Linear(299, 60)
     (layer,) = find_layers(model)
     inputs = torch.randn(20, 300, generator=generator)
-    outputs = torch.randn(40, 4, generator=generator)
-    curvature = Kronecker(outputs.mT @ outputs / 40, inputs.mT @ inputs / 20)
+    outputs = torch.randn(15, 60, generator=generator)
+    outputs[:, 7] = 0  # an output that no gradient reaches
+    curvature = Kronecker(outputs.mT @ outputs / 15, inputs.mT @ inputs / 20)
     kinds = {layer.name: curvature.kind}
     header = UpdateHeader(7, "kfac", "exact", "categorical", 7, (layer,), kinds)
     plain = ClientUpdate.from_model(model, header, {layer.name: curvature})
-    expected = curvature.power(0.5)
-    for update, exact in ((plain, 1e-6), (plain.compressed(8.0), 0.05)):
+    expected = curvature.power(0.5, damping)
+    for update, exact in ((plain, 1e-6), (plain.compressed(2.0), 0.05)):
         assert (update is plain) == (exact == 1e-6)
         opened = ClientUpdate.open(update.save(tmp_path / "client.safetensors"))
-        found = opened.block(layer, 0.5)
+        found = opened.block(layer, 0.5, damping=damping)
+        assert not found.row_factor[7].any()
         for name, tensor in found.tensors().items():
             wanted = expected.tensors()[name]
             assert float((tensor - wanted).norm() / wanted.norm()) < exact
-        for name, tensor in opened.block(layer).power(0.5).tensors().items():
+        for name, tensor in opened.block(layer).power(0.5, damping).tensors().items():
             wanted = found.tensors()[name]  # a whole matrix of rank 20 is one up to rounding only
             assert float((tensor - wanted).norm() / wanted.norm()) < 1e-2
 
