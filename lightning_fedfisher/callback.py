@@ -297,7 +297,8 @@ class FedFisherCallback(Callback):
 
     def _update_of(self, pl_module: LightningModule, extracted: ExtractedCurvature) -> ClientUpdate:
         header = extracted.header(self._num_samples, self._metadata)
-        return ClientUpdate.from_model(extracted.fitted or pl_module, header, extracted.blocks)
+        model = pl_module if extracted.fitted is None else extracted.fitted
+        return ClientUpdate.from_model(model, header, extracted.blocks)
 
     def _write(self, trainer: Trainer, update: ClientUpdate) -> None:
         # Asked on every rank: the log directory is broadcast.

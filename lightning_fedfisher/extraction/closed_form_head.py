@@ -103,7 +103,10 @@ def extract_closed_form_head(
             disable=None if progress and shard.rank == 0 else True,
         ) as bar,
     ):
-        problem = _HeadProblem(model, head, options, prepare, samples)
+        # Under DDP running statistics differ, and those of rank 0 are sent.
+        buffers = {n: shard.first(b) for n, b in model.named_buffers() if shard.world_size > 1}
+        runner = BatchRunner(options.forward, prepare)
+        problem = _HeadProblem(copy_model(model, buffers), head, options, runner, samples)
         own = None if samples.indices is None else len(samples.indices)
         bar.reset(own)
         for batch in samples.batches:
@@ -140,21 +143,20 @@ class _HeadProblem:
 
     def __init__(
         self,
-        model: nn.Module,
+        copied: nn.Module,
         head: str | None,
         options: ExtractionOptions,
-        prepare: Callable[[Any], Any] | None,
+        runner: BatchRunner,
         samples: SamplePartition,
     ) -> None:
-        """Finds the head, by running a few samples."""
-        self._model = copy_model(model, {})
-        self._runner = BatchRunner(options.forward, prepare)
+        """Finds the head of a copy of the model, by running a few samples."""
+        self._model, self._runner = copied, runner
         self._likelihood = LIKELIHOODS[options.likelihood]
-        for parameter in self._model.parameters():  # of which the copy has its own
+        for parameter in copied.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
-        self._watched: tuple[Layer, ...] = find_layers(self._model)
-        self._model.requires_grad_(False)  # no graph is needed
-        shared = {*aliases(model), *aliases(model).values()}
+        self._watched: tuple[Layer, ...] = find_layers(copied)
+        copied.requires_grad_(False)  # no graph is needed
+        shared = {*aliases(copied), *aliases(copied).values()}
         _, _, calls = self._run(samples.preview())
         candidates = {layer.name: layer for layer, _, _, is_logits in calls if is_logits}
         chosen = candidates.get(head or next(reversed(candidates), ""))
@@ -172,12 +174,12 @@ class _HeadProblem:
                 [f"{tied[0]}: another layer shares it, and would change with the head: untie them"]
             )
         self.layer, self._watched = chosen, (chosen,)
-        self.samples, rows = 0, sum(chosen.shape)
-        device = next(self._model.parameters()).device
+        self.samples, device = 0, next(copied.parameters()).device
         # Apple's GPUs have no float64.
         self._device = torch.device("cpu") if device.type == "mps" else device
-        like = torch.zeros((), dtype=torch.float64, device=self._device)
-        self._moments = GramSum(rows, like)
+        self._squares = torch.zeros((), dtype=torch.float64, device=self._device)
+        self._crossed = self._squares.new_zeros(chosen.shape)
+        self._gram = GramSum(chosen.shape[1], like=self._squares)
 
     def add(self, batch: Any) -> int:
         """Adds a batch, and returns its number of samples."""
@@ -195,8 +197,10 @@ class _HeadProblem:
         if has_bias:
             inputs = append_ones(inputs, 1)
         observed = targets.isfinite().all(dim=1)
-        rows = torch.cat([inputs, targets], dim=1)[observed]
-        self._moments.add(rows.mT.unsqueeze(0), 1.0)
+        inputs, targets = inputs[observed], targets[observed]
+        self._gram.add(inputs.mT.unsqueeze(0), 1.0)
+        self._crossed.addmm_(targets.mT, inputs)
+        self._squares += targets.square().sum()
         self.samples += len(logits)
         return len(logits)
 
@@ -210,12 +214,11 @@ class _HeadProblem:
         count = round(float(shard.total(torch.tensor([self.samples]).double().to(self._device))))
         if count == 0:
             raise ValueError("the client holds no samples: there is nothing to fit")
-        moments = shard.total(self._moments.total()).div_(count)
-        columns = self.layer.shape[1]
-        gram = moments[:columns, :columns].contiguous()
-        crossed = moments[columns:, :columns]
+        gram, crossed, squares = (
+            shard.total(total).div_(count)
+            for total in (self._gram.total(), self._crossed, self._squares)
+        )
         weights = crossed @ torch.linalg.pinv(gram, hermitian=True)
-        squares = moments[columns:, columns:].trace()
         error = float(squares - (weights * crossed).sum())  # but for rounding, not negative
         return weights, gram, max(error, 0.0), count
 

@@ -1,11 +1,15 @@
 """The head that is fitted in closed form: the fit, which layer it is, and what is left alone."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_fedfisher.distributed.processes import Shard
 from lightning_fedfisher.errors import UnsupportedModelError
 from lightning_fedfisher.extraction.closed_form_head import extract_closed_form_head
 from lightning_fedfisher.extraction.options import ExtractionOptions
@@ -193,3 +197,40 @@ def test_a_model_in_low_precision_runs_in_float32(dtype):
     torch.testing.assert_close(
         found.blocks["1"].column_factor, expected.blocks["1"].column_factor, rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_processes_do_not_matter(world_size):
+    data = _data(17, dtype=torch.float64)
+    alone = _fit(_model(torch.float64), data)
+    barrier, told = threading.Barrier(world_size, timeout=60), [None] * world_size
+    turn = threading.Lock()  # one at a time, as processes share no state
+
+    def meet():
+        turn.release()
+        try:
+            barrier.wait()
+        finally:
+            turn.acquire()
+
+    def run(rank):
+        def total(tensor):
+            told[rank] = tensor.clone()
+            meet()
+            found = sum(told)
+            meet()
+            return found
+
+        model = _model(torch.float64)
+        model[0][1].running_mean += rank  # of which rank 0's is sent
+        with turn:
+            return _fit(model, data, batch_size=4, shard=Shard(rank, world_size, total))
+
+    with ThreadPoolExecutor(world_size) as pool:
+        ranks = list(pool.map(run, range(world_size)))
+    for found in ranks:
+        assert found.num_samples == 17
+        assert found.squared_error == pytest.approx(alone.squared_error, rel=1e-9)
+        for name, tensor in alone.fitted[1].named_parameters():
+            other = found.fitted[1].get_parameter(name)
+            torch.testing.assert_close(other, tensor, rtol=1e-8, atol=1e-8)
