@@ -18,6 +18,9 @@ FINE_TUNED = ("fedavg", "fisher_merge", "regmean", "fedfisher")
 METHODS = (CLOSED_FORM, *FINE_TUNED, *(HEAD_FIRST + method for method in FINE_TUNED))
 """What the recipes compare: none of it takes labels on the server."""
 
+DEFAULT = (CLOSED_FORM, "fedavg", "regmean", "fedfisher")
+"""What they compare if nothing is said: not what takes a backward pass for each class."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -66,7 +69,7 @@ class Flags:
     gentle_rate: float | None = None
     batch_size: int = 32
     upload_budget: float = 1.0
-    methods: tuple[str, ...] = METHODS[:5]
+    methods: tuple[str, ...] = DEFAULT
     output_dir: Path | None = None
     accelerator: str = "auto"
     resume: bool = False
