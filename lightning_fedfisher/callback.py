@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
@@ -107,8 +108,9 @@ class FedFisherCallback(Callback):
                 ``"auto"`` takes a sixteenth of them (at least 2), None takes all.
             seed: Seed of the subset and of all draws.
             closed_form_head: Whether to fit the last layer by least squares in place of extracting
-                curvature; or the name of the layer, if it is not the one whose outputs are the
-                logits. The other layers must be the same on all clients.
+                curvature; or the name of the layer, if the outputs of several are the logits. The
+                other layers must be the same on all clients. After a fit that sent an update,
+                validation and prediction send none.
             upload_budget: Most bytes of the file, in multiples of what FedAvg sends. Weights and
                 curvature are rounded to fit (see `ClientUpdate.compressed`). None rounds nothing,
                 and neither does any budget if the update takes up to 16 KiB. ``"auto"`` is 1, and
@@ -154,6 +156,7 @@ class FedFisherCallback(Callback):
         self.path: Path | None = None
         self.seconds: float | None = None
         self._trace: ModelTrace | None = None
+        self._sent_by_fit = False
 
     @property
     @override
@@ -166,8 +169,9 @@ class FedFisherCallback(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage not in (("fit", "validate", "predict") if self._fits_head else ("fit",)):
+        if stage != "fit" and (stage == "test" or not self._sends_at(stage)):
             return
+        self._sent_by_fit = False
         self.update = self.path = self.seconds = self._trace = None
         require_whole_model(trainer, "FedFisherCallback")
         if self._output is not None and self._output.is_dir():
@@ -197,7 +201,7 @@ class FedFisherCallback(Callback):
         if not counted and not (bounded and self._num_samples):
             raise ValueError(
                 "samples of an iterable cannot be counted, and it may have no end: pass "
-                "num_samples= (what the client holds), and leave max_samples= a number or 'auto'"
+                "num_samples= (what the client holds), and a number as max_samples="
             )
         find_layers(pl_module)
         warn_of_used_runs(trainer.loggers)
@@ -212,17 +216,34 @@ class FedFisherCallback(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._send(trainer, pl_module)
+        self._sent_by_fit = True
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._sends_at(trainer.state.fn):
+            self._loader(trainer)  # refused before the validation rather than after it
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._fits_head and trainer.state.fn == TrainerFn.VALIDATING:
+        if self._sends_at(trainer.state.fn):
             self._send(trainer, pl_module)
 
     @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._sends_at(trainer.state.fn):
+            self._loader(trainer)
+
+    @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._fits_head:
+        if self._sends_at(trainer.state.fn):
             self._send(trainer, pl_module)
 
+    def _sends_at(self, stage: str | None) -> bool:
+        """Whether an update is due at the end of a validation or a prediction."""
+        here = stage in (TrainerFn.VALIDATING, TrainerFn.PREDICTING)
+        return here and self._fits_head and not self._sent_by_fit
+
+    @torch.inference_mode(False)  # or what is sent would be of no use outside of it
     def _send(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Extracts the update and writes it."""
         dry = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
@@ -264,6 +285,8 @@ class FedFisherCallback(Callback):
             TrainerFn.PREDICTING: trainer.predict_dataloaders,
         }
         found = own.get(trainer.state.fn, trainer.train_dataloader)
+        if isinstance(found, list) and len(found) == 1:
+            (found,) = found
         loader = found if self._dataloader is None else self._dataloader
         if loader is None or isinstance(loader, Mapping | list | tuple):
             raise ValueError(

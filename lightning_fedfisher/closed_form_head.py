@@ -31,13 +31,15 @@ def fit_closed_form_head(
 
     Merged by the method ``closed_form_head``, the updates of any number of clients give the ridge
     regression of all their samples together, however these are split. All is computed and sent in
-    float64, so that this holds to the last digits. Outputs come close to 1 for the class and to 0
-    for the others: they tell the class, but are no logits of probabilities until they are scaled.
+    float64, so that this holds to many digits, unless inputs vary by no more than a thousandth of
+    their means. Outputs come close to 1 for the class and to 0 for the others: they tell the class,
+    but are no logits of probabilities until they are scaled.
 
     Args:
         model: A model whose other layers are the same on all clients. It is left as it was.
         dataloader: Batches ``(x, y)`` of the client's own samples.
-        head: Name of the layer to fit; None takes the linear layer whose outputs are the logits.
+        head: Name of the layer to fit, if the outputs of several are the logits; None takes the
+            last of them.
         likelihood: Name of the likelihood of the labels: ``"gaussian"`` for a linear regression.
         forward: Function that maps ``(module, batch)`` to logits, or to ``(logits, labels)``.
         batch_size: Number of samples in a batch; None keeps the loader's own.
@@ -68,6 +70,8 @@ def fit_closed_form_head(
     options = ExtractionOptions(
         likelihood=likelihood, forward=forward, batch_size=batch_size, max_samples=max_samples
     )
+    if num_samples is not None and num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
     found = extract_closed_form_head(model, dataloader, head, options, progress=progress)
     assert found.fitted is not None
     header = found.header(num_samples or found.population or found.num_samples, metadata)

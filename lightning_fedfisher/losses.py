@@ -64,6 +64,16 @@ class PriorCrossEntropy(nn.Module):
 
         Returns:
             The mean over the observed positions, a scalar.
+
+        Raises:
+            ValueError: If there are not as many classes as counts.
         """
-        prior = self.log_prior.to(logits.dtype).view(-1, *[1] * (logits.ndim - 2))
+        classes = len(self.log_prior)
+        if logits.ndim < 2 or logits.shape[1] != classes:
+            raise ValueError(
+                f"logits must have {classes} classes second, as class_counts, got "
+                f"{tuple(logits.shape)}"
+            )
+        # In float32 at least, which autocast would not see to.
+        prior = self.log_prior.view(-1, *[1] * (logits.ndim - 2))
         return functional.cross_entropy(logits + prior, labels, ignore_index=self._ignored)

@@ -70,6 +70,7 @@ def image_task(parsed: Namespace) -> Task:
         learning_rate=0.01,
         gentle_rate=1e-4,
         epochs=3,
+        options={"image_size": str(parsed.image_size), "weights": parsed.weights},
     )
 
 

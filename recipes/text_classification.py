@@ -6,6 +6,7 @@ LoRA. The default is MiniLM with the weights of its package, on the Banking77 qu
 
 from __future__ import annotations
 
+import atexit
 import csv
 import tempfile
 import zipfile
@@ -93,6 +94,7 @@ def text_task(parsed: Namespace) -> Task:
         learning_rate=1e-3 if parsed.lora else 1e-4,
         gentle_rate=1e-4 if parsed.lora else 1e-5,
         epochs=5,
+        options={"length": str(parsed.length), "classes": str(len(names)), "model": parsed.model},
     )
 
 
@@ -152,10 +154,11 @@ def _minilm_folder() -> Path:
             "'lightning-fedfisher[pretrained]'"
         ) from error
     archive = Path(str(all_minilm_l6_v2.__file__)).parent / "model.zip"
-    folder = Path(tempfile.mkdtemp(prefix="minilm-"))
+    unpacked = tempfile.TemporaryDirectory(prefix="minilm-")
+    atexit.register(unpacked.cleanup)
     with zipfile.ZipFile(archive) as packed:
-        packed.extractall(folder)
-    return next(path.parent for path in folder.rglob("config.json"))
+        packed.extractall(unpacked.name)
+    return next(path.parent for path in Path(unpacked.name).rglob("config.json"))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,5 +1,7 @@
 """Closed-form heads from client to server: the merged head is that of all data in one place."""
 
+import dataclasses
+
 import pytest
 import torch
 from helpers.federation import quiet_trainer
@@ -168,3 +170,64 @@ def test_rounded_fits_are_close():
 def test_a_number_of_samples_may_be_told():
     update = fit_closed_form_head(_Pretrained(), _loader(_data()), num_samples=7, progress=False)
     assert (update.num_samples, update.header.curvature_samples) == (7, 120)
+
+
+def test_a_squared_error_that_cannot_be_is_refused_by_name():
+    updates = [
+        fit_closed_form_head(_Pretrained(), _loader(part), progress=False)
+        for part in _by_class(_data(), 3)
+    ]
+    fit = dataclasses.replace(updates[1].header.fit, squared_error=10.0)
+    header = dataclasses.replace(updates[1].header, fit=fit)
+    forged = ClientUpdate(header, updates[1]._tensors, "mallory")
+    with pytest.raises(MergeError, match="mallory claims labels of mean squared length 1") as error:
+        _merged([updates[0], forged, updates[2]])
+    assert len(error.value.offenders) == 1
+
+
+def test_positions_count_as_observations_without_a_bias_too():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(10, 50, 8, generator=generator)
+    y = x @ torch.randn(8, 1, generator=generator)
+    model, lines = nn.Linear(8, 1, bias=False), {"likelihood": "gaussian", "progress": False}
+    by_sample = fit_closed_form_head(model, [(x, y)], **lines)
+    flat = fit_closed_form_head(model, [(x.flatten(0, 1), y.flatten(0, 1))], **lines)
+    found, expected = (_merged([update]).state_dict["weight"] for update in (by_sample, flat))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    truth = torch.linalg.lstsq(x.flatten(0, 1), y.flatten(0, 1)).solution.mT
+    torch.testing.assert_close(found.float(), truth, rtol=1e-3, atol=1e-3)
+
+
+def test_bodies_with_other_statistics_are_refused():
+    one, other = _Pretrained(), _Pretrained()
+    other.body[1].running_mean += 1
+    updates = [fit_closed_form_head(m, _loader(_data()), progress=False) for m in (one, other)]
+    with pytest.raises(MergeError, match=r"is of another model than .*body.1.running_mean"):
+        _merged(updates)
+
+
+def test_what_a_fit_has_sent_is_not_sent_again(tmp_path):
+    data, path = _data(), tmp_path / "client.safetensors"
+    callback = FedFisherCallback(path, closed_form_head=True)
+    trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[callback])
+    model = _Pretrained()
+    trainer.fit(model, _loader(data))
+    written = path.read_bytes()
+    trainer.validate(model, _loader(_data(20)))
+    trainer.predict(model, DataLoader(TensorDataset(data.tensors[0]), batch_size=8))
+    assert path.read_bytes() == written
+    assert callback.update.num_samples == 120
+    callback.update.parameters["head.weight"].mul_(2)  # no tensor of inference mode
+
+
+def test_one_loader_in_a_list_is_that_loader(tmp_path):
+    callback = FedFisherCallback(tmp_path / "client.safetensors", closed_form_head=True)
+    trainer = quiet_trainer(tmp_path, callbacks=[callback])
+    trainer.validate(_Pretrained(), [_loader(_data())])
+    assert callback.update.num_samples == 120
+    callback.update.parameters["head.weight"].mul_(2)
+
+
+def test_fewer_than_one_sample_is_refused():
+    with pytest.raises(ValueError, match="num_samples must be at least 1"):
+        fit_closed_form_head(_Pretrained(), _loader(_data()), num_samples=0)

@@ -54,3 +54,19 @@ def test_positions_may_be_ignored_and_nothing_is_saved():
 def test_what_are_no_counts_is_refused(counts):
     with pytest.raises(ValueError, match="class_counts"):
         PriorCrossEntropy(counts)
+
+
+def test_low_precision_does_not_round_the_prior():
+    loss, labels = PriorCrossEntropy([100_000, 1, 0]), torch.tensor([0, 1])
+    logits = torch.tensor([[8.0, 1.0, 0.0], [3.0, -2.0, 5.0]])
+    expected = loss(logits, labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = loss(logits.bfloat16(), labels)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("counts", [[5], [1, 1, 1]])
+def test_logits_of_other_classes_are_refused(counts):
+    with pytest.raises(ValueError, match="classes second"):
+        PriorCrossEntropy(counts)(torch.zeros(2, 4), torch.tensor([0, 1]))

@@ -288,3 +288,28 @@ def inner_product(one: Tensor, other: Tensor) -> Tensor:
 def identity_map(matrix: Tensor) -> Tensor:
     """Gives a matrix back: the change of basis of an operator that is diagonal already."""
     return matrix
+
+
+def least_squares(gram: Tensor, crossed: Tensor) -> Tensor:
+    """Solves a linear regression from its second moments.
+
+    Inputs are brought to one scale first. So those of small numbers are not taken for rounding of
+    those of large ones.
+
+    Args:
+        gram: Second moment of the inputs, of shape ``(columns, columns)`` in float64.
+        crossed: Second moment of labels and inputs, of shape ``(rows, columns)``.
+
+    Returns:
+        Weights of shape ``(rows, columns)``. Where inputs are linearly dependent, they are the
+        smallest ones that fit, as multiples of the inputs' scales.
+
+    Example:
+        >>> least_squares(torch.tensor([[4.0, 0.0], [0.0, 0.0]]), torch.tensor([[8.0, 0.0]]))
+        tensor([[2., 0.]])
+    """
+    diagonal = gram.diagonal()
+    scale = torch.where(diagonal > 0, diagonal, 1.0).rsqrt() * (diagonal > 0)
+    scaled = scale.unsqueeze(1) * gram * scale
+    found: Tensor = (crossed * scale) @ torch.linalg.pinv(scaled, hermitian=True) * scale
+    return found

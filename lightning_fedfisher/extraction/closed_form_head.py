@@ -10,7 +10,7 @@ Analytic Approach for Federated Learning with Pre-trained Models").
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_fedfisher.curvature.input_gram import InputGram
+from lightning_fedfisher.curvature.linalg import least_squares
 from lightning_fedfisher.distributed.processes import Shard
 from lightning_fedfisher.errors import UnsupportedModelError
 from lightning_fedfisher.extraction.accumulators.gram import GramSum
@@ -33,6 +34,7 @@ from lightning_fedfisher.extraction.sampling import SamplePartition, partition_s
 from lightning_fedfisher.extraction.tracing.recorder import LayerCallRecorder, WatchedCall
 from lightning_fedfisher.layers import Layer, aliases, find_layers
 from lightning_fedfisher.likelihoods.registry import LIKELIHOODS
+from lightning_fedfisher.update.header import LeastSquaresFit
 
 _BAR_DELAY_SECONDS = 2
 
@@ -50,18 +52,19 @@ def extract_closed_form_head(
 ) -> ExtractedCurvature:
     """Fits a model's last layer to the labels by least squares, in one forward pass.
 
-    Everything is added up and solved in float64. Where the samples leave the fit open, it is the
-    smallest one.
+    Everything is added up and solved in float64. Where the samples leave the fit open, it is a
+    small one (`least_squares`).
 
     Args:
         model: A model whose other layers are as they shall be: pre-trained, or merged. Whether they
             are frozen does not matter. It is left as it was.
         dataloader: Batches ``(x, y)`` of the client's own samples (see `extract_curvature`).
-        head: Name of the layer to fit, as `find_layers` names it; None takes the linear layer whose
-            outputs are the logits.
+        head: Name of the layer to fit, as `find_layers` names it, if the outputs of several are
+            the logits; None takes the last of them.
         options: Likelihood of the labels, ``forward``, ``batch_size``, ``max_samples`` (where
-            ``"auto"`` takes all) and ``seed``; the other options say nothing here. None takes the
-            defaults of `ExtractionOptions`.
+            ``"auto"`` takes all, and of an iterable a number takes the first, rounded up to whole
+            batches) and ``seed``; the other options say nothing here. None takes the defaults of
+            `ExtractionOptions`.
         prepare: Function applied to each batch first; None leaves batches as they are.
         shard: The place of this process among several; None stands for a single process.
         progress: Whether to show a progress bar, after two seconds, on rank 0 and on a terminal.
@@ -80,7 +83,7 @@ def extract_closed_form_head(
         >>> lines = ExtractionOptions(likelihood="gaussian")
         >>> found = extract_closed_form_head(nn.Linear(1, 1), [(x, 3 * x + 1)], options=lines)
         >>> weight, bias = found.fitted.parameters()
-        >>> round(weight.item(), 6), round(bias.item(), 6), found.squared_error < 1e-12
+        >>> round(weight.item(), 6), round(bias.item(), 6), found.fit.squared_error < 1e-12
         (3.0, 1.0, True)
     """
     options = replace(options or ExtractionOptions(), curvature="input_gram")
@@ -109,11 +112,19 @@ def extract_closed_form_head(
         problem = _HeadProblem(copy_model(model, buffers), head, options, runner, samples)
         own = None if samples.indices is None else len(samples.indices)
         bar.reset(own)
+        stop = options.max_samples if samples.count is None else None
         for batch in samples.batches:
             bar.update(problem.add(batch))
+            if own is not None and problem.samples > own:
+                raise ValueError(
+                    "the model gives more rows of logits than there are samples: pass `forward` to "
+                    "return one row for each sample, with positions after the classes"
+                )
             if on_progress is not None:
                 on_progress(problem.samples, own)
-        weights, gram, error, count = problem.solve(shard)
+            if isinstance(stop, int) and problem.samples >= stop:
+                break
+        weights, gram, fit, count = problem.solve(shard)
     layer = problem.layer
     fitted = frozen_copy(model)
     module = fitted.get_submodule(layer.module_name)
@@ -129,7 +140,7 @@ def extract_closed_form_head(
         time.perf_counter() - started,
         output_layer=layer.name,
         fitted=fitted,
-        squared_error=error,
+        fit=fit,
     )
 
 
@@ -174,22 +185,44 @@ class _HeadProblem:
                 [f"{tied[0]}: another layer shares it, and would change with the head: untie them"]
             )
         self.layer, self._watched = chosen, (chosen,)
+        self._forget_head(samples)
         self.samples, device = 0, next(copied.parameters()).device
         # Apple's GPUs have no float64.
         self._device = torch.device("cpu") if device.type == "mps" else device
         self._squares = torch.zeros((), dtype=torch.float64, device=self._device)
+        self._observations = self._squares.clone()
         self._crossed = self._squares.new_zeros(chosen.shape)
         self._gram = GramSum(chosen.shape[1], like=self._squares)
+
+    def _forget_head(self, samples: SamplePartition) -> None:
+        """Draws other weights for the head of the copy, which make a difference to its logits.
+
+        All outputs of a head of zeros are alike, whatever is made of them after it.
+        """
+        generator = torch.Generator().manual_seed(0)
+        for name in self.layer.parameter_names:
+            parameter = self._model.get_parameter(name)
+            drawn = torch.randn(parameter.shape, generator=generator)
+            parameter.data.copy_(drawn / drawn[0].numel() ** 0.5)
+        self._require_logits(self._run(samples.preview())[2])
+
+    def _require_logits(self, calls: Sequence[_Call]) -> None:
+        """Refuses a head that is called several times, or whose outputs are not the logits."""
+        if len(calls) == 1 and calls[0][3]:
+            return
+        problem = (
+            "its outputs are not the logits: pass `forward` to return them as they are"
+            if len(calls) == 1
+            else f"it is called {len(calls)} times in a forward pass, and a head is called once"
+        )
+        raise UnsupportedModelError([f"{self.layer.name}: {problem}"])
 
     def add(self, batch: Any) -> int:
         """Adds a batch, and returns its number of samples."""
         logits, labels, calls = self._run(batch)
         if labels is None:
             raise ValueError("a fit needs labels, and the batch holds none")
-        if len(calls) != 1 or not calls[0][3]:
-            raise UnsupportedModelError(
-                [f"{self.layer.name}: its outputs are the logits of some batches, not of all"]
-            )
+        self._require_logits(calls)
         _, inputs, has_bias, _ = calls[0]
         targets = self._likelihood.regressands(logits, labels)
         targets = targets.reshape(-1, self.layer.shape[0]).to(self._device)
@@ -201,30 +234,31 @@ class _HeadProblem:
         self._gram.add(inputs.mT.unsqueeze(0), 1.0)
         self._crossed.addmm_(targets.mT, inputs)
         self._squares += targets.square().sum()
+        self._observations += len(targets)
         self.samples += len(logits)
         return len(logits)
 
-    def solve(self, shard: Shard) -> tuple[Tensor, Tensor, float, int]:
+    def solve(self, shard: Shard) -> tuple[Tensor, Tensor, LeastSquaresFit, int]:
         """Solves it for the samples of all processes together.
 
         Returns:
-            The weights, the second moment of the inputs and the squared error, both as means over
-            samples, and the number of samples.
+            The weights, the second moment of the inputs as a mean over samples, what is known of
+            the fit, and the number of samples.
         """
         count = round(float(shard.total(torch.tensor([self.samples]).double().to(self._device))))
         if count == 0:
             raise ValueError("the client holds no samples: there is nothing to fit")
-        gram, crossed, squares = (
+        gram, crossed, squares, observations = (
             shard.total(total).div_(count)
-            for total in (self._gram.total(), self._crossed, self._squares)
+            for total in (self._gram.total(), self._crossed, self._squares, self._observations)
         )
-        weights = crossed @ torch.linalg.pinv(gram, hermitian=True)
+        if not observations:
+            raise ValueError("no label of the client is observed: there is nothing to fit")
+        weights = least_squares(gram, crossed)
         error = float(squares - (weights * crossed).sum())  # but for rounding, not negative
-        return weights, gram, max(error, 0.0), count
+        return weights, gram, LeastSquaresFit(max(error, 0.0), float(observations)), count
 
-    def _run(
-        self, batch: Any
-    ) -> tuple[Tensor, Tensor | None, list[tuple[Layer, Tensor, bool, bool]]]:
+    def _run(self, batch: Any) -> tuple[Tensor, Tensor | None, list[_Call]]:
         """Runs a batch.
 
         Returns:
@@ -251,6 +285,9 @@ class _HeadProblem:
             for layer, rows, has_bias, output in seen
         ]
         return logits, labels, calls
+
+
+_Call = tuple[Layer, Tensor, bool, bool]
 
 
 def _is_the_same(output: Tensor, logits: Tensor, width: int) -> bool:

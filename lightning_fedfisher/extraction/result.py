@@ -17,7 +17,7 @@ from lightning_fedfisher.extraction.options import ExtractionOptions
 from lightning_fedfisher.extraction.tracing.model_trace import ModelTrace
 from lightning_fedfisher.layers import Layer, Source
 from lightning_fedfisher.likelihoods.registry import LIKELIHOODS
-from lightning_fedfisher.update.header import UpdateHeader
+from lightning_fedfisher.update.header import LeastSquaresFit, UpdateHeader
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class ExtractedCurvature:
         output_layer: Name of the layer whose outputs are the logits; empty if there is none.
         trace: What a forward pass of a few samples showed about the model; None if none was run.
         fitted: The model that the curvature is around, if it is not the one that was given.
-        squared_error: Squared error that is left at its weights, as a mean over samples, if they
-            are a least-squares fit of the labels (`extract_closed_form_head`); None if not.
+        fit: What is known of its weights if they are a least-squares fit of the labels
+            (`extract_closed_form_head`); None if not.
 
     Example:
         >>> import torch
@@ -63,7 +63,7 @@ class ExtractedCurvature:
     output_layer: str = ""
     trace: ModelTrace | None = field(default=None, repr=False, compare=False)
     fitted: nn.Module | None = field(default=None, repr=False, compare=False)
-    squared_error: float | None = None
+    fit: LeastSquaresFit | None = None
 
     @property
     def kind(self) -> CurvatureType:
@@ -109,5 +109,5 @@ class ExtractedCurvature:
             metadata=dict(metadata or {}),
             fed_by=self.fed_by,
             output_layer=self.output_layer if LIKELIHOODS[options.likelihood].softmax else "",
-            squared_error=self.squared_error,
+            fit=self.fit,
         )

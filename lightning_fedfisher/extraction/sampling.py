@@ -256,6 +256,10 @@ def _batch_sampler(dataloader: DataLoader[Any]) -> BatchSampler:
 
 def _trained_indices(dataloader: DataLoader[Any], sampler: Iterable[Any]) -> list[int]:
     """Finds the samples the loader trains on, each once, whatever its order and padding."""
+    # While it predicts on several ranks, Lightning wraps the sampler as well.
+    wrapped = getattr(getattr(sampler, "dataset", None), "_sampler", None)
+    if wrapped is not None:
+        return _trained_indices(dataloader, wrapped)
     size = len(dataloader.dataset)  # type: ignore[arg-type]
     whole = type(sampler) in (SequentialSampler, DistributedSampler) or (
         type(sampler) is RandomSampler and not sampler.replacement

@@ -122,8 +122,7 @@ def check_updates(
     if method is not None:
         for found, update in opened:
             if refusal := method.refusal(update.header):
-                reason = f"{update.source} {refusal}, as method {method.name!r} needs"
-                found.offenders.append(reason)
+                found.offenders.append(f"{update.source} {refusal} (method {method.name!r})")
     # In memory and in a file the same tables may be in another order.
     described = [json.dumps(own, sort_keys=True) for own in traits]
     alike = Counter(
@@ -171,8 +170,10 @@ def _traits(update: ClientUpdate, any_curvature: bool) -> tuple[dict[str, object
     if any_curvature:
         return model, {}, {}, {}
     extracted = {name: getattr(header, name) for name in ("curvature", "fisher", "likelihood")}
-    fit = "no" if header.squared_error is None else "a"
-    extracted["fit"] = f"{fit} least-squares fit"
+    extracted["fit"] = f"{'no' if header.fit is None else 'a'} least-squares fit"
+    if header.fit is not None:  # to what a body gives that must be the same
+        digests = update.digests
+        model = model | {n: d for n, d in digests.items() if n.startswith("buffers/")}
     wiring: dict[str, object] = {
         f"the source of {name}": f"{source.layer} ({source.activation})"
         for name, source in header.fed_by.items()

@@ -14,6 +14,7 @@ from lightning_fedfisher.curvature.base import Curvature, Identity
 from lightning_fedfisher.distributed.progress import progress_bar
 from lightning_fedfisher.errors import MergeError
 from lightning_fedfisher.layers import Layer
+from lightning_fedfisher.likelihoods.registry import LIKELIHOODS
 from lightning_fedfisher.merge.alignment import Alignment, LayerAlignments
 from lightning_fedfisher.merge.disk_cache import OnDiskCurvatures
 from lightning_fedfisher.merge.influence_cap import cap, measure
@@ -25,8 +26,10 @@ from lightning_fedfisher.merge.memory_budget import (
     working_dtype,
 )
 from lightning_fedfisher.merge.methods import MergeMethod
-from lightning_fedfisher.merge.objective import LeastSquares, Quadratic, average
+from lightning_fedfisher.merge.objective import LeastSquares, Quadratic, average, dot
 from lightning_fedfisher.update.client_update import ClientUpdate
+
+_ROUNDED = 0.05  # of a label's length: what the rounding of a packed fit may change
 
 
 class LoadedLayer(NamedTuple):
@@ -177,6 +180,8 @@ class LayerLoader:
         ready = None if prepared is None else iter(prepared)
         held, nbytes = self._hold(layer, curvatures(), self._dtypes[index], device)
         problem = Quadratic(self.client_weights, weights, held, self._fit(layer))
+        if offenders := self._unlike_their_labels(problem):
+            raise MergeError(offenders)
         influence = measure(problem)
         if overflown := [
             f"{update.source} is too large for float32 in layer {layer.name}"
@@ -186,14 +191,37 @@ class LayerLoader:
             raise MergeError(overflown)
         return LoadedLayer(cap(problem, influence, self.method.max_influence), influence, nbytes)
 
+    def _unlike_their_labels(self, problem: Quadratic) -> list[str]:
+        """Names clients whose fits are not those of classes, of which each label is of length 1."""
+        softmax = LIKELIHOODS[self.updates[0].header.likelihood].softmax
+        if problem.fit is None or not softmax or self.method.ignores_curvature:
+            return []
+        found = []
+        for update, weights, curvature, error, labels in zip(
+            *(self.updates, problem.weights, problem.curvatures),
+            *(problem.fit.squared_errors, problem.fit.observations),
+            strict=True,
+        ):
+            squares = error + dot(weights, curvature.apply(weights))
+            if not abs(squares - labels) <= _ROUNDED * labels:
+                found.append(
+                    f"{update.source} claims labels of mean squared length {squares / labels:.3g}, "
+                    "and that of a class is 1"
+                )
+        return found
+
     def _fit(self, layer: Layer) -> LeastSquares | None:
-        """What the clients' fits leave, if their weights are fits."""
-        samples, total = sum(update.num_samples for update in self.updates), 0.0
-        for update in self.updates:
-            if update.header.squared_error is None:
-                return None
-            total += update.num_samples * update.header.squared_error
-        return LeastSquares(samples, total / samples, len(layer.parameters) > 1)
+        """What is known of the clients' fits, if their weights are fits."""
+        fits = [update.header.fit for update in self.updates]
+        known = [fit for fit in fits if fit is not None]
+        if len(known) < len(fits):
+            return None
+        return LeastSquares(
+            sum(update.num_samples for update in self.updates),
+            tuple(fit.squared_error for fit in known),
+            tuple(fit.observations for fit in known),
+            len(layer.parameters) > 1,
+        )
 
     def _alignments(
         self, index: int, device: torch.device, merged: Sequence[Tensor]

@@ -113,9 +113,9 @@ class MergeMethod:
         Returns:
             The reason, with what to do instead; None if it can merge the update.
         """
-        if self.takes_fits and header.squared_error is None:
+        if self.takes_fits and header.fit is None:
             return "holds no least-squares fit: make it by FedFisherCallback(closed_form_head=True)"
-        if header.squared_error is not None and self.power != 1:
+        if header.fit is not None and self.power != 1:
             return (
                 "holds a least-squares fit, and no power of its curvature has the fit of all "
                 "samples: merge it by method='closed_form_head'"

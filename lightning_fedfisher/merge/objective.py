@@ -108,13 +108,15 @@ class LeastSquares(NamedTuple):
 
     Attributes:
         samples: Number of samples of all clients.
-        squared_error: Squared error that each client's own fit leaves, as a mean over all samples.
-            With the quadratic, it is the squared error of any weights over all samples.
+        squared_errors: Squared error that each client's own fit leaves, as a mean over its samples.
+            With the quadratic, they give the squared error of any weights over all samples.
+        observations: Labels that each client saw, as a mean over its samples.
         has_bias: Whether the last column is a bias, whose input is one.
     """
 
     samples: int
-    squared_error: float
+    squared_errors: tuple[float, ...]
+    observations: tuple[float, ...]
     has_bias: bool
 
 

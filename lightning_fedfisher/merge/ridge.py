@@ -18,11 +18,11 @@ from lightning_fedfisher.merge.objective import Quadratic
 from lightning_fedfisher.merge.solvers import Solver
 
 # Ridges that are tried, as powers of ten of the inputs' mean variance, and how many at a time.
-_LEAST, _MOST, _TRIED = -10.0, 3.0, 131
+_LEAST, _MOST, _TRIED = -13.0, 3.0, 161
 # Times that the search is repeated between the neighbours of the best.
 _REFINED = 2
 # Degrees of freedom, as a fraction of the samples, that must be left to tell an error.
-_LEFT = 1e-6
+_LEFT = 1e-4
 
 
 class RidgeRegression(Solver):
@@ -38,7 +38,7 @@ class RidgeRegression(Solver):
         >>> from lightning_fedfisher.merge.objective import LeastSquares
         >>> gram = InputGram(torch.tensor([[2.0]], dtype=torch.float64), rows=1)
         >>> fits = [torch.tensor([[1.0]], dtype=torch.float64), torch.tensor([[3.0]]).double()]
-        >>> fit = LeastSquares(samples=8, squared_error=0.0, has_bias=False)
+        >>> fit = LeastSquares(8, (0.0, 0.0), observations=(1.0, 1.0), has_bias=False)
         >>> solver = RidgeRegression(Quadratic([1, 1], fits, [gram, gram], fit), ridge=1.0)
         >>> solver.advance(1)
         >>> solver.weights
@@ -73,8 +73,9 @@ class RidgeRegression(Solver):
 
     @override
     def _step(self) -> None:
-        gram, crossed, squares = self._moments()
-        samples = float(self._fit.samples)
+        gram, crossed, squares, observations = self._moments()
+        # What centring leaves of a direction without variance goes by what was there before.
+        rounding = len(gram) * torch.finfo(gram.dtype).eps * float(gram.trace())
         ones, mean, mean_label = gram.new_ones(()), gram.new_zeros(0), crossed.new_zeros(0)
         if self._fit.has_bias:
             # The bias takes the means, and what is left has none.
@@ -82,41 +83,50 @@ class RidgeRegression(Solver):
             gram = gram[:-1, :-1] - torch.outer(mean, mean) / ones
             crossed = crossed[:, :-1] - torch.outer(mean_label, mean) / ones
             squares -= float(mean_label.square().sum() / ones)
-            samples *= float(ones)  # observations: a sample may hold several
         values, vectors = torch.linalg.eigh(gram)
-        values, turned = values.clamp_min(0), crossed @ vectors
+        seen = values > rounding
+        values, turned = values * seen, (crossed @ vectors) * seen
         scale = float(values.mean()) or 1.0
         if self._given is None:
-            lost = turned.square().sum(0)
-            self.ridge = choose_ridge(
-                values / scale, lost / scale, squares, samples, self._fit.has_bias
-            )
+            lengths, labels = turned.square().sum(0) / scale, self._fit.samples * observations
+            has_bias = self._fit.has_bias
+            self.ridge = choose_ridge(values / scale, lengths, squares, labels, has_bias)
         else:
             self.ridge = self._given
-        shrunk = values + self.ridge * scale
-        seen = shrunk > len(values) * torch.finfo(values.dtype).eps * shrunk.max()
-        weights = (turned * torch.where(seen, 1 / shrunk, 0.0)) @ vectors.mT
+        shrunk = torch.where(seen, values + self.ridge * scale, 1.0)
+        weights = (turned / shrunk) @ vectors.mT
         if self._fit.has_bias:
             bias = (mean_label - weights @ mean) / ones
             weights = torch.cat([weights, bias.unsqueeze(1)], dim=1)
         self.weights = weights.to(self.weights)
         self.finished = True
 
-    def _moments(self) -> tuple[Tensor, Tensor, float]:
-        """Adds up second moments: of the inputs, of labels and inputs, and of the labels."""
+    def _moments(self) -> tuple[Tensor, Tensor, float, float]:
+        """Adds up second moments: of the inputs, of labels and inputs, and of the labels.
+
+        Returns:
+            The three, and the mean number of labels of a sample.
+        """
+        problem, fit = self.problem, self._fit
+        # Apple's GPUs have no float64.
+        where = torch.device("cpu") if self.weights.device.type == "mps" else self.weights.device
         columns = self.weights.shape[1]
-        gram = self.weights.new_zeros(columns, columns, dtype=torch.float64)
-        crossed, squares = self.weights.new_zeros(self.weights.shape).double(), 0.0
-        for p, weights, curvature in zip(
-            self.problem.client_weights, self.problem.weights, self.problem.curvatures, strict=True
+        gram = torch.zeros(columns, columns, dtype=torch.float64, device=where)
+        crossed = torch.zeros(self.weights.shape, dtype=torch.float64, device=where)
+        squares = observations = 0.0
+        for p, weights, curvature, error, labels in zip(
+            *(problem.client_weights, problem.weights, problem.curvatures),
+            *(fit.squared_errors, fit.observations),
+            strict=True,
         ):
             assert isinstance(curvature, InputGram)
-            exact, own = curvature.column_factor.double(), weights.double()
+            exact, own = curvature.column_factor.to(gram), weights.to(gram)
             pull = own @ exact
             gram.add_(exact, alpha=p)
             crossed.add_(pull, alpha=p)
-            squares += p * float((own * pull).sum())
-        return gram, crossed, squares + self._fit.squared_error
+            squares += p * (error + float((own * pull).sum()))
+            observations += p * labels
+        return gram, crossed, squares, observations
 
 
 def choose_ridge(

@@ -14,15 +14,19 @@ import torch
 from torch import Tensor
 
 from lightning_fedfisher.curvature.input_gram import InputGram
+from lightning_fedfisher.curvature.linalg import least_squares
 from lightning_fedfisher.errors import UpdateError
 from lightning_fedfisher.merge.methods import METHODS
 from lightning_fedfisher.update.client_update import ClientUpdate
+from lightning_fedfisher.update.header import LeastSquaresFit
 from lightning_fedfisher.update.tensor_checks import StoredRole, find_problem
 
+_ROUNDING = 1e-6  # of the labels' squares, as fixed point leaves it
 _ROLES: dict[str, StoredRole] = {
     "inputs_times_inputs": "factor",
     "labels_times_inputs": "weights",
     "squared_labels": "values",
+    "observations": "values",
     "samples": "values",
 }
 
@@ -36,8 +40,8 @@ def head_sums(update: ClientUpdate) -> dict[str, Tensor]:
     Returns:
         Sums over its samples in float64: ``inputs_times_inputs`` of shape ``(columns, columns)``,
         ``labels_times_inputs`` of the shape of the head's matrix, and the scalars
-        ``squared_labels`` and ``samples``. None of them divides another entry by entry, so
-        `to_fixed` takes ``divisors={}``.
+        ``squared_labels``, ``observations`` and ``samples``. None of them divides another entry by
+        entry, so `to_fixed` takes ``divisors={}``.
 
     Raises:
         UpdateError: If the update is no least-squares fit.
@@ -48,21 +52,20 @@ def head_sums(update: ClientUpdate) -> dict[str, Tensor]:
         >>> model = torch.nn.Linear(1, 1, bias=False)
         >>> sums = head_sums(fit_closed_form_head(model, [(x, 2 * x)], likelihood="gaussian"))
         >>> [round(tensor.item(), 4) for tensor in sums.values()]
-        [10.0, 20.0, 40.0, 2.0]
+        [10.0, 20.0, 40.0, 2.0, 2.0]
     """
-    error = update.header.squared_error
-    if (refusal := METHODS["closed_form_head"].refusal(update.header)) or error is None:
-        raise UpdateError(update.source, [f"it {refusal}"])
+    fit = _require_fit(update)
     (layer,), samples = update.layers, float(update.num_samples)
     with update.opened():
         weights = update.weights(layer).double()
         gram = update.block(layer, dtype=torch.float64).tensors()["column_factor"]
     pull = weights @ gram
-    squares = error + float((weights * pull).sum())
+    squares = fit.squared_error + float((weights * pull).sum())
     return {
         "inputs_times_inputs": samples * gram,
         "labels_times_inputs": samples * pull,
         "squared_labels": torch.tensor(samples * squares, dtype=torch.float64),
+        "observations": torch.tensor(samples * fit.observations, dtype=torch.float64),
         "samples": torch.tensor(samples, dtype=torch.float64),
     }
 
@@ -91,6 +94,7 @@ def head_from_sums(total: Mapping[str, Tensor], like: ClientUpdate) -> ClientUpd
         >>> merged.num_samples, round(merged.parameters["weight"].item(), 4)
         (4, 2.0)
     """
+    _require_fit(like)
     (layer,) = like.layers
     rows, columns = layer.shape
     shapes = dict[str, tuple[int, ...]](dict.fromkeys(_ROLES, ()))
@@ -102,14 +106,18 @@ def head_from_sums(total: Mapping[str, Tensor], like: ClientUpdate) -> ClientUpd
             offenders.append(f"{name} should be {should}, is {found}")
         elif reason := find_problem(total[name], _ROLES[name]):
             offenders.append(f"{name} {reason}")
-        elif name == "samples" and not total[name] > 0:
-            offenders.append("samples must be greater than 0")
+        elif name in ("observations", "samples") and not total[name] > 0:
+            offenders.append(f"{name} must be greater than 0")
     if offenders:
         raise UpdateError("this sum", offenders)
     means = {name: total[name].double() / total["samples"] for name in _ROLES}
     gram, crossed = means["inputs_times_inputs"], means["labels_times_inputs"]
-    weights = crossed @ torch.linalg.pinv(gram, hermitian=True)
-    error = float(means["squared_labels"] - (weights * crossed).sum())
+    weights = least_squares(gram, crossed)
+    squares = float(means["squared_labels"])
+    error = squares - float((weights * crossed).sum())
+    if error < -_ROUNDING * squares:
+        reason = "squared_labels are less than what labels_times_inputs explain"
+        raise UpdateError("this sum", [reason])
     tensors = {f"buffers/{name}": buffer for name, buffer in like.buffers.items()}
     for name, tensor in layer.split(weights).items():
         tensors[f"parameters/{name}"] = tensor.to(like.specs[name][1])
@@ -122,6 +130,14 @@ def head_from_sums(total: Mapping[str, Tensor], like: ClientUpdate) -> ClientUpd
         curvature_samples=samples,
         metadata={},
         quantized={},
-        squared_error=max(error, 0.0),  # but for rounding, not negative
+        fit=LeastSquaresFit(max(error, 0.0), float(means["observations"])),
     )
     return ClientUpdate(header, tensors, "this sum")
+
+
+def _require_fit(update: ClientUpdate) -> LeastSquaresFit:
+    """Refuses an update that is no least-squares fit."""
+    fit = update.header.fit
+    if (refusal := METHODS["closed_form_head"].refusal(update.header)) or fit is None:
+        raise UpdateError(update.source, [f"it {refusal}"])
+    return fit

@@ -54,8 +54,8 @@ def inconsistencies(header: UpdateHeader, shapes: Mapping[str, tuple[int, ...]])
         if f"parameters/{name}" in expected or name in header.frozen
     ]
     offenders += _wiring_problems(header)
-    if header.squared_error is not None and list(header.kinds.values()) != [InputGram.kind]:
-        offenders.append("squared_error is told, and there is more than one layer's input_gram")
+    if header.fit is not None and list(header.kinds.values()) != [InputGram.kind]:
+        offenders.append("a fit is told, and there is more than one layer's input_gram")
     offenders += [f"{n} is packed and unknown" for n in header.quantized if n not in expected]
     found = {name: shape for name, shape in shapes.items() if not name.startswith("buffers/")}
     for name in sorted(expected.keys() | found.keys()):

@@ -15,7 +15,7 @@ import torch
 
 from lightning_fedfisher.curvature.registry import KINDS
 from lightning_fedfisher.layers import Layer, Source
-from lightning_fedfisher.update.tensor_checks import StoredRole, is_possible
+from lightning_fedfisher.update.tensor_checks import LARGEST_VALUE, StoredRole, is_possible
 
 QUANTIZED_TYPES = {
     "float16": torch.float16,
@@ -50,6 +50,24 @@ class QuantizedTensor:
 
 
 @dataclass(frozen=True)
+class LeastSquaresFit:
+    """What is known of weights that are a least-squares fit of a client's labels.
+
+    Attributes:
+        squared_error: Squared error that they leave, as a mean over samples.
+        observations: Number of labels that were seen, as a mean over samples: each may hold several
+            positions.
+
+    Example:
+        >>> LeastSquaresFit(squared_error=0.25, observations=1.0).observations
+        1.0
+    """
+
+    squared_error: float
+    observations: float
+
+
+@dataclass(frozen=True)
 class UpdateHeader:
     """What a client says of the tensors that it sends.
 
@@ -71,8 +89,8 @@ class UpdateHeader:
         output_layer: Name of the layer whose outputs are the logits of a softmax. Empty if there is
             none.
         quantized: How tensors were quantized, by their names in the file.
-        squared_error: Squared error that is left at the weights, as a mean over samples, if they
-            are a least-squares fit of the labels; None if they are not.
+        fit: What is known of the weights if they are a least-squares fit of the labels; None if
+            they are not.
 
     Raises:
         TypeError: If an attribute, or something in it, is not of its type.
@@ -100,7 +118,7 @@ class UpdateHeader:
     fed_by: Mapping[str, Source] = field(default_factory=dict)
     output_layer: str = ""
     quantized: Mapping[str, QuantizedTensor] = field(default_factory=dict)
-    squared_error: float | None = None
+    fit: LeastSquaresFit | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "curvature_samples"):
@@ -110,9 +128,11 @@ class UpdateHeader:
         for table in (self.kinds, self.metadata, self.aliases, self.frozen):
             for key, value in table.items():
                 _typed(str, key), _typed(str, value)
-        error = self.squared_error
-        if error is not None and not 0 <= _typed(float, error) < math.inf:
-            raise ValueError(f"squared_error is {error}")
+        if self.fit is not None:
+            error = _typed(float, self.fit.squared_error)
+            observations = _typed(float, self.fit.observations)
+            if not 0 <= error <= LARGEST_VALUE or not 0 < observations <= LARGEST_VALUE:
+                raise ValueError(f"a fit of {observations} observations leaves {error}")
         for reader, source in self.fed_by.items():
             _typed(str, reader), _typed(str, source.layer), _typed(str, source.activation)
         for name, quantized in self.quantized.items():
@@ -158,7 +178,9 @@ class UpdateHeader:
         )
         fed_by = {reader: Source(**source) for reader, source in fields["fed_by"].items()}
         quantized = {name: QuantizedTensor(**how) for name, how in fields["quantized"].items()}
-        return cls(**{**fields, "layers": layers, "fed_by": fed_by, "quantized": quantized})
+        fit = None if fields.get("fit") is None else LeastSquaresFit(**fields["fit"])
+        parsed = {"layers": layers, "fed_by": fed_by, "quantized": quantized, "fit": fit}
+        return cls(**{**fields, **parsed})
 
     def tensor_roles(self) -> dict[str, tuple[tuple[int, ...], StoredRole]]:
         """Lists what the header promises: weights, and the tensors of the curvature.

@@ -10,6 +10,7 @@ loss.
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import sys
 import warnings
@@ -56,6 +57,7 @@ from simulation.results import Report, show
 _HEAD_SCALE = 10.0
 _GENTLE_EPOCHS = 1
 _EVALUATION_BATCH = 250
+_ELSEWHERE = {"methods", "output_dir", "accelerator", "resume"}  # flags that change no client
 _FOLDERS = _HEADS, _TUNED, _GENTLE = "updates", "fine-tuned", "head-first"
 
 
@@ -114,6 +116,9 @@ class Federation:
         self.output = flags.output_dir or Path("runs") / stamp
         if not flags.resume and any((self.output / name).exists() for name in _FOLDERS):
             raise ValueError(f"{self.output} holds finished clients: add --resume to keep them")
+        self.setting = {k: str(v) for k, v in asdict(flags).items() if k not in _ELSEWHERE}
+        self.setting |= {"dataset": task.name, "network": task.network, **task.options}
+        self._keep_setting()
         chosen = subset(len(task.train), flags.max_train_samples, flags.partition_seed)
         labels = task.train.tensors[1].numpy()[chosen]
         parts = reference_partition(labels, flags.clients, flags.alpha, flags.partition_seed)
@@ -132,6 +137,22 @@ class Federation:
         self.device = torch.device(
             "cuda" if torch.cuda.is_available() and flags.accelerator != "cpu" else "cpu"
         )
+
+    def _keep_setting(self) -> None:
+        """Writes down what everything depends on, or refuses to go on with something else."""
+        file = self.output / "setting.json"
+        if not file.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, self.setting)
+            return
+        before = json.loads(file.read_text())
+        names = sorted(before.keys() | self.setting.keys())
+        changed = [name for name in names if before.get(name) != self.setting.get(name)]
+        if changed:
+            raise ValueError(
+                f"{self.output} was begun with another {', '.join(changed)}: resume with the same "
+                "flags, or choose another --output-dir"
+            )
 
     def samples(self, index: int) -> TensorDataset:
         """Takes one client's training samples."""
@@ -174,9 +195,7 @@ class Federation:
         rate = (flags.gentle_rate or task.gentle_rate) if gentle else flags.learning_rate
         epochs = _GENTLE_EPOCHS if gentle else flags.epochs or task.epochs
         rate = rate or task.learning_rate
-        elsewhere = {"methods", "output_dir", "accelerator", "resume"}
-        setting = {k: str(v) for k, v in asdict(flags).items() if k not in elsewhere}
-        setting |= {"task": f"{task.name} {task.network}", "rate": str(rate), "epochs": str(epochs)}
+        setting = self.setting | {"rate": str(rate), "epochs": str(epochs)}
         results, predictions, folders = [], [], []
         for index in range(flags.clients):
             folder = ClientFolder(self.output / name, index)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -38,6 +38,7 @@ class Task:
         learning_rate: of ordinary fine-tuning.
         gentle_rate: of fine-tuning after a closed-form head.
         epochs: of ordinary fine-tuning.
+        options: what else the task was made of, by the names of flags.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Task:
     learning_rate: float
     gentle_rate: float
     epochs: int
+    options: Mapping[str, str]
 
 
 @dataclass(frozen=True)

@@ -58,10 +58,11 @@ def test_it_is_the_least_squares_fit_of_one_hot_labels(dtype, bias):
     torch.testing.assert_close(weights, fit, **close)
     gram = found.blocks["1"].column_factor
     torch.testing.assert_close(gram, inputs.mT @ inputs / 40, **close)
-    assert found.squared_error == pytest.approx(float(error), rel=1e-5)
+    assert found.fit.squared_error == pytest.approx(float(error), rel=1e-5)
+    assert found.fit.observations == 1
     assert (weights.dtype, gram.dtype) == (torch.float64, torch.float64)
     assert (found.num_samples, found.population, found.output_layer) == (40, 40, "1")
-    assert found.header().squared_error == found.squared_error
+    assert found.header().fit == found.fit
 
 
 @pytest.mark.parametrize(("likelihood", "outputs"), [("gaussian", 2), ("bernoulli", 2)])
@@ -80,10 +81,11 @@ def test_with_fewer_samples_than_features_it_is_the_smallest_fit():
     x, y = data.tensors
     features = model[0].eval()(x).detach()
     inputs = torch.cat([features, torch.ones(4, 1)], dim=1)
-    expected = (torch.linalg.pinv(inputs) @ functional.one_hot(y, 3).double()).mT
+    scale = inputs.square().mean(0).sqrt()
+    expected = (torch.linalg.pinv(inputs / scale) @ functional.one_hot(y, 3).double()).mT / scale
     weights = found.layers[0].join(dict(found.fitted.named_parameters()))
     torch.testing.assert_close(weights, expected, rtol=1e-7, atol=1e-7)
-    assert found.squared_error < 1e-12
+    assert found.fit.squared_error < 1e-12
 
 
 class _PerToken(nn.Module):
@@ -111,6 +113,10 @@ def test_positions_that_are_not_observed_do_not_count():
     predicted, expected = inputs @ weights.mT, inputs @ fit
     torch.testing.assert_close(predicted, expected, rtol=1e-8, atol=1e-8)
     assert found.blocks["head"].column_factor[-1, -1] == pytest.approx(float(seen.sum()) / 12)
+    assert found.fit.observations == pytest.approx(float(seen.sum()) / 12)
+    nothing = TensorDataset(tokens, torch.full((12, 6), -100))
+    with pytest.raises(ValueError, match="no label of the client is observed"):
+        _fit(model, nothing)
 
 
 class _TwoHeads(nn.Module):
@@ -136,6 +142,56 @@ def test_a_model_without_such_a_layer_is_refused():
         _fit(nn.Sequential(_model(), nn.LogSoftmax(dim=1)), _data())
     with pytest.raises(UnsupportedModelError, match="nowhere: it is no layer whose outputs"):
         _fit(_model(), _data(), head="nowhere")
+
+
+class _After(nn.Module):
+    """A head whose outputs go through something else."""
+
+    def __init__(self, after):
+        super().__init__()
+        self.head, self.after = nn.Linear(4, 3), after
+
+    def forward(self, x):
+        return self.after(self.head(x))
+
+
+@pytest.mark.parametrize("after", [torch.neg, torch.tanh, lambda logits: 30 * logits])
+def test_a_head_of_zeros_is_found_out_if_something_follows(after):
+    model, plain = _After(after), _After(nn.Identity())
+    for head in (model.head, plain.head):
+        nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
+    with pytest.raises(UnsupportedModelError, match="its outputs are not the logits"):
+        _fit(model, _data())
+    assert _fit(plain, _data()).output_layer == "head"
+    assert not plain.head.weight.any()
+
+
+class _Twice(_After):
+    def forward(self, x):
+        return self.head(x + 0 * self.head(x).sum())
+
+
+def test_a_head_that_is_called_twice_is_refused():
+    with pytest.raises(UnsupportedModelError, match="called 2 times in a forward pass"):
+        _fit(_Twice(None), _data())
+
+
+def test_rows_that_are_no_samples_are_refused():
+    torch.manual_seed(0)
+    tokens, labels = torch.randint(0, 7, (12, 6)), torch.randint(0, 3, (12, 6))
+
+    def flat(module, batch):
+        return module(batch[0]).movedim(1, -1).reshape(-1, 3), batch[1].reshape(-1)
+
+    with pytest.raises(ValueError, match="more rows of logits than there are samples"):
+        _fit(_PerToken(), TensorDataset(tokens, labels), forward=flat)
+
+
+def test_of_a_stream_the_first_samples_are_taken():
+    batches = [tuple(_data(10, seed).tensors) for seed in range(5)]
+    options = ExtractionOptions(max_samples=15)
+    found = extract_closed_form_head(_model(), iter(batches), None, options, progress=False)
+    assert (found.num_samples, found.population) == (20, None)
 
 
 class _Tied(nn.Module):
@@ -230,7 +286,7 @@ def test_processes_do_not_matter(world_size):
         ranks = list(pool.map(run, range(world_size)))
     for found in ranks:
         assert found.num_samples == 17
-        assert found.squared_error == pytest.approx(alone.squared_error, rel=1e-9)
+        assert found.fit.squared_error == pytest.approx(alone.fit.squared_error, rel=1e-9)
         for name, tensor in alone.fitted[1].named_parameters():
             other = found.fitted[1].get_parameter(name)
             torch.testing.assert_close(other, tensor, rtol=1e-8, atol=1e-8)

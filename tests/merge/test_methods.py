@@ -27,7 +27,7 @@ from lightning_fedfisher.merge.layer_loader import LayerLoader
 from lightning_fedfisher.merge.methods import METHODS, find_method
 from lightning_fedfisher.merge.objective import Quadratic
 from lightning_fedfisher.merge.solvers import exact_solver
-from lightning_fedfisher.update.header import UpdateHeader
+from lightning_fedfisher.update.header import LeastSquaresFit, UpdateHeader
 
 PUBLISHED = ("fedfisher_diag", "fedfisher_kfac")
 ACCEPTED = {
@@ -52,11 +52,9 @@ UPDATES = [
 ]
 
 
-def _header(curvature, fisher, squared_error=None):
-    kinds = {"w": "input_gram"} if squared_error is not None else {}
-    return UpdateHeader(
-        *(1, curvature, fisher, "categorical", 1, (), kinds), squared_error=squared_error
-    )
+def _header(curvature, fisher, fit=None):
+    kinds = {"w": "input_gram"} if fit else {}
+    return UpdateHeader(*(1, curvature, fisher, "categorical", 1, (), kinds), fit=fit)
 
 
 def _factor(size, seed):
@@ -165,7 +163,7 @@ def test_following_the_remedies_leads_to_an_accepted_update(method, curvature, f
 
 
 def test_fits_are_merged_as_they_are_or_not_at_all():
-    fit = _header("input_gram", "", squared_error=0.5)
+    fit = _header("input_gram", "", fit=LeastSquaresFit(0.5, 1.0))
     accepted = {name for name, row in METHODS.items() if row.refusal(fit) is None}
     assert accepted == {"closed_form_head", "regmean", "fedavg"}
     assert "merge it by method='closed_form_head'" in METHODS["fedfisher"].refusal(fit)

@@ -5,6 +5,7 @@ import torch
 
 from lightning_fedfisher.curvature.diagonal import Diagonal
 from lightning_fedfisher.curvature.input_gram import InputGram
+from lightning_fedfisher.curvature.linalg import least_squares
 from lightning_fedfisher.merge.objective import LeastSquares, Quadratic
 from lightning_fedfisher.merge.ridge import RidgeRegression, choose_ridge
 
@@ -20,15 +21,16 @@ def _samples(samples, features=5, outputs=2, seed=0, noise=0.5):
 
 def _problem(splits, has_bias=True):
     """The quadratic of clients, each with a fit to its own samples."""
-    fits, grams, error, total = [], [], 0.0, sum(len(x) for x, _ in splits)
+    fits, grams, errors = [], [], []
     for x, y in splits:
         x = torch.cat([x, torch.ones(len(x), 1)], dim=1) if has_bias else x
-        fit = (torch.linalg.pinv(x) @ y).mT
+        fit = least_squares(x.mT @ x, y.mT @ x)
         fits.append(fit)
         grams.append(InputGram(x.mT @ x / len(x), rows=y.shape[1]))
-        error += float((x @ fit.mT - y).square().sum()) / total
+        errors.append(float((x @ fit.mT - y).square().sum()) / len(x))
     weights = [len(x) for x, _ in splits]
-    return Quadratic(weights, fits, grams, LeastSquares(total, error, has_bias))
+    known = LeastSquares(sum(weights), tuple(errors), (1.0,) * len(weights), has_bias)
+    return Quadratic(weights, fits, grams, known)
 
 
 def _solve(problem, ridge=None):
@@ -140,3 +142,30 @@ def test_it_takes_fits_alone():
     for refused in (without, other):
         with pytest.raises(ValueError, match="takes least-squares fits"):
             RidgeRegression(refused)
+
+
+def _hard(case):
+    """Inputs that rounding punishes."""
+    x, y = _samples(120, features=6)
+    if case == "a copy and a near constant":
+        x[:, 4] = x[:, 3]
+        x[:, 5] = 1000 + 1e-2 * (x[:, 5] - 1)
+    elif case == "large means":
+        x = x + 1000 * x.std(0)
+    elif case == "unlike scales":
+        x = x * torch.tensor([1e-3, 1.0, 2e3, 5e4, 1.0, 1e-2], dtype=torch.float64)
+    return x, y
+
+
+@pytest.mark.parametrize("size", [1, 10, 60])
+@pytest.mark.parametrize("case", ["a copy and a near constant", "large means", "unlike scales"])
+def test_badly_scaled_inputs_do_not_make_the_split_matter(case, size):
+    x, y = _hard(case)
+    together, apart = (
+        _solve(_problem([*zip(x.split(n), y.split(n), strict=True)])) for n in (120, size)
+    )
+    ones = torch.cat([x, torch.ones(120, 1)], dim=1)
+    predicted, expected = ones @ apart.weights.mT, ones @ together.weights.mT
+    assert float((predicted - expected).square().mean().sqrt()) < 1e-6 * float(y.std())
+    largest = float(together.weights.abs().max())
+    assert float(apart.weights.abs().max()) < 2 * largest  # a constant may be a bias

@@ -53,6 +53,8 @@ def test_a_finished_federation_is_kept(federation, monkeypatch, capsys):
     flags = [*SMALL, "--methods", *SHOWN, "--output-dir", str(output)]
     with pytest.raises(SystemExit, match="add --resume"):
         pretrained_image.main(flags)
+    with pytest.raises(SystemExit, match="begun with another alpha, image_size"):
+        pretrained_image.main([*flags, "--resume", "--image-size", "16", "--alpha", "2"])
     pretrained_image.main([*flags, "--resume"])
     again = json.loads((output / "results.json").read_text())
     for method, row in results["methods"].items():

@@ -77,7 +77,7 @@ def test_an_update_without_a_fit_is_refused():
     (update, *_) = _updates()
     with torch.no_grad():
         tensors = {name: update._tensors[name] for name in update._tensors}
-    plain = ClientUpdate(dataclasses.replace(update.header, squared_error=None), tensors)
+    plain = ClientUpdate(dataclasses.replace(update.header, fit=None), tensors)
     with pytest.raises(UpdateError, match="holds no least-squares fit"):
         head_sums(plain)
 
@@ -94,4 +94,8 @@ def test_what_can_be_no_sum_is_refused_all_at_once():
     told = "\n".join(error.value.offenders)
     for name in ("unknown", "samples", "inputs_times_inputs", "squared", "labels_times_inputs"):
         assert name in told
+    less = _add([head_sums(update) for update in updates])
+    less["squared_labels"] /= 10
+    with pytest.raises(UpdateError, match="less than what labels_times_inputs explain"):
+        head_from_sums(less, updates[0])
     assert len(error.value.offenders) == 5

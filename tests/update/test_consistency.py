@@ -84,7 +84,10 @@ LIES = {
     "more units than inputs": (feed("norm", "conv"), "norm cannot read conv: its inputs do not"),
     "no whole block": (feed("conv", "größe/头"), "conv cannot read größe/头: its inputs do not"),
     "reads itself": (feed("conv", "conv"), "layer conv reads its own outputs"),
-    "a fit of no layer": (set_field("squared_error", 0.5), "squared_error is told"),
+    "a fit of no layer": (
+        set_field("fit", {"squared_error": 0.5, "observations": 1.0}),
+        "a fit is told",
+    ),
     "head is no layer": (
         set_field("output_layer", "conv.weight"),
         "the output layer conv.weight is no layer",

@@ -26,6 +26,11 @@ from lightning_fedfisher.curvature.base import Identity
 from lightning_fedfisher.layers import Source, find_layers
 from lightning_fedfisher.update.header import QuantizedTensor
 
+
+def _fit(error, observations=1.0):
+    return set_field("fit", {"squared_error": error, "observations": observations})
+
+
 MALFORMED = {
     "size 0": (resize([0]), "layer norm"),
     "size negative": (resize([-3]), "layer norm"),
@@ -60,10 +65,14 @@ MALFORMED = {
     "head null": (set_field("output_layer", None), "expected str, got None"),
     "schema 1": (set_field("schema", 1), "its schema is 1, this version reads 2"),
     "schema string": (set_field("schema", "2"), "its schema is '2'"),
-    "error negative": (set_field("squared_error", -0.5), "squared_error is -0.5"),
-    "error nan": (set_field("squared_error", float("nan")), "squared_error is nan"),
-    "error whole": (set_field("squared_error", 1), "expected float, got 1"),
-    "error string": (set_field("squared_error", "0.5"), "expected float, got '0.5'"),
+    "error negative": (_fit(-0.5), "leaves -0.5"),
+    "error nan": (_fit(float("nan")), "leaves nan"),
+    "error huge": (_fit(1e300), "leaves 1e+300"),
+    "error whole": (_fit(1), "expected float, got 1"),
+    "error string": (_fit("0.5"), "expected float, got '0.5'"),
+    "fit of nothing": (_fit(0.5, 0.0), "a fit of 0.0 observations"),
+    "fit list": (set_field("fit", [0.5, 1.0]), "missing or malformed"),
+    "fit of one field": (set_field("fit", {"squared_error": 0.5}), "missing or malformed"),
     "field unknown": (set_field("unknown", 1), "unknown"),
     "deep value": (set_field("num_samples", json.loads("[" * 900 + "]" * 900)), "expected int"),
 }
@@ -78,7 +87,7 @@ def test_a_field_of_another_type_is_refused(change, reason, file):
     assert reason in refusal(file)
 
 
-@pytest.mark.parametrize("name", [*sorted(NAMES - {"squared_error"}), "schema", "digests"])
+@pytest.mark.parametrize("name", [*sorted(NAMES - {"fit"}), "schema", "digests"])
 def test_every_header_field_is_needed(name, tmp_path):
     path = tmp_path / "client.safetensors"
     fields = matrix_fields()
