@@ -54,6 +54,7 @@ def describe(
     together = assess(ensemble(predictions), labels) if predictions else None
     config = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(flags).items()}
     config |= {"dataset": task.name, "model": task.network, "methods": list(flags.methods)}
+    config["options"] = dict(task.options)
     about = environment(device)
     clients = [
         ClientRecord(

@@ -80,6 +80,11 @@ def test_recipes_readme_shows_three_seeds():
     assert results_table(seeds, mean=True) in readme()
 
 
+def test_recipes_readme_shows_pre_trained_networks():
+    runs = load("banking77-minilm-a0.1-p3-s0", "cifar10-efficientnet-lite0-a0.1-p3-s0")
+    assert results_table(runs) in readme()
+
+
 def test_results_readme_shows_what_the_recorded_runs_cost():
     for name in ("fashionmnist-lenet-a0.1-p3-s0", "cifar10-cnn", "cifar10-resnet18"):
         assert costs_table(*load(name)) in readme("results")
