@@ -169,7 +169,7 @@ class FedFisherCallback(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit" and (stage == "test" or not self._sends_at(stage)):
+        if stage != "fit" and not self._sends_at(stage):
             return
         self._sent_by_fit = False
         self.update = self.path = self.seconds = self._trace = None
@@ -257,9 +257,8 @@ class FedFisherCallback(Callback):
         logs = not dry and trainer.is_global_zero and bool(trainer.loggers)
         curvature = self._describe(trainer, extracted) if logs else []
         update = self._update_of(pl_module, extracted)
-        extracted = replace(
-            extracted, blocks={}, fitted=None
-        )  # whose memory is free as they are rounded
+        # Their memory is free as they are rounded.
+        extracted = replace(extracted, blocks={}, fitted=None)
         if self._upload_budget is not None:
             update = update.compressed(self._upload_budget, consume=True)
         self.update, self.seconds = update, extracted.seconds
