@@ -311,7 +311,7 @@ def test_a_method_of_ones_own_merges(updates, tmp_path):
     assert_same(module.merged_state_dict(), reference, rtol=2e-4, atol=1e-5)
     assert module.method == "own"
     assert len(module.history) == 1
-    with pytest.raises(MergeError, match=r"extract it with .*curvature='kfac'.*'own' needs"):
+    with pytest.raises(MergeError, match=r"extract it with .*curvature='kfac'.*method 'own'"):
         FisherMergeModule(updates["fisher_merge"], method=own)
 
 
