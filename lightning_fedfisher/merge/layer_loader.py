@@ -128,13 +128,13 @@ class LayerLoader:
         layer, update = self.layers[index], self.updates[client]
         if self.method.ignores_curvature:
             return self.method.transformed(Identity(layer.shape))
-        aligned = self.alignments.waits_for(index) is not None
-        is_output_layer = layer.name == update.header.output_layer and aligned
-        dtype = self._dtypes[index]
+        head = layer.name == update.header.output_layer
+        is_output_layer = head and self.alignments.waits_for(index) is not None
+        dtype, damping = self._dtypes[index], 0.0 if head else self.method.damping
         if self.method.transform_of(is_output_layer) is None:  # then roots need not be multiplied
-            return update.block(layer, self.method.power, device, dtype, self.method.damping)
+            return update.block(layer, self.method.power, device, dtype, damping)
         block = update.block(layer, device=device, dtype=dtype)
-        return self.method.transformed(block, is_output_layer)
+        return self.method.transformed(block, is_output_layer, damps=not head)
 
     def curvatures(self, index: int, device: torch.device) -> Iterator[Curvature]:
         """Reads what the method makes of the clients' curvature of a layer, one at a time.

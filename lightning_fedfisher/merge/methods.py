@@ -38,7 +38,7 @@ class MergeMethod:
             are the logits of a softmax; None for the same as in any layer.
         power: Power that each client's curvature is raised to.
         damping: Part of its mean diagonal entry that is added to the factor over the outputs
-            before; not where an `output_transform` is made.
+            before; not in the output layer of a softmax.
         curvatures: The curvatures it can merge, as an extraction is asked for them; any if empty.
         fishers: The Fisher types it is defined for; any if empty.
         client_weight_power: A client of ``n`` samples weighs ``n ** client_weight_power``.
@@ -82,18 +82,19 @@ class MergeMethod:
         if not 0 <= self.damping < math.inf:
             raise ValueError(f"damping must not be negative, got {self.damping}")
 
-    def transformed(self, curvature: Curvature, is_output_layer: bool = False) -> Curvature:
+    def transformed(
+        self, curvature: Curvature, is_output_layer: bool = False, damps: bool = True
+    ) -> Curvature:
         """Makes of a client's curvature of a layer what is merged.
 
         Args:
             curvature: The curvature, as it was sent.
             is_output_layer: Whether the layer is an output layer with aligned inputs.
+            damps: Whether it is damped, as all but output layers are.
         """
         transform = self.transform_of(is_output_layer)
         made = curvature if transform is None else transform(curvature)
-        # Adding a constant to all logits changes nothing: there the null space is meant.
-        meant = is_output_layer and self.output_transform is not None
-        return made.power(self.power, 0.0 if meant else self.damping)
+        return made.power(self.power, self.damping if damps else 0.0)
 
     def transform_of(self, is_output_layer: bool) -> Transform | None:
         """What is done before the power.
@@ -149,8 +150,8 @@ def _of_outputs(curvature: Curvature) -> Curvature:
 # rest; at power 1/2 the minimum itself is the model wanted, and no labels decide when to stop.
 _SQUARE_ROOT = 0.5
 # Of a few hundred samples the factor over the outputs is singular, and claims that what it did not
-# see does not matter at all.
-_DAMPING = 0.1
+# see does not matter at all. Of logits it is singular on purpose: a constant changes nothing.
+_DAMPING = 0.01
 # The square root of float32's rounding, with room: what the power makes of eigenvalues that are 0.
 _ROOT_RCOND = 1e-3
 # Three hundredths above the minimum move no accuracy, and take a third to a half of the steps.

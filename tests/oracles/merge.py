@@ -6,7 +6,7 @@ import math
 
 import torch
 
-DAMPING = 0.1  # of the default method
+DAMPING = 0.01  # of the default method
 OVER_OUTPUTS = {
     "kronecker": "row_factor",
     "convolution_kronecker": "row_factor",
@@ -139,7 +139,7 @@ def quadratic(clients, name, merged, aligns=True):
     carried = _carried(clients, name, merged) if aligns else [(same, same)] * len(clients)
     for client, (there, back) in zip(clients, carried, strict=True):
         is_head = name == header.output_layer and aligns and _is_aligned(header, name)
-        dense = written_out(client.block(layer), 0.0 if is_head else DAMPING)
+        dense = written_out(client.block(layer), 0.0 if name == header.output_layer else DAMPING)
         if is_head:
             dense = over_outputs(dense, layer.shape)
         change = torch.kron(torch.eye(layer.shape[0]).double(), back)
