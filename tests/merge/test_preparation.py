@@ -2,9 +2,10 @@
 
 import queue
 import threading
-from collections import Counter, defaultdict
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def clients():
 @pytest.fixture
 def ranks_of(monkeypatch):
     """Runs a function of the rank once for each of several ranks, which are threads."""
-    here, boxes = threading.local(), defaultdict(queue.Queue)
+    here, boxes = threading.local(), {}
 
     def send(objects, destination):
         boxes[here.rank, destination].put([*objects])
@@ -45,6 +46,8 @@ def ranks_of(monkeypatch):
             here.rank = rank
             return work(rank)
 
+        # Beforehand: two threads might each make one for the same way.
+        boxes.update({way: queue.Queue() for way in product(range(ranks), repeat=2)})
         monkeypatch.setattr("torch.distributed.get_rank", lambda: here.rank)
         monkeypatch.setattr("torch.distributed.get_world_size", lambda: ranks)
         monkeypatch.setattr("torch.distributed.send_object_list", send)
