@@ -16,27 +16,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lightning_fedfisher.curvature.input_gram import InputGram
 from lightning_fedfisher.curvature.linalg import least_squares
 from lightning_fedfisher.distributed.processes import Shard
+from lightning_fedfisher.distributed.progress import samples_bar
 from lightning_fedfisher.errors import UnsupportedModelError
 from lightning_fedfisher.extraction.accumulators.gram import GramSum
 from lightning_fedfisher.extraction.batches import BatchRunner
 from lightning_fedfisher.extraction.layer_report import LayerReport
 from lightning_fedfisher.extraction.layer_types.base import append_ones
 from lightning_fedfisher.extraction.layer_types.linear import Linear
-from lightning_fedfisher.extraction.model_copy import copy_model, frozen_copy, isolated
+from lightning_fedfisher.extraction.model_copy import (
+    copy_model,
+    first_buffers,
+    frozen_copy,
+    isolated,
+)
 from lightning_fedfisher.extraction.options import ExtractionOptions
 from lightning_fedfisher.extraction.result import ExtractedCurvature
-from lightning_fedfisher.extraction.sampling import SamplePartition, partition_samples
+from lightning_fedfisher.extraction.sampling import partition_samples
 from lightning_fedfisher.extraction.tracing.recorder import LayerCallRecorder, WatchedCall
 from lightning_fedfisher.layers import Layer, aliases, find_layers
 from lightning_fedfisher.likelihoods.registry import LIKELIHOODS
 from lightning_fedfisher.update.header import LeastSquaresFit
-
-_BAR_DELAY_SECONDS = 2
 
 
 def extract_closed_form_head(
@@ -98,33 +101,13 @@ def extract_closed_form_head(
     )
     with (
         isolated(model),
-        tqdm(
-            desc="closed-form head",
-            unit=" samples",
-            unit_scale=shard.world_size,
-            delay=_BAR_DELAY_SECONDS,
-            disable=None if progress and shard.rank == 0 else True,
-        ) as bar,
+        samples_bar("closed-form head", shard, progress) as bar,
     ):
-        # Under DDP running statistics differ, and those of rank 0 are sent.
-        buffers = {n: shard.first(b) for n, b in model.named_buffers() if shard.world_size > 1}
+        copied = copy_model(model, first_buffers(model, shard))
         runner = BatchRunner(options.forward, prepare)
-        problem = _HeadProblem(copy_model(model, buffers), head, options, runner, samples)
-        own = None if samples.indices is None else len(samples.indices)
-        bar.reset(own)
-        stop = options.max_samples if samples.count is None else None
-        for batch in samples.batches:
-            bar.update(problem.add(batch))
-            if own is not None and problem.samples > own:
-                raise ValueError(
-                    "the model gives more rows of logits than there are samples: pass `forward` to "
-                    "return one row for each sample, with positions after the classes"
-                )
-            if on_progress is not None:
-                on_progress(problem.samples, own)
-            if isinstance(stop, int) and problem.samples >= stop:
-                break
-        weights, gram, fit, count = problem.solve(shard)
+        problem = _HeadProblem(copied, head, options, runner, samples.preview())
+        own = samples.run(problem.add, options.max_samples, bar, on_progress)
+        weights, gram, fit, count = problem.solve(own, shard)
     layer = problem.layer
     fitted = frozen_copy(model)
     module = fitted.get_submodule(layer.module_name)
@@ -149,7 +132,6 @@ class _HeadProblem:
 
     Attributes:
         layer: The head.
-        samples: Number of samples so far.
     """
 
     def __init__(
@@ -158,9 +140,9 @@ class _HeadProblem:
         head: str | None,
         options: ExtractionOptions,
         runner: BatchRunner,
-        samples: SamplePartition,
+        preview: Any,
     ) -> None:
-        """Finds the head of a copy of the model, by running a few samples."""
+        """Finds the head of a copy of the model, by running a few samples as a preview."""
         self._model, self._runner = copied, runner
         self._likelihood = LIKELIHOODS[options.likelihood]
         for parameter in copied.parameters():
@@ -168,7 +150,7 @@ class _HeadProblem:
         self._watched: tuple[Layer, ...] = find_layers(copied)
         copied.requires_grad_(False)  # no graph is needed
         shared = {*aliases(copied), *aliases(copied).values()}
-        _, _, calls = self._run(samples.preview())
+        _, _, calls = self._run(preview)
         candidates = {layer.name: layer for layer, _, _, is_logits in calls if is_logits}
         chosen = candidates.get(head or next(reversed(candidates), ""))
         if chosen is None:
@@ -185,8 +167,8 @@ class _HeadProblem:
                 [f"{tied[0]}: another layer shares it, and would change with the head: untie them"]
             )
         self.layer, self._watched = chosen, (chosen,)
-        self._forget_head(samples)
-        self.samples, device = 0, next(copied.parameters()).device
+        self._forget_head(preview)
+        device = next(copied.parameters()).device
         # Apple's GPUs have no float64.
         self._device = torch.device("cpu") if device.type == "mps" else device
         self._squares = torch.zeros((), dtype=torch.float64, device=self._device)
@@ -194,7 +176,7 @@ class _HeadProblem:
         self._crossed = self._squares.new_zeros(chosen.shape)
         self._gram = GramSum(chosen.shape[1], like=self._squares)
 
-    def _forget_head(self, samples: SamplePartition) -> None:
+    def _forget_head(self, preview: Any) -> None:
         """Draws other weights for the head of the copy, which make a difference to its logits.
 
         All outputs of a head of zeros are alike, whatever is made of them after it.
@@ -204,7 +186,7 @@ class _HeadProblem:
             parameter = self._model.get_parameter(name)
             drawn = torch.randn(parameter.shape, generator=generator)
             parameter.data.copy_(drawn / drawn[0].numel() ** 0.5)
-        self._require_logits(self._run(samples.preview())[2])
+        self._require_logits(self._run(preview)[2])
 
     def _require_logits(self, calls: Sequence[_Call]) -> None:
         """Refuses a head that is called several times, or whose outputs are not the logits."""
@@ -235,17 +217,20 @@ class _HeadProblem:
         self._crossed.addmm_(targets.mT, inputs)
         self._squares += targets.square().sum()
         self._observations += len(targets)
-        self.samples += len(logits)
         return len(logits)
 
-    def solve(self, shard: Shard) -> tuple[Tensor, Tensor, LeastSquaresFit, int]:
+    def solve(self, samples: int, shard: Shard) -> tuple[Tensor, Tensor, LeastSquaresFit, int]:
         """Solves it for the samples of all processes together.
+
+        Args:
+            samples: Number of samples of this process.
+            shard: The place of this process.
 
         Returns:
             The weights, the second moment of the inputs as a mean over samples, what is known of
             the fit, and the number of samples.
         """
-        count = round(float(shard.total(torch.tensor([self.samples]).double().to(self._device))))
+        count = round(float(shard.total(torch.tensor([samples]).double().to(self._device))))
         if count == 0:
             raise ValueError("the client holds no samples: there is nothing to fit")
         gram, crossed, squares, observations = (

@@ -10,7 +10,7 @@ samples needs, and samples that need about as many are then run together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -40,7 +40,7 @@ from lightning_fedfisher.extraction.batches import (
 )
 from lightning_fedfisher.extraction.fisher_types import Directions, residual_directions
 from lightning_fedfisher.extraction.layer_report import LayerReport
-from lightning_fedfisher.extraction.model_copy import copy_model
+from lightning_fedfisher.extraction.model_copy import copy_model, first_buffers
 from lightning_fedfisher.extraction.options import ExtractionOptions
 from lightning_fedfisher.extraction.preview import trace_model
 from lightning_fedfisher.extraction.sampling import SamplePartition
@@ -102,12 +102,7 @@ class DataPass:
         self._options, self._shard, self._known_trace = options, shard, trace
         self._runner = BatchRunner(options.forward, prepare)
         self._bar, self._on_progress = bar, on_progress
-        # Under DDP running statistics differ, and those of rank 0 are sent.
-        self._buffers: Mapping[str, Tensor] = (
-            {name: shard.first(buffer) for name, buffer in model.named_buffers()}
-            if shard.world_size > 1
-            else {}
-        )
+        self._buffers = first_buffers(model, shard)
         self.count, self.trace, self.discarded = 0, 0.0, 0.0
         self._copy: nn.Module | None = None
         self._sums: ModelAccumulator | BackpackDiagonal | None = None
@@ -221,27 +216,16 @@ class DataPass:
 
     def _pass(self, samples: SamplePartition) -> None:
         """Runs every batch once, and adds up from zero."""
-        assert self._copy is not None
-        own = None if samples.indices is None else len(samples.indices)
-        most = self._options.max_samples
-        stop = most if samples.count is None and isinstance(most, int) else None
-        self._bar.reset(own)
-        draw = samples.uniforms(self._options.seed)
-        choose = samples.uniforms(self._options.seed, _POSITIONS)
-        self.count, self.trace, self.discarded = 0, 0.0, 0.0
-        for batch in samples.batches:
-            n = self._batch(self._runner.prepare(self._copy, batch), draw, choose)
-            self.count += n
-            if own is not None and self.count > own:
-                raise ValueError(
-                    "the model gives more rows of logits than there are samples: pass `forward` to "
-                    "return one row for each sample"
-                )
-            self._bar.update(n)
-            if self._on_progress is not None:
-                self._on_progress(self.count, own)
-            if stop is not None and self.count >= stop:
-                break
+        copied, options = self._copy, self._options
+        assert copied is not None
+        draw = samples.uniforms(options.seed)
+        choose = samples.uniforms(options.seed, _POSITIONS)
+        self.trace, self.discarded = 0.0, 0.0
+
+        def add(batch: Any) -> int:
+            return self._batch(self._runner.prepare(copied, batch), draw, choose)
+
+        self.count = samples.run(add, options.max_samples, self._bar, self._on_progress)
 
     def _batch(
         self,

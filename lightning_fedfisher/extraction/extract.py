@@ -8,11 +8,11 @@ from dataclasses import replace
 from typing import Any, Unpack
 
 from torch import nn
-from tqdm import tqdm
 
 from lightning_fedfisher.curvature.base import Identity
 from lightning_fedfisher.curvature.registry import CurvatureType
 from lightning_fedfisher.distributed.processes import Shard
+from lightning_fedfisher.distributed.progress import samples_bar
 from lightning_fedfisher.extraction.data_pass import DataPass
 from lightning_fedfisher.extraction.layer_report import LayerReport
 from lightning_fedfisher.extraction.model_copy import isolated
@@ -21,9 +21,6 @@ from lightning_fedfisher.extraction.result import ExtractedCurvature
 from lightning_fedfisher.extraction.sampling import partition_samples
 from lightning_fedfisher.extraction.tracing.model_trace import ModelTrace
 from lightning_fedfisher.layers import find_layers
-
-# An extraction that is over sooner shows no progress bar.
-_BAR_DELAY_SECONDS = 2
 
 
 def extract_curvature(
@@ -165,14 +162,7 @@ def extract_curvatures(
         return found
     with (
         isolated(model),
-        tqdm(
-            desc=f"{' and '.join(extracted)} curvature",
-            unit=" samples",
-            unit_scale=shard.world_size,
-            delay=_BAR_DELAY_SECONDS,
-            # None: shown on a terminal only.
-            disable=None if progress and shard.rank == 0 else True,
-        ) as bar,
+        samples_bar(f"{' and '.join(extracted)} curvature", shard, progress) as bar,
     ):
         data_pass = DataPass(
             model,

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_fedfisher.distributed.processes import Shard
+
 
 def copy_model(model: nn.Module, buffers: Mapping[str, Tensor]) -> nn.Module:
     """Copies a model to work on, in eval mode and at least float32.
@@ -52,6 +54,23 @@ def copy_model(model: nn.Module, buffers: Mapping[str, Tensor]) -> nn.Module:
             module.sparse = False  # whose gradients know few operations
     low_precision = {p.dtype for p in copied.parameters()} & {torch.float16, torch.bfloat16}
     return (copied.float() if low_precision else copied).eval()
+
+
+def first_buffers(model: nn.Module, shard: Shard) -> dict[str, Tensor]:
+    """Gives every process the buffers of rank 0, which are sent.
+
+    Under DDP running statistics differ. Every process must call this.
+
+    Args:
+        model: Any module. It is not changed.
+        shard: The place of this process.
+
+    Returns:
+        The buffers by name; none for a single process, whose own they are.
+    """
+    if shard.world_size == 1:
+        return {}
+    return {name: shard.first(buffer) for name, buffer in model.named_buffers()}
 
 
 def copy_around_parameters(model: nn.Module) -> nn.Module:

@@ -23,6 +23,7 @@ from torch.utils.data import (
     SequentialSampler,
     SubsetRandomSampler,
 )
+from tqdm import tqdm
 
 from lightning_fedfisher.distributed.processes import Shard
 from lightning_fedfisher.extraction.limits import Limit, at_most, check_limit
@@ -121,6 +122,48 @@ class SamplePartition:
             return torch.from_numpy(np.stack([next(generators).random(n) for _ in range(samples)]))
 
         return draw
+
+    def run(
+        self,
+        add: Callable[[Any], int],
+        most: MaxSamples,
+        bar: tqdm[Any],
+        on_progress: Callable[[int, int | None], None] | None,
+    ) -> int:
+        """Goes through all batches once.
+
+        Args:
+            add: Takes a batch, and returns its number of samples.
+            most: Where the loader cannot tell beforehand how many there are, a number ends the pass
+                at the batch that reaches it.
+            bar: Progress bar, shown or not.
+            on_progress: Function that is told after each batch how many samples of this process
+                are done, and of how many, or None.
+
+        Returns:
+            Number of samples of this process.
+
+        Raises:
+            ValueError: If batches have more samples than there are.
+        """
+        own = None if self.indices is None else len(self.indices)
+        stop = most if self.count is None and isinstance(most, int) else None
+        bar.reset(own)
+        done = 0
+        for batch in self.batches:
+            n = add(batch)
+            done += n
+            if own is not None and done > own:
+                raise ValueError(
+                    "the model gives more rows of logits than there are samples: pass `forward` to "
+                    "return one row for each sample, with positions after the classes"
+                )
+            bar.update(n)
+            if on_progress is not None:
+                on_progress(done, own)
+            if stop is not None and done >= stop:
+                break
+        return done
 
 
 def partition_samples(
