@@ -17,9 +17,10 @@ from lightning_fedfisher.curvature.input_gram import InputGram
 from lightning_fedfisher.curvature.linalg import least_squares
 from lightning_fedfisher.errors import UpdateError
 from lightning_fedfisher.merge.methods import METHODS
+from lightning_fedfisher.secure_aggregation.sums import require_sums
 from lightning_fedfisher.update.client_update import ClientUpdate
 from lightning_fedfisher.update.header import LeastSquaresFit
-from lightning_fedfisher.update.tensor_checks import StoredRole, find_problem
+from lightning_fedfisher.update.tensor_checks import StoredRole
 
 _ROUNDING = 1e-6  # of the labels' squares, as fixed point leaves it
 _ROLES: dict[str, StoredRole] = {
@@ -99,17 +100,7 @@ def head_from_sums(total: Mapping[str, Tensor], like: ClientUpdate) -> ClientUpd
     rows, columns = layer.shape
     shapes = dict[str, tuple[int, ...]](dict.fromkeys(_ROLES, ()))
     shapes |= {"inputs_times_inputs": (columns, columns), "labels_times_inputs": (rows, columns)}
-    offenders = []
-    for name in sorted(shapes.keys() | total.keys()):
-        found = tuple(total[name].shape) if name in total else "absent"
-        if found != (should := shapes.get(name, "absent")):
-            offenders.append(f"{name} should be {should}, is {found}")
-        elif reason := find_problem(total[name], _ROLES[name]):
-            offenders.append(f"{name} {reason}")
-        elif name in ("observations", "samples") and not total[name] > 0:
-            offenders.append(f"{name} must be greater than 0")
-    if offenders:
-        raise UpdateError("this sum", offenders)
+    require_sums(total, shapes, _ROLES)
     means = {name: total[name].double() / total["samples"] for name in _ROLES}
     gram, crossed = means["inputs_times_inputs"], means["labels_times_inputs"]
     weights = least_squares(gram, crossed)

@@ -35,6 +35,7 @@ _INFORMATION, _INFORMATION_TIMES_WEIGHTS, _WEIGHTS = (
     "information_times_weights/",
     "weights/",
 )
+_COUNTS = ("client_weight", "samples", "observations")  # greater than zero
 _BY_LAYER = (_INFORMATION, _INFORMATION_TIMES_WEIGHTS, _WEIGHTS)
 
 
@@ -163,7 +164,8 @@ def update_from_sums(
     """
     specs = like.specs
     buffers = {n: spec for n, spec in specs.items() if n not in _parameter_names(like)}
-    _require_sums(total, like, buffers)
+    roles: dict[str, StoredRole] = {_INFORMATION + layer.name: "values" for layer in like.layers}
+    require_sums(total, _shapes(like, buffers), roles)
     tensors: dict[str, Tensor] = {}
     for layer in like.layers:
         information, weighted, weights = (total[group + layer.name] for group in _BY_LAYER)
@@ -196,24 +198,38 @@ def _parameter_names(update: ClientUpdate) -> set[str]:
     return {name for layer in update.layers for name in layer.parameter_names}
 
 
-def _require_sums(
-    total: Mapping[str, Tensor], like: ClientUpdate, buffers: Mapping[str, Spec]
-) -> None:
-    """Refuses what can be no sum of clients of this model; names all of it at once."""
+def _shapes(like: ClientUpdate, buffers: Mapping[str, Spec]) -> dict[str, tuple[int, ...]]:
+    """The shape of each sum of clients of a model."""
     shapes: dict[str, tuple[int, ...]] = {"client_weight": (), "samples": ()}
     for layer in like.layers:
         shapes |= {group + layer.name: layer.shape for group in _BY_LAYER}
-    shapes |= {f"buffers/{name}": shape for name, (shape, _) in buffers.items()}
-    found = {name: tuple(tensor.shape) for name, tensor in total.items()}
+    return shapes | {f"buffers/{name}": shape for name, (shape, _) in buffers.items()}
+
+
+def require_sums(
+    total: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    roles: Mapping[str, StoredRole],
+) -> None:
+    """Refuses what can be no sum of clients.
+
+    Args:
+        total: The sums by name.
+        shapes: The shape of each.
+        roles: What sums must be of which more is known than that, by name.
+
+    Raises:
+        UpdateError: If one is missing, unknown, of the wrong shape or cannot be; all are named.
+    """
     offenders = []
-    for name in sorted(shapes.keys() | found.keys()):
-        role: StoredRole | None = "values" if name.startswith(_INFORMATION) else None
-        if shapes.get(name) != found.get(name):
-            should = shapes.get(name, "absent")
-            offenders.append(f"{name} should be {should}, is {found.get(name, 'absent')}")
-        elif reason := find_problem(total[name], role):
+    for name in sorted(shapes.keys() | total.keys()):
+        should = shapes.get(name, "absent")
+        found = tuple(total[name].shape) if name in total else "absent"
+        if should != found:
+            offenders.append(f"{name} should be {should}, is {found}")
+        elif reason := find_problem(total[name], roles.get(name)):
             offenders.append(f"{name} {reason}")
-        elif name in ("client_weight", "samples") and not total[name] > 0:
+        elif name in _COUNTS and not total[name] > 0:
             offenders.append(f"{name} must be greater than 0")
     if offenders:
         raise UpdateError("this sum", offenders)
