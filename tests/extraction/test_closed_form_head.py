@@ -1,15 +1,12 @@
 """The head that is fitted in closed form: the fit, which layer it is, and what is left alone."""
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import torch
+from helpers.ranks import run_ranks
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_fedfisher.distributed.processes import Shard
 from lightning_fedfisher.errors import UnsupportedModelError
 from lightning_fedfisher.extraction.closed_form_head import extract_closed_form_head
 from lightning_fedfisher.extraction.options import ExtractionOptions
@@ -259,32 +256,13 @@ def test_a_model_in_low_precision_runs_in_float32(dtype):
 def test_processes_do_not_matter(world_size):
     data = _data(17, dtype=torch.float64)
     alone = _fit(_model(torch.float64), data)
-    barrier, told = threading.Barrier(world_size, timeout=60), [None] * world_size
-    turn = threading.Lock()  # one at a time, as processes share no state
 
-    def meet():
-        turn.release()
-        try:
-            barrier.wait()
-        finally:
-            turn.acquire()
-
-    def run(rank):
-        def total(tensor):
-            told[rank] = tensor.clone()
-            meet()
-            found = sum(told)
-            meet()
-            return found
-
+    def work(shard):
         model = _model(torch.float64)
-        model[0][1].running_mean += rank  # of which rank 0's is sent
-        with turn:
-            return _fit(model, data, batch_size=4, shard=Shard(rank, world_size, total))
+        model[0][1].running_mean += shard.rank  # of which rank 0's is sent
+        return _fit(model, data, batch_size=4, shard=shard)
 
-    with ThreadPoolExecutor(world_size) as pool:
-        ranks = list(pool.map(run, range(world_size)))
-    for found in ranks:
+    for found in run_ranks(world_size, work):
         assert found.num_samples == 17
         assert found.fit.squared_error == pytest.approx(alone.fit.squared_error, rel=1e-9)
         for name, tensor in alone.fitted[1].named_parameters():

@@ -1,12 +1,11 @@
 """Several processes find what one process finds, and all of them the same bits."""
 
 import copy
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from helpers.networks import BATCH, IMAGE, MC, build_net, extract, make_data, make_recorded
+from helpers.ranks import run_ranks
 from oracles.curvature import are_equal
 from torch.utils.data import DataLoader
 
@@ -45,37 +44,14 @@ def test_processes_do_not_matter(kind, fisher, max_samples, world_size):
 
 
 def _run_processes(model, kind, world_size, options):
-    """Runs all processes at once, as threads; returns what each found, and which samples."""
-    barrier, passed = threading.Barrier(world_size, timeout=60), [None] * world_size
+    """Runs all processes at once; returns what each found, and which samples were read."""
     sets = [make_recorded() for _ in range(world_size)]
-    turn = threading.Lock()  # one at a time, as processes share no state
 
-    def meet():
-        turn.release()
-        try:
-            barrier.wait()
-        finally:
-            turn.acquire()
+    def work(shard):
+        loader = DataLoader(sets[shard.rank], batch_size=4)
+        return extract(copy.deepcopy(model), loader, kind, shard=shard, **options)
 
-    def run(rank):
-        def total(tensor):
-            passed[rank] = tensor
-            meet()
-            result = torch.stack(passed).sum(0)
-            meet()
-            return result
-
-        loader, shard = DataLoader(sets[rank], batch_size=4), Shard(rank, world_size, total)
-        with turn:
-            try:
-                return extract(copy.deepcopy(model), loader, kind, shard=shard, **options)
-            except BaseException:
-                barrier.abort()
-                raise
-
-    with ThreadPoolExecutor(world_size) as pool:
-        found = list(pool.map(run, range(world_size)))
-    return found, {index for data in sets for index in data.read}
+    return run_ranks(world_size, work), {index for data in sets for index in data.read}
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

@@ -30,3 +30,13 @@ def test_equal_draws_are_counted_for_classes_only():
 def test_sums_of_samples_with_and_without_observations_behind():
     assert sum_over_observations(torch.ones(3)).tolist() == [1, 1, 1]
     assert sum_over_observations(torch.ones(3, 2, 2)).tolist() == [4, 4, 4]
+
+
+@pytest.mark.parametrize("likelihood", [Bernoulli, Gaussian])
+def test_least_squares_regresses_on_the_labels_of_scalars(likelihood):
+    labels = torch.rand(4, 2)
+    found = likelihood.regressands(torch.randn(4, 2), labels)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found.float(), labels, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="the logits' shape"):
+        likelihood.regressands(torch.randn(4), labels)

@@ -32,12 +32,3 @@ def test_saturated_logits_have_a_finite_nll():
 def test_labels_that_are_no_probability(label):
     with pytest.raises(ValueError, match=r"lie in \[0, 1\]"):
         Bernoulli.nll(torch.zeros(2, 1), torch.full((2, 1), label))
-
-
-def test_least_squares_regresses_on_the_labels():
-    labels = torch.rand(4, 2)
-    found = Bernoulli.regressands(torch.randn(4, 2), labels)
-    assert found.dtype == torch.float64
-    torch.testing.assert_close(found.float(), labels, rtol=0, atol=0)
-    with pytest.raises(ValueError, match="the logits' shape"):
-        Bernoulli.regressands(torch.randn(4), labels)

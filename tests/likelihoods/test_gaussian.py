@@ -23,12 +23,3 @@ def test_labels_are_never_spread_over_the_outputs():
 def test_labels_that_are_not_finite():
     with pytest.raises(ValueError, match="finite"):
         Gaussian.nll(torch.zeros(2), torch.tensor([0.0, math.inf]))
-
-
-def test_least_squares_regresses_on_the_labels():
-    labels = torch.rand(4, 2)
-    found = Gaussian.regressands(torch.randn(4, 2), labels)
-    assert found.dtype == torch.float64
-    torch.testing.assert_close(found.float(), labels, rtol=0, atol=0)
-    with pytest.raises(ValueError, match="the logits' shape"):
-        Gaussian.regressands(torch.randn(4), labels)
