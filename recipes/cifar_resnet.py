@@ -7,16 +7,15 @@ single client and with the ensemble of all clients. Further rounds start from th
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from simulation.federation import run
 from simulation.flags import flags_parser, parse_flags
+from simulation.round import warn_in_a_line
 
 
 def make_parser() -> ArgumentParser:
@@ -34,12 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: of the command line; None reads `sys.argv`.
     """
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
-    warnings.filterwarnings("ignore", ".*treespec.*", module="lightning")
-    warnings.filterwarnings("ignore", ".*have no `val_dataloader`.*")
+    warn_in_a_line()
     os.environ.setdefault("WANDB_SILENT", "true")
     flags = parse_flags(arguments, description=__doc__)
     try:

@@ -12,8 +12,9 @@ from functools import partial
 import torch
 from jsonargparse import ArgumentParser, Namespace
 from simulation.data import TensorImages, load_images
+from simulation.partition import subset
 from simulation.pretrained import start
-from simulation.pretrained_setting import Task, shared_parser, subset
+from simulation.pretrained_setting import Task, shared_parser
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from torchvision import models

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
+from simulation.partition import subset
 from simulation.pretrained import start
 from simulation.pretrained_setting import Task, shared_parser
 from torch import Tensor, nn
@@ -62,8 +63,9 @@ def text_task(parsed: Namespace) -> Task:
     names = sorted({category for _, category in rows["train"]})[: parsed.classes]
     tokenizer = AutoTokenizer.from_pretrained(folder)
 
-    def encoded(part: str) -> TensorDataset:
-        texts = [(text, names.index(label)) for text, label in rows[part] if label in names]
+    def encoded(part: str, most: int | None) -> TensorDataset:
+        every = [(text, names.index(label)) for text, label in rows[part] if label in names]
+        texts = [every[index] for index in subset(len(every), most, parsed.partition_seed)]
         tokens = tokenizer(
             [text for text, _ in texts],
             padding="max_length",
@@ -86,8 +88,8 @@ def text_task(parsed: Namespace) -> Task:
         parsed.data_dir.name,
         f"{Path(parsed.model).name}{'-lora' if parsed.lora else ''}",
         f"{parsed.data_dir}: {len(names)} classes",
-        encoded("train"),
-        encoded("test"),
+        encoded("train", parsed.max_train_samples),
+        encoded("test", parsed.max_test_samples),
         len(names),
         build,
         torch.optim.AdamW,

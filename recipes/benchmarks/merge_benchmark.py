@@ -31,13 +31,13 @@ from simulation.clients import (
     labelled_samples,
     merge,
     predict,
-    score,
 )
 from simulation.data import ImageData, collate_images, load_images
 from simulation.federations import Federation, benchmark_federation
 from simulation.json_report import write_benchmark_report
 from simulation.merge_subprocess import measure_merge
 from simulation.models import build_model
+from simulation.scores import score
 from simulation.study import fit_federation
 from simulation.synthetic import synthetic_update, write_perturbed
 from simulation.tables.benchmarks import merge_benchmark_rows

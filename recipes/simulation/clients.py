@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,18 +17,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
-from torchmetrics.functional.classification import (
-    multiclass_accuracy,
-    multiclass_calibration_error,
-    multiclass_confusion_matrix,
-)
 from tqdm import tqdm
 
 from lightning_fedfisher import FedFisherCallback, FisherMergeModule
+from lightning_fedfisher.extraction.sampling import MaxSamples
 from lightning_fedfisher.merge.compatibility import UpdateSource
 from lightning_fedfisher.merge.methods import METHODS, MergeMethod
 from lightning_fedfisher.results.from_merge import describe_merge
-from lightning_fedfisher.results.record import MergeRecord, ModelScore
+from lightning_fedfisher.results.record import MergeRecord
 from simulation.data import TensorImages, collate_images
 from simulation.json_report import write_json
 
@@ -105,13 +100,19 @@ class ClientResult:
     train_loss: list[float] = field(default_factory=list)
 
 
-class _TrainLosses(Callback):
-    """Keeps the training loss of every epoch."""
+class TrainLosses(Callback):
+    """Keeps the training loss of every epoch.
+
+    Attributes:
+        losses: the mean training loss of each epoch so far.
+    """
 
     def __init__(self) -> None:
+        """Starts with none."""
         self.losses: list[float] = []
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Adds what the module logged as ``train_loss``."""
         self.losses.append(float(trainer.callback_metrics["train_loss"]))
 
 
@@ -174,18 +175,70 @@ class ClientFolder:
             return None
         saved = json.loads(self._result.read_text())
         if saved["setting"] != setting:
-            changed = sorted(
-                key
-                for key in saved["setting"].keys() | setting.keys()
-                if saved["setting"].get(key) != setting.get(key)
-            )
-            raise ValueError(
-                f"{self._result} was trained with another {', '.join(changed)}: resume with the "
-                "same flags, or choose another --output-dir"
-            )
+            what = f"{self._result} was trained"
+            raise ValueError(other_setting(what, saved["setting"], setting))
         if not all(self.update(method).is_file() for method in methods):
             return None
         return ClientResult(**saved["result"]), load_file(self._predictions)["log_probabilities"]
+
+
+def other_setting(what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Says that something cannot be resumed.
+
+    Args:
+        what: it, and what was done to it.
+        before: the setting that it was done with.
+        now: another one.
+
+    Returns:
+        A message that names what differs.
+    """
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    return (
+        f"{what} with another {', '.join(changed)}: resume with the same flags, or choose another "
+        "--output-dir"
+    )
+
+
+def update_callbacks(
+    folder: ClientFolder,
+    methods: Sequence[str],
+    plain: DataLoader[Any],
+    upload_budget: float | None,
+    max_samples: MaxSamples = "auto",
+) -> dict[Path, FedFisherCallback]:
+    """Makes the callbacks that write what methods merge.
+
+    Args:
+        folder: where the updates go.
+        methods: merge methods that they must serve; those that need the same share one.
+        plain: the client's own training samples, without augmentation.
+        upload_budget: most bytes of an update, in multiples of its weights; None sends everything.
+        max_samples: number of samples to average the curvature over.
+
+    Returns:
+        The callbacks, by the file that each writes.
+    """
+    return {
+        folder.update(method): FedFisherCallback(
+            folder.update(method),
+            curvature=cast(Any, EXTRACTIONS[method][0]),
+            fisher=cast(Any, EXTRACTIONS[method][1]),
+            max_samples=max_samples,
+            upload_budget=upload_budget,
+            dataloader=plain,
+        )
+        for method in methods
+    }
+
+
+def evaluation_device(accelerator: str) -> torch.device:
+    """Chooses where models are tested.
+
+    Args:
+        accelerator: Lightning's, as the user chose it.
+    """
+    return torch.device("cuda" if torch.cuda.is_available() and accelerator != "cpu" else "cpu")
 
 
 def fit_client(
@@ -225,19 +278,9 @@ def fit_client(
     plain = DataLoader(
         samples.without_augmentation(), batch_size=_EXTRACTION_BATCH, collate_fn=collate_images
     )
-    callbacks = {
-        folder.update(method): FedFisherCallback(
-            folder.update(method),
-            curvature=cast(Any, EXTRACTIONS[method][0]),
-            fisher=cast(Any, EXTRACTIONS[method][1]),
-            max_samples=curvature_samples,
-            upload_budget=upload_budget,
-            dataloader=plain,
-        )
-        for method in methods
-    }
+    callbacks = update_callbacks(folder, methods, plain, upload_budget, curvature_samples)
     classifier = Classifier(network, learning_rate)
-    curve = _TrainLosses()
+    curve = TrainLosses()
     every = [curve, *callbacks.values()]
     trainer = Trainer(max_epochs=epochs, callbacks=every, **trainer_options)
     loader = DataLoader(samples, batch_size=batch_size, shuffle=True, collate_fn=collate_images)
@@ -344,46 +387,3 @@ def predict(classifier: Classifier, samples: TensorImages, device: torch.device)
             for x, _ in tqdm(loader, desc="evaluate", delay=2, leave=False, disable=None)
         ]
     return torch.cat(batches)
-
-
-def ensemble(predictions: Sequence[Tensor]) -> Tensor:
-    """Averages the probabilities of several models, as inference with all of them does.
-
-    Args:
-        predictions: log-probabilities ``(n, classes)`` of each model.
-
-    Returns:
-        Log-probabilities ``(n, classes)`` of the ensemble.
-    """
-    return torch.stack(list(predictions)).logsumexp(dim=0) - math.log(len(predictions))
-
-
-def assess(log_probabilities: Tensor, labels: Tensor) -> ModelScore:
-    """Scores a model on test data in every way that is reported.
-
-    Args:
-        log_probabilities: of shape ``(n, classes)``.
-        labels: of shape ``(n,)``.
-
-    Returns:
-        Accuracy and calibration error in percent, negative log-likelihood in nats, and confusion.
-    """
-    classes = log_probabilities.shape[1]
-    off = multiclass_calibration_error(log_probabilities.exp(), labels, classes, n_bins=15)
-    confusion = multiclass_confusion_matrix(log_probabilities, labels, classes)
-    return ModelScore(*score(log_probabilities, labels), 100 * float(off), confusion.tolist())
-
-
-def score(log_probabilities: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Scores a model on test data by accuracy and likelihood.
-
-    Args:
-        log_probabilities: of shape ``(n, classes)``.
-        labels: of shape ``(n,)``.
-
-    Returns:
-        Accuracy in percent, and the mean negative log-likelihood in nats.
-    """
-    classes = log_probabilities.shape[1]
-    accuracy = multiclass_accuracy(log_probabilities, labels, num_classes=classes, average="micro")
-    return 100 * float(accuracy), float(functional.nll_loss(log_probabilities, labels))

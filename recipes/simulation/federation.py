@@ -18,7 +18,7 @@ from simulation.flags import Flags, settle
 from simulation.initial_weights import read_initial_weights, without_prefix
 from simulation.json_report import write_json
 from simulation.record import record_round
-from simulation.results import Report, results_of, show, whole_report, write
+from simulation.results import Report, report_of, show, whole_report, write
 from simulation.round import (
     Merged,
     Round,
@@ -115,7 +115,7 @@ def play(current: Round) -> tuple[Report, dict[str, Tensor]]:
             if method == main_method:
                 where = environment(current.device)
                 record = record_round(current, clients, predictions, merged, main_method, where)
-                results = results_of(current, clients, record)
+                results = report_of(record, methods, current.images.note)
                 state = merged[method].result.state_dict
                 _publish(current, results, record, state, logger)
     return results, without_prefix(state)
@@ -130,7 +130,7 @@ def _publish(
     logger: WandbLogger | None,
 ) -> None:
     """Writes the results of a round, and logs them to the run of its main method."""
-    write(current, results, record, state)
+    write(current.output, results, record, state)
     if logger:
         method = record.merges[0].method
         updates = [ClientUpdate.open(folder.update(method)) for folder in current.folders]

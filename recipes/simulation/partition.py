@@ -8,6 +8,22 @@ client a few dominant classes and clients of very different sizes.
 import numpy as np
 
 
+def subset(size: int, most: int | None, seed: int) -> np.ndarray:
+    """Choose samples at random.
+
+    Args:
+        size: Number of samples.
+        most: Number of samples to choose at most; None takes all.
+        seed: Seed of the choice.
+
+    Returns:
+        Their indices (int64), in ascending order.
+    """
+    if most is None or most >= size:
+        return np.arange(size)
+    return np.sort(np.random.default_rng(seed).choice(size, most, replace=False))
+
+
 def reference_partition(
     labels: np.ndarray, clients: int, alpha: float, seed: int
 ) -> list[np.ndarray]:

@@ -11,47 +11,48 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning
 import torch
 from jsonargparse import Namespace
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from rich.console import Console
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_fedfisher import FedFisherCallback, PriorCrossEntropy, fit_closed_form_head
-from lightning_fedfisher.report.page import write_report
+from lightning_fedfisher import PriorCrossEntropy, fit_closed_form_head
 from lightning_fedfisher.results.record import MergeRecord
 from simulation.clients import (
-    EXTRACTIONS,
+    QUIET,
     Classifier,
     ClientFolder,
     ClientResult,
-    assess,
+    TrainLosses,
+    evaluation_device,
     merge,
+    other_setting,
+    update_callbacks,
 )
 from simulation.json_report import write_json
 from simulation.partition import class_histogram, reference_partition
-from simulation.pretrained_report import describe
+from simulation.pretrained_report import record_federation
 from simulation.pretrained_setting import (
     CLOSED_FORM,
     FINE_TUNED,
     HEAD_FIRST,
     Flags,
     Task,
-    subset,
 )
-from simulation.results import Report, show
+from simulation.results import Report, report_of, show, write
+from simulation.round import say, warn_in_a_line
+from simulation.scores import assess
 
 # Outputs of a closed-form head lie between 0 and 1. As logits they tell little.
 _HEAD_SCALE = 10.0
@@ -68,10 +69,8 @@ def start(parsed: Namespace, make_task: Callable[[Namespace], Task]) -> None:
         parsed: the command line.
         make_task: loads the data and names the network.
     """
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    for known in ("not have many workers", "than the logging", "treespec", "no `val_", "eval mode"):
-        warnings.filterwarnings("ignore", f".*{known}.*")
+    warn_in_a_line()
+    warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")
     flags = Flags(**{flag.name: parsed[flag.name] for flag in fields(Flags)})
     try:
         run(make_task(parsed), replace(flags, methods=tuple(flags.methods)))
@@ -119,24 +118,15 @@ class Federation:
         self.setting = {k: str(v) for k, v in asdict(flags).items() if k not in _ELSEWHERE}
         self.setting |= {"dataset": task.name, "network": task.network, **task.options}
         self._keep_setting()
-        chosen = subset(len(task.train), flags.max_train_samples, flags.partition_seed)
-        labels = task.train.tensors[1].numpy()[chosen]
-        parts = reference_partition(labels, flags.clients, flags.alpha, flags.partition_seed)
-        self.histogram = class_histogram(labels, parts, task.classes)
-        self.parts = [chosen[part] for part in parts]
-        some = subset(len(task.test), flags.max_test_samples, flags.partition_seed)
-        self.test = TensorDataset(*(tensor[some] for tensor in task.test.tensors))
+        labels, seed = task.train.tensors[1].numpy(), flags.partition_seed
+        self.parts = reference_partition(labels, flags.clients, flags.alpha, seed)
+        self.histogram = class_histogram(labels, self.parts, task.classes)
         self.options: dict[str, Any] = {
+            **QUIET,
             "accelerator": flags.accelerator,
-            "devices": 1,
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_model_summary": False,
             "enable_progress_bar": sys.stdout.isatty(),
         }
-        self.device = torch.device(
-            "cuda" if torch.cuda.is_available() and flags.accelerator != "cpu" else "cpu"
-        )
+        self.device = evaluation_device(flags.accelerator)
 
     def _keep_setting(self) -> None:
         """Writes down what everything depends on, or refuses to go on with something else."""
@@ -145,27 +135,24 @@ class Federation:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, self.setting)
             return
-        before = json.loads(file.read_text())
-        names = sorted(before.keys() | self.setting.keys())
-        changed = [name for name in names if before.get(name) != self.setting.get(name)]
-        if changed:
-            raise ValueError(
-                f"{self.output} was begun with another {', '.join(changed)}: resume with the same "
-                "flags, or choose another --output-dir"
-            )
+        if (before := json.loads(file.read_text())) != self.setting:
+            raise ValueError(other_setting(f"{self.output} was begun", before, self.setting))
 
     def samples(self, index: int) -> TensorDataset:
         """Takes one client's training samples."""
         rows = torch.from_numpy(self.parts[index])
         return TensorDataset(*(tensor[rows] for tensor in self.task.train.tensors))
 
-    def fit_heads(self) -> list[Path]:
+    def fit_heads(self, network: nn.Module) -> list[Path]:
         """Fits every client's head on the untouched network, which trains nothing.
+
+        Args:
+            network: with pre-trained weights; it is not changed.
 
         Returns:
             The clients' update files.
         """
-        tuner = _FineTuner(self.task.build(self.flags.seed), self.task, 0.0).to(self.device)
+        tuner = _FineTuner(copy.deepcopy(network), self.task, 0.0).to(self.device)
         paths = []
         for index in range(self.flags.clients):
             path = self.output / _HEADS / f"client-{index}" / f"{CLOSED_FORM}.safetensors"
@@ -207,17 +194,9 @@ class Federation:
                 counts = self.histogram[index] if gentle else None
                 # As people train: networks of Hugging Face come in eval mode.
                 tuner = _FineTuner(copy.deepcopy(network), task, rate, counts).train()
-                callbacks = {
-                    folder.update(method): FedFisherCallback(
-                        folder.update(method),
-                        curvature=cast(Any, EXTRACTIONS[method][0]),
-                        fisher=cast(Any, EXTRACTIONS[method][1]),
-                        upload_budget=flags.upload_budget,
-                        dataloader=DataLoader(samples, flags.batch_size),
-                    )
-                    for method in methods
-                }
-                losses = _Losses()
+                plain = DataLoader(samples, flags.batch_size)
+                callbacks = update_callbacks(folder, methods, plain, flags.upload_budget)
+                losses = TrainLosses()
                 every = [losses, *callbacks.values()]
                 trainer = Trainer(max_epochs=epochs, callbacks=every, **self.options)
                 # A batch of one has no statistics to normalise by.
@@ -227,8 +206,8 @@ class Federation:
                 )
                 predicted = self.predict(tuner.network)
                 seconds = {path.name: found.seconds or 0.0 for path, found in callbacks.items()}
-                accuracy = assess(predicted, self.test.tensors[1]).accuracy
-                finished = ClientResult(len(samples), accuracy, seconds, losses.found), predicted
+                accuracy = assess(predicted, task.test.tensors[1]).accuracy
+                finished = ClientResult(len(samples), accuracy, seconds, losses.losses), predicted
                 folder.save(setting, *finished)
             say(f"client {index + 1} of {flags.clients}: {finished[0].accuracy:.1f}%")
             results.append(finished[0])
@@ -253,7 +232,7 @@ class Federation:
         tuner = _FineTuner(copy.deepcopy(network), self.task, 0.0)
         result = merge(method, paths, tuner, None, self.options)
         tuner.load_state_dict(result.state_dict, strict=False)
-        scored = assess(self.predict(tuner.network), self.test.tensors[1])
+        scored = assess(self.predict(tuner.network), self.task.test.tensors[1])
         # A head alone is small: all uploads are told in multiples of what fine-tuning sends.
         sent = [p for p in network.parameters() if p.requires_grad] + [*network.buffers()]
         whole = sum(tensor.nbytes for tensor in sent)
@@ -264,20 +243,10 @@ class Federation:
     def predict(self, network: nn.Module) -> Tensor:
         """Computes log-probabilities on the test set, of shape ``(n, classes)``."""
         network.to(self.device).eval()
-        loader = DataLoader(TensorDataset(self.test.tensors[0]), _EVALUATION_BATCH)
+        loader = DataLoader(TensorDataset(self.task.test.tensors[0]), _EVALUATION_BATCH)
         found = [network(x.to(self.device)).float().log_softmax(1).cpu() for (x,) in loader]
         network.cpu()
         return torch.cat(found)
-
-
-class _Losses(Callback):
-    """Keeps the training loss of every epoch."""
-
-    def __init__(self) -> None:
-        self.found: list[float] = []
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: lightning.LightningModule) -> None:
-        self.found.append(float(trainer.callback_metrics["train_loss"]))
 
 
 def run(task: Task, flags: Flags) -> Report:
@@ -299,7 +268,7 @@ def run(task: Task, flags: Flags) -> Report:
     gentle = [m.removeprefix(HEAD_FIRST) for m in flags.methods if m.startswith(HEAD_FIRST)]
     results, predictions = list[ClientResult](), list[Tensor]()
     if gentle or CLOSED_FORM in flags.methods:
-        found[CLOSED_FORM] = federation.merged(CLOSED_FORM, federation.fit_heads(), network)
+        found[CLOSED_FORM] = federation.merged(CLOSED_FORM, federation.fit_heads(network), network)
     if plain:
         tuned = federation.fine_tune(_TUNED, network, plain, gentle=False)
         results, predictions, folders = tuned
@@ -312,15 +281,11 @@ def run(task: Task, flags: Flags) -> Report:
             results, predictions = tuned[:2]
         _merge_all(federation, gentle, tuned[2], tuned[0], shared, HEAD_FIRST, found)
     merges = [found[method][0] for method in flags.methods]
-    report, record = describe(
-        *(task, flags, federation.histogram, merges, results, predictions),
-        *(federation.test.tensors[1], federation.device),
+    record = record_federation(
+        *(task, flags, federation.histogram, merges, results, predictions), federation.device
     )
-    first = flags.methods[0]
-    save_file(found[first][1], federation.output / "merged.safetensors")
-    record.save(federation.output / "record.json")
-    write_report(record, federation.output / "report.html")
-    write_json(federation.output / "results.json", report)
+    report, first = report_of(record, flags.methods, task.note), flags.methods[0]
+    write(federation.output, report, record, found[first][1])
     show(report, Console(), f"Test accuracy on {task.name}")
     say(f"written: {federation.output}/results.json, report.html, merged.safetensors ({first})")
     return report
@@ -350,8 +315,3 @@ def _scaled(before: Mapping[str, Tensor], fitted: Mapping[str, Tensor]) -> dict[
         name: tensor if torch.equal(tensor, before[name]) else _HEAD_SCALE * tensor
         for name, tensor in fitted.items()
     }
-
-
-def say(text: str) -> None:
-    """Prints a line of progress."""
-    Console(highlight=False).print(text, soft_wrap=True, markup=False)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import numpy as np
 import torch
 from jsonargparse import ArgumentParser
 from torch import nn
@@ -30,7 +29,7 @@ class Task:
         name: of the data set.
         network: name of the network.
         note: where the data comes from.
-        train: inputs and labels, in memory.
+        train: inputs and labels of the clients, in memory.
         test: the same.
         classes: number of classes.
         build: gives the network with pre-trained weights and a head from the seed.
@@ -114,19 +113,3 @@ def shared_parser(description: str | None, script: str) -> ArgumentParser:
             how = {"type": str, "choices": METHODS, "nargs": "+", "default": list(flag.default)}
         parser.add_argument("--" + flag.name.replace("_", "-"), help=_HELP[flag.name], **how)
     return parser
-
-
-def subset(size: int, most: int | None, seed: int) -> np.ndarray:
-    """Chooses samples at random, in their order.
-
-    Args:
-        size: how many there are.
-        most: how many to choose at most; None takes all.
-        seed: of the choice.
-
-    Returns:
-        Their indices.
-    """
-    if most is None or most >= size:
-        return np.arange(size)
-    return np.sort(np.random.default_rng(seed).choice(size, most, replace=False))

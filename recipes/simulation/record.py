@@ -10,8 +10,9 @@ from torch import Tensor
 from lightning_fedfisher import ClientUpdate
 from lightning_fedfisher.curvature.summary import summarize_curvature
 from lightning_fedfisher.results.record import ClientRecord, FederationRecord, MergeRecord
-from simulation.clients import ClientResult, assess, ensemble
+from simulation.clients import ClientResult
 from simulation.round import Merged, Round
+from simulation.scores import assess, ensemble
 
 
 def record_round(

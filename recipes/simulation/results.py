@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from rich import box
@@ -13,49 +14,53 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_fedfisher.report.page import write_report
-from lightning_fedfisher.results.record import FederationRecord, ModelScore
-from simulation.clients import ClientResult
+from lightning_fedfisher.results.record import FederationRecord, MergeRecord, ModelScore
 from simulation.flags import Flags
 from simulation.json_report import write_json
-from simulation.round import Round
 
 Report: TypeAlias = dict[str, Any]
 """The content of a ``results.json``."""
 
 
-def results_of(current: Round, clients: Sequence[ClientResult], record: FederationRecord) -> Report:
-    """Gathers the numbers of a round for its ``results.json``.
+def report_of(record: FederationRecord, methods: Sequence[str], note: str) -> Report:
+    """Gathers the numbers of a federation for its ``results.json``.
 
     Args:
-        current: the round.
-        clients: the result of each client.
-        record: the record of the round.
+        record: the record of the federation.
+        methods: the merge methods, in the order to report them.
+        note: where the data comes from.
 
     Returns:
-        The numbers: accuracies in percent, sizes in bytes for each client, times in seconds.
+        The numbers: accuracies in percent, sizes in bytes for each client, times in seconds. What
+        was not tested has no scores.
     """
-    assert record.best_client is not None
-    assert record.ensemble is not None
     merges = {merge.method: merge for merge in record.merges}
-    methods = {}
-    for method in current.flags.methods:
-        merge = merges[method]
-        methods[method] = {
-            **_numbers(merge.score),
-            "upload_bytes": merge.upload_bytes,
-            "fedavg_bytes": merge.fedavg_bytes,
-            "client_seconds": merge.client_seconds,
-            "server_seconds": merge.server_seconds,
-            "server_labels": merge.server_labels,
-        }
     return {
         "config": record.config,
-        "data": current.images.note,
+        "data": note,
         "environment": record.environment,
-        "clients": [{"num_samples": c.num_samples, "accuracy": c.accuracy} for c in clients],
+        "clients": [
+            {
+                "num_samples": client.num_samples,
+                "accuracy": client.score.accuracy if client.score else None,
+            }
+            for client in record.clients
+        ],
         "best_client": _numbers(record.best_client),
         "ensemble": _numbers(record.ensemble),
-        "methods": methods,
+        "methods": {method: _costs_and_scores(merges[method]) for method in methods},
+    }
+
+
+def _costs_and_scores(merge: MergeRecord) -> dict[str, float | None]:
+    """The numbers of one merge."""
+    return {
+        **_numbers(merge.score),
+        "upload_bytes": merge.upload_bytes,
+        "fedavg_bytes": merge.fedavg_bytes,
+        "client_seconds": merge.client_seconds or 0.0,
+        "server_seconds": merge.server_seconds,
+        "server_labels": merge.server_labels,
     }
 
 
@@ -88,28 +93,29 @@ def whole_report(flags: Flags, reports: Sequence[Report]) -> Report:
 
 
 def write(
-    current: Round, results: Report, record: FederationRecord, state: Mapping[str, Tensor]
+    output: Path, results: Report, record: FederationRecord, state: Mapping[str, Tensor]
 ) -> None:
-    """Writes model, record and page, and last the numbers, which mark the round as finished.
+    """Writes model, record and page, and last the numbers, which mark a round as finished.
 
     Args:
-        current: the round.
-        results: from `results_of`.
+        output: folder of the round.
+        results: from `report_of`.
         record: the record of the round.
         state: state dict of the merged model.
     """
-    current.report_file.unlink(missing_ok=True)  # it belongs to a model that is replaced now
-    save_file(dict(state), current.model_file)
-    record.save(current.output / "record.json")
-    write_report(record, current.output / "report.html")
-    write_json(current.report_file, results)
+    report_file = output / "results.json"
+    report_file.unlink(missing_ok=True)  # it belongs to a model that is replaced now
+    save_file(dict(state), output / "merged.safetensors")
+    record.save(output / "record.json")
+    write_report(record, output / "report.html")
+    write_json(report_file, results)
 
 
 def show(results: Report, console: Console, title: str) -> None:
     """Prints the table that compares clients, ensemble and merged models.
 
     Args:
-        results: from `results_of`.
+        results: from `report_of`.
         console: where to print.
         title: of the table.
     """
@@ -143,8 +149,9 @@ def _scores(row: Mapping[str, float]) -> list[str]:
 
 
 def _numbers(score: ModelScore | None) -> dict[str, float]:
-    """The scores of a model, without its confusion matrix."""
-    assert score is not None
+    """The scores of a model, without its confusion matrix; empty if it was not tested."""
+    if score is None:
+        return {}
     numbers = asdict(score)
     del numbers["confusion"]
     return numbers

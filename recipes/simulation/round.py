@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -26,7 +28,7 @@ from simulation.clients import (
     ClientFolder,
     ClientResult,
     MergeResult,
-    assess,
+    evaluation_device,
     fit_client,
     labelled_samples,
     merge,
@@ -36,7 +38,8 @@ from simulation.data import ImageData
 from simulation.flags import Flags
 from simulation.initial_weights import weights_digest, without_prefix
 from simulation.models import build_model
-from simulation.partition import class_histogram, reference_partition
+from simulation.partition import class_histogram, reference_partition, subset
+from simulation.scores import assess
 
 
 @dataclass(frozen=True)
@@ -80,19 +83,14 @@ class Round:
         self.report_file = self.output / "results.json"
         self.model_file = self.output / "merged.safetensors"
         self.folders = [ClientFolder(self.output, k) for k in range(flags.clients)]
-        chosen = np.arange(len(images.train))
-        if flags.max_train_samples is not None:
-            random = np.random.default_rng(flags.partition_seed)
-            chosen = np.sort(random.choice(chosen, flags.max_train_samples, replace=False))
+        chosen = subset(len(images.train), flags.max_train_samples, flags.partition_seed)
         labels = images.train.labels.numpy()[chosen]
         parts = reference_partition(labels, flags.clients, flags.alpha, flags.partition_seed)
         self.histogram = class_histogram(labels, parts, images.classes)
         self.parts = [chosen[part] for part in parts]
         setting = f"a{flags.alpha:g}-p{flags.partition_seed}-s{flags.seed}"
         self.group = f"{flags.dataset}-{flags.model}-{setting}-{round_folder(flags, 1).name}"
-        self.device = torch.device(
-            "cuda" if torch.cuda.is_available() and flags.accelerator != "cpu" else "cpu"
-        )
+        self.device = evaluation_device(flags.accelerator)
 
     def network(self) -> nn.Module:
         """Builds the network that all clients start from, with the same weights at every call."""
@@ -307,6 +305,16 @@ def say(text: str) -> None:
         text: of the line.
     """
     Console(highlight=False).print(text, soft_wrap=True, markup=False)
+
+
+def warn_in_a_line() -> None:
+    """Shows each warning in one line, and not those of Lightning that a simulation knows."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", ".*treespec.*", module="lightning")
+    warnings.filterwarnings("ignore", ".*have no `val_dataloader`.*")
 
 
 def is_rank_zero() -> bool:

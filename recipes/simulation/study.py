@@ -31,7 +31,6 @@ from simulation.clients import (
     ClientFolder,
     fit_client,
     predict,
-    score,
 )
 from simulation.data import ImageData, TensorImages, collate_images, load_images
 from simulation.environment import environment
@@ -39,6 +38,7 @@ from simulation.federations import Federation
 from simulation.models import build_model
 from simulation.partition import reference_partition
 from simulation.rows import read_rows
+from simulation.scores import score
 
 Client: TypeAlias = tuple[nn.Module, TensorImages]
 """A trained network and the samples it was trained on."""

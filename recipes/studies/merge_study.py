@@ -17,14 +17,13 @@ from simulation.clients import (
     EXTRACTIONS,
     QUIET,
     Classifier,
-    ensemble,
     labelled_samples,
     merge,
     predict,
-    score,
 )
 from simulation.data import ImageData
 from simulation.federations import MERGE_FEDERATIONS, Federation
+from simulation.scores import ensemble, score
 from simulation.study import (
     Client,
     extract,
