@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     )
     from lightning_fedfisher.extraction.extract import extract_curvature
     from lightning_fedfisher.losses import PriorCrossEntropy
-    from lightning_fedfisher.merge.merger import merge_updates
     from lightning_fedfisher.merge.methods import METHODS, MergeMethod
+    from lightning_fedfisher.merge.without_trainer import merge_updates
     from lightning_fedfisher.merge_module import FisherMergeModule
     from lightning_fedfisher.plan import plan_update
     from lightning_fedfisher.report import write_report
@@ -65,8 +65,8 @@ _ROOMS = {
     ),
     "extraction.extract": ("extract_curvature",),
     "losses": ("PriorCrossEntropy",),
-    "merge.merger": ("merge_updates",),
     "merge.methods": ("METHODS", "MergeMethod"),
+    "merge.without_trainer": ("merge_updates",),
     "merge_module": ("FisherMergeModule",),
     "plan": ("plan_update",),
     "report": ("write_report",),

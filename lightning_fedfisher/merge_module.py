@@ -9,7 +9,7 @@ server knows of merging is in `lightning_fedfisher.merge`, which needs no Traine
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from typing import Any, cast
 
@@ -69,6 +69,7 @@ class FisherMergeModule(LightningModule):
         updates: Sequence[UpdateSource],
         *,
         model: nn.Module | None = None,
+        statistics_loader: Iterable[Any] | None = None,
         method: str | MergeMethod = "fedfisher",
         keep_best: bool | None = None,
         max_iterations: int | None = None,
@@ -82,6 +83,9 @@ class FisherMergeModule(LightningModule):
             updates: Update files or `ClientUpdate` objects, one for each client.
             model: A model that is loaded with the result when the fit ends, and that validation
                 runs; None if there is no need for either.
+            statistics_loader: Batches of inputs, labels or not, on which the running statistics of
+                the merged model's BatchNorm layers are estimated, alike on every rank; None merges
+                those of the clients.
             method: Name of the merge method, a key of `METHODS`, or a row of your own.
             keep_best: Whether to return the iterate that is best on the validation loader rather
                 than the last one. None leaves that to the method: the published ones do.
@@ -105,7 +109,7 @@ class FisherMergeModule(LightningModule):
         options = MergeOptions(
             method, keep_best, max_iterations, max_influence, skip_invalid, memory_budget
         )
-        self.merger = Merger.open(updates, options, model)
+        self.merger = Merger.open(updates, options, model, statistics_loader)
         self.updates, self.layers = self.merger.updates, self.merger.layers
         self.method, self.max_influence = options.row.name, options.row.max_influence
         # Parameters, so that checkpoints hold them and DDP takes the module. Buffers or submodules
@@ -128,7 +132,7 @@ class FisherMergeModule(LightningModule):
 
     @cached_property
     def _fingerprint(self) -> str:
-        return fingerprint(self.merger.method, self.updates)
+        return fingerprint(self.merger.method, self.updates, self.merger.loader.keeps_means)
 
     @property
     def result(self) -> MergeResult:
@@ -224,6 +228,7 @@ class FisherMergeModule(LightningModule):
             raise ValueError("a validation loader needs a model to run: pass model=...")
         require_one_loader(self.trainer.val_dataloaders)
         self.merger.move_to(self.device)
+        self.merger.refresh_statistics()
         # A new one each time: it may have been on another device, and a metric that was reset in
         # inference mode could not be updated outside it.
         state, likelihood = self.merger.state_dict(), self.merger.likelihood
@@ -277,6 +282,7 @@ class FisherMergeModule(LightningModule):
         for warning in self.merger.warnings:
             rank_zero_warn(warning)
         self.merger.take_best()
+        self.merger.refresh_statistics()
         self.merger.release()
         if self._target:
             # What is missing are parameters that no client trained; they stay.

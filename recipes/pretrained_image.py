@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import numpy as np
 import torch
 from jsonargparse import ArgumentParser, Namespace
 from simulation.data import TensorImages, load_images
 from simulation.partition import subset
 from simulation.pretrained import start
-from simulation.pretrained_setting import Task, shared_parser
+from simulation.pretrained_setting import FINE_TUNED, METHODS, UNLABELLED, Task, shared_parser
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from torchvision import models
@@ -22,11 +23,13 @@ from torchvision import models
 _LITE0 = "efficientnet-lite0"
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 _AT_ONCE = 500
+IMAGE_METHODS = (*METHODS, *(method + UNLABELLED for method in FINE_TUNED))
+"""What the recipe compares."""
 
 
 def make_parser() -> ArgumentParser:
     """Describes the command line."""
-    parser = shared_parser(__doc__, "pretrained_image.py")
+    parser = shared_parser(__doc__, "pretrained_image.py", IMAGE_METHODS)
     parser.add_argument(
         "--dataset", default="auto", help="auto, cifar10, imagefolder, digits, or another"
     )
@@ -41,6 +44,12 @@ def make_parser() -> ArgumentParser:
         help="of a torchvision model: a name of its weights, or none; others take none or default",
     )
     parser.add_argument("--image-size", type=int, default=64, help="pixels of a side")
+    parser.add_argument(
+        "--unlabelled-samples",
+        type=int,
+        default=500,
+        help=f"images without labels on the server, for methods that end in {UNLABELLED}",
+    )
     return parser
 
 
@@ -59,12 +68,14 @@ def image_task(parsed: Namespace) -> Task:
             return make()
 
     build(0)  # what is missing is told before the images are resized
+    rows = subset(len(images.train), parsed.max_train_samples, parsed.partition_seed)
+    test = subset(len(images.test), parsed.max_test_samples, parsed.partition_seed)
     return Task(
         images.name,
         parsed.model,
         images.note,
-        _resized(images.train, parsed.image_size, parsed.max_train_samples, parsed.partition_seed),
-        _resized(images.test, parsed.image_size, parsed.max_test_samples, parsed.partition_seed),
+        _resized(images.train, parsed.image_size, rows),
+        _resized(images.test, parsed.image_size, test),
         images.classes,
         build,
         partial(torch.optim.SGD, momentum=0.9),
@@ -72,7 +83,23 @@ def image_task(parsed: Namespace) -> Task:
         gentle_rate=1e-4,
         epochs=3,
         options={"image_size": str(parsed.image_size), "weights": parsed.weights},
+        unlabelled=_unlabelled(images.train, rows, parsed),
     )
+
+
+def _unlabelled(images: TensorImages, taken: np.ndarray, parsed: Namespace) -> Tensor | None:
+    """Draws the images of the server among those that no client may hold, if a method wants any."""
+    if not any(method.endswith(UNLABELLED) for method in parsed.methods):
+        return None
+    others = np.setdiff1d(np.arange(len(images)), taken)
+    wanted = parsed.unlabelled_samples
+    if not 0 < wanted <= len(others):
+        raise ValueError(
+            f"{len(others)} training images are left for the server, which cannot have {wanted} of "
+            "them: set --max-train-samples or --unlabelled-samples"
+        )
+    chosen = others[subset(len(others), wanted, parsed.partition_seed)]
+    return _resized(images, parsed.image_size, chosen).tensors[0]
 
 
 def _network(model: str, weights: str, classes: int) -> Callable[[], nn.Module]:
@@ -121,9 +148,9 @@ def _lite0(pretrained: bool, classes: int) -> nn.Module:
     return network
 
 
-def _resized(images: TensorImages, size: int, most: int | None, seed: int) -> TensorDataset:
-    """Resizes images, in colours as ImageNet's are; no more than are wanted."""
-    kept = images.without_augmentation().subset(subset(len(images), most, seed))
+def _resized(images: TensorImages, size: int, rows: np.ndarray) -> TensorDataset:
+    """Resizes some of the images, in colours as ImageNet's are."""
+    kept = images.without_augmentation().subset(rows)
     found: list[Tensor] = []
     for some in kept.images.split(_AT_ONCE):
         pixels = some.float().div(255).expand(-1, 3, -1, -1)

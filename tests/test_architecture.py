@@ -115,6 +115,7 @@ TESTED_ELSEWHERE = {
     "curvature.kronecker": "curvature/test_kinds.py",
     "curvature.registry": "curvature/test_kinds.py",
     "curvature.input_map": "curvature/test_kinds.py",
+    "merge.without_trainer": "merge/test_merger.py",
 }
 
 

@@ -17,9 +17,10 @@ from lightning_fedfisher.cli.terminal import show
 from lightning_fedfisher.distributed.processes import is_rank_zero
 from lightning_fedfisher.merge.compatibility import open_updates
 from lightning_fedfisher.merge.memory_budget import peak_bytes
-from lightning_fedfisher.merge.merger import Merger, merge_updates
+from lightning_fedfisher.merge.merger import Merger
 from lightning_fedfisher.merge.options import MergeOptions
 from lightning_fedfisher.merge.result import MergeResult, contributions
+from lightning_fedfisher.merge.without_trainer import merge_updates
 from lightning_fedfisher.results.from_merge import describe_federation
 from lightning_fedfisher.results.model_card import model_card
 

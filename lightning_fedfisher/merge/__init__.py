@@ -11,7 +11,7 @@ from lightning_fedfisher._utils.lazy_import import lazy_exports
 
 if TYPE_CHECKING:
     from lightning_fedfisher.merge.compatibility import CheckedUpdate, check_model, check_updates
-    from lightning_fedfisher.merge.merger import Merger, merge_updates
+    from lightning_fedfisher.merge.merger import Merger
     from lightning_fedfisher.merge.methods import METHODS, MergeMethod
     from lightning_fedfisher.merge.objective import Quadratic
     from lightning_fedfisher.merge.options import MergeOptions
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         PublishedServer,
         Solver,
     )
+    from lightning_fedfisher.merge.without_trainer import merge_updates
 
 __all__ = [
     "METHODS",
@@ -65,7 +66,7 @@ __getattr__, __dir__ = lazy_exports(
         "check_model": f"{__name__}.compatibility",
         "check_updates": f"{__name__}.compatibility",
         "describe_outliers": f"{__name__}.outliers",
-        "merge_updates": f"{__name__}.merger",
+        "merge_updates": f"{__name__}.without_trainer",
         "outliers_as_sent": f"{__name__}.outliers",
     },
 )

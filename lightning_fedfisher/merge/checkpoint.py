@@ -19,13 +19,16 @@ from lightning_fedfisher.update.client_update import ClientUpdate
 _NOT_COMPARED = {"transform", "output_transform", "solver", "max_iterations", "keeps_best"}
 
 
-def fingerprint(method: MergeMethod, updates: Sequence[ClientUpdate]) -> str:
+def fingerprint(
+    method: MergeMethod, updates: Sequence[ClientUpdate], keeps_means: bool = False
+) -> str:
     """Tells one merge from another, alike in every process.
 
     Args:
         method: The merge method, told by its name and numbers.
         updates: The updates of all clients in their order, told by what is sent without the
             metadata; updates in memory are hashed.
+        keeps_means: Whether running statistics are estimated (see `LayerLoader`).
 
     Returns:
         SHA-256 in hexadecimal.
@@ -36,7 +39,7 @@ def fingerprint(method: MergeMethod, updates: Sequence[ClientUpdate]) -> str:
         [dataclasses.asdict(update.header) | {"metadata": {}}, dict(update.digests)]
         for update in updates
     ]
-    text = json.dumps([told, clients], sort_keys=True)
+    text = json.dumps([told, clients, keeps_means], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -56,6 +56,7 @@ class LayerLoader:
         client_weights: What each client counts for by its number of samples alone, of any sum.
         budget: How much is held in memory at a time.
         alignments: How the inputs of aligned layers relate.
+        keeps_means: Whether features keep their means by normalisation with new statistics.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class LayerLoader:
         updates: Sequence[ClientUpdate],
         method: MergeMethod,
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
+        keeps_means: bool = False,
     ) -> None:
         """Reads headers alone.
 
@@ -70,11 +72,14 @@ class LayerLoader:
             updates: The updates of all clients, found to belong together.
             method: The merge method.
             memory_budget: Bytes of weights and curvature to hold at a time.
+            keeps_means: Whether normalisation by new statistics gives the merged model's features
+                the means that they had in each client, as an alignment does.
 
         Raises:
             ValueError: If the budget is negative.
         """
         self.updates, self.method, self.layers = updates, method, updates[0].layers
+        self.keeps_means = keeps_means
         self.client_weights = [float(u.num_samples) ** method.client_weight_power for u in updates]
         sizes = [sent_bytes(updates[0].header, len(updates), layer) for layer in self.layers]
         self.budget = MemoryBudget(memory_budget, sizes)
@@ -129,7 +134,8 @@ class LayerLoader:
         if self.method.ignores_curvature:
             return self.method.transformed(Identity(layer.shape))
         head = layer.name == update.header.output_layer
-        is_output_layer = head and self.alignments.waits_for(index) is not None
+        aligned = self.alignments.waits_for(index) is not None
+        is_output_layer = head and (aligned or self.keeps_means)
         dtype, damping = self._dtypes[index], 0.0 if head else self.method.damping
         if self.method.transform_of(is_output_layer) is None:  # then roots need not be multiplied
             return update.block(layer, self.method.power, device, dtype, damping)

@@ -1,10 +1,8 @@
-"""Client updates become one model: the whole work of the server, without a Trainer."""
+"""A merge in work: each layer's solver, and the model that they make together."""
 
 from __future__ import annotations
 
-import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -12,8 +10,6 @@ from torch import Tensor, nn
 
 from lightning_fedfisher._utils.text import client_names
 from lightning_fedfisher.curvature.base import Curvature
-from lightning_fedfisher.distributed.assignment import assign_layers
-from lightning_fedfisher.distributed.progress import progress_bar
 from lightning_fedfisher.errors import MergeError, UpdateError
 from lightning_fedfisher.likelihoods.base import Likelihood
 from lightning_fedfisher.likelihoods.registry import LIKELIHOODS
@@ -26,97 +22,15 @@ from lightning_fedfisher.merge.layer_state import (
     describe_unsolved,
     summarize,
 )
-from lightning_fedfisher.merge.memory_budget import DEFAULT_MEMORY_BUDGET
 from lightning_fedfisher.merge.methods import MergeMethod
 from lightning_fedfisher.merge.options import MergeOptions
 from lightning_fedfisher.merge.outliers import describe_outliers
 from lightning_fedfisher.merge.preparation import prepare_by_ranks
 from lightning_fedfisher.merge.result import MergeResult, contributions, layer_results
+from lightning_fedfisher.merge.running_statistics import Estimate, estimator
 from lightning_fedfisher.merge.solvers import Solver
-from lightning_fedfisher.merge.validation import goodness, validate
+from lightning_fedfisher.merge.validation import goodness
 from lightning_fedfisher.update.client_update import ClientUpdate
-
-
-def merge_updates(
-    updates: Sequence[UpdateSource],
-    *,
-    method: str | MergeMethod = "fedfisher",
-    model: nn.Module | None = None,
-    validation_loader: Iterable[Any] | None = None,
-    keep_best: bool | None = None,
-    max_iterations: int | None = None,
-    max_influence: float | None = None,
-    skip_invalid: bool = False,
-    memory_budget: int = DEFAULT_MEMORY_BUDGET,
-    device: torch.device | str = "cpu",
-) -> MergeResult:
-    """Merges client updates into one model.
-
-    An update is a quadratic around the client's weights, from the curvature of its loss there, and
-    the merged model minimises their sum. `FisherMergeModule` does the same on a Trainer.
-
-    Args:
-        updates: Update files or `ClientUpdate` objects, one for each client.
-        method: Name of the merge method, a key of `METHODS`, or a row of your own.
-        model: A model to check the updates against and to validate with. It is not changed; load
-            the result with ``model.load_state_dict(result.state_dict, strict=False)``.
-        validation_loader: Batches ``(x, y)`` on which the model is scored, one pass an epoch.
-        keep_best: Whether to return the iterate that scores best; the method's own choice if None.
-        max_iterations: Solver steps to make for a layer at most.
-        max_influence: What a client may weigh, as a multiple of the median client.
-        skip_invalid: Whether to leave out the updates that would be refused, with a warning.
-        memory_budget: Bytes of clients' weights and curvature to hold at a time.
-        device: Where to compute.
-
-    Returns:
-        The merged state dict, with how each layer and each client fared.
-
-    Raises:
-        MergeError: If updates cannot be merged by the method; all are named.
-        ValueError: If an option is out of range or the model does not fit.
-
-    Example:
-        >>> from torch.utils.data import DataLoader, TensorDataset
-        >>> from lightning_fedfisher.extraction import extract_curvature
-        >>> updates = []
-        >>> for client in range(2):
-        ...     model = nn.Linear(3, 2)
-        ...     data = TensorDataset(torch.rand(8, 3), torch.arange(8) % 2)
-        ...     extracted = extract_curvature(model, DataLoader(data), "kfac", progress=False)
-        ...     update = ClientUpdate.from_model(model, extracted.header(), extracted.blocks)
-        ...     updates.append(update)
-        >>> result = merge_updates(updates)
-        >>> sorted(result.state_dict), result.solved
-        (['bias', 'weight'], True)
-    """
-    options = MergeOptions(
-        method, keep_best, max_iterations, max_influence, skip_invalid, memory_budget
-    )
-    if validation_loader is not None and model is None:
-        raise ValueError("a validation loader needs a model to run: pass model=...")
-    if isinstance(validation_loader, Iterator):
-        raise ValueError("validation takes one pass an epoch: pass a DataLoader or a list")
-    where = torch.device(device)
-    merger = Merger.open(updates, options, model)
-    at_once = merger.method.keeps_best and validation_loader is not None
-    started = time.perf_counter()
-    merger.move_to(where)
-    (order,) = assign_layers([layer.shape for layer in merger.layers], ranks=1)
-    with progress_bar(merger.layers, "merge") as bar:
-        while not merger.done:
-            for index in order:
-                merger.advance(index, at_once)
-            merger.finish_epoch()
-            bar.update(sum(state.done for state in merger.states) - bar.n)
-            if validation_loader is not None and model is not None:
-                state, likelihood = merger.state_dict(), merger.likelihood
-                merger.judge(*validate(model, state, validation_loader, likelihood, where))
-    merger.take_best()
-    merger.seconds = time.perf_counter() - started
-    result = merger.result()
-    for warning in result.warnings:
-        warnings.warn(warning, stacklevel=2)
-    return result
 
 
 class Merger:
@@ -136,6 +50,7 @@ class Merger:
         influence: What each client weighs, of shape ``(layers, clients, 3)``.
         history: What is logged of each epoch.
         validation_samples: Labelled samples that the last validation saw.
+        unlabelled_samples: Samples that running statistics were last estimated on.
         best: The best score on them, with the merged matrices there; None without validation.
         seconds: Wall-clock time of the merge; None before its end.
 
@@ -153,27 +68,39 @@ class Merger:
           - there are none: pass the update files of at least one client
     """
 
-    def __init__(self, updates: Sequence[ClientUpdate], method: MergeMethod, budget: int) -> None:
+    def __init__(
+        self,
+        updates: Sequence[ClientUpdate],
+        method: MergeMethod,
+        budget: int,
+        estimate: Estimate | None = None,
+    ) -> None:
         """Reads no layer yet; see `open`.
 
         Args:
             updates: The updates of all clients, found to belong together.
             method: The merge method.
             budget: Bytes of clients' weights and curvature to hold at a time.
+            estimate: Finds the running statistics of a merged state; None merges the clients'.
         """
         self.updates, self.method, self.layers = updates, method, updates[0].layers
-        self.loader = LayerLoader(updates, method, budget)
+        self.loader = LayerLoader(updates, method, budget, keeps_means=estimate is not None)
         self.merged: Sequence[Tensor] = [
             torch.zeros(layer.shape, dtype=self.loader.dtype(index))
             for index, layer in enumerate(self.layers)
         ]
         self.buffers = merge_buffers(updates, method.max_influence)
+        self._estimate = estimate
         self._device = torch.device("cpu")
         self.restart()
 
     @classmethod
     def open(
-        cls, sources: Sequence[UpdateSource], options: MergeOptions, model: nn.Module | None = None
+        cls,
+        sources: Sequence[UpdateSource],
+        options: MergeOptions,
+        model: nn.Module | None = None,
+        statistics_loader: Iterable[Any] | None = None,
     ) -> Self:
         """Opens and checks all updates.
 
@@ -181,13 +108,17 @@ class Merger:
             sources: Update files or `ClientUpdate` objects, one for each client.
             options: What is asked of the merge.
             model: A model that the updates must fit; None if there is none.
+            statistics_loader: Batches of inputs to estimate running statistics on, or None.
 
         Raises:
             MergeError: If updates cannot be merged by the method; all are named.
-            ValueError: If the model does not fit.
+            ValueError: If the model does not fit, or has no running statistics to estimate.
         """
+        estimate = None
+        if statistics_loader is not None:
+            estimate = estimator(model, statistics_loader)
         updates = open_updates(sources, options.row, options.skip_invalid)
-        merger = cls(updates, options.row, options.memory_budget)
+        merger = cls(updates, options.row, options.memory_budget, estimate)
         if model is not None:
             require_fit(model, updates[0])
         return merger
@@ -201,7 +132,7 @@ class Merger:
         self.influence = torch.zeros(layers, clients, len(MEASURES), dtype=torch.float64)
         self.history: list[dict[str, float]] = []
         self.best: tuple[float, list[Tensor]] | None = None
-        self.validation_samples = 0
+        self.validation_samples = self.unlabelled_samples = 0
         self.seconds: float | None = None
 
     def release(self) -> None:
@@ -339,6 +270,13 @@ class Merger:
             for matrix, value in zip(self.merged, self.best[1], strict=True):
                 matrix.detach().copy_(value)
 
+    def refresh_statistics(self) -> None:
+        """Estimates the running statistics of the model as it is now, if there are samples."""
+        if self._estimate is None:
+            return
+        found, self.unlabelled_samples = self._estimate(self.state_dict(), self._device)
+        self.buffers |= {name: tensor.to(self.buffers[name]) for name, tensor in found.items()}
+
     def fill(self) -> None:
         """Reads the average where no solver has begun, for whoever looks at the whole model."""
         for index in sorted(self.unread):
@@ -389,6 +327,7 @@ class Merger:
             history=tuple(dict(entry) for entry in self.history),
             warnings=self.warnings,
             server_labels=self.server_labels,
+            unlabelled_samples=self.unlabelled_samples,
             curvature=header.curvature,
             fisher=header.fisher,
             likelihood=header.likelihood,

@@ -34,8 +34,9 @@ class MergeMethod:
         max_iterations: Steps after which it stops, unless its solver finishes before.
         steps_per_epoch: Steps that a solver makes between two evaluations of the merged model.
         transform: What it makes of a client's curvature before the power; None for nothing.
-        output_transform: What stands for it in an output layer with aligned inputs, whose outputs
-            are the logits of a softmax; None for the same as in any layer.
+        output_transform: What stands for it in an output layer whose outputs are the logits of a
+            softmax, and whose inputs have the clients' means: they are aligned, or normalised by
+            statistics of the merged model. None for the same as in any layer.
         power: Power that each client's curvature is raised to.
         damping: Part of its mean diagonal entry that is added to the factor over the outputs
             before; not in the output layer of a softmax.
@@ -89,7 +90,7 @@ class MergeMethod:
 
         Args:
             curvature: The curvature, as it was sent.
-            is_output_layer: Whether the layer is an output layer with aligned inputs.
+            is_output_layer: Whether `output_transform` is for this layer.
             damps: Whether it is damped, as all but output layers are.
         """
         transform = self.transform_of(is_output_layer)
@@ -100,7 +101,7 @@ class MergeMethod:
         """What is done before the power.
 
         Args:
-            is_output_layer: Whether the layer is an output layer with aligned inputs.
+            is_output_layer: Whether `output_transform` is for this layer.
         """
         own = self.output_transform if is_output_layer else None
         return self.transform if own is None else own
@@ -141,8 +142,8 @@ def _ignored(curvature: Curvature) -> Curvature:
 def _of_outputs(curvature: Curvature) -> Curvature:
     # The inputs of the output layer have a mean far larger than their spread. Weighing by their
     # second moment ties the clients to how much they prefer a class whatever the input, which is
-    # about the classes they happened to hold. Only where it is aligned is it weighed so: else
-    # nothing but that weight keeps a new mean from shifting all classes.
+    # about the classes they happened to hold. That weight goes only where the inputs keep their
+    # mean: else nothing but it keeps a new one from shifting all classes.
     return curvature.average_over_columns()
 
 

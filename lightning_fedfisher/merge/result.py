@@ -95,6 +95,7 @@ class MergeResult:
         fedavg_bytes: Bytes that a FedAvg client would send.
         seconds: Wall-clock time of the merge itself, without opening and checking the updates; None
             before it has ended.
+        unlabelled_samples: Samples, without labels, that running statistics were estimated on.
 
     Example:
         >>> from torch import nn
@@ -127,6 +128,7 @@ class MergeResult:
     model_fingerprint: str
     fedavg_bytes: int
     seconds: float | None = None
+    unlabelled_samples: int = 0
 
     @property
     def solved(self) -> bool:

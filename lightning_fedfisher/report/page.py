@@ -123,7 +123,9 @@ def _facts(record: FederationRecord) -> list[_Fact]:
         amount, _, where = known[0].partition(" s ")
         rest = f", {known[1]}" if len(known) > 1 else ""
         facts.append(_Fact("Time beside training", f"{amount} s", f"{where}{rest}"))
-    note = "the server needs no data" if not merge.server_labels else "labelled samples"
+    note = "labelled samples" if merge.server_labels else "the server needs no data"
+    if merge.unlabelled_samples:
+        note = f"beside {count(merge.unlabelled_samples, 'unlabelled sample')}"
     facts.append(_Fact("Labels on the server", f"{merge.server_labels:,}", note))
     return facts
 
@@ -199,6 +201,7 @@ _COLUMNS = (
     _Column("Client, s", lambda own: own.client_seconds, _seconds),
     _Column("Server, s", lambda own: own.server_seconds, _seconds),
     _Column("Labels", lambda own: own.server_labels, "{:,.0f}".format),
+    _Column("Unlabelled", lambda own: own.unlabelled_samples or None, "{:,.0f}".format),
 )
 
 

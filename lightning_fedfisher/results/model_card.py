@@ -33,6 +33,7 @@ def model_card(result: MergeResult, title: str, command: Sequence[str]) -> str:
         ("clients", str(len(result.clients))),
         ("samples", f"{sum(client.num_samples for client in result.clients):,}"),
         ("labels used", str(result.server_labels)),
+        ("unlabelled samples used", str(result.unlabelled_samples)),
         ("solved to", f"residual {last['residual']:.1e} in {last['iterations']:.0f} iterations"),
         ("date", f"{datetime.now(UTC):%Y-%m-%d}"),
         ("versions", ", ".join(" ".join(pair) for pair in versions().items())),

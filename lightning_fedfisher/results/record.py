@@ -93,6 +93,7 @@ class MergeRecord:
         server_seconds: The time of the merge, in seconds.
         server_labels: How many labelled samples the server used.
         score: How good the merged model is; None if it was not tested.
+        unlabelled_samples: How many samples without labels the server used.
 
     Example:
         >>> merge = MergeRecord("fedavg", [{"iterations": 0, "objective": 0, "residual": 0}])
@@ -111,6 +112,7 @@ class MergeRecord:
     server_seconds: float | None = None
     server_labels: int = 0
     score: ModelScore | None = None
+    unlabelled_samples: int = 0
 
 
 @dataclass(frozen=True)

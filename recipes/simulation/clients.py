@@ -329,6 +329,7 @@ def merge(
     model: nn.Module | None,
     labelled: TensorImages | None,
     trainer_options: Mapping[str, Any],
+    unlabelled: DataLoader[Any] | None = None,
 ) -> MergeResult:
     """Merges updates with one method.
 
@@ -340,12 +341,15 @@ def merge(
         labelled: samples by which the published methods choose their iterate; with None they return
             their last one. Other methods never see them.
         trainer_options: further options of the Trainer, such as accelerator and logger.
+        unlabelled: batches of inputs to estimate running statistics on; None merges the clients'.
 
     Returns:
         The merged model, and what it took to merge it.
     """
     started = time.perf_counter()
-    module = FisherMergeModule(updates, model=model, method=cast(Any, method))
+    module = FisherMergeModule(
+        updates, model=model, method=cast(Any, method), statistics_loader=unlabelled
+    )
     row = METHODS[method] if isinstance(method, str) else method
     loader = None
     if labelled is not None and row.keeps_best:

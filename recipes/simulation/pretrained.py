@@ -4,7 +4,8 @@ Every client has the same body. ``closed_form_head`` fits the last layer of the 
 and trains nothing. The other methods merge clients that were fine-tuned from a new head, as people
 do. Those with ``head_first_`` before their name merge clients that start from the merged
 closed-form head and are fine-tuned gently: normalisation in eval mode, class frequencies in the
-loss.
+loss. Those with ``_unlabelled`` behind it merge the clients that were fine-tuned as people do, and
+estimate the merged network's running statistics on samples of the server.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from simulation.pretrained_setting import (
     CLOSED_FORM,
     FINE_TUNED,
     HEAD_FIRST,
+    UNLABELLED,
     Flags,
     Task,
 )
@@ -221,7 +223,7 @@ class Federation:
         """Merges update files, and tests the merged network.
 
         Args:
-            method: name of a merge method of the package.
+            method: name of a merge method of the package, with ``_unlabelled`` behind it or not.
             paths: the clients' update files.
             network: takes the merged weights; it is not changed.
 
@@ -230,13 +232,17 @@ class Federation:
         """
         say(f"merging with {method}")
         tuner = _FineTuner(copy.deepcopy(network), self.task, 0.0)
-        result = merge(method, paths, tuner, None, self.options)
+        inputs, unlabelled = self.task.unlabelled, None
+        if method.endswith(UNLABELLED) and inputs is not None:
+            unlabelled = DataLoader(TensorDataset(inputs), _EVALUATION_BATCH)
+        name = method.removesuffix(UNLABELLED)
+        result = merge(name, paths, tuner, None, self.options, unlabelled)
         tuner.load_state_dict(result.state_dict, strict=False)
         scored = assess(self.predict(tuner.network), self.task.test.tensors[1])
         # A head alone is small: all uploads are told in multiples of what fine-tuning sends.
         sent = [p for p in network.parameters() if p.requires_grad] + [*network.buffers()]
         whole = sum(tensor.nbytes for tensor in sent)
-        record = replace(result.record, score=scored, fedavg_bytes=whole)
+        record = replace(result.record, method=method, score=scored, fedavg_bytes=whole)
         return record, tuner.network.state_dict()
 
     @torch.inference_mode()
@@ -264,13 +270,14 @@ def run(task: Task, flags: Flags) -> Report:
     say(f"data: {task.note}\n{flags.clients} clients of {task.name} hold {counts} samples")
     network = task.build(flags.seed)
     found: dict[str, tuple[MergeRecord, dict[str, Tensor]]] = {}
-    plain = [m for m in flags.methods if m in FINE_TUNED]
+    plain = [m for m in flags.methods if m.removesuffix(UNLABELLED) in FINE_TUNED]
     gentle = [m.removeprefix(HEAD_FIRST) for m in flags.methods if m.startswith(HEAD_FIRST)]
     results, predictions = list[ClientResult](), list[Tensor]()
     if gentle or CLOSED_FORM in flags.methods:
         found[CLOSED_FORM] = federation.merged(CLOSED_FORM, federation.fit_heads(network), network)
     if plain:
-        tuned = federation.fine_tune(_TUNED, network, plain, gentle=False)
+        names = list(dict.fromkeys(method.removesuffix(UNLABELLED) for method in plain))
+        tuned = federation.fine_tune(_TUNED, network, names, gentle=False)
         results, predictions, folders = tuned
         _merge_all(federation, plain, folders, results, network, "", found)
     if gentle:
@@ -302,7 +309,7 @@ def _merge_all(
 ) -> None:
     """Merges the same clients with several methods, and notes what clients spent."""
     for method in methods:
-        paths = [folder.update(method) for folder in folders]
+        paths = [folder.update(method.removesuffix(UNLABELLED)) for folder in folders]
         record, state = federation.merged(method, paths, network)
         spent = [result.extraction_seconds[paths[0].name] for result in results]
         record = replace(record, method=prefix + method, client_seconds=sum(spent) / len(spent))

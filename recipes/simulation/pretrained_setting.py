@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
 from jsonargparse import ArgumentParser
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-CLOSED_FORM, HEAD_FIRST = "closed_form_head", "head_first_"
+CLOSED_FORM, HEAD_FIRST, UNLABELLED = "closed_form_head", "head_first_", "_unlabelled"
 FINE_TUNED = ("fedavg", "fisher_merge", "regmean", "fedfisher")
 METHODS = (CLOSED_FORM, *FINE_TUNED, *(HEAD_FIRST + method for method in FINE_TUNED))
 """What the recipes compare: none of it takes labels on the server."""
@@ -38,6 +38,7 @@ class Task:
         gentle_rate: of fine-tuning after a closed-form head.
         epochs: of ordinary fine-tuning.
         options: what else the task was made of, by the names of flags.
+        unlabelled: inputs that the server has, and no client; None for none.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Task:
     gentle_rate: float
     epochs: int
     options: Mapping[str, str]
+    unlabelled: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -96,12 +98,15 @@ _HELP = {
 }
 
 
-def shared_parser(description: str | None, script: str) -> ArgumentParser:
+def shared_parser(
+    description: str | None, script: str, methods: Sequence[str] = METHODS
+) -> ArgumentParser:
     """Describes the command line that the recipes share.
 
     Args:
         description: what the script does, for ``--help``.
         script: name of the script.
+        methods: what it can compare.
     """
     parser = ArgumentParser(prog=script, description=description)
     hints = get_type_hints(Flags)
@@ -110,6 +115,6 @@ def shared_parser(description: str | None, script: str) -> ArgumentParser:
         if hints[flag.name] is bool:
             how = {"action": "store_true"}
         elif flag.name == "methods":
-            how = {"type": str, "choices": METHODS, "nargs": "+", "default": list(flag.default)}
+            how = {"type": str, "choices": methods, "nargs": "+", "default": list(flag.default)}
         parser.add_argument("--" + flag.name.replace("_", "-"), help=_HELP[flag.name], **how)
     return parser

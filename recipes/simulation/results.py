@@ -61,6 +61,7 @@ def _costs_and_scores(merge: MergeRecord) -> dict[str, float | None]:
         "client_seconds": merge.client_seconds or 0.0,
         "server_seconds": merge.server_seconds,
         "server_labels": merge.server_labels,
+        "unlabelled_samples": merge.unlabelled_samples,
     }
 
 

@@ -42,13 +42,15 @@ def extract_with_buffers(folder, devices):
     trainer.fit(NormedClassifier(), tiny_loader(samples=21))
 
 
-def merge(folder, devices, method="fedfisher", budget=2**30, validates=True):
+def merge(folder, devices, method="fedfisher", budget=2**30, validates=True, normed=False):
     """A merge of the folder's updates, with a checkpoint; validation is of the tiny classifier."""
+    model = NormedClassifier() if normed else tiny_model()
     checkpoint = ModelCheckpoint(folder / "kept", save_last=True)
     module = FisherMergeModule(
         sorted((folder / "updates").glob("*.safetensors")),
         method=method,
-        model=tiny_model() if validates else None,
+        model=model if validates else None,
+        statistics_loader=tiny_loader(seed=60, samples=30, shuffle=False) if normed else None,
         memory_budget=budget,
     )
     trainer = quiet_trainer(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.ddp import run_ddp
-from helpers.federation import NormedClassifier, tiny_loader, tiny_model
+from helpers.federation import NormedClassifier, tiny_data, tiny_loader, tiny_model
 from helpers.merging import assert_same, merge, update_of, updates_by_method
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -66,9 +66,11 @@ def clients(tmp_path_factory):
     with torch.random.fork_rng():
         apart = [_apart(seed) for seed in range(3)]
         small = _of_one_layer()
+        normed = [update_of(NormedClassifier(), tiny_data(seed), "kfac") for seed in range(3)]
     return {
         "one layer": small,
         "aligned": apart,
+        "statistics": normed,
         **{case: trained[method] for case, (method, _, _) in MERGES.items()},
     }
 
@@ -83,6 +85,7 @@ def together(clients, tmp_path_factory):
             "buffers": ["extract_with_buffers", {}],
             "one layer": ["merge", {"validates": False}],
             "aligned": ["merge", {"validates": False}],
+            "statistics": ["merge", {"normed": True}],
         },
         3: {},
     }
@@ -129,6 +132,14 @@ def test_processes_do_not_change_an_aligned_merge(together, clients, tmp_path):
     assert {*clients["aligned"][0].header.fed_by} == {"4", "7", "9"}
     found = torch.load(together / "aligned" / "merged.pt", weights_only=True)
     alone = merge(clients["aligned"], tmp_path)
+    assert_same(found, alone.merged_state_dict(), rtol=1e-5, atol=1e-6)
+
+
+def test_processes_do_not_change_statistics_of_samples(together, clients, tmp_path):
+    options = {"statistics_loader": tiny_loader(seed=60, samples=30, shuffle=False)}
+    alone = merge(clients["statistics"], tmp_path, model=NormedClassifier(), **options)
+    found = torch.load(together / "statistics" / "merged.pt", weights_only=True)
+    assert alone.result.unlabelled_samples == 30
     assert_same(found, alone.merged_state_dict(), rtol=1e-5, atol=1e-6)
 
 

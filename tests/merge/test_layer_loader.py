@@ -13,8 +13,8 @@ from torch.utils.data import TensorDataset
 
 from lightning_fedfisher import ClientUpdate, MergeError
 from lightning_fedfisher.merge.layer_loader import LayerLoader
-from lightning_fedfisher.merge.merger import merge_updates
 from lightning_fedfisher.merge.methods import METHODS
+from lightning_fedfisher.merge.without_trainer import merge_updates
 from lightning_fedfisher.update import client_update
 from lightning_fedfisher.update.file_format import write_file
 

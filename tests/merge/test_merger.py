@@ -15,10 +15,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fedfisher.errors import MergeError
 from lightning_fedfisher.extraction.extract import extract_curvature
-from lightning_fedfisher.merge.merger import Merger, merge_updates
+from lightning_fedfisher.merge.merger import Merger
 from lightning_fedfisher.merge.methods import METHODS
 from lightning_fedfisher.merge.objective import average
 from lightning_fedfisher.merge.options import MergeOptions
+from lightning_fedfisher.merge.without_trainer import merge_updates
 from lightning_fedfisher.merge_module import FisherMergeModule
 from lightning_fedfisher.update.client_update import ClientUpdate
 

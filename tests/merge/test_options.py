@@ -5,9 +5,9 @@ from dataclasses import fields
 
 import pytest
 
-from lightning_fedfisher.merge.merger import merge_updates
 from lightning_fedfisher.merge.methods import METHODS
 from lightning_fedfisher.merge.options import MergeOptions
+from lightning_fedfisher.merge.without_trainer import merge_updates
 from lightning_fedfisher.merge_module import FisherMergeModule
 
 

@@ -7,14 +7,13 @@ import pretrained_image
 import pytest
 import torch
 from safetensors.torch import load_file
-from simulation.pretrained_setting import METHODS
 
 SMALL = [
     *("--dataset", "digits", "--model", "resnet18", "--weights", "none", "--image-size", "32"),
     *("--clients", "2", "--alpha", "1", "--epochs", "1", "--batch-size", "16"),
-    *("--max-train-samples", "60", "--max-test-samples", "40"),
+    *("--max-train-samples", "60", "--max-test-samples", "40", "--unlabelled-samples", "50"),
 ]
-SHOWN = ("closed_form_head", "fedavg", "regmean", "head_first_fedavg")
+SHOWN = ("closed_form_head", "fedavg", "regmean", "fedavg_unlabelled", "head_first_fedavg")
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +27,12 @@ def federation(tmp_path_factory):
 def test_results_have_the_form_of_the_other_recipes(federation):
     _, results = federation
     assert list(results["methods"]) == list(SHOWN)
+    unlabelled = results["methods"]["fedavg_unlabelled"]
     for row in results["methods"].values():
         assert 0 <= row["accuracy"] <= 100
         assert math.isfinite(row["nll"])
         assert row["server_labels"] == 0
+        assert row["unlabelled_samples"] == (50 if row is unlabelled else 0)
         assert row["upload_bytes"] < 1.01 * row["fedavg_bytes"]
     assert sum(client["num_samples"] for client in results["clients"]) == 60
     accuracies = [client["accuracy"] for client in results["clients"]]
@@ -71,10 +72,21 @@ def test_a_head_alone_trains_nothing(tmp_path, monkeypatch):
 
 
 def test_all_methods_are_offered_and_no_other():
-    parser = pretrained_image.make_parser()
-    assert parser.parse_args(["--methods", *METHODS]).methods == list(METHODS)
+    parser, offered = pretrained_image.make_parser(), pretrained_image.IMAGE_METHODS
+    assert parser.parse_args(["--methods", *offered]).methods == list(offered)
     with pytest.raises(SystemExit):
         parser.parse_args(["--methods", "fedfisher_kfac"])
+
+
+def test_the_servers_images_are_no_clients():
+    flags = [*SMALL, "--methods", "fedavg_unlabelled"]
+    task = pretrained_image.image_task(pretrained_image.make_parser().parse_args(flags))
+    assert task.unlabelled.shape == (50, 3, 32, 32)
+    clients = {image.numpy().tobytes() for image in task.train.tensors[0]}
+    assert not clients & {image.numpy().tobytes() for image in task.unlabelled}
+    assert len(clients) == 60
+    with pytest.raises(SystemExit, match=r"are left for the server, which cannot have 100000"):
+        pretrained_image.main([*flags, "--unlabelled-samples", "100000"])
 
 
 def test_a_network_that_is_unknown_is_told_at_once():

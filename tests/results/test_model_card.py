@@ -26,6 +26,7 @@ def test_a_card_tells_what_the_model_was_made_of(result, updates):
         "clients": "3",
         "samples": "90",
         "labels used": "0",
+        "unlabelled samples used": "0",
         "solved to": f"residual {result.history[-1]['residual']:.1e} in "
         f"{result.history[-1]['iterations']:.0f} iterations",
     }
