@@ -8,6 +8,8 @@ low a triangle saves little, and rows along the eigenvectors take fewer bits eac
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -125,7 +127,7 @@ def factor_root(matrix: Tensor, most: int) -> tuple[Tensor, float]:
         ValueError: If it is not positive semi-definite up to rounding.
     """
     dead = matrix.diagonal() <= 0
-    if matrix[dead].any():
+    if matrix[dead].any() and float(matrix[dead].abs().max()) > _vanished(float(matrix.max())):
         raise ValueError("is not positive semi-definite")
     seen = (~dead).nonzero().squeeze(1)
     some = matrix if len(seen) == len(matrix) else matrix[seen][:, seen]
@@ -140,6 +142,11 @@ def factor_root(matrix: Tensor, most: int) -> tuple[Tensor, float]:
         _, vectors = torch.linalg.eigh(root @ root.mT)
         root = vectors.mT @ root
     return root, tail
+
+
+def _vanished(largest: float) -> float:
+    """The largest product of an entry whose square is zero in float32, by one of the others."""
+    return math.sqrt(max(largest, 0.0) * torch.finfo(torch.float32).tiny)
 
 
 def _is_triangle(rows: int, rank: int) -> bool:

@@ -92,6 +92,20 @@ def test_what_is_zero_stays_zero():
     assert torch.equal(matrix_of_root(nothing), torch.zeros(5, 5))
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-10])
+def test_squares_that_vanish_are_no_refusal(scale):
+    """A class that a client is sure of: its probability is tiny, and its square underflows."""
+    gradients = torch.tensor([[0.5, -0.5, 0], [0.3, -0.3, 0]]) * scale
+    gradients[:, 2] = torch.tensor([1e-23, 2e-24])
+    moment = gradients.mT @ gradients
+    assert moment[2, 2] == 0
+    assert moment[2].any()
+    root, _ = factor_root(moment, 3)
+    torch.testing.assert_close(root.mT @ root, moment, rtol=1e-5, atol=1e-7 * float(moment.max()))
+    with pytest.raises(ValueError, match="is not positive semi-definite"):
+        factor_root(torch.tensor([[1.0, 1e-12], [1e-12, 0.0]]), 2)
+
+
 def test_rows_of_any_scale_are_kept():
     scale = torch.logspace(-6, 6, 25, dtype=torch.float64)
     matrix = _moment(_samples(20, 25)) * scale * scale.unsqueeze(1)
