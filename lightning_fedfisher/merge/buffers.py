@@ -52,6 +52,31 @@ def merge_buffers(
     return merged
 
 
+def describe_mixed_statistics(updates: Sequence[ClientUpdate]) -> str:
+    """Tells that the merged model normalises by statistics of other weights than its own.
+
+    Args:
+        updates: The updates of all clients, found to belong together.
+
+    Returns:
+        What to do about it; empty if all clients have the same running statistics, or none.
+    """
+    names = [name for name in updates[0].specs if variance_partner(name) is not None]
+    if not names:
+        return ""
+    first, *others = (update.buffers for update in updates)
+    unlike = [n for n in names if any(not torch.equal(first[n], other[n]) for other in others)]
+    if not unlike:
+        return ""
+    more = f" and {len(unlike) - 1} more" if len(unlike) > 1 else ""
+    return (
+        f"BatchNorm statistics are merged from clients that differ ({unlike[0]}{more}), "
+        "and are not those of the merged weights, which can cost most of "
+        "the accuracy: pass statistics_loader= with a few hundred samples, without labels, or let "
+        "clients train with BatchNorm in eval mode"
+    )
+
+
 def _merge_counts(values: Sequence[Tensor]) -> Tensor:
     """Merges whole numbers: what most clients agree on, else the largest of them."""
     ordered = torch.stack(list(values)).sort(dim=0).values

@@ -13,7 +13,7 @@ from lightning_fedfisher.curvature.base import Curvature
 from lightning_fedfisher.errors import MergeError, UpdateError
 from lightning_fedfisher.likelihoods.base import Likelihood
 from lightning_fedfisher.likelihoods.registry import LIKELIHOODS
-from lightning_fedfisher.merge.buffers import merge_buffers
+from lightning_fedfisher.merge.buffers import describe_mixed_statistics, merge_buffers
 from lightning_fedfisher.merge.compatibility import UpdateSource, open_updates, require_fit
 from lightning_fedfisher.merge.influence_cap import MEASURES
 from lightning_fedfisher.merge.layer_loader import LayerLoader
@@ -306,12 +306,13 @@ class Merger:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What a user should look at: layers that are not solved, and outliers."""
+        """What a user should look at: unsolved layers, outliers, statistics of other weights."""
         clients = client_names([update.source for update in self.updates])
         names, most = [layer.name for layer in self.layers], self.method.max_influence
         unsolved = describe_unsolved(names, self.states, self.method.converges)
         outliers = describe_outliers(self.influence, clients, names, most)
-        return tuple(text for text in (unsolved, outliers) if text)
+        mixed = describe_mixed_statistics(self.updates) if self._estimate is None else ""
+        return tuple(text for text in (unsolved, outliers, mixed) if text)
 
     def result(self) -> MergeResult:
         """What came of the merge so far."""

@@ -86,7 +86,8 @@ class MergeResult:
             median client's, of shape ``(layers, clients, 3)`` (see `influence_cap.MEASURES`).
         history: For each epoch the ``iterations``, ``objective`` and ``residual`` of all layers,
             with ``val_...`` scores where there was a validation loader.
-        warnings: What a user should look at: layers that are not solved, and outliers.
+        warnings: What a user should look at: layers that are not solved, outliers, and BatchNorm
+            statistics of other weights.
         server_labels: Labelled samples that decided which iterate is returned.
         curvature: Curvature that the clients extracted.
         fisher: Fisher type that the clients extracted.

@@ -10,10 +10,11 @@ from torch import nn
 from lightning_fedfisher import ClientUpdate, FisherMergeModule
 from lightning_fedfisher.curvature.base import Identity
 from lightning_fedfisher.layers import find_layers
-from lightning_fedfisher.merge.buffers import merge_buffers
+from lightning_fedfisher.merge.buffers import describe_mixed_statistics, merge_buffers
 from lightning_fedfisher.merge.influence_cap import (
     cap_values,
 )
+from lightning_fedfisher.merge.without_trainer import merge_updates
 from lightning_fedfisher.update import UpdateHeader
 
 ROWS, COLUMNS = SHAPE = (3, 4)
@@ -42,6 +43,18 @@ def _with_buffers(samples, mean, var, count=5, index=(0, 1, 2, 3)):
     kinds = dict.fromkeys(blocks, "identity")
     header = UpdateHeader(samples, "identity", "", "categorical", 0, layers, kinds)
     return ClientUpdate.from_model(model, header, blocks)
+
+
+def test_statistics_of_other_weights_are_told():
+    alike, other = _with_buffers(10, 0.5, 2.0), _with_buffers(10, 0.5, 3.0)
+    assert describe_mixed_statistics([alike]) == ""
+    assert describe_mixed_statistics([alike, _with_buffers(30, 0.5, 2.0, count=9)]) == ""
+    told = describe_mixed_statistics([alike, alike, other])
+    assert "(norm.running_var)" in told
+    assert "pass statistics_loader=" in told
+    with pytest.warns(UserWarning, match="not those of the merged weights"):
+        result = merge_updates([alike, other], method="fedavg")
+    assert told in result.warnings
 
 
 def test_a_hostile_client_does_not_own_the_buffers():

@@ -81,8 +81,15 @@ def test_recipes_readme_shows_three_seeds():
 
 
 def test_recipes_readme_shows_pre_trained_networks():
-    runs = load("banking77-minilm-a0.1-p3-s0", "cifar10-efficientnet-lite0-a0.1-p3-s0")
-    assert results_table(runs) in readme()
+    images = [f"cifar10-efficientnet-lite0-a{alpha}-p3-s0" for alpha in ("0.1", "0.3")]
+    assert results_table(load("banking77-minilm-a0.1-p3-s0", *images)) in readme()
+    normed = load(*(f"digits-resnet18-a0.1-p{seed}-s0" for seed in (3, 4)))
+    assert results_table(normed) in readme()
+
+
+def test_results_readme_shows_all_seeds_of_the_pre_trained_images():
+    paths = sorted(RESULTS.glob("cifar10-efficientnet-lite0-*.json"))
+    assert results_table(load(*(path.stem for path in paths))) in readme("results")
 
 
 def test_results_readme_shows_what_the_recorded_runs_cost():
