@@ -278,7 +278,7 @@ def _unusable(model: nn.Module) -> list[str]:
         elif parameter.numel() == 0:
             offenders.append(f"{name} is empty: remove it")
     for path, module in model.named_modules():
-        if isinstance(module, _BATCH_NORMS) and module.running_mean is None:
+        if isinstance(module, BATCH_NORMS) and module.running_mean is None:
             offenders.append(
                 f"{path or 'the model'} normalises by the statistics of the batch even in eval "
                 "mode, so that there is no curvature of one sample: set track_running_stats=True"
@@ -292,5 +292,6 @@ def _unusable(model: nn.Module) -> list[str]:
     return offenders
 
 
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+"""What normalises by statistics of the batch. Those of other libraries inherit from these."""
 _LOSSES = (nn.CrossEntropyLoss, nn.NLLLoss, nn.BCELoss, nn.BCEWithLogitsLoss)

@@ -82,7 +82,7 @@ class FisherMergeModule(LightningModule):
         Args:
             updates: Update files or `ClientUpdate` objects, one for each client.
             model: A model that is loaded with the result when the fit ends, and that validation
-                runs; None if there is no need for either.
+                and the statistics loader run; None if there is no need for any of these.
             statistics_loader: Batches of inputs, labels or not, on which the running statistics of
                 the merged model's BatchNorm layers are estimated, alike on every rank; None merges
                 those of the clients.
@@ -275,14 +275,14 @@ class FisherMergeModule(LightningModule):
     @override
     def on_train_end(self) -> None:
         self._ended = True
+        self.merger.take_best()
+        self.merger.refresh_statistics()
         self.merger.seconds = time.perf_counter() - self._started
         clients = client_names([update.source for update in self.updates])
         layers, step = [layer.name for layer in self.layers], self.trainer.global_step
         log_merge(self.trainer.loggers, layers, clients, self.distances, self.influence, step)
         for warning in self.merger.warnings:
             rank_zero_warn(warning)
-        self.merger.take_best()
-        self.merger.refresh_statistics()
         self.merger.release()
         if self._target:
             # What is missing are parameters that no client trained; they stay.

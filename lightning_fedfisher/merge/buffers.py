@@ -70,9 +70,9 @@ def describe_mixed_statistics(updates: Sequence[ClientUpdate]) -> str:
         return ""
     more = f" and {len(unlike) - 1} more" if len(unlike) > 1 else ""
     return (
-        f"BatchNorm statistics are merged from clients that differ ({unlike[0]}{more}), "
-        "and are not those of the merged weights, which can cost most of "
-        "the accuracy: pass statistics_loader= with a few hundred samples, without labels, or let "
+        f"running statistics are merged from clients that differ ({unlike[0]}{more}), and are not "
+        "those of the merged weights, which can cost most of the accuracy: pass statistics_loader= "
+        "to merge_updates or FisherMergeModule, a few hundred samples without labels, or let "
         "clients train with BatchNorm in eval mode"
     )
 

@@ -79,7 +79,7 @@ def load_state(merger: Merger, saved: Mapping[str, Any], fingerprint: str) -> No
     if saved.get("fingerprint") != fingerprint or saved["states"].shape[1] != width:
         raise ValueError(
             "the checkpoint is of another merge, or of another version: resume it with the same "
-            "updates, in the same order, and the same method"
+            "updates, in the same order, the same method, and a statistics loader if it had one"
         )
     merger.states = [LayerState.from_row(row) for row in saved["states"].cpu()]
     merger.history, merger.influence = list(saved["history"]), saved["influence"].cpu()

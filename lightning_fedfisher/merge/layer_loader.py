@@ -56,7 +56,7 @@ class LayerLoader:
         client_weights: What each client counts for by its number of samples alone, of any sum.
         budget: How much is held in memory at a time.
         alignments: How the inputs of aligned layers relate.
-        keeps_means: Whether features keep their means by normalisation with new statistics.
+        keeps_means: Whether the merged model normalises by statistics of its own.
     """
 
     def __init__(
@@ -72,8 +72,8 @@ class LayerLoader:
             updates: The updates of all clients, found to belong together.
             method: The merge method.
             memory_budget: Bytes of weights and curvature to hold at a time.
-            keeps_means: Whether normalisation by new statistics gives the merged model's features
-                the means that they had in each client, as an alignment does.
+            keeps_means: Whether the merged model normalises by statistics of its own, so that the
+                inputs of its output layer have about the means that they had in the clients.
 
         Raises:
             ValueError: If the budget is negative.

@@ -116,6 +116,11 @@ class Merger:
         """
         estimate = None
         if statistics_loader is not None:
+            if options.row.takes_fits:
+                raise ValueError(
+                    f"{options.row.name} has a head for the clients' own statistics: leave the "
+                    "statistics loader out"
+                )
             estimate = estimator(model, statistics_loader)
         updates = open_updates(sources, options.row, options.skip_invalid)
         merger = cls(updates, options.row, options.memory_budget, estimate)
@@ -270,12 +275,16 @@ class Merger:
             for matrix, value in zip(self.merged, self.best[1], strict=True):
                 matrix.detach().copy_(value)
 
+    @torch.inference_mode(False)  # or what is found would be of no use outside of it
     def refresh_statistics(self) -> None:
         """Estimates the running statistics of the model as it is now, if there are samples."""
         if self._estimate is None:
             return
         found, self.unlabelled_samples = self._estimate(self.state_dict(), self._device)
-        self.buffers |= {name: tensor.to(self.buffers[name]) for name, tensor in found.items()}
+        shared = self.updates[0].header.aliases
+        for name, tensor in found.items():
+            first = shared.get(name, name)
+            self.buffers[first] = tensor.to(self.buffers[first])
 
     def fill(self) -> None:
         """Reads the average where no solver has begun, for whoever looks at the whole model."""

@@ -35,8 +35,8 @@ class MergeMethod:
         steps_per_epoch: Steps that a solver makes between two evaluations of the merged model.
         transform: What it makes of a client's curvature before the power; None for nothing.
         output_transform: What stands for it in an output layer whose outputs are the logits of a
-            softmax, and whose inputs have the clients' means: they are aligned, or normalised by
-            statistics of the merged model. None for the same as in any layer.
+            softmax, and whose inputs are aligned, or come from a model with statistics of its own
+            (`running_statistics`). None for the same as in any layer.
         power: Power that each client's curvature is raised to.
         damping: Part of its mean diagonal entry that is added to the factor over the outputs
             before; not in the output layer of a softmax.
@@ -142,8 +142,9 @@ def _ignored(curvature: Curvature) -> Curvature:
 def _of_outputs(curvature: Curvature) -> Curvature:
     # The inputs of the output layer have a mean far larger than their spread. Weighing by their
     # second moment ties the clients to how much they prefer a class whatever the input, which is
-    # about the classes they happened to hold. That weight goes only where the inputs keep their
-    # mean: else nothing but it keeps a new one from shifting all classes.
+    # about the classes they happened to hold. That weight goes only where the inputs keep about
+    # their mean, aligned or normalised anew: else nothing but it keeps another from shifting all
+    # classes.
     return curvature.average_over_columns()
 
 

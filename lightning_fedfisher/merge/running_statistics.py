@@ -1,33 +1,36 @@
 """The merged model's running statistics, estimated on unlabelled samples of the server.
 
-BatchNorm normalises by the mean and variance that its inputs had in training. The merged weights
-are nobody's: their outputs have other means and less variance than each client's, the more so the
-deeper the network, and the clients' statistics together do not tell which (REPAIR, Jordan et al.,
-2023). Some samples do, without labels.
+BatchNorm normalises by the mean and variance that its inputs had in training. No client trained the
+merged weights, so no client's statistics fit them: merged outputs vary less, and more so the deeper
+the network (REPAIR, Jordan et al., 2023). A few samples without labels show what they are.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_fedfisher.distributed.progress import progress_bar
+from lightning_fedfisher.layers import BATCH_NORMS
 
 Estimate = Callable[[Mapping[str, Tensor], torch.device], tuple[dict[str, Tensor], int]]
-"""Finds the running statistics of a state on a device, and the number of samples it saw."""
+"""Finds the running statistics of a model with given weights, and the number of samples it saw."""
 
-# Public names cover what torch.nn ships; BatchNorms of other libraries inherit from these.
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_FEWEST = 2  # samples of a batch: one alone may have no variance
 
 
 def tracked_norms(model: nn.Module) -> dict[str, nn.Module]:
-    """Finds the normalisation layers that normalise by running statistics of the batch.
+    """Finds the BatchNorm layers that keep running statistics.
 
     Args:
         model: Any module.
@@ -43,12 +46,14 @@ def tracked_norms(model: nn.Module) -> dict[str, nn.Module]:
     return {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, _BATCH_NORMS) and module.running_mean is not None
+        if isinstance(module, BATCH_NORMS) and module.running_mean is not None
     }
 
 
 def estimator(model: nn.Module | None, batches: Iterable[Any]) -> Estimate:
-    """Makes `estimate_statistics` of a model and samples, or refuses them before any work.
+    """Checks that a model and samples can give statistics, and returns what computes them.
+
+    The first batch is run, so that what cannot be run is known before the merge.
 
     Args:
         model: The model that will be run; None if there is none.
@@ -59,16 +64,27 @@ def estimator(model: nn.Module | None, batches: Iterable[Any]) -> Estimate:
 
     Raises:
         ValueError: If there is no model, or it has no running statistics, or if the samples can be
-            read only once.
+            read only once, or are none that the model takes.
     """
     if model is None:
         raise ValueError("a statistics loader needs a model to run: pass model=...")
     if not tracked_norms(model):
         raise ValueError(
-            "the model has no running statistics to estimate: leave the statistics loader out"
+            "the model has no BatchNorm with running statistics to estimate: leave the statistics "
+            "loader out"
         )
     if isinstance(batches, Iterator):
         raise ValueError("statistics may take several passes: pass a DataLoader or a list")
+    with _same_random_numbers():
+        first = list(itertools.islice(batches, 1))
+    device = next(itertools.chain(model.parameters(), model.buffers())).device
+    try:
+        estimate_statistics(model, first, {}, device)
+    except Exception as error:  # whatever a model says of inputs that it does not take
+        raise ValueError(
+            "the statistics loader must give shuffled batches of inputs, or tuples and lists that "
+            f"begin with them; of its first batch: {error}"
+        ) from error
     return partial(estimate_statistics, model, batches)
 
 
@@ -85,14 +101,15 @@ def estimate_statistics(
 
     Args:
         model: The model; it is not changed.
-        batches: Inputs, or tuples and lists of which the first item is the input. Of several
-            samples each: a batch of one has no variance.
+        batches: Inputs, or tuples and lists of which the first item is the input. Shuffled, and of
+            some dozens of samples: of one class alone, they vary less. A batch of a single sample,
+            as the last may be, is left out.
         state: The merged parameters and buffers by name; what is missing keeps the model's values.
         device: Where to run.
 
     Returns:
-        Running means and variances by buffer name, as means over batches, each with the weight of
-        its samples; and the number of samples.
+        Running means and variances by buffer name, as means over batches (of layers that run
+        several times, over calls), each with the weight of its samples; and the number of samples.
 
     Raises:
         ValueError: If there are no samples, or statistics leave the finite numbers; all such are
@@ -107,29 +124,74 @@ def estimate_statistics(
     copied = copy.deepcopy(model).to(device).eval()
     copied.load_state_dict(state, strict=False)
     norms, samples = tracked_norms(copied), 0
-    for norm in norms.values():
-        norm.train()
-    # Whoever shuffles, or only starts a DataLoader, draws random numbers: the same on all ranks.
-    with torch.no_grad(), torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
+    sums = {path: _BatchStatistics(norm) for path, norm in norms.items()}
+    with torch.no_grad(), _same_random_numbers():
         for batch in progress_bar(batches, "running statistics", None):
             inputs = batch[0] if isinstance(batch, list | tuple) else batch
             inputs = apply_to_collection(inputs, Tensor, lambda tensor: tensor.to(device))
             count = _count(inputs)
+            if count < _FEWEST:
+                continue
             samples += count
-            for norm in norms.values():
-                norm.momentum = count / samples  # type: ignore[assignment]
+            for each in sums.values():
+                each.weight = count
             copied(inputs)
     if not samples:
-        raise ValueError("the statistics loader gives no samples")
+        raise ValueError("the statistics loader gives no batch of two samples or more")
     found = {
-        f"{path}.{name}".lstrip("."): norm.get_buffer(name)
-        for path, norm in norms.items()
-        for name in ("running_mean", "running_var")
+        f"{path}.{name}".lstrip("."): value.to(norms[path].get_buffer(name))
+        for path, each in sums.items()
+        for name, value in each.means().items()
     }
     if lost := [name for name, tensor in found.items() if not tensor.isfinite().all()]:
         raise ValueError(f"{', '.join(lost)} are not finite on the samples of the server")
     return found, samples
+
+
+class _BatchStatistics:
+    """Adds up the means and variances of what a normalisation layer reads, call by call."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        """Has a layer normalise by its batches, and watches it.
+
+        Args:
+            norm: The layer, of a copy of the model; its own statistics are left alone.
+        """
+        norm.train()
+        norm.momentum = 0.0  # type: ignore[assignment]
+        norm.register_forward_pre_hook(self._add)
+        self.weight = 0
+        self._total = 0
+        self._sums: list[Tensor] = []
+
+    def _add(self, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """Adds a call's statistics, on the CPU and in float64, in which no sum of many stalls."""
+        values = inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32))
+        # Those over one value are no variance: PyTorch refuses them, in the call that follows.
+        found = torch.var_mean(values, dim=[d for d in range(values.ndim) if d != 1], correction=1)
+        weighted = [self.weight * tensor.cpu().double() for tensor in found]
+        self._sums = weighted if not self._total else [*map(torch.add, self._sums, weighted)]
+        self._total += self.weight
+
+    def means(self) -> dict[str, Tensor]:
+        """The means over all calls, by the names of buffers; none if there was no call."""
+        names = ("running_var", "running_mean")
+        return {n: one / self._total for n, one in zip(names, self._sums, strict=False)}
+
+
+@contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """Puts every random state at a start, and back: a loader that shuffles or augments draws."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=()):
+            random.seed(0)
+            np.random.seed(0)
+            torch.default_generator.manual_seed(0)  # and no GPU's: samples are drawn on the CPU
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def _count(inputs: Any) -> int:

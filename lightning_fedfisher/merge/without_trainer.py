@@ -43,8 +43,9 @@ def merge_updates(
     Args:
         updates: Update files or `ClientUpdate` objects, one for each client.
         method: Name of the merge method, a key of `METHODS`, or a row of your own.
-        model: A model to check the updates against and to validate with. It is not changed; load
-            the result with ``model.load_state_dict(result.state_dict, strict=False)``.
+        model: A model to check the updates against, to validate with and to estimate statistics
+            with. It is not changed; load the result with
+            ``model.load_state_dict(result.state_dict, strict=False)``.
         validation_loader: Batches ``(x, y)`` on which the model is scored, one pass an epoch.
         statistics_loader: Batches of inputs, labels or not, on which the running statistics of the
             merged model's BatchNorm layers are estimated; None merges those of the clients. A few

@@ -233,7 +233,9 @@ class Federation:
         say(f"merging with {method}")
         tuner = _FineTuner(copy.deepcopy(network), self.task, 0.0)
         inputs, unlabelled = self.task.unlabelled, None
-        if method.endswith(UNLABELLED) and inputs is not None:
+        if method.endswith(UNLABELLED):
+            if inputs is None:
+                raise ValueError(f"{method} needs unlabelled samples, and the task has none")
             unlabelled = DataLoader(TensorDataset(inputs), _EVALUATION_BATCH)
         name = method.removesuffix(UNLABELLED)
         result = merge(name, paths, tuner, None, self.options, unlabelled)

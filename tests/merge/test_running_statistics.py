@@ -1,6 +1,7 @@
 """Running statistics of the merged model: PyTorch's own of these samples, whatever the batches."""
 
 import copy
+import random
 
 import pytest
 import torch
@@ -54,6 +55,7 @@ def _trained_on(seed):
         torch.manual_seed(seed)
         for parameter in model.parameters():
             nn.init.normal_(parameter, 0, 0.3)
+        model.network[-1].weight.data.mul_(0.1)  # or it would be sure of everything
     update_bn(tiny_loader(seed), model)
     return model.eval()
 
@@ -94,12 +96,55 @@ def test_a_short_last_batch_counts_for_its_samples():
     torch.testing.assert_close(found["1.running_var"], 0.7 * within[0] + 0.3 * within[1])
 
 
+def test_a_layer_that_runs_twice_has_the_mean_of_its_calls():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3, affine=False).double()
+
+        def forward(self, x):
+            return self.norm(x) + self.norm(x + 100)
+
+    x = torch.randn(12, 3, dtype=torch.float64)
+    expected = _exact(Twice(), Twice().state_dict(), x.split(4))
+    found, _ = estimate_statistics(Twice(), x.split(4), {}, CPU)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor)
+
+
+def test_sums_of_many_batches_do_not_stall():
+    x = 3 + torch.randn(4000, 2)
+    model = nn.Sequential(nn.BatchNorm1d(2)).bfloat16()
+    found, _ = estimate_statistics(model, x.bfloat16().split(8), {}, CPU)
+    assert found["0.running_mean"].dtype == torch.bfloat16
+    torch.testing.assert_close(found["0.running_mean"].float(), x.mean(0), rtol=0.02, atol=0)
+    torch.testing.assert_close(found["0.running_var"].float(), x.var(0), rtol=0.03, atol=0)
+
+
+def test_a_last_batch_of_one_is_left_out():
+    images = _images(9)
+    found, samples = estimate_statistics(_network(), images.split(4), {}, CPU)
+    expected, _ = estimate_statistics(_network(), images[:8].split(4), {}, CPU)
+    assert samples == 8
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor)
+
+
 def test_model_and_random_numbers_are_left_alone():
     model = _network().train()
-    before, draws = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    shuffled = DataLoader(_images(6), batch_size=3, shuffle=True)
+    before, draws, python = (
+        copy.deepcopy(model.state_dict()),
+        torch.get_rng_state(),
+        random.getstate(),
+    )
+
+    def drawing(images):
+        return torch.stack(images) * (1 + random.random())
+
+    shuffled = DataLoader(_images(6), batch_size=3, shuffle=True, collate_fn=drawing)
     estimate_statistics(model, shuffled, _network(seed=3).state_dict(), CPU)
     assert torch.equal(torch.get_rng_state(), draws)
+    assert random.getstate() == python
     assert all(module.training for module in model.modules())
     assert model[6].momentum == 0.3
     for name, tensor in model.state_dict().items():
@@ -116,16 +161,22 @@ def test_only_what_tracks_statistics_is_estimated():
 def test_what_cannot_be_estimated_is_refused_before_any_work():
     with pytest.raises(ValueError, match=r"pass model=\.\.\."):
         estimator(None, [])
-    with pytest.raises(ValueError, match="no running statistics to estimate"):
+    with pytest.raises(ValueError, match="has no BatchNorm with running statistics"):
         estimator(nn.Linear(2, 2), [])
     with pytest.raises(ValueError, match="pass a DataLoader or a list"):
         estimator(_network(), iter([]))
-    with pytest.raises(ValueError, match="gives no samples"):
-        estimate_statistics(_network(), [], {}, CPU)
-    with pytest.raises(ValueError, match="a batch of str holds no tensor"):
-        estimate_statistics(_network(), ["text"], {}, CPU)
+    refused = {
+        "no batch of two samples or more": [],
+        "a batch of str holds no tensor": ["text"],
+        "expected scalar type|same dtype|should be the same": [_images(4).float()],
+        "no batch of two": [_images(1)],
+        "of its first batch": _images(4),  # the samples themselves are no batches
+    }
+    for message, loader in refused.items():
+        with pytest.raises(ValueError, match=message):
+            estimator(_network(), loader)
     huge = {"0.weight": torch.full((3, 2, 2, 2), float("inf"), dtype=torch.float64)}
-    with pytest.raises(ValueError, match=r"1\.running_mean, 1\.running_var, 6\.running_mean"):
+    with pytest.raises(ValueError, match=r"1\.running_var, 1\.running_mean, 6\.running_var"):
         estimate_statistics(_network(), [_images(4)], huge, CPU)
 
 
@@ -182,13 +233,20 @@ def test_a_head_behind_new_statistics_is_weighed_by_its_outputs(updates):
         for client in range(3):
             curvature = merger.loader.curvature(len(kept.layers) - 1, client, CPU)
             column, other = torch.zeros(head.shape), torch.zeros(head.shape)
-            column[:, 0], other[:, 1] = 1, 1
+            column[0, 0], other[0, 1] = 1, 1
             seen, again = curvature.apply(column)[:, 0], curvature.apply(other)[:, 1]
+            assert seen.any()
             assert torch.allclose(seen, again, rtol=1e-4, atol=0) == alike
 
 
 def test_refusals_come_before_updates_are_read(updates):
-    for options in ({"statistics_loader": [1]}, {"statistics_loader": [1], "model": nn.Flatten()}):
+    loader = tiny_loader()
+    for options in (
+        {"statistics_loader": loader},
+        {"statistics_loader": loader, "model": nn.Flatten()},
+        {"statistics_loader": [1], "model": NormedClassifier()},
+        {"statistics_loader": loader, "model": NormedClassifier(), "method": "closed_form_head"},
+    ):
         with pytest.raises(ValueError, match="statistics"):
             merge_updates(["missing.safetensors"], **options)
 
