@@ -67,6 +67,7 @@ def merge_updates(
     Example:
         >>> from torch.utils.data import DataLoader, TensorDataset
         >>> from lightning_fedfisher.extraction import extract_curvature
+        >>> from lightning_fedfisher.update import ClientUpdate
         >>> updates = []
         >>> for client in range(2):
         ...     model = nn.Linear(3, 2)

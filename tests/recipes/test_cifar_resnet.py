@@ -61,6 +61,7 @@ def test_report_has_the_documented_form(federation):
             "client_seconds",
             "server_seconds",
             "server_labels",
+            "unlabelled_samples",
         }
         assert 0 <= row["accuracy"] <= 100
     labels = {name: row["server_labels"] for name, row in written["methods"].items()}
