@@ -69,6 +69,7 @@ def image_task(parsed: Namespace) -> Task:
 
     build(0)  # what is missing is told before the images are resized
     rows = subset(len(images.train), parsed.max_train_samples, parsed.partition_seed)
+    unlabelled = _unlabelled(images.train, rows, parsed)  # or it is told that there are too few
     test = subset(len(images.test), parsed.max_test_samples, parsed.partition_seed)
     return Task(
         images.name,
@@ -83,7 +84,7 @@ def image_task(parsed: Namespace) -> Task:
         gentle_rate=1e-4,
         epochs=3,
         options={"image_size": str(parsed.image_size), "weights": parsed.weights},
-        unlabelled=_unlabelled(images.train, rows, parsed),
+        unlabelled=unlabelled,
     )
 
 

@@ -7,15 +7,14 @@ better, with every random state put back afterwards.
 from __future__ import annotations
 
 import copy
-import random
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_fedfisher._utils.random_states import kept_random_states
 from lightning_fedfisher.distributed.processes import Shard
 
 
@@ -136,25 +135,20 @@ def isolated(model: nn.Module) -> Iterator[None]:
         None.
     """
     device = next(model.parameters()).device
-    python_state, numpy_state = random.getstate(), np.random.get_state()
     cuda = [device] if device.type == "cuda" else []
     # cuDNN's recurrent layers have no backward pass in eval mode.
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     enabled = torch.backends.cudnn.enabled and not recurrent
-    try:
-        with (
-            torch.backends.cudnn.flags(
-                enabled=enabled,  # and all else as the user has it, which would be reset
-                benchmark=torch.backends.cudnn.benchmark,
-                deterministic=torch.backends.cudnn.deterministic,
-                allow_tf32=torch.backends.cudnn.allow_tf32,
-            ),
-            torch.random.fork_rng(cuda),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast(device.type, enabled=False),
-        ):
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
+    with (
+        torch.backends.cudnn.flags(
+            enabled=enabled,  # and all else as the user has it, which would be reset
+            benchmark=torch.backends.cudnn.benchmark,
+            deterministic=torch.backends.cudnn.deterministic,
+            allow_tf32=torch.backends.cudnn.allow_tf32,
+        ),
+        kept_random_states(cuda),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False),
+    ):
+        yield

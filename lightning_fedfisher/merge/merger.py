@@ -91,6 +91,7 @@ class Merger:
         ]
         self.buffers = merge_buffers(updates, method.max_influence)
         self._estimate = estimate
+        self._mixed = "" if estimate is not None else describe_mixed_statistics(updates)
         self._device = torch.device("cpu")
         self.restart()
 
@@ -320,8 +321,7 @@ class Merger:
         names, most = [layer.name for layer in self.layers], self.method.max_influence
         unsolved = describe_unsolved(names, self.states, self.method.converges)
         outliers = describe_outliers(self.influence, clients, names, most)
-        mixed = describe_mixed_statistics(self.updates) if self._estimate is None else ""
-        return tuple(text for text in (unsolved, outliers, mixed) if text)
+        return tuple(text for text in (unsolved, outliers, self._mixed) if text)
 
     def result(self) -> MergeResult:
         """What came of the merge so far."""

@@ -7,7 +7,6 @@ the network (REPAIR, Jordan et al., 2023). A few samples without labels show wha
 
 from __future__ import annotations
 
-import copy
 import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,8 +19,10 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from lightning_fedfisher._utils.random_states import kept_random_states
 from lightning_fedfisher.distributed.progress import progress_bar
 from lightning_fedfisher.layers import BATCH_NORMS
+from lightning_fedfisher.merge.loaded_model import loaded_copy, to_device
 
 Estimate = Callable[[Mapping[str, Tensor], torch.device], tuple[dict[str, Tensor], int]]
 """Finds the running statistics of a model with given weights, and the number of samples it saw."""
@@ -121,14 +122,12 @@ def estimate_statistics(
         >>> found["0.running_mean"], found["0.running_var"], samples
         (tensor([2.]), tensor([2.]), 2)
     """
-    copied = copy.deepcopy(model).to(device).eval()
-    copied.load_state_dict(state, strict=False)
+    copied = loaded_copy(model, state, device)
     norms, samples = tracked_norms(copied), 0
     sums = {path: _BatchStatistics(norm) for path, norm in norms.items()}
     with torch.no_grad(), _same_random_numbers():
         for batch in progress_bar(batches, "running statistics", None):
-            inputs = batch[0] if isinstance(batch, list | tuple) else batch
-            inputs = apply_to_collection(inputs, Tensor, lambda tensor: tensor.to(device))
+            inputs = to_device(batch[0] if isinstance(batch, list | tuple) else batch, device)
             count = _count(inputs)
             if count < _FEWEST:
                 continue
@@ -182,16 +181,11 @@ class _BatchStatistics:
 @contextmanager
 def _same_random_numbers() -> Iterator[None]:
     """Puts every random state at a start, and back: a loader that shuffles or augments draws."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=()):
-            random.seed(0)
-            np.random.seed(0)
-            torch.default_generator.manual_seed(0)  # and no GPU's: samples are drawn on the CPU
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
+    with kept_random_states():
+        random.seed(0)
+        np.random.seed(0)
+        torch.default_generator.manual_seed(0)  # and no GPU's: samples are drawn on the CPU
+        yield
 
 
 def _count(inputs: Any) -> int:

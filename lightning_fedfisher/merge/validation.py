@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
 from lightning_fedfisher.likelihoods.base import Likelihood
+from lightning_fedfisher.merge.loaded_model import loaded_copy, to_device
 
 
 class Validation:
@@ -37,8 +36,7 @@ class Validation:
         # Sums over samples, on the CPU.
         self._samples, self._nll = 0, 0.0
         self._judged, self._correct = 0, 0.0
-        self._model = copy.deepcopy(model).to(device).eval()
-        self._model.load_state_dict(state, strict=False)
+        self._model = loaded_copy(model, state, device)
 
     def update(self, batch: Any) -> None:
         """Runs a batch.
@@ -103,7 +101,7 @@ def validate(
     validation = Validation(model, state, likelihood, device)
     with torch.no_grad():
         for batch in batches:
-            validation.update(apply_to_collection(batch, Tensor, lambda tensor: tensor.to(device)))
+            validation.update(to_device(batch, device))
     return validation.compute()
 
 

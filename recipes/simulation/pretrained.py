@@ -232,19 +232,18 @@ class Federation:
         """
         say(f"merging with {method}")
         tuner = _FineTuner(copy.deepcopy(network), self.task, 0.0)
-        inputs, unlabelled = self.task.unlabelled, None
-        if method.endswith(UNLABELLED):
-            if inputs is None:
+        unlabelled, name = None, method.removesuffix(UNLABELLED)
+        if name != method:
+            if self.task.unlabelled is None:
                 raise ValueError(f"{method} needs unlabelled samples, and the task has none")
-            unlabelled = DataLoader(TensorDataset(inputs), _EVALUATION_BATCH)
-        name = method.removesuffix(UNLABELLED)
+            unlabelled = DataLoader(TensorDataset(self.task.unlabelled), _EVALUATION_BATCH)
         result = merge(name, paths, tuner, None, self.options, unlabelled)
         tuner.load_state_dict(result.state_dict, strict=False)
         scored = assess(self.predict(tuner.network), self.task.test.tensors[1])
         # A head alone is small: all uploads are told in multiples of what fine-tuning sends.
         sent = [p for p in network.parameters() if p.requires_grad] + [*network.buffers()]
         whole = sum(tensor.nbytes for tensor in sent)
-        record = replace(result.record, method=method, score=scored, fedavg_bytes=whole)
+        record = replace(result.record, score=scored, fedavg_bytes=whole)
         return record, tuner.network.state_dict()
 
     @torch.inference_mode()
