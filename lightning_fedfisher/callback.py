@@ -81,6 +81,7 @@ class FedFisherCallback(Callback):
         draws: int = ExtractionOptions.draws,
         positions: Positions = ExtractionOptions.positions,
         seed: int = ExtractionOptions.seed,
+        estimate_statistics: bool = True,
         closed_form_head: bool | str = False,
         upload_budget: float | Literal["auto"] | None = "auto",
         metadata: Mapping[str, str] | None = None,
@@ -107,6 +108,10 @@ class FedFisherCallback(Callback):
             positions: Most positions of each sample that a layer's factors are computed from;
                 ``"auto"`` takes a sixteenth of them (at least 2), None takes all.
             seed: Seed of the subset and of all draws.
+            estimate_statistics: Whether BatchNorm layers in training mode get running statistics
+                anew, which takes a forward pass over the same samples. Those in the update are
+                then not the module's, which stays as it is. Nothing changes for layers in eval
+                mode, nor with ``curvature="identity"``, which runs nothing.
             closed_form_head: Whether to fit the last layer by least squares in place of extracting
                 curvature; or the name of the layer, if the outputs of several are the logits. The
                 other layers must be the same on all clients. After a fit that sent an update,
@@ -137,6 +142,7 @@ class FedFisherCallback(Callback):
             draws=draws,
             seed=seed,
             positions=positions,
+            estimate_statistics=estimate_statistics and not closed_form_head,
         )
         if num_samples is not None and not (isinstance(num_samples, int) and num_samples >= 1):
             raise ValueError(f"num_samples must be a whole number, at least 1, got {num_samples!r}")
@@ -320,7 +326,7 @@ class FedFisherCallback(Callback):
     def _update_of(self, pl_module: LightningModule, extracted: ExtractedCurvature) -> ClientUpdate:
         header = extracted.header(self._num_samples, self._metadata)
         model = pl_module if extracted.fitted is None else extracted.fitted
-        return ClientUpdate.from_model(model, header, extracted.blocks)
+        return ClientUpdate.from_model(model, header, extracted.blocks, extracted.statistics)
 
     def _write(self, trainer: Trainer, update: ClientUpdate) -> None:
         # Asked on every rank: the log directory is broadcast.

@@ -100,6 +100,8 @@ class Curvature(ABC):
 
     None if it does not hold them. EKFAC holds those of inputs weighted by their gradients.
     """
+    exact_inputs: ClassVar[bool] = False
+    """Whether those are the second moments themselves, neither weighted nor taken apart."""
 
     @property
     @abstractmethod

@@ -50,6 +50,7 @@ class InputGram(Curvature):
     tensor_roles: ClassVar[Mapping[str, TensorRole]] = {"column_factor": "factor"}
     restricts: ClassVar[bool] = True
     inputs_on: ClassVar[InputSide | None] = "columns"
+    exact_inputs: ClassVar[bool] = True
 
     @property
     @override

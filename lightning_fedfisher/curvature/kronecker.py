@@ -153,6 +153,7 @@ class Kronecker(Factored):
     restricts: ClassVar[bool] = True
     outputs_factor: ClassVar[str] = "row_factor"
     inputs_on: ClassVar[InputSide | None] = "columns"
+    exact_inputs: ClassVar[bool] = True
 
     @property
     @override

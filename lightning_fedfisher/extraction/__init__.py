@@ -1,7 +1,8 @@
 """A trained model and its samples become curvature, without a Trainer.
 
 Start at `extract_curvature`.
-May import: curvature, likelihoods, layers, distributed, errors, _utils and `update.header`.
+May import: curvature, likelihoods, batch_norms, layers, distributed, errors, _utils and
+`update.header`.
 """
 
 from lightning_fedfisher.distributed.processes import Shard

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 from tqdm import tqdm
 
+from lightning_fedfisher.batch_norms import RunningStatistics
 from lightning_fedfisher.curvature.base import Curvature
 from lightning_fedfisher.curvature.registry import CurvatureType
 from lightning_fedfisher.distributed.processes import Shard
@@ -43,6 +44,10 @@ from lightning_fedfisher.extraction.layer_report import LayerReport
 from lightning_fedfisher.extraction.model_copy import copy_model, first_buffers
 from lightning_fedfisher.extraction.options import ExtractionOptions
 from lightning_fedfisher.extraction.preview import trace_model
+from lightning_fedfisher.extraction.running_statistics import (
+    measure_statistics,
+    trained_norms,
+)
 from lightning_fedfisher.extraction.sampling import SamplePartition
 from lightning_fedfisher.extraction.tracing.model_trace import ModelTrace
 from lightning_fedfisher.layers import Layer
@@ -67,6 +72,7 @@ class DataPass:
         trace: Sum of the squared lengths of all directions; after `finish`, over all processes.
         discarded: Part of `trace` that belongs to directions left out.
         model_trace: What a forward pass of a few samples told about the model, once `run`.
+        statistics: The running statistics that were measured, once `run`; None for none.
     """
 
     model_trace: ModelTrace
@@ -104,6 +110,7 @@ class DataPass:
         self._bar, self._on_progress = bar, on_progress
         self._buffers = first_buffers(model, shard)
         self.count, self.trace, self.discarded = 0, 0.0, 0.0
+        self.statistics: RunningStatistics | None = None
         self._copy: nn.Module | None = None
         self._sums: ModelAccumulator | BackpackDiagonal | None = None
         # Why BackPACK does not collect a diagonal; empty as long as it may.
@@ -196,6 +203,7 @@ class DataPass:
         """Copies the model, traces it, and chooses what adds up."""
         self._sums = self._copy = None  # whose memory is free for the next ones
         copied = self._copy = copy_model(self._model, self._buffers)
+        self._measure_statistics(copied, samples)
         traced = self._known_trace
         if traced is None:
             traced = trace_model(copied, self._layers, self._runner, samples)
@@ -213,6 +221,23 @@ class DataPass:
             self._runner.logits,
             self._options.positions,
         )
+
+    def _measure_statistics(self, copied: nn.Module, samples: SamplePartition) -> None:
+        """Gives a copy the running statistics that its weights have, if that is asked for."""
+        norms = trained_norms(self._model) if self._options.estimate_statistics else ()
+        if norms and not samples.again:
+            rank_zero_warn(
+                "running statistics are sent as training left them: they take a pass of their own "
+                "over the samples, and an iterator has one (pass a DataLoader or a list of batches)"
+            )
+        elif norms and self.statistics is None:
+            self.statistics = measure_statistics(
+                *(copied, self._layers, norms, self._runner, samples, self._shard),
+                most=self._options.max_samples,
+                bar=self._bar,
+            )
+        if self.statistics is not None:
+            copied.load_state_dict(self.statistics.buffers, strict=False)
 
     def _pass(self, samples: SamplePartition) -> None:
         """Runs every batch once, and adds up from zero."""

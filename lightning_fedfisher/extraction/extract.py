@@ -9,6 +9,7 @@ from typing import Any, Unpack
 
 from torch import nn
 
+from lightning_fedfisher.batch_norms import RunningStatistics
 from lightning_fedfisher.curvature.base import Identity
 from lightning_fedfisher.curvature.registry import CurvatureType
 from lightning_fedfisher.distributed.processes import Shard
@@ -59,7 +60,7 @@ def extract_curvature(
             that are done and the number of all its samples, None if the loader cannot tell.
         **overrides: Single options in place of those of `options`, by their names: ``fisher``,
             ``likelihood``, ``max_samples``, ``batch_size``, ``seed``, ``positions``, ``draws``,
-            ``tolerance`` and ``forward`` (see `ExtractionOptions`).
+            ``tolerance``, ``forward`` and ``estimate_statistics`` (see `ExtractionOptions`).
 
     Returns:
         The curvature of every layer, averaged over the samples, on the model's device.
@@ -191,5 +192,6 @@ def extract_curvatures(
             data_pass.model_trace.fed_by,
             data_pass.model_trace.output_layer,
             data_pass.model_trace,
+            statistics=data_pass.statistics or RunningStatistics(),
         )
     return found

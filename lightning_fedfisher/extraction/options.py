@@ -47,6 +47,10 @@ class ExtractionOptions:
             leave out to save backward passes.
         forward: Function that maps ``(module, batch)`` to logits, or to ``(logits, labels)``. None
             stands for batches ``(x, y)`` and logits ``module(x)``.
+        estimate_statistics: Whether BatchNorm layers in training mode get running statistics anew,
+            on the same samples, before the curvature is extracted. The model's own lag behind its
+            weights, and a merge learns what they are for other weights (see
+            `running_statistics`). Those in eval mode stay as they are.
 
     Raises:
         FedFisherError: If options are unknown or out of range; all are named at once.
@@ -72,6 +76,7 @@ class ExtractionOptions:
     draws: int = 1
     tolerance: float = 5e-6
     forward: Forward | None = None
+    estimate_statistics: bool = False
 
     def __post_init__(self) -> None:
         """Refuses what is unknown or out of range, all at once."""
@@ -114,3 +119,4 @@ class OptionOverrides(TypedDict, total=False):
     draws: int
     tolerance: float
     forward: Forward | None
+    estimate_statistics: bool

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from lightning_fedfisher.batch_norms import RunningStatistics
 from lightning_fedfisher.curvature.base import Curvature
 from lightning_fedfisher.curvature.registry import CurvatureType
 from lightning_fedfisher.extraction.layer_report import (
@@ -39,6 +40,8 @@ class ExtractedCurvature:
         fitted: The model that the curvature is around, if it is not the one that was given.
         fit: What is known of its weights if they are a least-squares fit of the labels
             (`extract_closed_form_head`); None if not.
+        statistics: The model's running statistics, where they were measured anew; the curvature is
+            that of a model which has them.
 
     Example:
         >>> import torch
@@ -64,6 +67,7 @@ class ExtractedCurvature:
     trace: ModelTrace | None = field(default=None, repr=False, compare=False)
     fitted: nn.Module | None = field(default=None, repr=False, compare=False)
     fit: LeastSquaresFit | None = None
+    statistics: RunningStatistics = field(default_factory=RunningStatistics)
 
     @property
     def kind(self) -> CurvatureType:
@@ -110,4 +114,5 @@ class ExtractedCurvature:
             fed_by=self.fed_by,
             output_layer=self.output_layer if LIKELIHOODS[options.likelihood].softmax else "",
             fit=self.fit,
+            normalized=self.statistics.normalized,
         )

@@ -1,6 +1,6 @@
 """Client updates become one model, without a Trainer: start at `merge_updates`.
 
-May import: update, curvature, likelihoods, layers, distributed, errors, _utils.
+May import: update, curvature, likelihoods, batch_norms, layers, distributed, errors, _utils.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -16,7 +16,9 @@ from lightning_fedfisher.update.client_update import ClientUpdate
 
 
 def merge_buffers(
-    updates: Sequence[ClientUpdate], max_influence: float = math.inf
+    updates: Sequence[ClientUpdate],
+    max_influence: float = math.inf,
+    buffers: Sequence[Mapping[str, Tensor]] | None = None,
 ) -> dict[str, Tensor]:
     """Merges buffers: BatchNorm's variances by the law of total variance, others by their average.
 
@@ -26,16 +28,17 @@ def merge_buffers(
         updates: The updates of all clients, found to belong together.
         max_influence: What a client's number of samples, and the distance of its values from the
             median, may be, as a multiple of the median client's.
+        buffers: What the clients' buffers are taken to be; their own if None.
 
     Returns:
         The merged buffers by name.
     """
     samples = [float(update.num_samples) for update in updates]
-    clients = [update.buffers for update in updates]
+    clients = [update.buffers for update in updates] if buffers is None else buffers
     capped = partial(cap_values, samples, max_influence=max_influence)
     merged: dict[str, Tensor] = {}
     for name, first in clients[0].items():
-        values = [buffers[name] for buffers in clients]
+        values = [client[name] for client in clients]
         if not first.is_floating_point():
             merged[name] = _merge_counts(values)
             continue
@@ -43,7 +46,7 @@ def merge_buffers(
         found = average(*capped([value.double() for value in values]))
         location = variance_partner(name)
         if location is not None and location in clients[0]:
-            weights, means = capped([buffers[location].double() for buffers in clients])
+            weights, means = capped([client[location].double() for client in clients])
             center = average(weights, means)
             spread = average(weights, [(mean - center).square() for mean in means])
             found = found.clamp_min(0) + spread
@@ -52,16 +55,20 @@ def merge_buffers(
     return merged
 
 
-def describe_mixed_statistics(updates: Sequence[ClientUpdate]) -> str:
+def describe_mixed_statistics(
+    updates: Sequence[ClientUpdate], carried: Collection[str] = ()
+) -> str:
     """Tells that the merged model normalises by statistics of other weights than its own.
 
     Args:
         updates: The updates of all clients, found to belong together.
+        carried: Names of those buffers that are carried over to the merged weights.
 
     Returns:
         What to do about it; empty if all clients have the same running statistics, or none.
     """
-    names = [name for name in updates[0].specs if variance_partner(name) is not None]
+    every = [name for name in updates[0].specs if variance_partner(name) is not None]
+    names = [name for name in every if name not in carried]
     if not names:
         return ""
     first, *others = (update.buffers for update in updates)

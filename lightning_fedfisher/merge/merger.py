@@ -9,11 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from lightning_fedfisher._utils.text import client_names
+from lightning_fedfisher.batch_norms import buffer_names
 from lightning_fedfisher.curvature.base import Curvature
 from lightning_fedfisher.errors import MergeError, UpdateError
 from lightning_fedfisher.likelihoods.base import Likelihood
 from lightning_fedfisher.likelihoods.registry import LIKELIHOODS
 from lightning_fedfisher.merge.buffers import describe_mixed_statistics, merge_buffers
+from lightning_fedfisher.merge.carried_statistics import (
+    ALIKE,
+    carried_buffers,
+    common_norms,
+    similarity,
+)
 from lightning_fedfisher.merge.compatibility import UpdateSource, open_updates, require_fit
 from lightning_fedfisher.merge.influence_cap import MEASURES
 from lightning_fedfisher.merge.layer_loader import LayerLoader
@@ -52,6 +59,8 @@ class Merger:
         validation_samples: Labelled samples that the last validation saw.
         unlabelled_samples: Samples that running statistics were last estimated on.
         best: The best score on them, with the merged matrices there; None without validation.
+        similarity: How much a merge of the clients would compute what they compute
+            (`carried_statistics`); None if it is not known, or nothing depends on it.
         seconds: Wall-clock time of the merge; None before its end.
 
     Example:
@@ -84,14 +93,21 @@ class Merger:
             estimate: Finds the running statistics of a merged state; None merges the clients'.
         """
         self.updates, self.method, self.layers = updates, method, updates[0].layers
-        self.loader = LayerLoader(updates, method, budget, keeps_means=estimate is not None)
+        self._norms = {} if estimate is not None else common_norms(updates)
+        self.similarity: float | None = None
+        if method.output_transform is not None and (self._norms or estimate is not None):
+            self.similarity = similarity(updates, method.max_influence)
+        own_statistics = bool(self._norms) or estimate is not None
+        alike = self.similarity is None or self.similarity >= ALIKE
+        self.loader = LayerLoader(updates, method, budget, keeps_means=own_statistics and alike)
         self.merged: Sequence[Tensor] = [
             torch.zeros(layer.shape, dtype=self.loader.dtype(index))
             for index, layer in enumerate(self.layers)
         ]
         self.buffers = merge_buffers(updates, method.max_influence)
         self._estimate = estimate
-        self._mixed = "" if estimate is not None else describe_mixed_statistics(updates)
+        carried = [name for path in self._norms for name in buffer_names(path)]
+        self._mixed = "" if estimate else describe_mixed_statistics(updates, carried)
         self._device = torch.device("cpu")
         self.restart()
 
@@ -278,7 +294,17 @@ class Merger:
 
     @torch.inference_mode(False)  # or what is found would be of no use outside of it
     def refresh_statistics(self) -> None:
-        """Estimates the running statistics of the model as it is now, if there are samples."""
+        """Finds the running statistics of the model as it is now.
+
+        On the samples, if there are some; else each client's are carried over, where it sent what
+        that takes.
+        """
+        if self._norms:
+            self.fill()
+            names = (layer.name for layer in self.layers)
+            matrices = dict(zip(names, (m.detach() for m in self.merged), strict=True))
+            carried = carried_buffers(self.updates, matrices)
+            self.buffers = merge_buffers(self.updates, self.method.max_influence, carried)
         if self._estimate is None:
             return
         found, self.unlabelled_samples = self._estimate(self.state_dict(), self._device)
@@ -338,6 +364,7 @@ class Merger:
             warnings=self.warnings,
             server_labels=self.server_labels,
             unlabelled_samples=self.unlabelled_samples,
+            similarity=self.similarity,
             curvature=header.curvature,
             fisher=header.fisher,
             likelihood=header.likelihood,

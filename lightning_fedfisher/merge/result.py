@@ -97,6 +97,8 @@ class MergeResult:
         seconds: Wall-clock time of the merge itself, without opening and checking the updates; None
             before it has ended.
         unlabelled_samples: Samples, without labels, that running statistics were estimated on.
+        similarity: How alike the clients' layers compute, at most 1 (`carried_statistics`); None if
+            it is not known, or nothing depends on it.
 
     Example:
         >>> from torch import nn
@@ -130,6 +132,7 @@ class MergeResult:
     fedavg_bytes: int
     seconds: float | None = None
     unlabelled_samples: int = 0
+    similarity: float | None = None
 
     @property
     def solved(self) -> bool:

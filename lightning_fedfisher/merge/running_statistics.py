@@ -16,39 +16,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from lightning_fedfisher._utils.batches import count_samples
 from lightning_fedfisher._utils.random_states import kept_random_states
+from lightning_fedfisher.batch_norms import (
+    FEWEST,
+    BatchStatistics,
+    buffer_names,
+    tracked_norms,
+)
 from lightning_fedfisher.distributed.progress import progress_bar
-from lightning_fedfisher.layers import BATCH_NORMS
 from lightning_fedfisher.merge.loaded_model import loaded_copy, to_device
 
 Estimate = Callable[[Mapping[str, Tensor], torch.device], tuple[dict[str, Tensor], int]]
 """Finds the running statistics of a model with given weights, and the number of samples it saw."""
-
-_FEWEST = 2  # samples of a batch: one alone may have no variance
-
-
-def tracked_norms(model: nn.Module) -> dict[str, nn.Module]:
-    """Finds the BatchNorm layers that keep running statistics.
-
-    Args:
-        model: Any module.
-
-    Returns:
-        The layers by their paths.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.LayerNorm(2))
-        >>> list(tracked_norms(model))
-        ['1']
-    """
-    return {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, BATCH_NORMS) and module.running_mean is not None
-    }
 
 
 def estimator(model: nn.Module | None, batches: Iterable[Any]) -> Estimate:
@@ -123,13 +105,13 @@ def estimate_statistics(
         (tensor([2.]), tensor([2.]), 2)
     """
     copied = loaded_copy(model, state, device)
-    norms, samples = tracked_norms(copied), 0
-    sums = {path: _BatchStatistics(norm) for path, norm in norms.items()}
+    samples, norms = 0, tracked_norms(copied)
+    sums = {path: BatchStatistics(norm) for path, norm in norms.items()}
     with torch.no_grad(), _same_random_numbers():
         for batch in progress_bar(batches, "running statistics", None):
             inputs = to_device(batch[0] if isinstance(batch, list | tuple) else batch, device)
-            count = _count(inputs)
-            if count < _FEWEST:
+            count = count_samples(inputs)
+            if count < FEWEST:
                 continue
             samples += count
             for each in sums.values():
@@ -138,44 +120,14 @@ def estimate_statistics(
     if not samples:
         raise ValueError("the statistics loader gives no batch of two samples or more")
     found = {
-        f"{path}.{name}".lstrip("."): value.to(norms[path].get_buffer(name))
+        name: value.to(copied.get_buffer(name))
         for path, each in sums.items()
-        for name, value in each.means().items()
+        if each.sums[-1]  # of what was run at all
+        for name, value in zip(buffer_names(path), each.means(), strict=True)
     }
     if lost := [name for name, tensor in found.items() if not tensor.isfinite().all()]:
         raise ValueError(f"{', '.join(lost)} are not finite on the samples of the server")
     return found, samples
-
-
-class _BatchStatistics:
-    """Adds up the means and variances of what a normalisation layer reads, call by call."""
-
-    def __init__(self, norm: nn.Module) -> None:
-        """Has a layer normalise by its batches, and watches it.
-
-        Args:
-            norm: The layer, of a copy of the model; its own statistics are left alone.
-        """
-        norm.train()
-        norm.momentum = 0.0  # type: ignore[assignment]
-        norm.register_forward_pre_hook(self._add)
-        self.weight = 0
-        self._total = 0
-        self._sums: list[Tensor] = []
-
-    def _add(self, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        """Adds a call's statistics, on the CPU and in float64, in which no sum of many stalls."""
-        values = inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32))
-        # Those over one value are no variance: PyTorch refuses them, in the call that follows.
-        found = torch.var_mean(values, dim=[d for d in range(values.ndim) if d != 1], correction=1)
-        weighted = [self.weight * tensor.cpu().double() for tensor in found]
-        self._sums = weighted if not self._total else [*map(torch.add, self._sums, weighted)]
-        self._total += self.weight
-
-    def means(self) -> dict[str, Tensor]:
-        """The means over all calls, by the names of buffers; none if there was no call."""
-        names = ("running_var", "running_mean")
-        return {n: one / self._total for n, one in zip(names, self._sums, strict=False)}
 
 
 @contextmanager
@@ -186,12 +138,3 @@ def _same_random_numbers() -> Iterator[None]:
         np.random.seed(0)
         torch.default_generator.manual_seed(0)  # and no GPU's: samples are drawn on the CPU
         yield
-
-
-def _count(inputs: Any) -> int:
-    """Counts the samples of a batch: the first dimension of its first tensor."""
-    sizes: list[int] = []
-    apply_to_collection(inputs, Tensor, lambda tensor: sizes.append(len(tensor)))
-    if not sizes:
-        raise ValueError(f"a batch of {type(inputs).__name__} holds no tensor")
-    return sizes[0]

@@ -33,6 +33,7 @@ def describe_merge(result: MergeResult, seconds: float | None = None) -> MergeRe
         server_seconds=result.seconds if seconds is None else seconds,
         server_labels=result.server_labels,
         unlabelled_samples=result.unlabelled_samples,
+        similarity=result.similarity,
     )
 
 

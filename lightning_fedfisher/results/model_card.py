@@ -34,6 +34,7 @@ def model_card(result: MergeResult, title: str, command: Sequence[str]) -> str:
         ("samples", f"{sum(client.num_samples for client in result.clients):,}"),
         ("labels used", str(result.server_labels)),
         ("unlabelled samples used", str(result.unlabelled_samples)),
+        ("similarity of the clients", _rounded(result.similarity)),
         ("solved to", f"residual {last['residual']:.1e} in {last['iterations']:.0f} iterations"),
         ("date", f"{datetime.now(UTC):%Y-%m-%d}"),
         ("versions", ", ".join(" ".join(pair) for pair in versions().items())),
@@ -78,3 +79,7 @@ def model_card(result: MergeResult, title: str, command: Sequence[str]) -> str:
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     lines = [titles, ["---"] * len(titles), *rows]
     return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def _rounded(number: float | None) -> str:
+    return "not known" if number is None else f"{number:.2f}"

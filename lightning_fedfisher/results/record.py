@@ -94,6 +94,7 @@ class MergeRecord:
         server_labels: How many labelled samples the server used.
         score: How good the merged model is; None if it was not tested.
         unlabelled_samples: How many samples without labels the server used.
+        similarity: How alike the clients' layers compute, at most 1; None if it is not known.
 
     Example:
         >>> merge = MergeRecord("fedavg", [{"iterations": 0, "objective": 0, "residual": 0}])
@@ -113,6 +114,7 @@ class MergeRecord:
     server_labels: int = 0
     score: ModelScore | None = None
     unlabelled_samples: int = 0
+    similarity: float | None = None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The one file that crosses from client to server: format, header, checks, compression.
 
-May import: curvature, likelihoods, layers, errors, _utils.
+May import: curvature, likelihoods, batch_norms, layers, errors, _utils.
 """
 
 from lightning_fedfisher.update.client_update import ClientUpdate

@@ -15,9 +15,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from lightning_fedfisher.batch_norms import RunningStatistics
 from lightning_fedfisher.curvature.base import Curvature, require_positive_exponent
 from lightning_fedfisher.curvature.registry import KINDS
-from lightning_fedfisher.errors import BudgetError, FedFisherError, UpdateError
+from lightning_fedfisher.errors import BudgetError, UpdateError
 from lightning_fedfisher.layers import Layer
 from lightning_fedfisher.update.architecture import describe_architecture, fingerprint
 from lightning_fedfisher.update.buffer_roles import buffer_role
@@ -46,7 +47,7 @@ class ClientUpdate:
         source: The file it was opened from, or a phrase for an update in memory.
 
     Example:
-        >>> import tempfile, torch
+        >>> import torch
         >>> from lightning_fedfisher.curvature.diagonal import Diagonal
         >>> from lightning_fedfisher.layers import find_layers
         >>> model = torch.nn.Linear(3, 2)
@@ -55,12 +56,7 @@ class ClientUpdate:
         >>> kinds = {layer.name: "diagonal"}
         >>> header = UpdateHeader(7, "diagonal", "exact", "categorical", 7, (layer,), kinds)
         >>> update = ClientUpdate.from_model(model, header, blocks)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = update.save(f"{folder}/client.safetensors")
-        ...     opened = ClientUpdate.open(path)
-        ...     opened.verify()
-        ...     weights, curvature = opened.weights(layer), opened.block(layer)
-        >>> weights.shape, curvature.kind
+        >>> update.weights(layer).shape, update.block(layer).kind
         (torch.Size([2, 4]), 'diagonal')
     """
 
@@ -96,7 +92,11 @@ class ClientUpdate:
 
     @classmethod
     def from_model(
-        cls, model: nn.Module, header: UpdateHeader, blocks: Mapping[str, Curvature]
+        cls,
+        model: nn.Module,
+        header: UpdateHeader,
+        blocks: Mapping[str, Curvature],
+        statistics: RunningStatistics | None = None,
     ) -> Self:
         """Makes the update of a trained model.
 
@@ -106,14 +106,15 @@ class ClientUpdate:
             header: Header to send. Its kinds are those of the blocks; what it says of shared and
                 frozen parameters is taken from the model.
             blocks: Curvature of each layer, by layer name.
+            statistics: The extraction's `statistics`; None if none were measured.
 
         Returns:
             The update, in memory.
 
         Raises:
-            UpdateError: If a weight, a buffer or a block is not finite or too large; all are named.
+            UpdateError: If any tensor is not finite or too large; all are named.
         """
-        update = cls(*collect_tensors(model, header, blocks))
+        update = cls(*collect_tensors(model, header, blocks, statistics))
         update._check(definite=False)  # takes long, and an extraction gives nothing else
         return update
 
@@ -130,14 +131,16 @@ class ClientUpdate:
     @property
     def parameters(self) -> dict[str, Tensor]:
         """All trained weights by parameter name."""
-        with self.opened():
-            return {name: self._read(f"parameters/{name}") for name in self._names("parameters")}
+        return self._group("parameters")
 
     @property
     def buffers(self) -> dict[str, Tensor]:
         """All persistent buffers by name."""
-        with self.opened():
-            return {name: self._read(f"buffers/{name}") for name in self._names("buffers")}
+        return self._group("buffers")
+
+    def input_mean(self, layer: Layer) -> Tensor:
+        """Reads the mean of what a layer's columns read, of shape ``(groups, columns)``."""
+        return self._read(f"input_means/{layer.name}")
 
     @property
     def specs(self) -> dict[str, Spec]:
@@ -187,8 +190,7 @@ class ClientUpdate:
             layer: One of `layers`.
 
         Returns:
-            A matrix of shape ``layer.shape``, in the parameters' own dtype; a bias is the last
-            column.
+            A matrix of shape ``layer.shape`` in the parameters' dtype, a bias as its last column.
 
         Raises:
             UpdateError: If a tensor of the layer is damaged.
@@ -275,19 +277,15 @@ class ClientUpdate:
     @property
     def upload_bytes(self) -> int:
         """Size of the file in bytes, whether it was written or not."""
-        if isinstance(self._tensors, UpdateFile):
-            return self._tensors.size
-        return file_size(self.header, self._stored)
+        held = self._tensors
+        return held.size if isinstance(held, UpdateFile) else file_size(self.header, self._stored)
 
     def sent_bytes(self, name: str) -> int:
         """Counts the bytes that tensors take in the file, as they are sent.
 
         Args:
             name: Name of a tensor in the file, or of a group of them up to a slash:
-                ``parameters/``, ``curvature/conv1/``.
-
-        Returns:
-            The sum over those tensors; 0 if there are none.
+                ``parameters/``, ``curvature/conv1/``; 0 if there are none.
         """
         return sum(
             spec_bytes(spec)
@@ -304,8 +302,7 @@ class ClientUpdate:
         """Rounds weights and curvature so that the file is as small as wanted.
 
         Args:
-            upload_budget: Largest size of the file, as a multiple of `fedavg_bytes`. Every file may
-                take 16 KiB.
+            upload_budget: Largest size of the file in `fedavg_bytes`; 16 KiB are always allowed.
             consume: Whether this update is emptied, so that memory is free as it is rounded.
 
         Returns:
@@ -327,10 +324,8 @@ class ClientUpdate:
             header, tensors = compress(self.header, plain, size)
         except BudgetError as error:
             raise budget_error(self.source, upload_budget, size, error) from None
-        except FedFisherError as error:
-            raise UpdateError(self.source, error.offenders) from error
         except ValueError as error:
-            raise UpdateError(self.source, [str(error)]) from error
+            raise UpdateError(self.source, getattr(error, "offenders", [str(error)])) from error
         return type(self)(header, tensors, self.source)
 
     def require_room(self, upload_budget: float) -> None:
@@ -394,6 +389,11 @@ class ClientUpdate:
             return decode(stored, quantized, shape, role, *how)
         except ValueError as error:
             raise UpdateError(self.source, [f"{name} cannot be unpacked: {error}"]) from error
+
+    def _group(self, group: str) -> dict[str, Tensor]:
+        """Reads the tensors of a group."""
+        with self.opened():
+            return {name: self._read(f"{group}/{name}") for name in self._names(group)}
 
     def _names(self, group: str) -> list[str]:
         """Lists the tensors of a group, without the group's name."""

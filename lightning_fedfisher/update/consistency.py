@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from graphlib import CycleError, TopologicalSorter
 from typing import get_args
 
+from lightning_fedfisher.batch_norms import buffer_names
 from lightning_fedfisher.curvature.input_gram import InputGram
 from lightning_fedfisher.curvature.registry import KINDS, KINDS_OF
 from lightning_fedfisher.layers import Activation, Layer
@@ -54,6 +55,9 @@ def inconsistencies(header: UpdateHeader, shapes: Mapping[str, tuple[int, ...]])
         if f"parameters/{name}" in expected or name in header.frozen
     ]
     offenders += _wiring_problems(header)
+    promised, problems = _promised_means(header, shapes)
+    expected |= promised
+    offenders += problems
     if header.fit is not None and list(header.kinds.values()) != [InputGram.kind]:
         offenders.append("a fit is told, and there is more than one layer's input_gram")
     offenders += [f"{n} is packed and unknown" for n in header.quantized if n not in expected]
@@ -129,6 +133,31 @@ def _wiring_problems(header: UpdateHeader) -> list[str]:
     except CycleError as error:
         offenders.append(f"layer {error.args[1][0]} reads its own outputs")
     return offenders
+
+
+def _promised_means(
+    header: UpdateHeader, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """Lists the shapes of the means of inputs, and what is wrong with `normalized`."""
+    layers = {layer.name: layer for layer in header.layers if _forms_a_matrix(layer)}
+    expected: dict[str, tuple[int, ...]] = {}
+    offenders = []
+    for path, norm in header.normalized.items():
+        layer = layers.get(norm.layer)
+        if layer is None:
+            offenders.append(f"{path} cannot normalise {norm.layer}, which is no layer")
+            continue
+        rows, columns = layer.shape
+        wrong = [n for n in buffer_names(path) if shapes.get(f"buffers/{n}") != (rows,)]
+        if wrong:
+            offenders.append(f"{path} cannot normalise {norm.layer}: {' and '.join(wrong)}")
+        if norm.groups < 1 or rows % norm.groups:
+            offenders.append(f"layer {norm.layer} has {rows} outputs, and {norm.groups} groups")
+            continue
+        known = expected.setdefault(f"input_means/{norm.layer}", (norm.groups, columns))
+        if known[0] != norm.groups:
+            offenders.append(f"layer {norm.layer} has {known[0]} groups, and {norm.groups}")
+    return expected, offenders
 
 
 def _forms_a_matrix(layer: Layer) -> bool:

@@ -1,8 +1,8 @@
 """The file of a client update: safetensors, read tensor by tensor, trusted in nothing.
 
-Tensors are named ``parameters/<name>``, ``buffers/<name>`` and ``curvature/<layer>/<field>``; those
-that are quantized lie there as bytes. One metadata entry holds the header as JSON, with a SHA-256
-digest of itself and of each tensor.
+Tensors are named ``parameters/<name>``, ``buffers/<name>``, ``curvature/<layer>/<field>`` and
+``input_means/<layer>``; those that are quantized lie there as bytes. One metadata entry holds the
+header as JSON, with a SHA-256 digest of itself and of each tensor.
 """
 
 from __future__ import annotations

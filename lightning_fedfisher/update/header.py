@@ -13,6 +13,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 
+from lightning_fedfisher.batch_norms import Normalized
 from lightning_fedfisher.curvature.registry import KINDS
 from lightning_fedfisher.layers import Layer, Source
 from lightning_fedfisher.update.tensor_checks import LARGEST_VALUE, StoredRole, is_possible
@@ -91,6 +92,8 @@ class UpdateHeader:
         quantized: How tensors were quantized, by their names in the file.
         fit: What is known of the weights if they are a least-squares fit of the labels; None if
             they are not.
+        normalized: The layer whose outputs a BatchNorm normalises, by the path of the BatchNorm,
+            where the means of that layer's inputs are sent along.
 
     Raises:
         TypeError: If an attribute, or something in it, is not of its type.
@@ -119,6 +122,7 @@ class UpdateHeader:
     output_layer: str = ""
     quantized: Mapping[str, QuantizedTensor] = field(default_factory=dict)
     fit: LeastSquaresFit | None = None
+    normalized: Mapping[str, Normalized] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "curvature_samples"):
@@ -135,6 +139,8 @@ class UpdateHeader:
                 raise ValueError(f"a fit of {observations} observations leaves {error}")
         for reader, source in self.fed_by.items():
             _typed(str, reader), _typed(str, source.layer), _typed(str, source.activation)
+        for path, norm in self.normalized.items():
+            _typed(str, path), _typed(str, norm.layer), _typed(int, norm.groups)
         for name, quantized in self.quantized.items():
             _typed(str, name)
             if not (_typed(float, quantized.step) > 0 and math.isfinite(quantized.step)):
@@ -169,7 +175,8 @@ class UpdateHeader:
             ValueError: If a shape or a quantization is impossible.
         """
         known = dataclasses.fields(cls)
-        missing = {field.name for field in known if field.default is not None} - fields.keys()
+        later = {"fit", "normalized"}  # which older files know nothing of
+        missing = {field.name for field in known} - later - fields.keys()
         if missing:
             raise KeyError(*sorted(missing))
         layers = tuple(
@@ -179,8 +186,9 @@ class UpdateHeader:
         fed_by = {reader: Source(**source) for reader, source in fields["fed_by"].items()}
         quantized = {name: QuantizedTensor(**how) for name, how in fields["quantized"].items()}
         fit = None if fields.get("fit") is None else LeastSquaresFit(**fields["fit"])
+        norms = {path: Normalized(**n) for path, n in fields.get("normalized", {}).items()}
         parsed = {"layers": layers, "fed_by": fed_by, "quantized": quantized, "fit": fit}
-        return cls(**{**fields, **parsed})
+        return cls(**{**fields, **parsed, "normalized": norms})
 
     def tensor_roles(self) -> dict[str, tuple[tuple[int, ...], StoredRole]]:
         """Lists what the header promises: weights, and the tensors of the curvature.
@@ -195,6 +203,9 @@ class UpdateHeader:
             found |= {f"parameters/{name}": (shape, "weights") for name, shape in layer.parameters}
             for part, role in kind.tensor_roles.items():
                 found[f"curvature/{layer.name}/{part}"] = shapes[part], role
+        columns = {layer.name: layer.shape[1] for layer in self.layers}
+        for norm in self.normalized.values():
+            found[f"input_means/{norm.layer}"] = (norm.groups, columns[norm.layer]), "mean"
         return found
 
 

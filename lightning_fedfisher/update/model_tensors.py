@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from lightning_fedfisher.batch_norms import RunningStatistics
 from lightning_fedfisher.curvature.base import Curvature
 from lightning_fedfisher.layers import aliases, frozen_parameters
 from lightning_fedfisher.update.file_format import digest
@@ -14,7 +15,10 @@ from lightning_fedfisher.update.header import UpdateHeader
 
 
 def collect_tensors(
-    model: nn.Module, header: UpdateHeader, blocks: Mapping[str, Curvature]
+    model: nn.Module,
+    header: UpdateHeader,
+    blocks: Mapping[str, Curvature],
+    statistics: RunningStatistics | None = None,
 ) -> tuple[UpdateHeader, dict[str, Tensor]]:
     """Collects all tensors that an update of a model holds.
 
@@ -22,6 +26,8 @@ def collect_tensors(
         model: Model that the curvature belongs to.
         header: Header to send; what it says of shared and frozen parameters is replaced.
         blocks: Curvature of each layer, by layer name.
+        statistics: Running statistics in place of the model's, where they were measured anew;
+            None for none.
 
     Returns:
         The header with the model's shared and frozen parameters, and the tensors on the CPU by
@@ -29,7 +35,7 @@ def collect_tensors(
         model may change, and the curvature, which never changes.
     """
     frozen = {n: digest(p.detach().cpu()) for n, p in frozen_parameters(model).items()}
-    persistent = model.state_dict()
+    persistent, measured = model.state_dict(), statistics or RunningStatistics()
     shared = {
         name: first
         for name, first in aliases(model).items()
@@ -42,7 +48,9 @@ def collect_tensors(
     }
     for name, tensor in model.named_buffers():
         if name in persistent:
-            named[f"buffers/{name}"] = tensor
+            named[f"buffers/{name}"] = measured.buffers.get(name, tensor)
+    for name, mean in measured.input_means.items():
+        named[f"input_means/{name}"] = mean
     tensors = {
         name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in named.items()
     }

@@ -1,0 +1,173 @@
+"""What the clients' running statistics become under the merged weights, without data.
+
+A client's statistics are those of its own weights. Behind a layer of merged weights ``V``, on the
+client's inputs of mean ``m`` and second moment ``A``, outputs have mean ``V m`` and variance
+``diag(V A V') - (V m)^2``. The client measured both for its own weights ``W``, and only the change
+is computed: ``(V - W) m`` is added to its means, and its variances are multiplied by the ratio of
+what is computed for ``V`` and for ``W``. So what was rounded or drawn in ``A`` hardly matters, and
+a client's statistics are its own where ``V`` is ``W``. Where ``A`` is not known, as of a grouped
+convolution, the ratio is that of independent inputs: of the rows' squared norms.
+
+That holds for inputs as they are in the client. They are about the same in the merged model if its
+outputs are: `similarity` tells.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from lightning_fedfisher.batch_norms import Normalized, buffer_names
+from lightning_fedfisher.curvature.base import Curvature
+from lightning_fedfisher.curvature.registry import KINDS
+from lightning_fedfisher.distributed.progress import progress_bar
+from lightning_fedfisher.layers import Layer
+from lightning_fedfisher.merge.influence_cap import cap_values
+from lightning_fedfisher.merge.objective import average
+from lightning_fedfisher.update.client_update import ClientUpdate
+
+ALIKE = 0.9
+"""The `similarity` from which the inputs of layers are about what they are in the clients."""
+
+# Of the variance that a client measured. What is computed below it is rounding.
+_FLOOR = 1e-2
+
+
+def common_norms(updates: Sequence[ClientUpdate]) -> dict[str, Normalized]:
+    """Finds the BatchNorm layers whose statistics all clients can carry over.
+
+    Args:
+        updates: The updates of all clients, found to belong together.
+
+    Returns:
+        The layers that they normalise, by their paths: where all clients sent means, and agree.
+    """
+    first, *others = (update.header.normalized for update in updates)
+    return {
+        path: norm
+        for path, norm in first.items()
+        if all(other.get(path) == norm for other in others)
+    }
+
+
+def carried_buffers(
+    updates: Sequence[ClientUpdate], merged: Mapping[str, Tensor]
+) -> list[dict[str, Tensor]]:
+    """Carries each client's running statistics over to the merged weights.
+
+    Args:
+        updates: The updates of all clients, found to belong together.
+        merged: The merged matrix of each layer, by layer name.
+
+    Returns:
+        For each client all of its buffers, by name.
+    """
+    norms, layers = common_norms(updates), {layer.name: layer for layer in updates[0].layers}
+    found = []
+    for update in progress_bar(updates, "running statistics", len(updates)):
+        with update.opened():
+            buffers = update.buffers
+            for path, norm in norms.items():
+                layer = layers[norm.layer]
+                outputs = _Outputs.of(update, layer, norm, update.input_mean(layer))
+                names = buffer_names(path)
+                location, variance = (buffers[name].double() for name in names)
+                moved = outputs.moved(merged[norm.layer].double().cpu(), location, variance)
+                for name, value in zip(names, moved, strict=True):
+                    limits = torch.finfo(buffers[name].dtype)
+                    buffers[name] = value.clamp(limits.min, limits.max).to(buffers[name])
+        found.append(buffers)
+    return found
+
+
+def similarity(updates: Sequence[ClientUpdate], max_influence: float = math.inf) -> float | None:
+    """Tells how much a merge of the clients would compute what they compute.
+
+    Of each layer that a BatchNorm follows, it compares the outputs that the average of the weights
+    gives on a client's inputs with the client's own: their correlation, as the median over outputs
+    and over clients.
+
+    Args:
+        updates: The updates of all clients, found to belong together.
+        max_influence: As for `merge_buffers`.
+
+    Returns:
+        The least of any layer, at most 1. None if it is known of no layer.
+    """
+    norms, first = common_norms(updates).values(), updates[0]
+    known = {norm.layer: norm for norm in norms if _holds_moments(first, norm)}
+    layers = [layer for layer in first.layers if layer.name in known]
+    samples = [float(update.num_samples) for update in updates]
+    least: float | None = None
+    for layer in progress_bar(layers, "similarity of the clients"):
+        every = [update.weights(layer).double() for update in updates]
+        merged, found = average(*cap_values(samples, every, max_influence)), []
+        for update in updates:
+            with update.opened():
+                mean = update.input_mean(layer)
+                outputs = _Outputs.of(update, layer, known[layer.name], mean)
+            found.append(float(outputs.correlations(merged).median()))
+        least = min(median(found), 1.0 if least is None else least)
+    return least
+
+
+def _holds_moments(update: ClientUpdate, norm: Normalized) -> bool:
+    """Tells whether a client sent the second moment of what all outputs of a layer read."""
+    kind = KINDS[update.header.kinds[norm.layer]]
+    return norm.groups == 1 and kind.exact_inputs and kind.inputs_on == "columns"
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    """The outputs of a client's layer, for any weights on the client's inputs; in float64.
+
+    Attributes:
+        own: The client's weights.
+        mean: The mean of the inputs of each output, of the shape of the weights.
+        moments: The second moment of the inputs; None if it is not known, and inputs are taken to
+            vary alike and independently.
+    """
+
+    own: Tensor
+    mean: Tensor
+    moments: Curvature | None
+
+    @classmethod
+    def of(cls, update: ClientUpdate, layer: Layer, norm: Normalized, mean: Tensor) -> _Outputs:
+        """Reads a layer of a client."""
+        own, moments = update.weights(layer).double(), None
+        if _holds_moments(update, norm):
+            moments = update.block(layer, dtype=torch.float64).of_inputs()
+        rows = layer.shape[0] // norm.groups
+        return cls(own, mean.double().repeat_interleave(rows, dim=0), moments)
+
+    def means(self, weights: Tensor) -> Tensor:
+        """Computes the mean of each output, of shape ``(rows,)``."""
+        return (weights * self.mean).sum(1)
+
+    def covariances(self, one: Tensor, other: Tensor) -> Tensor:
+        """Computes the covariance of each output for some weights with that for others."""
+        if self.moments is None:
+            return (one * other).sum(1)
+        second = (self.moments.apply(one) * other).sum(1)
+        return second - self.means(one) * self.means(other)
+
+    def correlations(self, weights: Tensor) -> Tensor:
+        """Computes each output's correlation with the client's own; 0 where one is constant."""
+        spreads = self.covariances(weights, weights), self.covariances(self.own, self.own)
+        scale = (spreads[0].clamp_min(0) * spreads[1].clamp_min(0)).sqrt()
+        together = self.covariances(weights, self.own)
+        return torch.where(scale > 0, together / scale, 0.0).clamp(-1, 1)
+
+    def moved(self, weights: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        """Carries means and variances, measured for the client's weights, over to others."""
+        before, after = (self.covariances(each, each) for each in (self.own, weights))
+        floor = _FLOOR * (variance if self.moments is not None else before)
+        floor = floor.clamp_min(torch.finfo(torch.float32).tiny)
+        ratio = torch.maximum(after, floor) / torch.maximum(before, floor)
+        return mean + self.means(weights - self.own), variance * ratio

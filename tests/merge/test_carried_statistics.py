@@ -1,0 +1,257 @@
+"""Running statistics under other weights: those of the outputs on the clients' own inputs."""
+
+import dataclasses
+import warnings
+
+import pytest
+import torch
+from helpers.federation import NormedClassifier, tiny_data, tiny_loader
+from helpers.merging import assert_same, merge
+from torch import nn
+from torch.nn import functional
+
+from lightning_fedfisher import ClientUpdate, extract_curvature, merge_updates
+from lightning_fedfisher.batch_norms import buffer_names
+from lightning_fedfisher.merge.carried_statistics import (
+    ALIKE,
+    carried_buffers,
+    common_norms,
+    similarity,
+)
+from lightning_fedfisher.merge.merger import Merger
+from lightning_fedfisher.merge.methods import METHODS
+from lightning_fedfisher.merge.options import MergeOptions
+
+
+class Convolutional(nn.Module):
+    """A convolution, a depthwise one and a linear layer, each before a norm; nothing in between."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(4, affine=False)
+        self.depthwise = nn.Conv2d(4, 4, 3, groups=4)
+        self.norm2 = nn.BatchNorm2d(4)
+        self.linear = nn.Linear(4, 5)
+        self.norm3 = nn.BatchNorm1d(5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.norm1(self.conv(x)))
+        x = torch.relu(self.norm2(self.depthwise(x)))
+        return self.head(torch.relu(self.norm3(self.linear(x.mean((2, 3))))))
+
+
+def _data(seed, samples=40):
+    generator = torch.Generator().manual_seed(seed)
+    x = seed + torch.randn(samples, 2, 5, 5, generator=generator, dtype=torch.float64)
+    return x, torch.randint(0, 3, (samples,), generator=generator)
+
+
+def _client(seed, curvature="kfac", **options):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Convolutional().double().train()
+    kinds = {"positions": None, "estimate_statistics": True, "progress": False}
+    found = extract_curvature(model, [_data(seed)], curvature, **kinds | options)
+    return model, ClientUpdate.from_model(model, found.header(40), found.blocks, found.statistics)
+
+
+def _matrices(update, change=lambda name, matrix: matrix):
+    return {layer.name: change(layer.name, update.weights(layer)) for layer in update.layers}
+
+
+def test_under_its_own_weights_a_client_keeps_its_statistics():
+    for curvature in ("kfac", "ekfac", "diagonal", "input_gram", "dense"):
+        _, update = _client(0, curvature)
+        assert len(common_norms([update])) == 3
+        (found,) = carried_buffers([update], _matrices(update))
+        for name, tensor in update.buffers.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("path", ["norm1", "norm3"])
+def test_under_other_weights_they_are_those_of_the_outputs(path):
+    """Exact where inputs are those of the client and all positions were read."""
+    model, update = _client(0)
+    norm = common_norms([update])[path]
+    generator = torch.Generator().manual_seed(7)
+
+    def other(name, matrix):
+        noise = torch.randn(matrix.shape, generator=generator, dtype=matrix.dtype)
+        return noise if name == norm.layer else matrix
+
+    matrices = _matrices(update, other)
+    (found,) = carried_buffers([update], matrices)
+    (layer,) = [layer for layer in update.layers if layer.name == norm.layer]
+    # The network as it was when it was measured, with other weights of this one layer.
+    own = dict(model.state_dict()) | update.buffers | layer.split(matrices[norm.layer])
+    changed = Convolutional().double()
+    changed.load_state_dict(own, strict=False)
+    changed.eval().get_submodule(path).train().momentum = 1.0
+    changed(_data(0)[0])
+    mean, variance = buffer_names(path)
+    state = changed.state_dict()
+    # The curvature saw unbiased variances, and batches are normalised by biased ones.
+    torch.testing.assert_close(found[mean], state[mean], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(found[variance], state[variance], rtol=3e-2, atol=1e-2)
+    assert not torch.allclose(update.buffers[variance], state[variance], rtol=0.2)
+
+
+def test_means_behind_a_grouped_convolution_are_exact_and_variances_scale():
+    _, update = _client(0)
+    weight = torch.tensor([[2.0], [0.5], [1.0], [-3.0]], dtype=torch.float64)
+    matrices = _matrices(update, lambda name, m: weight * m if name == "depthwise" else m)
+    (found,) = carried_buffers([update], matrices)
+    mean, variance = buffer_names("norm2")
+    torch.testing.assert_close(found[mean], weight[:, 0] * update.buffers[mean])
+    torch.testing.assert_close(found[variance], weight[:, 0].square() * update.buffers[variance])
+
+
+def test_variances_follow_the_law_of_total_variance():
+    """Clients of the same weights and other data: the pooled statistics of all their samples."""
+    updates = []
+    for seed in (0, 1):
+        model = Convolutional().double().train()
+        model.load_state_dict(_client(5)[0].state_dict())
+        found = extract_curvature(
+            model, [_data(seed)], "kfac", positions=None, estimate_statistics=True, progress=False
+        )
+        update = ClientUpdate.from_model(model, found.header(40), found.blocks, found.statistics)
+        updates.append(update)
+    merged = merge_updates(updates, method="fedavg").state_dict
+    outputs = torch.cat([model.conv(_data(seed)[0]) for seed in (0, 1)]).transpose(0, 1).flatten(1)
+    mean, variance = buffer_names("norm1")
+    torch.testing.assert_close(merged[mean], outputs.mean(1))
+    torch.testing.assert_close(merged[variance], outputs.var(1), rtol=1e-2, atol=0)
+
+
+def test_similarity_is_the_correlation_of_outputs():
+    _, update = _client(0)
+    assert similarity([update, update]) == pytest.approx(1)
+    other = _client(1)[1]
+    found = similarity([update, other])
+    assert found is not None
+    layers, values = {layer.name: layer for layer in update.layers}, []
+    for name in ("conv", "linear"):  # of a grouped convolution it is not known
+        weights = [u.weights(layers[name]) for u in (update, other)]
+        average = sum(weights) / 2
+        medians = []
+        for u, own in zip((update, other), weights, strict=True):
+            mean = u.input_mean(layers[name])[0]
+            gram = u.block(layers[name]).column_factor - torch.outer(mean, mean)
+            covariance = (average @ gram * own).sum(1)
+            spread = (average @ gram * average).sum(1) * (own @ gram * own).sum(1)
+            medians.append(float((covariance / spread.sqrt()).median()))
+        values.append(sum(medians) / 2)
+    assert found == pytest.approx(min(values))
+    assert similarity([_client(0, "diagonal")[1]] * 2) is None
+
+
+def test_one_client_in_four_does_not_decide_how_alike_they_are():
+    updates = [_client(0)[1]] * 3
+    tensors = dict(updates[0]._tensors)
+    for name in ("conv", "linear"):
+        weights = tensors[f"parameters/{name}.weight"]
+        tensors[f"parameters/{name}.weight"] = 1e6 * torch.randn_like(weights)
+    hostile = ClientUpdate(updates[0].header, tensors)
+    assert similarity([*updates, hostile], max_influence=10) > ALIKE
+    assert similarity([*updates, hostile]) < ALIKE
+
+
+def test_only_what_all_clients_sent_is_carried():
+    updates = [_client(0)[1], _client(1)[1]]
+    without = _client(2, estimate_statistics=False)[1]
+    assert not common_norms([*updates, without])
+    header = dataclasses.replace(
+        updates[1].header,
+        normalized={k: v for k, v in updates[1].header.normalized.items() if k != "norm2"},
+    )
+    tensors = {n: t for n, t in updates[1]._tensors.items() if n != "input_means/depthwise"}
+    fewer = ClientUpdate(header, tensors)
+    assert set(common_norms([updates[0], fewer])) == {"norm1", "norm3"}
+    with pytest.warns(UserWarning, match=r"clients that differ \(norm2.running_var\)"):
+        merge_updates([updates[0], fewer], method="fedavg")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        merge_updates(updates, method="fedavg")
+
+
+def _tiny(seed, samples=40):
+    model = NormedClassifier().train()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        nn.init.normal_(model.network[0].weight, 0, 0.3)
+    found = extract_curvature(
+        model, tiny_loader(seed, samples), "kfac", estimate_statistics=True, progress=False
+    )
+    return ClientUpdate.from_model(model, found.header(), found.blocks, found.statistics)
+
+
+@pytest.mark.parametrize("method", ["fedavg", "regmean", "fedfisher"])
+def test_the_trainer_and_the_function_carry_alike(method, tmp_path):
+    updates = [_tiny(seed) for seed in range(3)]
+    result = merge_updates(updates, method=method)
+    module = merge(updates, tmp_path, method=method)
+    assert_same(module.merged_state_dict(), result.state_dict)
+    matrices = {
+        layer.name: layer.join(result.state_dict).to(torch.float32) for layer in updates[0].layers
+    }
+    carried = carried_buffers(updates, matrices)
+    location = torch.stack([client["network.3.0.running_mean"] for client in carried])
+    torch.testing.assert_close(result.state_dict["network.3.0.running_mean"], location.mean(0))
+    assert (result.similarity is None) == (method != "fedfisher")
+
+
+def test_statistics_are_near_those_of_samples():
+    """Against the same clients' statistics averaged, the error falls to a fraction."""
+    updates = [_tiny(seed) for seed in range(3)]
+    merged = merge_updates(updates, method="fedavg").state_dict
+    model = NormedClassifier()
+    model.load_state_dict(merged)
+    model.eval().network[3][0].train().momentum = 1.0
+    with torch.no_grad():
+        model(torch.cat([tiny_data(seed, 40).tensors[0] for seed in range(3)]))
+    exact = model.network[3][0].running_var
+    averaged = sum(u.buffers["network.3.0.running_var"] for u in updates) / 3
+
+    def error(found):
+        return float((found - exact).norm() / exact.norm())
+
+    assert error(merged["network.3.0.running_var"]) < 0.3 * error(averaged)
+
+
+def test_the_head_is_weighed_by_its_outputs_where_clients_are_alike(monkeypatch):
+    updates = [_tiny(seed) for seed in range(3)]
+    opened = Merger.open(updates, MergeOptions("fedfisher"))
+    assert opened.similarity == similarity(updates, METHODS["fedfisher"].max_influence)
+    assert opened.loader.keeps_means == (opened.similarity >= ALIKE)
+    for least, keeps in ((-1.0, True), (1.1, False)):
+        monkeypatch.setattr("lightning_fedfisher.merge.merger.ALIKE", least)
+        assert Merger.open(updates, MergeOptions("fedfisher")).loader.keeps_means is keeps
+        options = {"model": NormedClassifier(), "statistics_loader": [tiny_data(3).tensors[0]]}
+        sampled = Merger.open(updates, MergeOptions("fedfisher"), **options)
+        assert sampled.loader.keeps_means is keeps
+    assert Merger.open(updates, MergeOptions("regmean")).similarity is None
+
+
+def test_what_a_stranger_sends_stays_finite():
+    update = _client(0)[1]
+    tensors = dict(update._tensors)
+    tensors["input_means/conv"] = torch.full((1, 18), 1e18, dtype=torch.float64)
+    tensors["curvature/conv/column_factor"] = 1e18 * torch.eye(18, dtype=torch.float64)
+    hostile = ClientUpdate(update.header, tensors)
+    hostile.verify()
+    result = merge_updates([update, update, update, hostile], max_influence=2.0)
+    assert all(tensor.isfinite().all() for tensor in result.state_dict.values())
+    first = _client(0)[1].buffers["norm1.running_var"]
+    torch.testing.assert_close(result.state_dict["norm1.running_var"], first, rtol=0.5, atol=0.5)
+
+
+def test_functional_convolutions_agree_with_the_means():
+    """Padding is part of what a kernel reads: the mean of patches is not that of channels."""
+    _, update = _client(0)
+    layers = {layer.name: layer for layer in update.layers}
+    patches = functional.unfold(_data(0)[0], 3, padding=1)
+    torch.testing.assert_close(update.input_mean(layers["conv"])[0], patches.mean((0, 2)))
+    assert update.input_mean(layers["linear"])[0, -1] == 1  # the column of the bias
