@@ -116,6 +116,28 @@ def similarity(updates: Sequence[ClientUpdate], max_influence: float = math.inf)
     return least
 
 
+def describe_unlike(found: float | None) -> str:
+    """Tells that running statistics were carried over to inputs that the merged model has not.
+
+    Args:
+        found: The `similarity` of the clients; None if it is not known.
+
+    Returns:
+        What to do about it; empty if they are alike, or nothing is known.
+
+    Example:
+        >>> describe_unlike(0.95)
+        ''
+    """
+    if found is None or found >= ALIKE:
+        return ""
+    return (
+        f"the clients' layers compute unlike outputs (similarity {found:.2f}, alike from {ALIKE}), so "
+        "that running statistics of the merged weights are known roughly: statistics_loader=, a few "
+        "hundred samples without labels, may gain much"
+    )
+
+
 def _holds_moments(update: ClientUpdate, norm: Normalized) -> bool:
     """Tells whether a client sent the second moment of what all outputs of a layer read."""
     kind = KINDS[update.header.kinds[norm.layer]]

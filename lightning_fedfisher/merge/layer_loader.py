@@ -56,7 +56,7 @@ class LayerLoader:
         client_weights: What each client counts for by its number of samples alone, of any sum.
         budget: How much is held in memory at a time.
         alignments: How the inputs of aligned layers relate.
-        keeps_means: Whether the merged model normalises by statistics of its own.
+        keeps_means: Whether the output layer has about the inputs that it has in the clients.
     """
 
     def __init__(
@@ -72,8 +72,8 @@ class LayerLoader:
             updates: The updates of all clients, found to belong together.
             method: The merge method.
             memory_budget: Bytes of weights and curvature to hold at a time.
-            keeps_means: Whether the merged model normalises by statistics of its own, so that the
-                inputs of its output layer have about the means that they had in the clients.
+            keeps_means: Whether the output layer has about the inputs that it has in the clients,
+                or at least their means, though it is not aligned.
 
         Raises:
             ValueError: If the budget is negative.

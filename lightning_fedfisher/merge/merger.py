@@ -19,6 +19,7 @@ from lightning_fedfisher.merge.carried_statistics import (
     ALIKE,
     carried_buffers,
     common_norms,
+    describe_unlike,
     similarity,
 )
 from lightning_fedfisher.merge.compatibility import UpdateSource, open_updates, require_fit
@@ -347,7 +348,8 @@ class Merger:
         names, most = [layer.name for layer in self.layers], self.method.max_influence
         unsolved = describe_unsolved(names, self.states, self.method.converges)
         outliers = describe_outliers(self.influence, clients, names, most)
-        return tuple(text for text in (unsolved, outliers, self._mixed) if text)
+        unlike = describe_unlike(self.similarity) if self._norms else ""
+        return tuple(text for text in (unsolved, outliers, self._mixed, unlike) if text)
 
     def result(self) -> MergeResult:
         """What came of the merge so far."""
