@@ -132,8 +132,8 @@ def describe_unlike(found: float | None) -> str:
     if found is None or found >= ALIKE:
         return ""
     return (
-        f"the clients' layers compute unlike outputs (similarity {found:.2f}, alike from {ALIKE}), so "
-        "that running statistics of the merged weights are known roughly: statistics_loader=, a few "
+        f"the clients' layers compute unlike outputs (similarity {found:.2f}, alike from {ALIKE}), "
+        "and running statistics of the merged weights are known roughly: statistics_loader=, a few "
         "hundred samples without labels, may gain much"
     )
 

@@ -35,9 +35,9 @@ class MergeMethod:
         steps_per_epoch: Steps that a solver makes between two evaluations of the merged model.
         transform: What it makes of a client's curvature before the power; None for nothing.
         output_transform: What stands for it in an output layer whose outputs are the logits of a
-            softmax, and whose inputs are aligned, or about what they are in the clients: where these
-            are alike (`carried_statistics`) and the model has running statistics of its own. None
-            for the same as in any layer.
+            softmax, and whose inputs are aligned, or about what they are in the clients: where
+            these are alike (`carried_statistics`) and the model has running statistics of its own.
+            None for the same as in any layer.
         power: Power that each client's curvature is raised to.
         damping: Part of its mean diagonal entry that is added to the factor over the outputs
             before; not in the output layer of a softmax.
