@@ -14,9 +14,6 @@ from torch import Tensor, nn
 
 from lightning_fedfisher.layers import BATCH_NORMS
 
-FEWEST = 2
-"""Samples of a batch that has statistics: one alone may have no variance."""
-
 
 @dataclass(frozen=True)
 class Normalized:
@@ -88,7 +85,12 @@ def buffer_names(path: str) -> tuple[str, str]:
         >>> buffer_names("bn1")
         ('bn1.running_mean', 'bn1.running_var')
     """
-    return f"{path}.running_mean".lstrip("."), f"{path}.running_var".lstrip(".")
+    prefix = f"{path}." if path else ""
+    return f"{prefix}running_mean", f"{prefix}running_var"
+
+
+class NoVarianceError(ValueError):
+    """A BatchNorm was given one value for each channel."""
 
 
 class BatchStatistics:
@@ -98,14 +100,14 @@ class BatchStatistics:
     is given each batch's statistics as its own.
 
     Attributes:
-        weight: What the next batch counts for: its number of samples. Of 0, nothing is done.
+        sums: Sums of the means and variances, each times its weight, and of the weights.
 
     Example:
         >>> norm = nn.BatchNorm1d(1, affine=False).eval()
         >>> statistics = BatchStatistics(norm)
-        >>> statistics.weight = 2
         >>> norm(torch.tensor([[1.0], [3.0]])).flatten().round(decimals=3)
         tensor([-1.,  1.])
+        >>> statistics.add(weight=2)
         >>> mean, variance = statistics.means()
         >>> float(mean), float(variance)
         (2.0, 2.0)
@@ -117,33 +119,53 @@ class BatchStatistics:
         Args:
             norm: The layer, in eval mode and of a copy of the model: its buffers change.
         """
-        norm.register_forward_pre_hook(self._add)
-        self.weight = 0
+        norm.register_forward_pre_hook(self._note, with_kwargs=True)
         self._size = norm.get_buffer("running_mean").numel()
         self.sums = torch.zeros(2 * self._size + 1, dtype=torch.float64)
+        self._batch = torch.zeros_like(self.sums)
 
     @torch.no_grad()
-    def _add(self, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        """Adds a call's statistics, on the CPU and in float64, in which no sum of many stalls."""
-        if not self.weight:
-            return
-        values = inputs[0].detach().to(torch.promote_types(inputs[0].dtype, torch.float32))
+    def _note(self, norm: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        """Takes a call's statistics, on the CPU and in float64, in which no sum of many stalls."""
+        read = read_by(args, kwargs).detach()
+        values = read.to(torch.promote_types(read.dtype, torch.float32))
         count = values.numel() // self._size
-        if count < FEWEST:
-            raise ValueError(
+        if count <= 1:
+            raise NoVarianceError(
                 "a batch has one value for each channel of a BatchNorm, and so no variance: "
                 "use larger batches"
             )
-        variance, mean = torch.var_mean(
-            values, dim=[d for d in range(values.ndim) if d != 1], correction=1
-        )
+        channels_apart = [d for d in range(values.ndim) if d != 1]
+        variance, mean = torch.var_mean(values, dim=channels_apart, correction=1)
         norm.get_buffer("running_mean").copy_(mean)
         norm.get_buffer("running_var").copy_(variance * ((count - 1) / count))
-        found = torch.cat([mean.cpu().double(), variance.cpu().double()])
-        self.sums[:-1] += self.weight * found
-        self.sums[-1] += self.weight
+        found = [mean.cpu().double(), variance.cpu().double(), torch.ones(1, dtype=torch.float64)]
+        self._batch += torch.cat(found)
+
+    def add(self, weight: int) -> None:
+        """Adds the batch that was run.
+
+        Args:
+            weight: What it counts for: its number of samples. Of 0, it is forgotten.
+        """
+        self.sums += weight * self._batch
+        self._batch.zero_()
 
     def means(self) -> tuple[Tensor, Tensor]:
         """Mean and unbiased variance over all calls, in float64; not a number if there was none."""
         both = self.sums[:-1] / self.sums[-1]
         return both[: self._size], both[self._size :]
+
+
+def read_by(args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> Tensor:
+    """Finds what a BatchNorm is called with.
+
+    Args:
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+
+    Example:
+        >>> read_by((), {"input": torch.ones(1)})
+        tensor([1.])
+    """
+    return args[0] if args else kwargs["input"]

@@ -225,10 +225,11 @@ class DataPass:
     def _measure_statistics(self, copied: nn.Module, samples: SamplePartition) -> None:
         """Gives a copy the running statistics that its weights have, if that is asked for."""
         norms = trained_norms(self._model) if self._options.estimate_statistics else ()
-        if norms and not samples.again:
+        if norms and samples.mixed is None:
             rank_zero_warn(
                 "running statistics are sent as training left them: they take a pass of their own "
-                "over the samples, and an iterator has one (pass a DataLoader or a list of batches)"
+                "over the samples, and a stream may have one alone (pass a DataLoader over a "
+                "map-style data set, or a list of batches)"
             )
         elif norms and self.statistics is None:
             self.statistics = measure_statistics(
@@ -236,8 +237,14 @@ class DataPass:
                 most=self._options.max_samples,
                 bar=self._bar,
             )
+            if not self.statistics.buffers:
+                rank_zero_warn(
+                    "running statistics are sent as training left them: no batch has the two "
+                    "samples that a variance takes (batch_size=)"
+                )
         if self.statistics is not None:
-            copied.load_state_dict(self.statistics.buffers, strict=False)
+            for name, tensor in self.statistics.buffers.items():
+                copied.get_buffer(name).copy_(tensor)
 
     def _pass(self, samples: SamplePartition) -> None:
         """Runs every batch once, and adds up from zero."""

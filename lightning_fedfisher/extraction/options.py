@@ -101,6 +101,9 @@ class ExtractionOptions:
         for name, count in (("batch_size", self.batch_size), ("draws", self.draws)):
             if count is not None and not (isinstance(count, int) and count >= 1):
                 offenders.append(f"{name} must be at least 1, a whole number, got {count!r}")
+        if not isinstance(self.estimate_statistics, bool):
+            told = f"got {self.estimate_statistics!r}"
+            offenders.append(f"estimate_statistics must be True or False, {told}")
         if not 0 <= self.tolerance < 1:
             offenders.append(f"tolerance must lie in [0, 1), got {self.tolerance}")
         if offenders:

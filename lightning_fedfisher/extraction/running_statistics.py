@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,13 +20,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lightning_fedfisher._utils.batches import count_samples
 from lightning_fedfisher.batch_norms import (
-    FEWEST,
     BatchStatistics,
     Normalized,
+    NoVarianceError,
     RunningStatistics,
     buffer_names,
+    read_by,
     tracked_norms,
 )
 from lightning_fedfisher.distributed.processes import Shard
@@ -45,13 +46,16 @@ def trained_norms(model: nn.Module) -> tuple[str, ...]:
         model: The model, in the mode in which it was trained.
 
     Returns:
-        Their paths.
+        Their paths. Those that keep their statistics out of the state dict are left out: they are
+        not sent.
 
     Example:
         >>> trained_norms(nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2).eval()))
         ('0',)
     """
-    return tuple(path for path, norm in tracked_norms(model).items() if norm.training)
+    norms = [path for path, norm in tracked_norms(model).items() if norm.training]
+    sent = model.state_dict().keys() if norms else ()
+    return tuple(path for path in norms if all(name in sent for name in buffer_names(path)))
 
 
 def measure_statistics(
@@ -66,6 +70,9 @@ def measure_statistics(
 ) -> RunningStatistics:
     """Measures a client's running statistics in one pass over its samples.
 
+    Batches are of samples in a random order, as in training: of one class alone, they vary less.
+    Under several processes each normalises by its own batches, as in training too.
+
     Args:
         model: A copy of the user's model, in eval mode.
         layers: Its layers.
@@ -78,22 +85,16 @@ def measure_statistics(
 
     Returns:
         The running statistics; nothing if no batch has two samples.
-
-    Raises:
-        ValueError: If batches of several samples have no variance.
     """
 
     def forward(batch: Any) -> Callable[[nn.Module], Tensor]:
-        return lambda copied: runner.logits(copied, batch)
+        prepared = runner.prepare(model, batch)
+        return lambda copied: runner.logits(copied, prepared)
 
-    preview = runner.prepare(model, samples.preview())
-    measured = StatisticsPass(model, layers, norms, forward(preview))
-
-    def add(batch: Any) -> int:
-        batch = runner.prepare(model, batch)
-        return measured.run(forward(batch), count_samples(batch))
-
-    samples.run(add, most, bar, None)
+    measured = StatisticsPass(model, layers, norms, forward(samples.preview()))
+    assert samples.mixed is not None
+    mixed = replace(samples, batches=samples.mixed)
+    mixed.run(lambda batch: measured.run(forward(batch)), most, bar, None)
     return measured.finish(shard.total)
 
 
@@ -106,7 +107,7 @@ class StatisticsPass:
         >>> _ = nn.init.constant_(model[0].weight, 3.0)
         >>> batch = torch.tensor([[1.0], [3.0]])
         >>> measured = StatisticsPass(model, find_layers(model), ("1",), lambda m: m(batch))
-        >>> measured.run(lambda m: m(batch), samples=2)
+        >>> measured.run(lambda m: m(batch))
         2
         >>> found = measured.finish(lambda tensor: tensor)
         >>> found.buffers["1.running_mean"], found.input_means["0"]
@@ -131,38 +132,34 @@ class StatisticsPass:
         self._model = frozen_copy(model)
         self._recorder = LayerCallRecorder(self._model, layers, self._on_layer_call)
         self._columns = {layer.name: layer.shape[1] for layer in layers}
-        self._statistics: dict[str, BatchStatistics] = {}
-        for path in norms:
-            norm = self._model.get_submodule(path)
-            norm.register_forward_pre_hook(partial(self._on_norm, path))
-            self._statistics[path] = BatchStatistics(norm)
         # Of one forward pass: outputs of layers, with their versions, and calls.
         self._outputs: dict[int, tuple[Tensor, int, str]] = {}
         self._calls: Counter[str] = Counter()
-        self._read: dict[str, list[str]] = {}  # by each norm
         self._means: dict[str, _InputMean] = {}
-        self._weight = 0
-        self._forward(forward)
-        once = {path: read[0] for path, read in self._read.items() if len(read) == 1}
-        # Of a name that is empty there was no call.
-        self._feeds = {path: name for path, name in once.items() if self._calls[name] == 1}
+        self._looks_for_feeds = True
+        self._feeds = self._find_feeds(norms, forward)
+        self._looks_for_feeds = False
         self._means = {name: self._means[name] for name in dict.fromkeys(self._feeds.values())}
+        self._statistics = {p: BatchStatistics(self._model.get_submodule(p)) for p in norms}
 
-    def run(self, forward: Callable[[nn.Module], Tensor], samples: int) -> int:
-        """Runs a batch.
+    def run(self, forward: Callable[[nn.Module], Tensor]) -> int:
+        """Runs a batch. One without variance, as of a single sample, counts for nothing.
 
         Args:
             forward: Runs a model on the batch.
-            samples: What it counts for: about its samples. One alone is not run: it may have no
-                variance.
 
         Returns:
-            The number of samples that were run.
+            The number of samples that count.
         """
-        if samples < FEWEST:
-            return samples
-        self._weight = samples
-        return len(self._forward(forward))
+        try:
+            samples = len(self._forward(forward))
+        except NoVarianceError:
+            samples = 0
+        for statistics in self._statistics.values():
+            statistics.add(samples)
+        for mean in self._means.values():
+            mean.add(samples)
+        return samples
 
     def finish(self, total: Callable[[Tensor], Tensor]) -> RunningStatistics:
         """Gives what was found; each process must call this.
@@ -199,37 +196,56 @@ class StatisticsPass:
 
     def _forward(self, forward: Callable[[nn.Module], Tensor]) -> Tensor:
         """Runs the copy, and lets go of what it made."""
-        for statistics in self._statistics.values():
-            statistics.weight = self._weight
         self._calls.clear()
-        self._read.clear()
-        with torch.enable_grad(), self._recorder:  # which watches nothing without
-            logits = forward(self._model)
-        self._outputs.clear()
-        self._recorder.forget()
-        return logits
+        try:
+            with torch.enable_grad(), self._recorder:  # which watches nothing without
+                return forward(self._model)
+        finally:
+            self._outputs.clear()
+            self._recorder.forget()
+
+    def _find_feeds(
+        self, norms: Sequence[str], forward: Callable[[nn.Module], Tensor]
+    ) -> dict[str, str]:
+        """Finds the layer whose outputs a norm reads, for norms and layers that are called once."""
+        read: dict[str, list[str]] = {path: [] for path in norms}
+
+        def note(path: str, norm: nn.Module, args: Any, kwargs: Any) -> None:
+            values = read_by(args, kwargs)
+            output, version, name = self._outputs.get(id(values), (None, 0, ""))
+            read[path].append(name if output is values and version == values._version else "")
+
+        hooks = [
+            self._model.get_submodule(path).register_forward_pre_hook(
+                partial(note, path), with_kwargs=True
+            )
+            for path in norms
+        ]
+        self._forward(forward)
+        for hook in hooks:
+            hook.remove()
+        return {
+            path: names[0]
+            for path, names in read.items()
+            if len(names) == 1 and self._calls[names[0]] == 1  # of "", nobody's, there is no call
+        }
 
     def _on_layer_call(self, call: WatchedCall) -> Any:
-        """Makes a call, and adds up the mean of what it reads if a norm may follow."""
+        """Makes a call, and takes the mean of what it reads if a norm may follow."""
         output, inputs = call.run(), call.arguments.inputs.detach()
-        for layer, layer_type in call.layers:
-            groups = _groups(layer_type, inputs.ndim)
-            if groups is None or len(call.layers) > 1 or not isinstance(output, Tensor):
-                continue
-            self._calls[layer.name] += 1
-            if self._weight == 0:  # nothing is known yet
-                self._means[layer.name] = _InputMean(groups, self._columns[layer.name])
-                self._outputs[id(output)] = output, output._version, layer.name
-            elif layer.name in self._means:
-                self._means[layer.name].add(layer_type, inputs, output, self._weight)
+        self._calls.update(call.layer_names)
+        if len(call.layers) > 1 or not isinstance(output, Tensor):
+            return output
+        ((layer, layer_type),) = call.layers
+        groups = _groups(layer_type, inputs.ndim)
+        if groups is None:
+            return output
+        if self._looks_for_feeds:
+            self._means[layer.name] = _InputMean(groups, self._columns[layer.name])
+            self._outputs[id(output)] = output, output._version, layer.name
+        elif layer.name in self._means:
+            self._means[layer.name].note(layer_type, inputs, output)
         return output
-
-    def _on_norm(self, path: str, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        """Notes whose outputs a norm reads; nobody's if anything came in between."""
-        if self._weight == 0:
-            output, version, name = self._outputs.get(id(inputs[0]), (None, 0, ""))
-            same = output is inputs[0] and version == inputs[0]._version
-            self._read.setdefault(path, []).append(name if same else "")
 
 
 class _InputMean:
@@ -243,15 +259,15 @@ class _InputMean:
     def __init__(self, groups: int, columns: int) -> None:
         self.groups = groups
         self.sums = torch.zeros(groups * columns + 1, dtype=torch.float64)
+        self._batch = torch.zeros_like(self.sums)
 
-    def add(self, layer_type: LayerType, inputs: Tensor, output: Tensor, weight: int) -> None:
-        """Adds a call: the gradient of its mean output with respect to the layer's matrix.
+    def note(self, layer_type: LayerType, inputs: Tensor, output: Tensor) -> None:
+        """Takes a call: the gradient of its mean output with respect to the layer's matrix.
 
         Args:
             layer_type: What the call computes.
             inputs: What it reads, samples first.
             output: What it returns, with features in the second dimension.
-            weight: Number of samples.
         """
         # Gradients add up over samples, whose mean is read at once; and all outputs of a group read
         # the same.
@@ -259,9 +275,13 @@ class _InputMean:
         mean = inputs.to(exact).mean(dim=0, keepdim=True)
         ones = mean.new_ones(1, 1, self.groups, *output.shape[2:])
         (found,) = layer_type.per_sample_gradients(mean, ones, samples=1)
-        positions = math.prod(output.shape[2:])
-        self.sums[:-1] += weight / positions * found.flatten().cpu().double()
-        self.sums[-1] += weight
+        self._batch[:-1] += found.flatten().cpu().double() / math.prod(output.shape[2:])
+        self._batch[-1] += 1
+
+    def add(self, weight: int) -> None:
+        """Adds the batch that was run; see `BatchStatistics`."""
+        self.sums += weight * self._batch
+        self._batch.zero_()
 
 
 def _groups(layer_type: LayerType, ndim: int) -> int | None:

@@ -7,7 +7,7 @@ not: it is a mean over the samples themselves, and the same number on one proces
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -87,6 +87,8 @@ class SamplePartition:
             loader cannot tell.
         indices: Places of this process's samples among all ``count`` of them; None with ``count``.
         again: Whether `batches` can be read more than once.
+        mixed: The same samples once more, in batches of a random order where they have indices;
+            None where a second reading may give others, or none.
         batch_size: Number of samples in a batch; None if the loader decides.
         rebatch: Function that gives the same samples in batches of another size; None if the
             loader decides.
@@ -98,6 +100,7 @@ class SamplePartition:
     population: int | None = None
     indices: range | None = None
     again: bool = True
+    mixed: Iterable[Any] | None = None
     batch_size: int | None = None
     rebatch: Callable[[int], SamplePartition] | None = None
 
@@ -208,7 +211,8 @@ def partition_samples(
                 "`dataloader=` a DataLoader over a map-style data set"
             )
         stream = _Stream(dataloader)
-        return SamplePartition(stream, stream.first, again=stream.again)
+        mixed = dataloader if isinstance(dataloader, Sequence) else None
+        return SamplePartition(stream, stream.first, again=stream.again, mixed=mixed)
     batch_sampler = _batch_sampler(dataloader)
     population = _trained_indices(dataloader, batch_sampler.sampler)
     chosen = population
@@ -219,17 +223,19 @@ def partition_samples(
     mine = range(shard.rank, len(chosen), shard.world_size)
 
     def in_batches_of(size: int | None) -> SamplePartition:
-        batches = DataLoader(
-            dataloader.dataset,
-            batch_size=size,
-            sampler=[chosen[place] for place in mine],
-            collate_fn=dataloader.collate_fn,
-            num_workers=dataloader.num_workers,
-            worker_init_fn=dataloader.worker_init_fn,
-            multiprocessing_context=dataloader.multiprocessing_context,
-            timeout=dataloader.timeout,
-            generator=torch.Generator().manual_seed(seed),
-        )
+        def loader(places: Sequence[int]) -> DataLoader[Any]:
+            return DataLoader(
+                dataloader.dataset,
+                batch_size=size,
+                sampler=[chosen[place] for place in places],
+                collate_fn=dataloader.collate_fn,
+                num_workers=dataloader.num_workers,
+                worker_init_fn=dataloader.worker_init_fn,
+                multiprocessing_context=dataloader.multiprocessing_context,
+                timeout=dataloader.timeout,
+                generator=torch.Generator().manual_seed(seed),
+            )
+
         previewed = min(PREVIEW, max(_FEWEST_TRACED, size or 1))
         few = DataLoader(
             dataloader.dataset,
@@ -239,12 +245,14 @@ def partition_samples(
             collate_fn=dataloader.collate_fn,
             generator=torch.Generator().manual_seed(seed),
         )
+        shuffled = np.random.default_rng(seed).permutation(mine).tolist()
         return SamplePartition(
-            batches,
+            loader(mine),
             lambda: next(iter(few)),
             len(chosen),
             len(population),
             mine,
+            mixed=loader(shuffled),
             batch_size=size,
             rebatch=in_batches_of,
         )

@@ -14,10 +14,8 @@ outputs are: `similarity` tells.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
 
 import torch
 from torch import Tensor
@@ -27,8 +25,7 @@ from lightning_fedfisher.curvature.base import Curvature
 from lightning_fedfisher.curvature.registry import KINDS
 from lightning_fedfisher.distributed.progress import progress_bar
 from lightning_fedfisher.layers import Layer
-from lightning_fedfisher.merge.influence_cap import cap_values
-from lightning_fedfisher.merge.objective import average
+from lightning_fedfisher.merge.influence_cap import median
 from lightning_fedfisher.update.client_update import ClientUpdate
 
 ALIKE = 0.9
@@ -56,13 +53,14 @@ def common_norms(updates: Sequence[ClientUpdate]) -> dict[str, Normalized]:
 
 
 def carried_buffers(
-    updates: Sequence[ClientUpdate], merged: Mapping[str, Tensor]
+    updates: Sequence[ClientUpdate], merged: Mapping[str, Tensor], moments: bool = True
 ) -> list[dict[str, Tensor]]:
     """Carries each client's running statistics over to the merged weights.
 
     Args:
         updates: The updates of all clients, found to belong together.
         merged: The merged matrix of each layer, by layer name.
+        moments: Whether to use the second moments of inputs that the clients sent.
 
     Returns:
         For each client all of its buffers, by name.
@@ -74,10 +72,10 @@ def carried_buffers(
             buffers = update.buffers
             for path, norm in norms.items():
                 layer = layers[norm.layer]
-                outputs = _Outputs.of(update, layer, norm, update.input_mean(layer))
+                outputs = _Outputs.of(update, layer, norm, moments)
                 names = buffer_names(path)
                 location, variance = (buffers[name].double() for name in names)
-                moved = outputs.moved(merged[norm.layer].double().cpu(), location, variance)
+                moved = outputs.moved(merged[norm.layer].cpu().double(), location, variance)
                 for name, value in zip(names, moved, strict=True):
                     limits = torch.finfo(buffers[name].dtype)
                     buffers[name] = value.clamp(limits.min, limits.max).to(buffers[name])
@@ -85,16 +83,15 @@ def carried_buffers(
     return found
 
 
-def similarity(updates: Sequence[ClientUpdate], max_influence: float = math.inf) -> float | None:
+def similarity(updates: Sequence[ClientUpdate]) -> float | None:
     """Tells how much a merge of the clients would compute what they compute.
 
-    Of each layer that a BatchNorm follows, it compares the outputs that the average of the weights
-    gives on a client's inputs with the client's own: their correlation, as the median over outputs
-    and over clients.
+    Of each layer that a BatchNorm follows, it compares the outputs that the clients' median weights
+    give on a client's inputs with the client's own: their correlation, as the median over outputs
+    and over clients. So a few clients cannot decide it.
 
     Args:
         updates: The updates of all clients, found to belong together.
-        max_influence: As for `merge_buffers`.
 
     Returns:
         The least of any layer, at most 1. None if it is known of no layer.
@@ -102,18 +99,19 @@ def similarity(updates: Sequence[ClientUpdate], max_influence: float = math.inf)
     norms, first = common_norms(updates).values(), updates[0]
     known = {norm.layer: norm for norm in norms if _holds_moments(first, norm)}
     layers = [layer for layer in first.layers if layer.name in known]
-    samples = [float(update.num_samples) for update in updates]
-    least: float | None = None
+    least: list[float] = []
     for layer in progress_bar(layers, "similarity of the clients"):
-        every = [update.weights(layer).double() for update in updates]
-        merged, found = average(*cap_values(samples, every, max_influence)), []
+        middle = median([update.weights(layer) for update in updates]).double()
+        found = []
         for update in updates:
             with update.opened():
-                mean = update.input_mean(layer)
-                outputs = _Outputs.of(update, layer, known[layer.name], mean)
-            found.append(float(outputs.correlations(merged).median()))
-        least = min(median(found), 1.0 if least is None else least)
-    return least
+                outputs = _Outputs.of(update, layer, known[layer.name])
+            correlations = outputs.correlations(middle)
+            if len(correlations):
+                found.append(correlations.quantile(0.5))
+        if found:
+            least.append(float(torch.stack(found).quantile(0.5)))
+    return min(least, default=None)
 
 
 def describe_unlike(found: float | None) -> str:
@@ -150,23 +148,42 @@ class _Outputs:
 
     Attributes:
         own: The client's weights.
-        mean: The mean of the inputs of each output, of the shape of the weights.
+        mean: The mean of what each output's weights are multiplied by, of the weights' shape.
         moments: The second moment of the inputs; None if it is not known, and inputs are taken to
             vary alike and independently.
+        center: The mean of the inputs that `moments` were computed from.
+        inputs: Number of columns without that of the bias.
     """
 
     own: Tensor
     mean: Tensor
     moments: Curvature | None
+    center: Tensor
+    inputs: int
 
     @classmethod
-    def of(cls, update: ClientUpdate, layer: Layer, norm: Normalized, mean: Tensor) -> _Outputs:
-        """Reads a layer of a client."""
-        own, moments = update.weights(layer).double(), None
-        if _holds_moments(update, norm):
-            moments = update.block(layer, dtype=torch.float64).of_inputs()
+    def of(
+        cls, update: ClientUpdate, layer: Layer, norm: Normalized, moments: bool = True
+    ) -> _Outputs:
+        """Reads a layer of a client.
+
+        Args:
+            update: The client's update.
+            layer: The layer.
+            norm: What is known of it.
+            moments: Whether to read the second moment of the inputs, if there is one.
+        """
+        own, mean = update.weights(layer).double(), update.input_mean(layer).double()
+        held, center = None, mean
+        if moments and _holds_moments(update, norm):
+            held = update.block(layer, dtype=torch.float64).of_inputs()
+            if layer.inputs < layer.shape[1]:
+                # Where the bias has its column are the means of the very samples and positions.
+                unit = torch.zeros_like(own)
+                unit[:, -1] = 1
+                center = held.apply(unit)[:1]
         rows = layer.shape[0] // norm.groups
-        return cls(own, mean.double().repeat_interleave(rows, dim=0), moments)
+        return cls(own, mean.repeat_interleave(rows, dim=0), held, center, layer.inputs)
 
     def means(self, weights: Tensor) -> Tensor:
         """Computes the mean of each output, of shape ``(rows,)``."""
@@ -175,21 +192,24 @@ class _Outputs:
     def covariances(self, one: Tensor, other: Tensor) -> Tensor:
         """Computes the covariance of each output for some weights with that for others."""
         if self.moments is None:
-            return (one * other).sum(1)
-        second = (self.moments.apply(one) * other).sum(1)
-        return second - self.means(one) * self.means(other)
+            return (one * other)[:, : self.inputs].sum(1)
+        centered = (one * self.center).sum(1) * (other * self.center).sum(1)
+        return (self.moments.apply(one) * other).sum(1) - centered
 
     def correlations(self, weights: Tensor) -> Tensor:
-        """Computes each output's correlation with the client's own; 0 where one is constant."""
+        """Computes the correlation of outputs with the client's own, of those that vary in both."""
         spreads = self.covariances(weights, weights), self.covariances(self.own, self.own)
-        scale = (spreads[0].clamp_min(0) * spreads[1].clamp_min(0)).sqrt()
         together = self.covariances(weights, self.own)
-        return torch.where(scale > 0, together / scale, 0.0).clamp(-1, 1)
+        vary = (spreads[0] > 0) & (spreads[1] > 0)
+        found = together[vary] / (spreads[0][vary] * spreads[1][vary]).sqrt()
+        return found.clamp(-1, 1)
 
     def moved(self, weights: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
         """Carries means and variances, measured for the client's weights, over to others."""
         before, after = (self.covariances(each, each) for each in (self.own, weights))
         floor = _FLOOR * (variance if self.moments is not None else before)
-        floor = floor.clamp_min(torch.finfo(torch.float32).tiny)
-        ratio = torch.maximum(after, floor) / torch.maximum(before, floor)
-        return mean + self.means(weights - self.own), variance * ratio
+        lowest, highest = torch.maximum(before, floor), torch.maximum(after, floor)
+        moved = variance * torch.where(lowest > 0, highest / lowest, 1.0)
+        if self.moments is not None:  # of an output that is constant in the client
+            moved = torch.where(variance > 0, moved, after.clamp_min(0))
+        return mean + self.means(weights - self.own), moved

@@ -6,7 +6,8 @@ anybody's.
 *What the server learns of a client*: everything in its update. The weights themselves, from which
 images have been reconstructed where models are small or overfitted; the second moments of each
 layer's inputs and gradients, the first of them those of the data; the number of samples; in the
-running statistics of normalisation, per-channel means of its features. No noise is added, and there
+running statistics of normalisation, and in the means of inputs before it, means of its data and
+features. No noise is added, and there
 is no differential privacy. A diagonal merge can do without seeing any single update:
 `secure_aggregation` has the sums for it.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -97,9 +98,12 @@ class Merger:
         self._norms = {} if estimate is not None else common_norms(updates)
         self.similarity: float | None = None
         if method.output_transform is not None and (self._norms or estimate is not None):
-            self.similarity = similarity(updates, method.max_influence)
+            with _refusing():
+                self.similarity = similarity(updates)
         own_statistics = bool(self._norms) or estimate is not None
-        alike = self.similarity is None or self.similarity >= ALIKE
+        # Samples alone were enough before updates told how alike they are.
+        unknown = 1.0 if estimate is not None else 0.0
+        alike = (unknown if self.similarity is None else self.similarity) >= ALIKE
         self.loader = LayerLoader(updates, method, budget, keeps_means=own_statistics and alike)
         self.merged: Sequence[Tensor] = [
             torch.zeros(layer.shape, dtype=self.loader.dtype(index))
@@ -141,10 +145,9 @@ class Merger:
                 )
             estimate = estimator(model, statistics_loader)
         updates = open_updates(sources, options.row, options.skip_invalid)
-        merger = cls(updates, options.row, options.memory_budget, estimate)
         if model is not None:
             require_fit(model, updates[0])
-        return merger
+        return cls(updates, options.row, options.memory_budget, estimate)
 
     def restart(self) -> None:
         """Starts anew, with nothing solved."""
@@ -238,10 +241,8 @@ class Merger:
         if not at_once and not self.loader.budget.fits(index, self.solvers):
             return False
         merged = [matrix.detach() for matrix in self.merged]
-        try:
+        with _refusing():
             loaded = self.loader.read(index, self._device, merged, self._prepared.pop(index, None))
-        except UpdateError as error:  # what was packed so that it cannot be unpacked
-            raise MergeError([str(error)]) from error
         self.loader.budget.sizes[index] = loaded.nbytes
         self._measured[index] = loaded.influence
         self.solvers[index] = self.method.solver(loaded.problem)
@@ -304,7 +305,9 @@ class Merger:
             self.fill()
             names = (layer.name for layer in self.layers)
             matrices = dict(zip(names, (m.detach() for m in self.merged), strict=True))
-            carried = carried_buffers(self.updates, matrices)
+            with _refusing():
+                moments = not self.method.ignores_curvature  # or nobody has checked it
+                carried = carried_buffers(self.updates, matrices, moments)
             self.buffers = merge_buffers(self.updates, self.method.max_influence, carried)
         if self._estimate is None:
             return
@@ -374,3 +377,12 @@ class Merger:
             fedavg_bytes=self.updates[0].fedavg_bytes,
             seconds=self.seconds,
         )
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Refuses the merge where something was packed so that it cannot be unpacked."""
+    try:
+        yield
+    except UpdateError as error:
+        raise MergeError([str(error)]) from error

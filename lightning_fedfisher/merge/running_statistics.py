@@ -16,18 +16,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from lightning_fedfisher._utils.batches import count_samples
 from lightning_fedfisher._utils.random_states import kept_random_states
 from lightning_fedfisher.batch_norms import (
-    FEWEST,
     BatchStatistics,
     buffer_names,
     tracked_norms,
 )
 from lightning_fedfisher.distributed.progress import progress_bar
 from lightning_fedfisher.merge.loaded_model import loaded_copy, to_device
+
+_FEWEST = 2  # samples of a batch: one alone may have no variance
 
 Estimate = Callable[[Mapping[str, Tensor], torch.device], tuple[dict[str, Tensor], int]]
 """Finds the running statistics of a model with given weights, and the number of samples it saw."""
@@ -110,13 +111,13 @@ def estimate_statistics(
     with torch.no_grad(), _same_random_numbers():
         for batch in progress_bar(batches, "running statistics", None):
             inputs = to_device(batch[0] if isinstance(batch, list | tuple) else batch, device)
-            count = count_samples(inputs)
-            if count < FEWEST:
+            count = _count(inputs)
+            if count < _FEWEST:
                 continue
             samples += count
-            for each in sums.values():
-                each.weight = count
             copied(inputs)
+            for each in sums.values():
+                each.add(count)
     if not samples:
         raise ValueError("the statistics loader gives no batch of two samples or more")
     found = {
@@ -138,3 +139,12 @@ def _same_random_numbers() -> Iterator[None]:
         np.random.seed(0)
         torch.default_generator.manual_seed(0)  # and no GPU's: samples are drawn on the CPU
         yield
+
+
+def _count(inputs: Any) -> int:
+    """Counts the samples of a batch: the first dimension of its first tensor."""
+    sizes: list[int] = []
+    apply_to_collection(inputs, Tensor, lambda tensor: sizes.append(len(tensor)))
+    if not sizes:
+        raise ValueError(f"a batch of {type(inputs).__name__} holds no tensor")
+    return sizes[0]

@@ -121,6 +121,7 @@ def head_from_sums(total: Mapping[str, Tensor], like: ClientUpdate) -> ClientUpd
         curvature_samples=samples,
         metadata={},
         quantized={},
+        normalized={},
         fit=LeastSquaresFit(max(error, 0.0), float(means["observations"])),
     )
     return ClientUpdate(header, tensors, "this sum")

@@ -189,6 +189,7 @@ def update_from_sums(
         kinds=dict.fromkeys(like.header.kinds, Diagonal.kind),
         metadata={},
         quantized={},
+        normalized={},  # no means of inputs are summed
     )
     return ClientUpdate(header, tensors, "this sum")
 

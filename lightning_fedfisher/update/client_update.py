@@ -334,19 +334,19 @@ class ClientUpdate:
         Raises:
             BudgetError: If there is not even room for a bit of each entry.
         """
-        size, least = budget_bytes(upload_budget, self.fedavg_bytes), fewest_bytes(self.header)
+        rest = sum(map(self.sent_bytes, ("buffers/", "input_means/")))
+        size, least = (
+            budget_bytes(upload_budget, self.fedavg_bytes),
+            rest + fewest_bytes(self.header),
+        )
         if size < min(self.upload_bytes, least):
-            why = f"at least {least} bytes are needed"
-            raise budget_error(self.source, upload_budget, size, why)
+            raise budget_error(self.source, upload_budget, size, f"at least {least} are needed")
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Writes the update; a reader sees the old file or the whole new one.
+        """Writes the update, and returns the path; a reader sees the old file or the whole new one.
 
         Args:
             path: Path of the file; missing folders are made.
-
-        Returns:
-            The path.
         """
         write_file(path := Path(path), self.header, self._tensors)
         return path

@@ -60,7 +60,8 @@ def inconsistencies(header: UpdateHeader, shapes: Mapping[str, tuple[int, ...]])
     offenders += problems
     if header.fit is not None and list(header.kinds.values()) != [InputGram.kind]:
         offenders.append("a fit is told, and there is more than one layer's input_gram")
-    offenders += [f"{n} is packed and unknown" for n in header.quantized if n not in expected]
+    packable = {name for name in expected if not name.startswith("input_means/")}
+    offenders += [f"{n} is packed and unknown" for n in header.quantized if n not in packable]
     found = {name: shape for name, shape in shapes.items() if not name.startswith("buffers/")}
     for name in sorted(expected.keys() | found.keys()):
         if name in header.quantized and len(found.get(name, ())) == 1:

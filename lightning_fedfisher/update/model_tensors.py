@@ -48,7 +48,8 @@ def collect_tensors(
     }
     for name, tensor in model.named_buffers():
         if name in persistent:
-            named[f"buffers/{name}"] = measured.buffers.get(name, tensor)
+            # In the type of the model, whose copy may have been more exact.
+            named[f"buffers/{name}"] = measured.buffers.get(name, tensor).to(tensor.dtype)
     for name, mean in measured.input_means.items():
         named[f"input_means/{name}"] = mean
     tensors = {

@@ -83,7 +83,7 @@ def perturbed(update: ClientUpdate, seed: int) -> ClientUpdate:
             tensors[f"curvature/{name}/{part}"] = congruent(factor)
     samples = round(update.num_samples * math.exp(normal(1).item()))
     samples = max(samples, update.header.curvature_samples)
-    header = dataclasses.replace(update.header, num_samples=samples)
+    header = dataclasses.replace(update.header, num_samples=samples, normalized={})
     return ClientUpdate(header, tensors)
 
 

@@ -119,7 +119,7 @@ def forge(updates: Sequence[ClientUpdate], attack: str, bound: float) -> ClientU
     tensors = {f"parameters/{name}": tensor for name, tensor in first.parameters.items()}
     for name, block in first.blocks.items():
         tensors |= {f"curvature/{name}/{part}": t for part, t in block.tensors().items()}
-    header: UpdateHeader = dataclasses.replace(first.header, quantized={})
+    header: UpdateHeader = dataclasses.replace(first.header, quantized={}, normalized={})
     if attack == SHREWD:
         most = bound if bound < math.inf else 10.0
         for name in names:

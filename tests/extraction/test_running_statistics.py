@@ -8,11 +8,12 @@ from helpers.federation import NormedClassifier, quiet_trainer, tiny_data, tiny_
 from torch import nn
 from torch.nn import functional
 from torch.optim.swa_utils import update_bn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_fedfisher import ClientUpdate, FedFisherCallback, extract_curvature
 from lightning_fedfisher.batch_norms import Normalized, buffer_names
 from lightning_fedfisher.distributed.processes import Shard
+from lightning_fedfisher.errors import BudgetError
 from lightning_fedfisher.extraction.running_statistics import StatisticsPass, trained_norms
 from lightning_fedfisher.layers import find_layers
 
@@ -60,7 +61,7 @@ def _batches(sizes=(5, 7), seed=1):
 
 def _extract(model, batches=None, **options):
     kinds = {"curvature": "kfac", "estimate_statistics": True, "progress": False}
-    return extract_curvature(model, batches or _batches(), **kinds | options)
+    return extract_curvature(model, _batches() if batches is None else batches, **kinds | options)
 
 
 FED = {
@@ -143,14 +144,85 @@ def test_single_samples_are_left_out():
     whole, alone = _batches((6,)), _batches((6, 1))
     for name, tensor in _extract(model, whole).statistics.buffers.items():
         assert torch.equal(_extract(model, alone).statistics.buffers[name], tensor)
-    nothing = _extract(model, _batches((1, 1)), curvature="input_gram").statistics
+    with pytest.warns(UserWarning, match="no batch has the two samples"):
+        nothing = _extract(model, _batches((1, 1)), curvature="input_gram").statistics
     assert not nothing.buffers
     assert not nothing.normalized
 
 
-def test_a_stream_that_ends_keeps_the_statistics_and_says_so():
-    with pytest.warns(UserWarning, match="as training left them"):
-        assert not _extract(_branches().train(), iter(_batches())).statistics.buffers
+class _Once(IterableDataset):
+    """Samples that can be read once, however often they are asked for."""
+
+    def __init__(self):
+        self.left = [(x, y) for xs, ys in _batches() for x, y in zip(xs, ys, strict=True)]
+
+    def __iter__(self):
+        while self.left:
+            yield self.left.pop()
+
+
+def test_a_stream_keeps_the_statistics_and_says_so():
+    for stream in (iter(_batches()), DataLoader(_Once(), batch_size=6)):
+        with pytest.warns(UserWarning, match="as training left them"):
+            assert not _extract(_branches().train(), stream).statistics.buffers
+
+
+def test_a_sorted_data_set_has_the_statistics_of_a_shuffled_one():
+    """Batches of one class vary less: samples are mixed, as in training."""
+    model = _branches().train()
+    x = torch.cat([4.0 * label + _batches((60,), label)[0][0] for label in range(3)])
+    y = torch.arange(3).repeat_interleave(60)
+    loader = DataLoader(TensorDataset(x, y), batch_size=20)
+    found = _extract(model, loader, curvature="input_gram").statistics.buffers
+    update_bn([x], model)
+    exact = model.norm1.running_var
+    torch.testing.assert_close(found["norm1.running_var"], exact, rtol=0.15, atol=0)
+
+
+class Unusual(nn.Module):
+    """A norm called by keyword, a layer on vectors and on tokens, and statistics that stay here."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm = nn.Linear(3, 4), nn.BatchNorm1d(4)
+        self.other, self.kept = nn.Linear(4, 4), nn.BatchNorm1d(4)
+        del self.kept.running_mean, self.kept.running_var
+        self.kept.register_buffer("running_mean", torch.zeros(4), persistent=False)
+        self.kept.register_buffer("running_var", torch.ones(4), persistent=False)
+
+    def forward(self, x):
+        first = self.norm(input=self.layer(x))
+        return self.kept(self.other(first)) + self.layer(x.unsqueeze(1)).squeeze(1)
+
+
+def test_unusual_calls_and_buffers():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Unusual().train()
+    batch = {"scale": torch.tensor(1.0), "x": torch.randn(6, 3), "y": torch.zeros(6).long()}
+    found = _extract(model, [batch], forward=lambda m, b: (m(b["x"]), b["y"]))
+    assert set(found.statistics.buffers) == {*buffer_names("norm")}
+    assert not found.statistics.normalized  # its layer is called twice
+    ClientUpdate.from_model(model, found.header(6), found.blocks, found.statistics)
+
+
+def test_statistics_are_sent_in_the_type_of_the_model(tmp_path):
+    model = _branches().to(torch.bfloat16).train()
+    found = _extract(model, [(x.float(), y) for x, y in _batches()])
+    update = ClientUpdate.from_model(model, found.header(12), found.blocks, found.statistics)
+    opened = ClientUpdate.open(update.save(tmp_path / "client.safetensors"))
+    assert opened.buffers["norm1.running_var"].dtype == torch.bfloat16
+
+
+def test_a_budget_without_room_for_means_is_refused_before_training(tmp_path):
+    layers = nn.Conv2d(1, 64, 1), nn.BatchNorm2d(64), nn.Conv2d(64, 64, 11, groups=64, padding=5)
+    network = nn.Sequential(*layers, nn.BatchNorm2d(64), nn.Flatten(), nn.Linear(4096, 3))
+    module = NormedClassifier()
+    module.network = network
+    callback = FedFisherCallback(tmp_path / "client.safetensors", upload_budget=0.1)
+    with pytest.raises(BudgetError):
+        quiet_trainer(tmp_path, callbacks=[callback]).fit(module, tiny_loader())
+    assert network[1].num_batches_tracked == 0
 
 
 def test_processes_find_what_one_finds():
@@ -163,7 +235,7 @@ def test_processes_find_what_one_finds():
             model.eval(), find_layers(model), ("norm1", "norm2"), lambda m: m(data.tensors[0][:2])
         )
         for batch, _ in [*loader][rank : rank + 1]:
-            measured.run(lambda m, x=batch: m(x), len(batch))
+            measured.run(lambda m, x=batch: m(x))
         passes.append(measured)
     sums = [[*m._statistics.values(), *m._means.values()] for m in passes]
     places = [[sums[rank][i].sums for rank in range(3)] for i in range(len(sums[0]))]
@@ -174,7 +246,7 @@ def test_processes_find_what_one_finds():
         model, find_layers(model), ("norm1", "norm2"), lambda m: m(data.tensors[0][:2])
     )
     for batch, _ in loader:
-        whole.run(lambda m, x=batch: m(x), len(batch))
+        whole.run(lambda m, x=batch: m(x))
     expected = whole.finish(lambda tensor: tensor)
     assert found.normalized == expected.normalized
     for name, tensor in {**expected.buffers, **expected.input_means}.items():
