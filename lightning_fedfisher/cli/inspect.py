@@ -85,6 +85,7 @@ def _facts(update: ClientUpdate) -> dict[str, Any]:
         "output_layer": header.output_layer,
         "frozen": sorted(header.frozen),
         "buffers": {"bytes": update.sent_bytes("buffers/")},
+        "input_means": {"bytes": update.sent_bytes("input_means/")},
         "metadata": dict(header.metadata),
         "layers": layers,
     }
