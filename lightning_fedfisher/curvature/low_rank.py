@@ -11,6 +11,7 @@ from torch import Tensor
 _PROBES = 8  # vectors that show what a root leaves: it escapes all of them once in 10^9 times
 _BLOCK = 64  # rows of a root that are found together
 _STRIP = 128  # rows that are converted to float64 at a time
+_ROUNDING = 64 * torch.finfo(torch.float64).eps  # of sums of a few hundred products
 _FLATTEST = 1e-3  # eigenvalue of a block, as a multiple of its largest, that may be divided by
 
 
@@ -39,7 +40,7 @@ def pivoted_root(matrix: Tensor, most: int) -> tuple[Tensor, float]:
     scale = matrix.diagonal().double().sqrt()
     left, root, rank = torch.ones_like(scale), scale.new_empty(most, len(scale)), 0
     while rank < most:
-        rounding = max(4 * torch.finfo(matrix.dtype).eps, -2 * float(left.min()))
+        rounding = max(4 * torch.finfo(matrix.dtype).eps, _ROUNDING, -2 * float(left.min()))
         block = left.argsort(descending=True, stable=True)[: min(_BLOCK, most - rank)]
         block = block[left[block] > rounding]
         if not len(block):

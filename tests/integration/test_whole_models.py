@@ -29,19 +29,27 @@ def test_a_torchvision_resnet_goes_through_callback_and_merge(tmp_path):
 
     torch.manual_seed(0)
     start = Residual().state_dict()
-    updates, models = [], []
+    updates, carried, models = [], [], []
     for client in range(2):
         generator = torch.Generator().manual_seed(client)
         x = 2 * torch.randn(6 + 6 * client, 3, 32, 32, generator=generator) + client
         data = TensorDataset(x, torch.arange(len(x)) % 3)
         model = Residual()
         model.load_state_dict(start)
-        callback = FedFisherCallback(tmp_path / f"{client}.safetensors", curvature="diagonal")
-        trainer = quiet_trainer(tmp_path, callbacks=[callback])
+        options = {"curvature": "diagonal", "estimate_statistics": False}
+        callback = FedFisherCallback(tmp_path / f"{client}.safetensors", **options)
+        anew = FedFisherCallback(tmp_path / f"{client}-anew.safetensors")
+        trainer = quiet_trainer(tmp_path, callbacks=[callback, anew])
         trainer.fit(model, DataLoader(data, batch_size=3, shuffle=True))
         updates.append(callback.update)
+        carried.append(anew.update)
         models.append(model.network)
     server = Residual()
+    norms = {path for path, module in server.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    assert carried[0].header.normalized.keys() == norms
+    assert torch.isfinite(
+        merge(carried, tmp_path).merged_state_dict()["network.bn1.running_var"]
+    ).all()
     merge(updates, tmp_path, model=server)
     means = [model.bn1.running_mean for model in models]
     variances = [model.bn1.running_var for model in models]
