@@ -93,14 +93,58 @@ class NoVarianceError(ValueError):
     """A BatchNorm was given one value for each channel."""
 
 
-class BatchStatistics:
+class BatchMean:
+    """The mean of what calls give, over batches that count for their samples.
+
+    Attributes:
+        sums: Sums over batches of what calls gave, times the batch's weight, and of the weights.
+
+    Example:
+        >>> found = BatchMean(size=1)
+        >>> for number, weight in ((1.0, 3), (5.0, 1)):
+        ...     found.note(torch.tensor([number]))
+        ...     found.add(weight)
+        >>> found.value()
+        tensor([2.], dtype=torch.float64)
+    """
+
+    def __init__(self, size: int) -> None:
+        """Starts at zero.
+
+        Args:
+            size: Entries of what a call gives.
+        """
+        self.sums = torch.zeros(size + 1, dtype=torch.float64)
+        self._batch = torch.zeros_like(self.sums)
+
+    def note(self, values: Tensor) -> None:
+        """Takes what a call gives, on the CPU and in float64, in which no sum of many stalls.
+
+        Args:
+            values: A tensor of `size` entries.
+        """
+        self._batch[:-1] += values.flatten().cpu().double()
+        self._batch[-1] += 1
+
+    def add(self, weight: int) -> None:
+        """Adds the batch that was run.
+
+        Args:
+            weight: What it counts for: its number of samples. Of 0, it is forgotten.
+        """
+        self.sums += weight * self._batch
+        self._batch.zero_()
+
+    def value(self) -> Tensor:
+        """The mean over all calls, in float64; not a number if there was none."""
+        return self.sums[:-1] / self.sums[-1]
+
+
+class BatchStatistics(BatchMean):
     """Has a BatchNorm normalise by its batches, and adds up their means and variances.
 
     The layers behind it then see what they saw in training. The layer itself stays in eval mode: it
     is given each batch's statistics as its own.
-
-    Attributes:
-        sums: Sums of the means and variances, each times its weight, and of the weights.
 
     Example:
         >>> norm = nn.BatchNorm1d(1, affine=False).eval()
@@ -119,17 +163,18 @@ class BatchStatistics:
         Args:
             norm: The layer, in eval mode and of a copy of the model: its buffers change.
         """
-        norm.register_forward_pre_hook(self._note, with_kwargs=True)
-        self._size = norm.get_buffer("running_mean").numel()
-        self.sums = torch.zeros(2 * self._size + 1, dtype=torch.float64)
-        self._batch = torch.zeros_like(self.sums)
+        self._channels = norm.get_buffer("running_mean").numel()
+        super().__init__(2 * self._channels)
+        norm.register_forward_pre_hook(self._on_call, with_kwargs=True)
 
     @torch.no_grad()
-    def _note(self, norm: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        """Takes a call's statistics, on the CPU and in float64, in which no sum of many stalls."""
+    def _on_call(
+        self, norm: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
+    ) -> None:
+        """Gives the layer the statistics of what it is called with, and takes note of them."""
         read = read_by(args, kwargs).detach()
         values = read.to(torch.promote_types(read.dtype, torch.float32))
-        count = values.numel() // self._size
+        count = values.numel() // self._channels
         if count <= 1:
             raise NoVarianceError(
                 "a batch has one value for each channel of a BatchNorm, and so no variance: "
@@ -139,22 +184,12 @@ class BatchStatistics:
         variance, mean = torch.var_mean(values, dim=channels_apart, correction=1)
         norm.get_buffer("running_mean").copy_(mean)
         norm.get_buffer("running_var").copy_(variance * ((count - 1) / count))
-        found = [mean.cpu().double(), variance.cpu().double(), torch.ones(1, dtype=torch.float64)]
-        self._batch += torch.cat(found)
-
-    def add(self, weight: int) -> None:
-        """Adds the batch that was run.
-
-        Args:
-            weight: What it counts for: its number of samples. Of 0, it is forgotten.
-        """
-        self.sums += weight * self._batch
-        self._batch.zero_()
+        self.note(torch.cat([mean, variance]))
 
     def means(self) -> tuple[Tensor, Tensor]:
         """Mean and unbiased variance over all calls, in float64; not a number if there was none."""
-        both = self.sums[:-1] / self.sums[-1]
-        return both[: self._size], both[self._size :]
+        both = self.value()
+        return both[: self._channels], both[self._channels :]
 
 
 def read_by(args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> Tensor:

@@ -142,7 +142,7 @@ class FedFisherCallback(Callback):
             draws=draws,
             seed=seed,
             positions=positions,
-            estimate_statistics=estimate_statistics and not closed_form_head,
+            estimate_statistics=False if closed_form_head else estimate_statistics,
         )
         if num_samples is not None and not (isinstance(num_samples, int) and num_samples >= 1):
             raise ValueError(f"num_samples must be a whole number, at least 1, got {num_samples!r}")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_fedfisher.batch_norms import (
+    BatchMean,
     BatchStatistics,
     Normalized,
     NoVarianceError,
@@ -155,9 +156,7 @@ class StatisticsPass:
             samples = len(self._forward(forward))
         except NoVarianceError:
             samples = 0
-        for statistics in self._statistics.values():
-            statistics.add(samples)
-        for mean in self._means.values():
+        for mean in (*self._statistics.values(), *self._means.values()):
             mean.add(samples)
         return samples
 
@@ -173,20 +172,18 @@ class StatisticsPass:
         like = next(self._model.parameters())
         exact = torch.float32 if like.device.type == "mps" else torch.float64  # which it has not
 
-        def summed(sums: Tensor) -> Tensor:
-            return total(sums.to(like.device, exact)).cpu().double()
-
+        for mean in (*self._statistics.values(), *self._means.values()):
+            mean.sums = total(mean.sums.to(like.device, exact)).cpu().double()
         buffers: dict[str, Tensor] = {}
         for path, statistics in self._statistics.items():
-            statistics.sums = summed(statistics.sums)
             if statistics.sums[-1]:
                 for name, value in zip(buffer_names(path), statistics.means(), strict=True):
                     buffers[name] = value.to("cpu", self._model.get_buffer(name).dtype)
-        means: dict[str, Tensor] = {}
-        for name, found in self._means.items():
-            sums = summed(found.sums)
-            if sums[-1]:
-                means[name] = (sums[:-1] / sums[-1]).view(found.groups, -1).to(like.dtype)
+        means = {
+            name: found.value().view(found.groups, -1).to(like.dtype)
+            for name, found in self._means.items()
+            if found.sums[-1]
+        }
         normalized = {
             path: Normalized(name, self._means[name].groups)
             for path, name in self._feeds.items()
@@ -244,24 +241,22 @@ class StatisticsPass:
             self._means[layer.name] = _InputMean(groups, self._columns[layer.name])
             self._outputs[id(output)] = output, output._version, layer.name
         elif layer.name in self._means:
-            self._means[layer.name].note(layer_type, inputs, output)
+            self._means[layer.name].note_call(layer_type, inputs, output)
         return output
 
 
-class _InputMean:
-    """The mean of what the columns of a layer read, summed over batches.
+class _InputMean(BatchMean):
+    """The mean of what the columns of a layer read.
 
     Attributes:
         groups: Groups of outputs that read inputs of their own.
-        sums: The means times their weights, one group after the other, and the weights' sum.
     """
 
     def __init__(self, groups: int, columns: int) -> None:
+        super().__init__(groups * columns)
         self.groups = groups
-        self.sums = torch.zeros(groups * columns + 1, dtype=torch.float64)
-        self._batch = torch.zeros_like(self.sums)
 
-    def note(self, layer_type: LayerType, inputs: Tensor, output: Tensor) -> None:
+    def note_call(self, layer_type: LayerType, inputs: Tensor, output: Tensor) -> None:
         """Takes a call: the gradient of its mean output with respect to the layer's matrix.
 
         Args:
@@ -275,13 +270,7 @@ class _InputMean:
         mean = inputs.to(exact).mean(dim=0, keepdim=True)
         ones = mean.new_ones(1, 1, self.groups, *output.shape[2:])
         (found,) = layer_type.per_sample_gradients(mean, ones, samples=1)
-        self._batch[:-1] += found.flatten().cpu().double() / math.prod(output.shape[2:])
-        self._batch[-1] += 1
-
-    def add(self, weight: int) -> None:
-        """Adds the batch that was run; see `BatchStatistics`."""
-        self.sums += weight * self._batch
-        self._batch.zero_()
+        self.note(found.cpu().double() / math.prod(output.shape[2:]))
 
 
 def _groups(layer_type: LayerType, ndim: int) -> int | None:

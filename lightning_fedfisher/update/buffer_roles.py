@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from lightning_fedfisher.batch_norms import buffer_names
 from lightning_fedfisher.update.tensor_checks import StoredRole
 
-_MEAN, _VARIANCE = "running_mean", "running_var"  # as torch.nn's normalisation layers name them
+_MEAN, _VARIANCE = buffer_names("")
 
 
 def variance_partner(name: str) -> str | None:

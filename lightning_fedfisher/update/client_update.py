@@ -335,12 +335,11 @@ class ClientUpdate:
             BudgetError: If there is not even room for a bit of each entry.
         """
         rest = sum(map(self.sent_bytes, ("buffers/", "input_means/")))
-        size, least = (
-            budget_bytes(upload_budget, self.fedavg_bytes),
-            rest + fewest_bytes(self.header),
-        )
+        least = rest + fewest_bytes(self.header)
+        size = budget_bytes(upload_budget, self.fedavg_bytes)
         if size < min(self.upload_bytes, least):
-            raise budget_error(self.source, upload_budget, size, f"at least {least} are needed")
+            why = f"at least {least} bytes are needed"
+            raise budget_error(self.source, upload_budget, size, why)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the update, and returns the path; a reader sees the old file or the whole new one.

@@ -43,6 +43,8 @@ def test_the_callback_has_the_defaults_of_the_options():
             assert parameters[name].default == field.default, name
     # A callback sees the mode in which a model was trained; whoever calls a function chose a mode.
     assert FedFisherCallback()._options == ExtractionOptions(estimate_statistics=True)
+    with pytest.raises(FedFisherError, match="estimate_statistics must be True or False"):
+        FedFisherCallback(estimate_statistics="no")
 
 
 def test_all_that_is_wrong_is_named_at_once():

@@ -49,13 +49,22 @@ def _data(seed, samples=40):
     return x, torch.randint(0, 3, (samples,), generator=generator)
 
 
-def _client(seed, curvature="kfac", **options):
+def _update(model, batches, curvature="kfac", **options):
+    """The update of a model in training mode, with running statistics anew."""
+    kinds = {"estimate_statistics": True, "progress": False}
+    found = extract_curvature(model.train(), batches, curvature, **kinds | options)
+    return ClientUpdate.from_model(model, found.header(40), found.blocks, found.statistics)
+
+
+def _model(seed):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = Convolutional().double().train()
-    kinds = {"positions": None, "estimate_statistics": True, "progress": False}
-    found = extract_curvature(model, [_data(seed)], curvature, **kinds | options)
-    return model, ClientUpdate.from_model(model, found.header(40), found.blocks, found.statistics)
+        return Convolutional().double()
+
+
+def _client(seed, curvature="kfac", **options):
+    model = _model(seed)
+    return model, _update(model, [_data(seed)], curvature, positions=None, **options)
 
 
 def _matrices(update, change=lambda name, matrix: matrix):
@@ -111,15 +120,8 @@ def test_means_behind_a_grouped_convolution_are_exact_and_variances_scale():
 
 def test_variances_follow_the_law_of_total_variance():
     """Clients of the same weights and other data: the pooled statistics of all their samples."""
-    updates = []
-    for seed in (0, 1):
-        model = Convolutional().double().train()
-        model.load_state_dict(_client(5)[0].state_dict())
-        found = extract_curvature(
-            model, [_data(seed)], "kfac", positions=None, estimate_statistics=True, progress=False
-        )
-        update = ClientUpdate.from_model(model, found.header(40), found.blocks, found.statistics)
-        updates.append(update)
+    model = _model(5)
+    updates = [_update(model, [_data(seed)], positions=None) for seed in (0, 1)]
     merged = merge_updates(updates, method="fedavg").state_dict
     outputs = torch.cat([model.conv(_data(seed)[0]) for seed in (0, 1)]).transpose(0, 1).flatten(1)
     mean, variance = buffer_names("norm1")
@@ -152,15 +154,12 @@ def test_similarity_is_the_correlation_of_outputs():
 
 def _near(scale, seed):
     """A client that was fine-tuned from the same network as the others, a little."""
-    model, _ = _client(5)
+    model = _model(5)
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
         for parameter in model.parameters():
             parameter.add_(scale * parameter.std() * torch.randn_like(parameter))
-    found = extract_curvature(
-        model, [_data(seed)], "kfac", positions=None, estimate_statistics=True, progress=False
-    )
-    return ClientUpdate.from_model(model, found.header(40), found.blocks, found.statistics)
+    return _update(model, [_data(seed)], positions=None)
 
 
 def test_one_client_in_four_does_not_decide_how_alike_they_are():
@@ -170,7 +169,8 @@ def test_one_client_in_four_does_not_decide_how_alike_they_are():
     tensors = dict(updates[0]._tensors)
     for name in ("conv", "linear"):
         weights = tensors[f"parameters/{name}.weight"]
-        tensors[f"parameters/{name}.weight"] = 1e6 * torch.randn_like(weights)
+        drawn = torch.randn(weights.shape, generator=torch.Generator().manual_seed(0))
+        tensors[f"parameters/{name}.weight"] = 1e6 * drawn.to(weights)
     header = dataclasses.replace(updates[0].header, num_samples=10**6)
     hostile = ClientUpdate(header, tensors)
     assert similarity([*updates, hostile]) == pytest.approx(honest, abs=0.03)
@@ -254,17 +254,14 @@ def test_only_what_all_clients_sent_is_carried():
         merge_updates(updates)
 
 
-def _tiny(seed, samples=40, shared=False):
+def _tiny(seed, shared=False):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = NormedClassifier().train()
+        model = NormedClassifier()
         torch.manual_seed(0 if shared else seed)
         nn.init.normal_(model.network[0].weight, 0, 0.3)
         nn.init.zeros_(model.network[0].bias)
-    found = extract_curvature(
-        model, tiny_loader(seed, samples), "kfac", estimate_statistics=True, progress=False
-    )
-    return ClientUpdate.from_model(model, found.header(), found.blocks, found.statistics)
+    return _update(model, tiny_loader(seed, samples=40))
 
 
 @pytest.mark.parametrize("method", ["fedavg", "regmean", "fedfisher"])
