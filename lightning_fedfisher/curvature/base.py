@@ -149,6 +149,19 @@ class Curvature(ABC):
             }
         )
 
+    def scaled(self, factor: float) -> Self:
+        """Multiplies the operator by a number.
+
+        Args:
+            factor: The number, not negative.
+
+        Returns:
+            A curvature of the same kind.
+        """
+        # Each kind is linear in its first factor, or in its eigenvalues.
+        name = next(name for name, role in self.tensor_roles.items() if role != "basis")
+        return self.with_tensors({name: factor * getattr(self, name)})
+
     @abstractmethod
     def pseudo_inverse(self, rcond: float) -> PseudoInverse:
         """Prepares to solve systems with the operator where it is not singular.

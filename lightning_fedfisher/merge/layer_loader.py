@@ -138,7 +138,8 @@ class LayerLoader:
         is_output_layer = head and (aligned or self.keeps_means)
         dtype, damping = self._dtypes[index], 0.0 if head else self.method.damping
         if self.method.transform_of(is_output_layer) is None:  # then roots need not be multiplied
-            return update.block(layer, self.method.power, device, dtype, damping)
+            raised = update.block(layer, self.method.power, device, dtype, damping)
+            return self.method.rescaled(raised)
         block = update.block(layer, device=device, dtype=dtype)
         return self.method.transformed(block, is_output_layer, damps=not head)
 

@@ -197,9 +197,35 @@ def test_fedfisher_takes_the_square_root_with_a_damped_factor_over_the_outputs(k
     curvature = _curvatures()[kind]
     root = METHODS["fedfisher"].transformed(curvature)
     assert type(root) is type(curvature)
-    torch.testing.assert_close(root.dense() @ root.dense(), _damped(curvature))
+    damped, square = _damped(curvature), root.dense() @ root.dense()
+    # The norm of the root is the root of the damped curvature's trace; half of its decades stay.
+    torch.testing.assert_close(square * damped.trace().sqrt(), damped)
     assert float((root.dense() - curvature.dense()).norm()) > 0.1
     assert torch.linalg.eigvalsh(root.dense()).min() > 0
+
+
+@pytest.mark.parametrize("kind", _curvatures())
+@pytest.mark.parametrize("norm_power", [0, 0.5, 1, 1.5])
+def test_the_norm_is_raised_by_itself(kind, norm_power):
+    curvature = _curvatures()[kind]
+    row = replace(METHODS["fedfisher"], name="own", norm_power=norm_power, power=1, damping=0)
+    dense, found = curvature.dense(), row.transformed(curvature).dense()
+    norm = torch.linalg.matrix_norm(dense)
+    torch.testing.assert_close(found, dense / norm * norm**norm_power)
+    larger = row.transformed(curvature.scaled(16.0)).dense()
+    torch.testing.assert_close(larger, 16**norm_power * found)
+
+
+def test_the_norm_of_no_curvature_stays_zero():
+    row = replace(METHODS["fedfisher"], name="own", norm_power=0)
+    assert not row.transformed(Diagonal(torch.zeros(2, 3))).values.any()
+    assert row.rescaled(Identity((2, 3))).apply(torch.ones(2, 3)).all()
+
+
+@pytest.mark.parametrize("norm_power", [-0.1, float("inf"), float("nan")])
+def test_a_power_of_the_norm_that_is_none_is_refused(norm_power):
+    with pytest.raises(ValueError, match=f"norm_power must not be negative, got {norm_power}"):
+        replace(METHODS["fedfisher"], name="own", norm_power=norm_power)
 
 
 @pytest.mark.parametrize("kind", _curvatures())
@@ -216,7 +242,8 @@ def test_fedfisher_ends_in_the_minimum_of_the_square_roots(kind):
     roots = []
     for curvature in curvatures:
         values, basis = torch.linalg.eigh(_damped(curvature))
-        roots.append((basis * values.sqrt()) @ basis.mT)
+        root = (basis * values.sqrt()) @ basis.mT
+        roots.append(root / torch.linalg.matrix_norm(root).sqrt())
     right = 3 * roots[0] @ weights[0].flatten() + roots[1] @ weights[1].flatten()
     expected = torch.linalg.solve(3 * roots[0] + roots[1], right).view(2, 3)
     torch.testing.assert_close(solver.weights, expected, rtol=0, atol=1e-3)
@@ -297,6 +324,7 @@ def test_fedfisher_weighs_the_output_layer_by_its_outputs_alone(kind):
     assert float(values[0] / values[-1]) < 1e-5
     root = (basis * values.clamp_min(0).sqrt()) @ basis.mT
     expected = torch.kron(root, torch.eye(5).double())
+    expected /= torch.linalg.matrix_norm(expected).sqrt()
     # The root of what rounding leaves of a zero.
     assert float((_written_out(found) - expected).abs().max()) < 2e-3 * float(expected.max())
     undamped = replace(METHODS["fedfisher"], name="own", damping=0.0)

@@ -57,6 +57,13 @@ def moments_of(dense, shape):
     return torch.einsum("iaib->ab", dense.view(rows, columns, rows, columns))
 
 
+def shape_of_root(dense):
+    """The root of an operator, with half of the decades of its norm."""
+    found = root(dense)
+    norm = found.square().sum().sqrt()
+    return found / norm.sqrt() if norm > 0 else found
+
+
 def root(dense):
     values, basis = torch.linalg.eigh(dense)
     values = torch.where(values > 1e-6 * values.max(), values, 0.0)
@@ -144,22 +151,22 @@ def quadratic(clients, name, merged, aligns=True):
             dense = over_outputs(dense, layer.shape)
         change = torch.kron(torch.eye(layer.shape[0]).double(), back)
         weights.append(client.weights(layer).double() @ there)
-        curvatures.append(change @ root(dense) @ change.mT)
+        curvatures.append(change @ shape_of_root(dense) @ change.mT)
     return [share / sum(shares) for share in shares], weights, curvatures
 
 
-def minimiser(shares, weights, curvatures):
+def minimiser(shares, weights, curvatures, rcond=1e-3):
     """Of the minimisers, the one nearest to the average, and the average."""
     start = sum(p * w for p, w in zip(shares, weights, strict=True))
     system = sum(p * f for p, f in zip(shares, curvatures, strict=True))
     right = sum(
         p * f @ (w - start).flatten() for p, w, f in zip(shares, weights, curvatures, strict=True)
     )
-    move = torch.linalg.pinv(system, rtol=1e-3, hermitian=True) @ right
+    move = torch.linalg.pinv(system, rtol=rcond, hermitian=True) @ right
     return start + move.view(start.shape), start
 
 
-def fedfisher(clients, aligns=True):
+def fedfisher(clients, aligns=True, rcond=1e-3):
     """The merged matrix of every layer, and where each started."""
     sources = clients[0].header.fed_by
     merged, starts = {}, {}
@@ -169,7 +176,7 @@ def fedfisher(clients, aligns=True):
             if aligns and name in sources:
                 solve(sources[name].layer)
             problem = quadratic(clients, name, merged, aligns)
-            merged[name], starts[name] = minimiser(*problem)
+            merged[name], starts[name] = minimiser(*problem, rcond)
 
     for layer in clients[0].layers:
         solve(layer.name)
