@@ -2,10 +2,11 @@
 
 Every client has the same body. ``closed_form_head`` fits the last layer of the untouched network
 and trains nothing. The other methods merge clients that were fine-tuned from a new head, as people
-do. Those with ``head_first_`` before their name merge clients that start from the merged
-closed-form head and are fine-tuned gently: normalisation in eval mode, class frequencies in the
-loss. Those with ``_unlabelled`` behind it merge the clients that were fine-tuned as people do, and
-estimate the merged network's running statistics on samples of the server.
+do; those of `peers.task_vectors` read what that changed in the weights. Those with ``head_first_``
+before their name merge clients that start from the merged closed-form head and are fine-tuned
+gently: normalisation in eval mode, class frequencies in the loss. Those with ``_unlabelled`` behind
+it merge the clients that were fine-tuned as people do, and estimate the merged network's running
+statistics on samples of the server.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
@@ -24,11 +26,12 @@ import lightning
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
+from peers.task_vectors import PEERS, merge_by_task_vectors
 from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_fedfisher import PriorCrossEntropy, fit_closed_form_head
+from lightning_fedfisher import ClientUpdate, PriorCrossEntropy, fit_closed_form_head
 from lightning_fedfisher.results.record import MergeRecord
 from simulation.clients import (
     QUIET,
@@ -46,11 +49,11 @@ from simulation.partition import class_histogram, reference_partition
 from simulation.pretrained_report import record_federation
 from simulation.pretrained_setting import (
     CLOSED_FORM,
-    FINE_TUNED,
     HEAD_FIRST,
     UNLABELLED,
     Flags,
     Task,
+    merges_fine_tuned,
 )
 from simulation.results import Report, report_of, show, write
 from simulation.round import say, warn_in_a_line
@@ -223,7 +226,8 @@ class Federation:
         """Merges update files, and tests the merged network.
 
         Args:
-            method: name of a merge method of the package, with ``_unlabelled`` behind it or not.
+            method: name of a merge method of the package or of a peer, with ``_unlabelled`` behind
+                it or not.
             paths: the clients' update files.
             network: takes the merged weights; it is not changed.
 
@@ -231,19 +235,29 @@ class Federation:
             What there is to tell of the merge, and the network's state dict.
         """
         say(f"merging with {method}")
+        started = time.perf_counter()
         tuner = _FineTuner(copy.deepcopy(network), self.task, 0.0)
         unlabelled, name = None, method.removesuffix(UNLABELLED)
         if name != method:
             if self.task.unlabelled is None:
                 raise ValueError(f"{method} needs unlabelled samples, and the task has none")
             unlabelled = DataLoader(TensorDataset(self.task.unlabelled), _EVALUATION_BATCH)
+        parameters, record = dict[str, Tensor](), MergeRecord(method, [])
+        if name in PEERS:
+            clients = [ClientUpdate.open(path).parameters for path in paths]
+            parameters, name = merge_by_task_vectors(name, tuner, clients), "fedavg"
         result = merge(name, paths, tuner, None, self.options, unlabelled)
-        tuner.load_state_dict(result.state_dict, strict=False)
+        if parameters:  # of that merge only the running statistics are used
+            sent, seconds = result.record.upload_bytes, time.perf_counter() - started
+            record = replace(record, upload_bytes=sent, server_seconds=seconds)
+        else:
+            record = result.record
+        tuner.load_state_dict(result.state_dict | parameters, strict=False)
         scored = assess(self.predict(tuner.network), self.task.test.tensors[1])
         # A head alone is small: all uploads are told in multiples of what fine-tuning sends.
         sent = [p for p in network.parameters() if p.requires_grad] + [*network.buffers()]
         whole = sum(tensor.nbytes for tensor in sent)
-        record = replace(result.record, score=scored, fedavg_bytes=whole)
+        record = replace(record, score=scored, fedavg_bytes=whole)
         return record, tuner.network.state_dict()
 
     @torch.inference_mode()
@@ -271,13 +285,13 @@ def run(task: Task, flags: Flags) -> Report:
     say(f"data: {task.note}\n{flags.clients} clients of {task.name} hold {counts} samples")
     network = task.build(flags.seed)
     found: dict[str, tuple[MergeRecord, dict[str, Tensor]]] = {}
-    plain = [m for m in flags.methods if m.removesuffix(UNLABELLED) in FINE_TUNED]
+    plain = [m for m in flags.methods if merges_fine_tuned(m)]
     gentle = [m.removeprefix(HEAD_FIRST) for m in flags.methods if m.startswith(HEAD_FIRST)]
     results, predictions = list[ClientResult](), list[Tensor]()
     if gentle or CLOSED_FORM in flags.methods:
         found[CLOSED_FORM] = federation.merged(CLOSED_FORM, federation.fit_heads(network), network)
     if plain:
-        names = list(dict.fromkeys(method.removesuffix(UNLABELLED) for method in plain))
+        names = [*dict.fromkeys(filter(None, map(merges_fine_tuned, plain)))]
         tuned = federation.fine_tune(_TUNED, network, names, gentle=False)
         results, predictions, folders = tuned
         _merge_all(federation, plain, folders, results, network, "", found)
@@ -310,7 +324,7 @@ def _merge_all(
 ) -> None:
     """Merges the same clients with several methods, and notes what clients spent."""
     for method in methods:
-        paths = [folder.update(method.removesuffix(UNLABELLED)) for folder in folders]
+        paths = [folder.update(merges_fine_tuned(method) or method) for folder in folders]
         record, state = federation.merged(method, paths, network)
         spent = [result.extraction_seconds[paths[0].name] for result in results]
         record = replace(record, method=prefix + method, client_seconds=sum(spent) / len(spent))

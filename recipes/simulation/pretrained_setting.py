@@ -9,12 +9,13 @@ from typing import Any, get_type_hints
 
 import torch
 from jsonargparse import ArgumentParser
+from peers.task_vectors import PEERS
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 CLOSED_FORM, HEAD_FIRST, UNLABELLED = "closed_form_head", "head_first_", "_unlabelled"
 FINE_TUNED = ("fedavg", "fisher_merge", "regmean", "fedfisher")
-METHODS = (CLOSED_FORM, *FINE_TUNED, *(HEAD_FIRST + method for method in FINE_TUNED))
+METHODS = (CLOSED_FORM, *FINE_TUNED, *(HEAD_FIRST + method for method in FINE_TUNED), *PEERS)
 """What the recipes compare: none of it takes labels on the server."""
 
 DEFAULT = (CLOSED_FORM, "fedavg", "regmean", "fedfisher")
@@ -96,6 +97,19 @@ _HELP = {
     "accelerator": "Lightning accelerator",
     "resume": "go on in --output-dir, keeping finished clients",
 }
+
+
+def merges_fine_tuned(method: str) -> str | None:
+    """Names the method whose updates a method merges, of clients fine-tuned as people do.
+
+    Args:
+        method: one of `METHODS`, or one with `UNLABELLED` behind it.
+
+    Returns:
+        A merge method of the package; None if it merges other clients.
+    """
+    name = method.removesuffix(UNLABELLED)
+    return "fedavg" if name in PEERS else name if name in FINE_TUNED else None
 
 
 def shared_parser(

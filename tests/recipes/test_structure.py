@@ -54,9 +54,17 @@ def test_nothing_imports_a_script(path):
 @pytest.mark.parametrize(
     "path", sorted((RECIPES / "simulation").rglob("*.py")), ids=lambda path: path.stem
 )
-def test_simulation_imports_no_other_folder(path):
-    others = (FOLDERS - {"simulation"}) | {"cifar_resnet"}
+def test_simulation_imports_no_other_folder_but_peers(path):
+    others = (FOLDERS - {"simulation", "peers"}) | {"cifar_resnet"}
     assert not others & {name.partition(".")[0] for name in imported_names(path)}
+
+
+@pytest.mark.parametrize(
+    "path", sorted((RECIPES / "peers").rglob("*.py")), ids=lambda path: path.stem
+)
+def test_peers_read_on_their_own(path):
+    known = FOLDERS | {"lightning_fedfisher"}
+    assert not known & {name.partition(".")[0] for name in imported_names(path)}
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)

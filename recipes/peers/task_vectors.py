@@ -1,0 +1,166 @@
+"""Merges by task vectors: what fine-tuning changed in the weights that all clients started from.
+
+They read weights alone: no curvature, no data and no labels, so that there is nothing to tune a
+scale by. Each takes the recommended one. Clients count the same, however many samples they have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+TaskVectors = Sequence[Mapping[str, Tensor]]
+"""For each client what training changed in every parameter, by name."""
+
+_SCALE = 0.4  # of task arithmetic where there is no validation set
+_DENSITY = 0.2  # of what TIES keeps
+_RTOL = 1e-6  # of singular values that count as zero
+
+
+def linear_weights(network: nn.Module) -> set[str]:
+    """Names the parameters that are the matrix of a linear map, filters of convolutions too.
+
+    Args:
+        network: any network. Grouped convolutions are left out: their filters read other inputs.
+    """
+    return {
+        f"{path}.weight".removeprefix(".")
+        for path, module in network.named_modules()
+        if isinstance(module, nn.Linear)
+        or (isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1)
+    }
+
+
+def task_arithmetic(vectors: TaskVectors, linear: set[str]) -> dict[str, Tensor]:
+    """Adds up all task vectors, scaled by 0.4 (Ilharco et al., 2023, "Editing Models").
+
+    Args:
+        vectors: of the clients.
+        linear: not used.
+
+    Returns:
+        What is added to the weights at the start.
+    """
+    return {name: _SCALE * sum(_all(vectors, name)) for name in vectors[0]}
+
+
+def ties(vectors: TaskVectors, linear: set[str]) -> dict[str, Tensor]:
+    """Averages what agrees in sign, of the largest fifth of each task vector (Yadav et al., 2023).
+
+    Args:
+        vectors: of the clients.
+        linear: not used.
+
+    Returns:
+        What is added to the weights at the start.
+    """
+    kept = []
+    for vector in vectors:
+        sizes = torch.cat([tensor.abs().flatten() for tensor in vector.values()])
+        count = max(round(_DENSITY * len(sizes)), 1)
+        least = sizes.kthvalue(len(sizes) - count + 1).values
+        kept.append({n: t.where(t.abs() >= least, 0.0) for n, t in vector.items()})
+    merged = {}
+    for name in vectors[0]:
+        stacked = torch.stack(_all(kept, name))
+        agrees = (stacked.sign() == stacked.sum(0).sign()) & (stacked != 0)
+        merged[name] = stacked.where(agrees, 0.0).sum(0) / agrees.sum(0).clamp_min(1)
+    return merged
+
+
+def tsv(vectors: TaskVectors, linear: set[str]) -> dict[str, Tensor]:
+    """Adds up the leading singular vectors of each client, made orthogonal between clients.
+
+    TSV-M of Gargiulo et al., 2025, "Task Singular Vectors". Of each matrix a client has its share
+    of the rank; where there are more clients than rank, and in what is no matrix, task vectors are
+    averaged.
+
+    Args:
+        vectors: of the clients.
+        linear: names of the matrices.
+
+    Returns:
+        What is added to the weights at the start.
+    """
+    merged = _average(vectors)
+    for name in linear & merged.keys():
+        changes = [change.flatten(1) for change in _all(vectors, name)]
+        rank = min(changes[0].shape) // len(changes)
+        if rank == 0:
+            continue
+        parts = [torch.linalg.svd(change, full_matrices=False) for change in changes]
+        outputs = _orthogonal(torch.cat([u[:, :rank] for u, _, _ in parts], dim=1))
+        inputs = _orthogonal(torch.cat([v[:rank] for _, _, v in parts]))
+        values = torch.cat([s[:rank] for _, s, _ in parts])
+        merged[name] = ((outputs * values) @ inputs).view_as(merged[name])
+    return merged
+
+
+def actmat(vectors: TaskVectors, linear: set[str]) -> dict[str, Tensor]:
+    """RegMean with the second moment of inputs guessed from the task vector: ``D'D`` of a matrix.
+
+    ACTMat (arXiv 2604.01329). What is no matrix is averaged.
+
+    Args:
+        vectors: of the clients.
+        linear: names of the matrices.
+
+    Returns:
+        What is added to the weights at the start.
+    """
+    merged = _average(vectors)
+    for name in linear & merged.keys():
+        changes = [change.flatten(1).double() for change in _all(vectors, name)]
+        _, values, basis = torch.linalg.svd(torch.cat(changes), full_matrices=False)
+        basis = basis[values > _RTOL * values[0]]
+        values = values[: len(basis)]
+        right = sum(change @ (change.mT @ (change @ basis.mT)) for change in changes)
+        solved = (right / values.square()) @ basis
+        merged[name] = solved.view_as(merged[name]).to(merged[name])
+    return merged
+
+
+PEERS: dict[str, Callable[[TaskVectors, set[str]], dict[str, Tensor]]] = {
+    "task_arithmetic": task_arithmetic,
+    "ties": ties,
+    "tsv": tsv,
+    "actmat": actmat,
+}
+"""Each by the name of its method."""
+
+
+def merge_by_task_vectors(
+    method: str, network: nn.Module, clients: Sequence[Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Merges clients that were fine-tuned from one network.
+
+    Args:
+        method: one of `PEERS`.
+        network: with the weights that all clients started from; it is not changed.
+        clients: the parameters of each, by the network's names.
+
+    Returns:
+        The merged parameters.
+    """
+    start = {name: weight.detach() for name, weight in network.named_parameters()}
+    vectors = [{n: t.float() - start[n].float() for n, t in client.items()} for client in clients]
+    changes = PEERS[method](vectors, linear_weights(network))
+    return {name: (start[name] + change).to(start[name]) for name, change in changes.items()}
+
+
+def _all(vectors: TaskVectors, name: str) -> list[Tensor]:
+    """What each client changed in one parameter."""
+    return [vector[name] for vector in vectors]
+
+
+def _average(vectors: TaskVectors) -> dict[str, Tensor]:
+    """The mean of all task vectors."""
+    return {name: torch.stack(_all(vectors, name)).mean(0) for name in vectors[0]}
+
+
+def _orthogonal(matrix: Tensor) -> Tensor:
+    """The nearest matrix with orthonormal rows or columns (Procrustes)."""
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    return left @ right
