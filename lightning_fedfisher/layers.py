@@ -34,8 +34,8 @@ class Layer:
 
     Example:
         >>> layer = Layer("fc", (("fc.weight", (2, 3)), ("fc.bias", (2,))))
-        >>> layer.shape, layer.inputs, layer.parameter_names
-        ((2, 4), 3, ('fc.weight', 'fc.bias'))
+        >>> layer.shape, layer.inputs, layer.is_linear, layer.parameter_names
+        ((2, 4), 3, True, ('fc.weight', 'fc.bias'))
         >>> layer.join({"fc.weight": torch.zeros(2, 3), "fc.bias": torch.ones(2)})
         tensor([[0., 0., 0., 1.],
                 [0., 0., 0., 1.]])
@@ -74,6 +74,11 @@ class Layer:
         second dimension of a weight is called its kernel all the same.
         """
         return math.prod(self.parameters[0][1][2:])
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether its weight is a matrix: of a linear layer or an embedding, of no convolution."""
+        return len(self.parameters[0][1]) == 2
 
     def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Joins the layer's parameters to one matrix.

@@ -27,47 +27,14 @@ from lightning_fedfisher.curvature.linalg import (
     frobenius_norm,
     identity_map,
 )
-from lightning_fedfisher.curvature.powers import damping_of, symmetric_power
-
-TensorRole = Literal["factor", "values", "basis"]
-"""What a tensor of a curvature is: a positive semi-definite matrix, eigenvalues, or a basis."""
+from lightning_fedfisher.curvature.powers import (
+    TensorRole,
+    require_positive_exponent,
+    tensor_power,
+)
 
 InputSide = Literal["rows", "columns"]
 """The side of a layer's matrix that belongs to its inputs."""
-
-
-def require_positive_exponent(exponent: float) -> None:
-    """Refuses powers that are not greater than zero.
-
-    Args:
-        exponent: The power.
-
-    Raises:
-        ValueError: If it is zero, negative or not a number.
-    """
-    if not exponent > 0:
-        raise ValueError(f"the power of a curvature must be greater than 0, got {exponent}")
-
-
-def tensor_power(tensor: Tensor, role: TensorRole, exponent: float, damping: float = 0.0) -> Tensor:
-    """Computes what a tensor of a curvature is when the operator is raised to a power.
-
-    Args:
-        tensor: A tensor of a curvature.
-        role: What it is.
-        exponent: The power, greater than zero.
-        damping: Part of its mean diagonal entry by which a factor is damped before.
-
-    Returns:
-        The power of a factor or of eigenvalues. A basis stays as it is, and so does all at power 1
-        without damping.
-    """
-    tail = damping_of(tensor.diagonal(), damping) if role == "factor" else 0.0
-    if exponent == 1 and not tail:
-        return tensor
-    if role == "factor":
-        return symmetric_power(tensor, exponent, tail)
-    return tensor.clamp_min(0).pow(exponent) if role == "values" else tensor
 
 
 class Curvature(ABC):
@@ -95,6 +62,8 @@ class Curvature(ABC):
     """Whether the operator is diagonal, so that sums of operators invert entry by entry."""
     outputs_factor: ClassVar[str] = ""
     """The tensor that holds the second moment of gradients at the layer's outputs, if one does."""
+    inputs_factor: ClassVar[str] = ""
+    """The tensor that holds the second moment of the layer's inputs, if one alone does."""
     inputs_on: ClassVar[InputSide | None] = None
     """The side of the matrix on which the operator holds second moments of the layer's inputs.
 
@@ -124,30 +93,55 @@ class Curvature(ABC):
             ``F W`` as a tensor of the same shape.
         """
 
-    def power(self, exponent: float, damping: float = 0.0) -> Self:
+    def power(
+        self, exponent: float, damping: float = 0.0, inputs_exponent: float | None = None
+    ) -> Self:
         """Raises the operator to a positive power; zero eigenvalues stay zero.
 
         Args:
             exponent: The power, greater than zero.
             damping: Part of its mean diagonal entry that is added to the diagonal of the
                 `outputs_factor` before, where it is not zero.
+            inputs_exponent: Power of the `inputs_factor`; None for the same.
 
         Returns:
             A curvature of the same kind.
 
         Raises:
-            ValueError: If the exponent is not greater than zero.
+            ValueError: If an exponent is not greater than zero.
         """
-        require_positive_exponent(exponent)
-        if (exponent == 1 and not damping) or not self.tensor_roles:
+        powers, tensors = self.part_powers(exponent, damping, inputs_exponent), self.tensors()
+        if all(power == (1, 0) for power in powers.values()):
             return self
-        dampings = {self.outputs_factor: damping}
+        roles = self.tensor_roles
         return self.with_tensors(
-            {
-                name: tensor_power(tensor, self.tensor_roles[name], exponent, dampings.get(name, 0))
-                for name, tensor in self.tensors().items()
-            }
+            {name: tensor_power(tensors[name], roles[name], *powers[name]) for name in powers}
         )
+
+    @classmethod
+    def part_powers(
+        cls, exponent: float, damping: float = 0.0, inputs_exponent: float | None = None
+    ) -> dict[str, tuple[float, float]]:
+        """Tells what each tensor is raised to, and damped by, for a power of the operator.
+
+        Args:
+            exponent: See `power`.
+            damping: See `power`.
+            inputs_exponent: See `power`.
+
+        Returns:
+            Exponent and damping by field name.
+        """
+        of_inputs = exponent if inputs_exponent is None else inputs_exponent
+        require_positive_exponent(exponent)
+        require_positive_exponent(of_inputs)
+        return {
+            name: (
+                of_inputs if name == cls.inputs_factor else exponent,
+                damping if name == cls.outputs_factor else 0.0,
+            )
+            for name in cls.tensor_roles
+        }
 
     def scaled(self, factor: float) -> Self:
         """Multiplies the operator by a number.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_fedfisher.curvature.base import Curvature, InputSide, TensorRole
+from lightning_fedfisher.curvature.base import Curvature, InputSide
 from lightning_fedfisher.curvature.input_map import InputMap
 from lightning_fedfisher.curvature.kronecker import Kronecker
 from lightning_fedfisher.curvature.linalg import (
@@ -28,6 +28,7 @@ from lightning_fedfisher.curvature.linalg import (
     pseudo_reciprocal,
     symmetric_eigenvalues,
 )
+from lightning_fedfisher.curvature.powers import TensorRole
 
 
 @dataclass(frozen=True, eq=False)

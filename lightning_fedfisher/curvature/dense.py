@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_fedfisher.curvature.base import Curvature, TensorRole
+from lightning_fedfisher.curvature.base import Curvature
 from lightning_fedfisher.curvature.linalg import (
     PseudoInverse,
     frobenius_norm,
@@ -18,6 +18,7 @@ from lightning_fedfisher.curvature.linalg import (
     symmetric_eigendecomposition,
     symmetric_eigenvalues,
 )
+from lightning_fedfisher.curvature.powers import TensorRole
 
 
 @dataclass(frozen=True, eq=False)

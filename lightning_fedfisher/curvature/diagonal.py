@@ -9,12 +9,13 @@ from typing import ClassVar
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_fedfisher.curvature.base import Curvature, TensorRole
+from lightning_fedfisher.curvature.base import Curvature
 from lightning_fedfisher.curvature.linalg import (
     PseudoInverse,
     identity_map,
     pseudo_reciprocal,
 )
+from lightning_fedfisher.curvature.powers import TensorRole
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_fedfisher.curvature.base import InputSide, TensorRole
+from lightning_fedfisher.curvature.base import InputSide
 from lightning_fedfisher.curvature.kronecker import Eigenbased, Factored
 from lightning_fedfisher.curvature.linalg import (
     PseudoInverse,
@@ -29,6 +29,7 @@ from lightning_fedfisher.curvature.linalg import (
     symmetric_eigenvalues,
     zero_small_values,
 )
+from lightning_fedfisher.curvature.powers import TensorRole
 
 # A part of the tokens: where a client's data holds no more, the others are left out of products.
 _MOST_SEEN = 0.8

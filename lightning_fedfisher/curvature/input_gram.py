@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_fedfisher.curvature.base import Curvature, InputSide, TensorRole
+from lightning_fedfisher.curvature.base import Curvature, InputSide
 from lightning_fedfisher.curvature.input_map import InputMap
 from lightning_fedfisher.curvature.linalg import (
     PseudoInverse,
@@ -26,6 +26,7 @@ from lightning_fedfisher.curvature.linalg import (
     pseudo_reciprocal,
     symmetric_eigenvalues,
 )
+from lightning_fedfisher.curvature.powers import TensorRole
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +51,7 @@ class InputGram(Curvature):
     tensor_roles: ClassVar[Mapping[str, TensorRole]] = {"column_factor": "factor"}
     restricts: ClassVar[bool] = True
     inputs_on: ClassVar[InputSide | None] = "columns"
+    inputs_factor: ClassVar[str] = "column_factor"
     exact_inputs: ClassVar[bool] = True
 
     @property

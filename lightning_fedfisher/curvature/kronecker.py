@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_fedfisher.curvature.base import Curvature, InputSide, TensorRole
+from lightning_fedfisher.curvature.base import Curvature, InputSide
 from lightning_fedfisher.curvature.input_gram import InputGram
 from lightning_fedfisher.curvature.input_map import InputMap
 from lightning_fedfisher.curvature.linalg import (
@@ -25,6 +25,7 @@ from lightning_fedfisher.curvature.linalg import (
     symmetric_eigenvalues,
     zero_small_values,
 )
+from lightning_fedfisher.curvature.powers import TensorRole
 
 
 class Factored(Curvature):
@@ -152,6 +153,7 @@ class Kronecker(Factored):
     }
     restricts: ClassVar[bool] = True
     outputs_factor: ClassVar[str] = "row_factor"
+    inputs_factor: ClassVar[str] = "column_factor"
     inputs_on: ClassVar[InputSide | None] = "columns"
     exact_inputs: ClassVar[bool] = True
 
@@ -348,6 +350,7 @@ class TransposedKronecker(Kronecker):
 
     kind: ClassVar[str] = "transposed_kronecker"
     outputs_factor: ClassVar[str] = "column_factor"
+    inputs_factor: ClassVar[str] = "row_factor"
     inputs_on: ClassVar[InputSide | None] = "rows"
 
     @override

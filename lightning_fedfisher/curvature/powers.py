@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from lightning_fedfisher.curvature.linalg import (
 )
 from lightning_fedfisher.curvature.low_rank import pivoted_root
 
+TensorRole = Literal["factor", "values", "basis"]
+"""What a tensor of a curvature is: a positive semi-definite matrix, eigenvalues, or a basis."""
+
 # Up to so many rows, float64 costs little more.
 _SMALL = 1024
 # Leading eigenpairs that are looked for, passes in float32 and float64, and how exact they must be.
@@ -22,6 +26,40 @@ _LEADING, _ROUGH_PASSES, _PASSES, _CONVERGED = 32, 12, 4, 1e-10
 # Rows from which a matrix may be worth a root of at most such a part of them, and what that may
 # leave.
 _WIDE, _NARROW, _LEFT = 512, 0.6, 1e-6
+
+
+def require_positive_exponent(exponent: float) -> None:
+    """Refuses powers that are not greater than zero.
+
+    Args:
+        exponent: The power.
+
+    Raises:
+        ValueError: If it is zero, negative or not a number.
+    """
+    if not exponent > 0:
+        raise ValueError(f"the power of a curvature must be greater than 0, got {exponent}")
+
+
+def tensor_power(tensor: Tensor, role: TensorRole, exponent: float, damping: float = 0.0) -> Tensor:
+    """Computes what a tensor of a curvature is when the operator is raised to a power.
+
+    Args:
+        tensor: A tensor of a curvature.
+        role: What it is.
+        exponent: The power, greater than zero.
+        damping: Part of its mean diagonal entry by which a factor is damped before.
+
+    Returns:
+        The power of a factor or of eigenvalues. A basis stays as it is, and so does all at power 1
+        without damping.
+    """
+    tail = damping_of(tensor.diagonal(), damping) if role == "factor" else 0.0
+    if exponent == 1 and not tail:
+        return tensor
+    if role == "factor":
+        return symmetric_power(tensor, exponent, tail)
+    return tensor.clamp_min(0).pow(exponent) if role == "values" else tensor
 
 
 def symmetric_power(matrix: Tensor, exponent: float, tail: float = 0.0) -> Tensor:

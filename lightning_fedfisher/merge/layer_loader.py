@@ -136,12 +136,14 @@ class LayerLoader:
         head = layer.name == update.header.output_layer
         aligned = self.alignments.waits_for(index) is not None
         is_output_layer = head and (aligned or self.keeps_means)
-        dtype, damping = self._dtypes[index], 0.0 if head else self.method.damping
+        is_linear = layer.is_linear and not (head or aligned)
+        dtype = self._dtypes[index]
         if self.method.transform_of(is_output_layer) is None:  # then roots need not be multiplied
-            raised = update.block(layer, self.method.power, device, dtype, damping)
-            return self.method.rescaled(raised)
+            power, damping, of_inputs = self.method.powers(not head, is_linear)
+            block = update.block(layer, power, device, dtype, damping, of_inputs)
+            return self.method.rescaled(block)
         block = update.block(layer, device=device, dtype=dtype)
-        return self.method.transformed(block, is_output_layer, damps=not head)
+        return self.method.transformed(block, is_output_layer, not head, is_linear)
 
     def curvatures(self, index: int, device: torch.device) -> Iterator[Curvature]:
         """Reads what the method makes of the clients' curvature of a layer, one at a time.

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 
-from lightning_fedfisher.curvature.base import Curvature, Identity, require_positive_exponent
+from lightning_fedfisher.curvature.base import Curvature, Identity
+from lightning_fedfisher.curvature.powers import require_positive_exponent
 from lightning_fedfisher.merge.influence_cap import DEFAULT_MAX_INFLUENCE
 from lightning_fedfisher.merge.objective import Quadratic
 from lightning_fedfisher.merge.ridge import RidgeRegression
@@ -39,6 +40,9 @@ class MergeMethod:
             these are alike (`carried_statistics`) and the model has running statistics of its own.
             None for the same as in any layer.
         power: Power that each client's curvature is raised to.
+        inputs_power: Power of the factor over the inputs, in linear layers that are not aligned and
+            are not the output layer of a softmax; None for the same. Patches of an image are as
+            good as equal to their neighbours, and take the `power`.
         norm_power: Power that the Frobenius norm of what comes of that is raised to. Less than 1
             brings clients closer together in what a layer's curvature claims that they weigh.
         damping: Part of its mean diagonal entry that is added to the factor over the outputs
@@ -69,6 +73,7 @@ class MergeMethod:
     transform: Transform | None = None
     output_transform: Transform | None = None
     power: float = 1.0
+    inputs_power: float | None = None
     norm_power: float = 1.0
     damping: float = 0.0
     curvatures: tuple[str, ...] = ()
@@ -82,14 +87,20 @@ class MergeMethod:
     takes_fits: bool = False
 
     def __post_init__(self) -> None:
-        """Refuses a power that is not greater than zero, and a negative damping or norm power."""
+        """Refuses powers that are not greater than zero, and a negative damping or norm power."""
         require_positive_exponent(self.power)
+        if self.inputs_power is not None:
+            require_positive_exponent(self.inputs_power)
         for name in ("norm_power", "damping"):
             if not 0 <= (value := getattr(self, name)) < math.inf:
                 raise ValueError(f"{name} must not be negative, got {value}")
 
     def transformed(
-        self, curvature: Curvature, is_output_layer: bool = False, damps: bool = True
+        self,
+        curvature: Curvature,
+        is_output_layer: bool = False,
+        damps: bool = True,
+        is_linear: bool = False,
     ) -> Curvature:
         """Makes of a client's curvature of a layer what is merged.
 
@@ -97,10 +108,24 @@ class MergeMethod:
             curvature: The curvature, as it was sent.
             is_output_layer: Whether `output_transform` is for this layer.
             damps: Whether it is damped, as all but output layers are.
+            is_linear: Whether the `inputs_power` is for this layer.
         """
         transform = self.transform_of(is_output_layer)
         made = curvature if transform is None else transform(curvature)
-        return self.rescaled(made.power(self.power, self.damping if damps else 0.0))
+        return self.rescaled(made.power(*self.powers(damps, is_linear)))
+
+    def powers(self, damps: bool, is_linear: bool) -> tuple[float, float, float | None]:
+        """What a layer's curvature is raised to.
+
+        Args:
+            damps: See `transformed`.
+            is_linear: See `transformed`.
+
+        Returns:
+            Power, damping and the power of the inputs' factor, as `Curvature.power` takes them.
+        """
+        damping = self.damping if damps else 0.0
+        return self.power, damping, self.inputs_power if is_linear else None
 
     def rescaled(self, curvature: Curvature) -> Curvature:
         """Raises the norm of a client's curvature, without its directions, to the `norm_power`.
@@ -170,6 +195,9 @@ def _of_outputs(curvature: Curvature) -> Curvature:
 # At power 1 the few steepest directions of each client rule, and the exact minimum forgets the
 # rest; at power 1/2 the minimum itself is the model wanted, and no labels decide when to stop.
 _SQUARE_ROOT = 0.5
+# Closer to the plain quadratic where a layer reads about what it reads in the clients, as the
+# layers of a fine-tuned transformer do.
+_INPUTS_POWER = 0.7
 # How steep a client's loss is in a layer differs by orders of magnitude between clients: with what
 # they know, and with a few samples that they do not. Half of it, in decades, is believed.
 _NORM_POWER = 0.5
@@ -237,6 +265,7 @@ METHODS: dict[str, MergeMethod] = {
             _CG_STEPS_PER_EPOCH,
             output_transform=_of_outputs,
             power=_SQUARE_ROOT,
+            inputs_power=_INPUTS_POWER,
             norm_power=_NORM_POWER,
             damping=_DAMPING,
             curvatures=("kfac", "ekfac", "diagonal", "input_gram", "dense"),

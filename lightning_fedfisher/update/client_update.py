@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_fedfisher.batch_norms import RunningStatistics
-from lightning_fedfisher.curvature.base import Curvature, require_positive_exponent
+from lightning_fedfisher.curvature.base import Curvature
 from lightning_fedfisher.curvature.registry import KINDS
 from lightning_fedfisher.errors import BudgetError, UpdateError
 from lightning_fedfisher.layers import Layer
@@ -204,6 +204,7 @@ class ClientUpdate:
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
         damping: float = 0.0,
+        inputs_power: float | None = None,
     ) -> Curvature:
         """Reads one layer's curvature, and no other layer.
 
@@ -212,7 +213,8 @@ class ClientUpdate:
             power: Power that it is raised to (`Curvature.power`).
             device: Where to work, and ``dtype`` in which type; by default as it was sent.
             dtype: See ``device``.
-            damping: See `Curvature.power`.
+            damping: See `Curvature.power`, and there ``inputs_exponent`` for ``inputs_power``.
+            inputs_power: See ``damping``.
 
         Returns:
             The curvature of the layer's weight matrix.
@@ -221,12 +223,10 @@ class ClientUpdate:
             ValueError: If the power is not greater than zero.
             UpdateError: If a tensor of the curvature is damaged.
         """
-        require_positive_exponent(power)
         kind, prefix = KINDS[self.header.kinds[layer.name]], f"curvature/{layer.name}/"
-        dampings = {kind.outputs_factor: damping}
         tensors = {
-            part: self._read(prefix + part, power, device, dtype, dampings.get(part, 0.0))
-            for part in kind.tensor_roles
+            part: self._read(prefix + part, exponent, device, dtype, damped)
+            for part, (exponent, damped) in kind.part_powers(power, damping, inputs_power).items()
         }
         return kind.from_tensors(tensors, layer.shape, layer.kernel)
 

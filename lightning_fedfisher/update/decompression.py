@@ -7,8 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_fedfisher.curvature.base import tensor_power
-from lightning_fedfisher.curvature.powers import damping_of
+from lightning_fedfisher.curvature.powers import damping_of, tensor_power
 from lightning_fedfisher.update.header import QUANTIZED_TYPES, QuantizedTensor
 from lightning_fedfisher.update.integer_coding import decode
 from lightning_fedfisher.update.roots import matrix_of_root, root_entries, unflatten_root

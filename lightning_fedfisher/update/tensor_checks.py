@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_fedfisher.curvature.base import TensorRole
+from lightning_fedfisher.curvature.powers import TensorRole
 
 StoredRole = TensorRole | Literal["weights", "mean"]
 """What a tensor of an update is: a part of a curvature, weights, or a running mean."""

@@ -677,6 +677,28 @@ def test_damping_adds_to_the_factor_over_the_outputs_alone(kind, exponent):
     torch.testing.assert_close(found.dense(), expected, rtol=1e-7, atol=1e-7)
 
 
+INPUTS = {
+    "input_gram": "column_factor",
+    "kronecker": "column_factor",
+    "transposed_kronecker": "row_factor",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_factor_over_the_inputs_has_a_power_of_its_own(kind):
+    curvature = _make(kind)
+    found = curvature.power(0.5, inputs_exponent=1.5)
+    assert INPUTS.get(kind, "") == type(curvature).inputs_factor
+    expected = curvature.power(0.5)
+    if name := INPUTS.get(kind):
+        other = curvature.power(1.5).tensors()[name]
+        assert not torch.allclose(other, expected.tensors()[name])
+        expected = expected.with_tensors({name: other})
+    torch.testing.assert_close(found.dense(), expected.dense(), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="must be greater than 0, got 0"):
+        curvature.power(0.5, inputs_exponent=0)
+
+
 def test_outputs_without_a_gradient_are_not_damped():
     factor = torch.tensor([[4.0, 2.0, 0.0], [2.0, 2.0, 0.0], [0.0, 0.0, 0.0]])
     found = Kronecker(factor, torch.eye(1)).power(2, damping=0.5)

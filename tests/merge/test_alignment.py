@@ -311,7 +311,9 @@ def test_problems_are_those_of_the_oracle(network, kind):
             own = clients[client].weights(layer)
             assert (_apart(problem.weights[client], own.double()) > 0.05) == changed
             before = problems.updates[client].block(layer)
-            before = METHODS["fedfisher"].transformed(before, layer.name == header.output_layer)
+            is_head = layer.name == header.output_layer
+            is_linear = layer.is_linear and not (is_head or changed)
+            before = METHODS["fedfisher"].transformed(before, is_head, is_linear=is_linear)
             assert (_apart(written, oracle.written_out(before)) > 0.05) == changed
 
 

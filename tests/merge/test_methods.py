@@ -222,6 +222,26 @@ def test_the_norm_of_no_curvature_stays_zero():
     assert row.rescaled(Identity((2, 3))).apply(torch.ones(2, 3)).all()
 
 
+@pytest.mark.parametrize("kind", _curvatures())
+def test_inputs_of_linear_layers_have_a_power_of_their_own(kind):
+    row = replace(METHODS["fedfisher"], name="own", norm_power=1, damping=0)
+    curvature = _curvatures()[kind]
+    plain, found = row.transformed(curvature), row.transformed(curvature, is_linear=True)
+    if kind not in ("kronecker", "input_gram"):
+        torch.testing.assert_close(found.dense(), plain.dense(), rtol=0, atol=0)
+        return
+    values, basis = torch.linalg.eigh(curvature.column_factor)
+    more = torch.kron(torch.eye(2).double(), (basis * values**0.2) @ basis.mT)
+    torch.testing.assert_close(found.dense(), plain.dense() @ more)
+    assert float((found.dense() - plain.dense()).norm()) > 0.01
+
+
+@pytest.mark.parametrize("power", [0, -1.0, float("nan")])
+def test_a_power_of_the_inputs_that_is_none_is_refused(power):
+    with pytest.raises(ValueError, match="must be greater than 0"):
+        replace(METHODS["fedfisher"], name="own", inputs_power=power)
+
+
 @pytest.mark.parametrize("norm_power", [-0.1, float("inf"), float("nan")])
 def test_a_power_of_the_norm_that_is_none_is_refused(norm_power):
     with pytest.raises(ValueError, match=f"norm_power must not be negative, got {norm_power}"):

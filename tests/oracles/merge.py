@@ -6,7 +6,7 @@ import math
 
 import torch
 
-DAMPING = 0.01  # of the default method
+DAMPING, INPUTS_POWER = 0.01, 0.7  # of the default method
 OVER_OUTPUTS = {
     "kronecker": "row_factor",
     "convolution_kronecker": "row_factor",
@@ -57,9 +57,14 @@ def moments_of(dense, shape):
     return torch.einsum("iaib->ab", dense.view(rows, columns, rows, columns))
 
 
-def shape_of_root(dense):
-    """The root of an operator, with half of the decades of its norm."""
+def raised(dense, block, is_linear):
+    """The root of an operator, with half of the decades of its norm; of inputs another power."""
     found = root(dense)
+    if is_linear and block.kind in ("kronecker", "input_gram"):
+        values, basis = torch.linalg.eigh(block.column_factor.double())
+        values = torch.where(values > 1e-6 * values.max(), values, 0.0)
+        more = (basis * values ** (INPUTS_POWER - 0.5)) @ basis.mT  # zero eigenvalues are gone
+        found = found @ torch.kron(torch.eye(block.shape[0]).double(), more)
     norm = found.square().sum().sqrt()
     return found / norm.sqrt() if norm > 0 else found
 
@@ -145,13 +150,15 @@ def quadratic(clients, name, merged, aligns=True):
     same = torch.eye(layer.shape[1]).double()
     carried = _carried(clients, name, merged) if aligns else [(same, same)] * len(clients)
     for client, (there, back) in zip(clients, carried, strict=True):
-        is_head = name == header.output_layer and aligns and _is_aligned(header, name)
-        dense = written_out(client.block(layer), 0.0 if name == header.output_layer else DAMPING)
-        if is_head:
+        is_head, aligned = name == header.output_layer, aligns and _is_aligned(header, name)
+        block = client.block(layer)
+        dense = written_out(block, 0.0 if is_head else DAMPING)
+        if is_head and aligned:
             dense = over_outputs(dense, layer.shape)
+        is_linear = len(layer.parameters[0][1]) == 2 and not (is_head or aligned)
         change = torch.kron(torch.eye(layer.shape[0]).double(), back)
         weights.append(client.weights(layer).double() @ there)
-        curvatures.append(change @ shape_of_root(dense) @ change.mT)
+        curvatures.append(change @ raised(dense, block, is_linear) @ change.mT)
     return [share / sum(shares) for share in shares], weights, curvatures
 
 

@@ -67,8 +67,8 @@ def test_a_tensor_comes_back_in_its_type_or_in_the_one_asked_for(dtype):
     assert float((found - expected).norm() / expected.norm()) < 1e-5  # not that of half precision
 
 
-@pytest.mark.parametrize("damping", [0.0, 0.1])
-def test_an_update_reads_powers_whether_packed_or_not(damping, tmp_path):
+@pytest.mark.parametrize(("damping", "of_inputs"), [(0.0, None), (0.1, None), (0.1, 0.8)])
+def test_an_update_reads_powers_whether_packed_or_not(damping, of_inputs, tmp_path):
     generator = torch.Generator().manual_seed(0)
     model = torch.nn.Linear(299, 60)
     (layer,) = find_layers(model)
@@ -79,16 +79,16 @@ def test_an_update_reads_powers_whether_packed_or_not(damping, tmp_path):
     kinds = {layer.name: curvature.kind}
     header = UpdateHeader(7, "kfac", "exact", "categorical", 7, (layer,), kinds)
     plain = ClientUpdate.from_model(model, header, {layer.name: curvature})
-    expected = curvature.power(0.5, damping)
+    expected = curvature.power(0.5, damping, of_inputs)
     for update, exact in ((plain, 1e-6), (plain.compressed(2.0), 0.05)):
         assert (update is plain) == (exact == 1e-6)
         opened = ClientUpdate.open(update.save(tmp_path / "client.safetensors"))
-        found = opened.block(layer, 0.5, damping=damping)
+        found = opened.block(layer, 0.5, damping=damping, inputs_power=of_inputs)
         assert not found.row_factor[7].any()
         for name, tensor in found.tensors().items():
             wanted = expected.tensors()[name]
             assert float((tensor - wanted).norm() / wanted.norm()) < exact
-        for name, tensor in opened.block(layer).power(0.5, damping).tensors().items():
+        for name, tensor in opened.block(layer).power(0.5, damping, of_inputs).tensors().items():
             wanted = found.tensors()[name]  # a whole matrix of rank 20 is one up to rounding only
             assert float((tensor - wanted).norm() / wanted.norm()) < 1e-2
 
