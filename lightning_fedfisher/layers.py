@@ -77,7 +77,7 @@ class Layer:
 
     @property
     def is_linear(self) -> bool:
-        """Whether its weight is a matrix: of a linear layer or an embedding, of no convolution."""
+        """Whether its weight is a matrix, as of a linear layer, and not the filters of another."""
         return len(self.parameters[0][1]) == 2
 
     def join(self, tensors: Mapping[str, Tensor]) -> Tensor:

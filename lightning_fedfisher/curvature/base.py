@@ -22,16 +22,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_fedfisher.curvature.input_map import InputMap
-from lightning_fedfisher.curvature.linalg import (
-    PseudoInverse,
-    frobenius_norm,
-    identity_map,
-)
-from lightning_fedfisher.curvature.powers import (
-    TensorRole,
-    require_positive_exponent,
-    tensor_power,
-)
+from lightning_fedfisher.curvature.linalg import PseudoInverse, frobenius_norm, identity_map
+from lightning_fedfisher.curvature.powers import TensorRole, require_positive_exponent, tensor_power
 
 InputSide = Literal["rows", "columns"]
 """The side of a layer's matrix that belongs to its inputs."""
@@ -131,6 +123,9 @@ class Curvature(ABC):
 
         Returns:
             Exponent and damping by field name.
+
+        Raises:
+            ValueError: If an exponent is not greater than zero.
         """
         of_inputs = exponent if inputs_exponent is None else inputs_exponent
         require_positive_exponent(exponent)
@@ -151,9 +146,14 @@ class Curvature(ABC):
 
         Returns:
             A curvature of the same kind.
+
+        Raises:
+            TypeError: If the kind has no tensors to scale.
         """
         # Each kind is linear in its first factor, or in its eigenvalues.
-        name = next(name for name, role in self.tensor_roles.items() if role != "basis")
+        name = next((name for name, role in self.tensor_roles.items() if role != "basis"), None)
+        if name is None:
+            raise TypeError(f"{self.kind} curvature has no scale")
         return self.with_tensors({name: factor * getattr(self, name)})
 
     @abstractmethod

@@ -20,17 +20,19 @@ _RTOL = 1e-6  # of singular values that count as zero
 
 
 def linear_weights(network: nn.Module) -> set[str]:
-    """Names the parameters that are the matrix of a linear map, filters of convolutions too.
+    """Names the matrices of linear layers, of attention, and of convolutions that are not grouped.
 
     Args:
-        network: any network. Grouped convolutions are left out: their filters read other inputs.
+        network: any network. Matrices of other modules count as no matrix.
     """
-    return {
-        f"{path}.weight".removeprefix(".")
-        for path, module in network.named_modules()
-        if isinstance(module, nn.Linear)
-        or (isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1)
-    }
+    found = set()
+    for path, module in network.named_modules():
+        convolves = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1
+        if isinstance(module, nn.Linear) or convolves:
+            found.add(f"{path}.weight".removeprefix("."))
+        elif isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+            found.add(f"{path}.in_proj_weight".removeprefix("."))
+    return found
 
 
 def task_arithmetic(vectors: TaskVectors, linear: set[str]) -> dict[str, Tensor]:
@@ -90,7 +92,10 @@ def tsv(vectors: TaskVectors, linear: set[str]) -> dict[str, Tensor]:
         rank = min(changes[0].shape) // len(changes)
         if rank == 0:
             continue
-        parts = [torch.linalg.svd(change, full_matrices=False) for change in changes]
+        # Of a client that changed nothing, singular vectors would be anything.
+        parts = [torch.linalg.svd(c, full_matrices=False) for c in changes if c.any()]
+        if not parts:
+            continue
         outputs = _orthogonal(torch.cat([u[:, :rank] for u, _, _ in parts], dim=1))
         inputs = _orthogonal(torch.cat([v[:rank] for _, _, v in parts]))
         values = torch.cat([s[:rank] for _, s, _ in parts])

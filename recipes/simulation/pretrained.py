@@ -226,8 +226,8 @@ class Federation:
         """Merges update files, and tests the merged network.
 
         Args:
-            method: name of a merge method of the package or of a peer, with ``_unlabelled`` behind
-                it or not.
+            method: name of a merge method of the package, with ``_unlabelled`` behind it or not, or
+                of a peer.
             paths: the clients' update files.
             network: takes the merged weights; it is not changed.
 
@@ -252,13 +252,14 @@ class Federation:
             record = replace(record, upload_bytes=sent, server_seconds=seconds)
         else:
             record = result.record
-        tuner.load_state_dict(result.state_dict | parameters, strict=False)
+        tuner.load_state_dict(result.state_dict, strict=False)
+        tuner.load_state_dict(parameters, strict=False)  # last, as tied weights have two names
         scored = assess(self.predict(tuner.network), self.task.test.tensors[1])
         # A head alone is small: all uploads are told in multiples of what fine-tuning sends.
         sent = [p for p in network.parameters() if p.requires_grad] + [*network.buffers()]
         whole = sum(tensor.nbytes for tensor in sent)
         record = replace(record, score=scored, fedavg_bytes=whole)
-        return record, tuner.network.state_dict()
+        return record, {n: t.clone() for n, t in tuner.network.state_dict().items()}
 
     @torch.inference_mode()
     def predict(self, network: nn.Module) -> Tensor:

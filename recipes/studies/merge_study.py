@@ -78,14 +78,24 @@ def _variant(**changes: Any) -> Merge:
 
 
 VARIANTS = {
-    **{f"fedfisher, power {power:g}": _variant(power=power) for power in (0.25, 0.35, 0.65, 1.0)},
+    **{
+        f"fedfisher, power {power:g}": _variant(power=power, inputs_power=None)
+        for power in (0.25, 0.35, 0.65, 1.0)
+    },
     "fedfisher, head as any layer": _variant(output_transform=None),
     **{
         f"fedfisher, shares to the power {power:g}": _variant(client_weight_power=power)
         for power in (1.0, 0.75, 0.25, 0.0)
     },
-    "fedfisher, not aligned": _variant(aligns=False),
-    "fedfisher, as before": _variant(output_transform=None, client_weight_power=1.0, aligns=False),
+    "fedfisher, not aligned": _variant(aligns=False, inputs_power=None),
+    "fedfisher, as before": _variant(
+        output_transform=None,
+        client_weight_power=1.0,
+        aligns=False,
+        inputs_power=None,
+        norm_power=1.0,
+        damping=0.0,
+    ),
     "fedfisher, exact Fisher": Merge("fedfisher", ("kfac", "exact")),
     "fedfisher, diagonal": Merge("fedfisher", ("diagonal", "normalised")),
 }

@@ -236,6 +236,14 @@ def test_inputs_of_linear_layers_have_a_power_of_their_own(kind):
     assert float((found.dense() - plain.dense()).norm()) > 0.01
 
 
+@pytest.mark.parametrize("change", [{"power": 0.5}, {"norm_power": 0.5}, {"inputs_power": 0.5}])
+def test_a_fit_is_merged_by_its_own_curvature_alone(change):
+    header = _header("input_gram", "", LeastSquaresFit(0.5, 1.0))
+    assert METHODS["closed_form_head"].refusal(header) is None
+    changed = replace(METHODS["closed_form_head"], name="own", **change)
+    assert "no power of its curvature" in changed.refusal(header)
+
+
 @pytest.mark.parametrize("power", [0, -1.0, float("nan")])
 def test_a_power_of_the_inputs_that_is_none_is_refused(power):
     with pytest.raises(ValueError, match="must be greater than 0"):

@@ -1,5 +1,7 @@
 """The image recipe end to end on embedded digits and a network without pre-trained weights."""
 
+import dataclasses
+import functools
 import json
 import math
 
@@ -7,6 +9,8 @@ import pretrained_image
 import pytest
 import torch
 from safetensors.torch import load_file
+from simulation.pretrained import Federation, run
+from simulation.pretrained_setting import Flags, Task
 
 SMALL = [
     *("--dataset", "digits", "--model", "resnet18", "--weights", "none", "--image-size", "32"),
@@ -87,6 +91,31 @@ def test_the_servers_images_are_no_clients():
     assert len(clients) == 60
     with pytest.raises(SystemExit, match=r"are left for the server, which cannot have 100000"):
         pretrained_image.main([*flags, "--unlabelled-samples", "100000"])
+
+
+def test_weights_with_two_names_are_those_of_the_peer(tmp_path):
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = torch.nn.Linear(8, 8)
+            self.last = torch.nn.Linear(8, 8)
+            self.last.weight = self.first.weight
+
+        def forward(self, x):
+            return self.last(self.first(x).relu())
+
+    torch.manual_seed(0)
+    inputs = torch.utils.data.TensorDataset(torch.randn(40, 8), torch.arange(40) % 8)
+    make = functools.partial(torch.optim.SGD, momentum=0.9)
+    task = Task("made-up", "tied", "", inputs, inputs, 8, lambda _: Tied(), make, 0.1, 0.1, 1, {})
+    flags = Flags(clients=2, alpha=10.0, methods=("fedavg", "ties"), output_dir=tmp_path)
+    run(task, flags)
+    federation = Federation(task, dataclasses.replace(flags, resume=True))
+    start = Tied()
+    paths = [tmp_path / f"fine-tuned/updates/client-{k}/identity.safetensors" for k in (0, 1)]
+    average, peer = (federation.merged(method, paths, start)[1] for method in ("fedavg", "ties"))
+    assert torch.equal(peer["first.weight"], peer["last.weight"])
+    assert not torch.equal(peer["last.weight"], average["last.weight"])
 
 
 def test_a_network_that_is_unknown_is_told_at_once():

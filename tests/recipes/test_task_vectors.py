@@ -33,6 +33,7 @@ def _close(found, expected, **options):
 def test_matrices_are_those_of_linear_maps():
     assert linear_weights(_network()) == {"0.weight", "4.weight"}
     assert linear_weights(nn.Linear(2, 2)) == {"weight"}
+    assert linear_weights(nn.MultiheadAttention(2, 1)) == {"in_proj_weight", "out_proj.weight"}
 
 
 @pytest.mark.parametrize("method", PEERS)
@@ -45,16 +46,20 @@ def test_the_network_is_not_changed_and_nothing_learned_changes_nothing(method):
     _close(network.state_dict(), before)
 
 
-@pytest.mark.parametrize("method", ["tsv", "actmat"])
-@pytest.mark.parametrize("clients", [1, 3])
+@pytest.mark.parametrize(("method", "clients"), [("tsv", 1), ("actmat", 1), ("actmat", 3)])
 def test_clients_that_agree_return_themselves(method, clients):
     network = _network()
     trained = _trained(network, 1)
-    if method == "tsv" and clients > 1:
-        trained = {n: w.detach() + (w.dim() < 2) for n, w in network.named_parameters()}
     _close(
         merge_by_task_vectors(method, network, [trained] * clients), trained, rtol=1e-3, atol=1e-4
     )
+
+
+def test_tsv_takes_half_of_the_rank_of_one_of_two_clients_that_learned_anything():
+    change = torch.randn(4, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    found = PEERS["tsv"]([{"w": change}, {"w": torch.zeros_like(change)}], {"w"})["w"]
+    left, values, right = torch.linalg.svd(change, full_matrices=False)
+    torch.testing.assert_close(found, (left[:, :2] * values[:2]) @ right[:2])
 
 
 def test_task_arithmetic_adds_four_tenths_of_each():
