@@ -44,7 +44,9 @@ class MergeMethod:
             ``input_gram``), in linear layers that are not aligned and are not the output layer;
             None for the `power`, which convolutions take in any case.
         norm_power: Power that the Frobenius norm of what comes of that is raised to. Less than 1
-            brings clients closer together in what a layer's curvature claims that they weigh.
+            brings clients closer together in what a layer's curvature claims that they weigh. That
+            helps most transformers, and hurts where some client learned nothing, whose curvature is
+            small.
         damping: Part of its mean diagonal entry that is added to the factor over the outputs
             before; not in the output layer of a softmax.
         curvatures: The curvatures it can merge, as an extraction is asked for them; any if empty.
@@ -205,9 +207,6 @@ _SQUARE_ROOT = 0.5
 # Closer to the plain quadratic where a layer reads about what it reads in the clients, as the
 # layers of a fine-tuned transformer do.
 _INPUTS_POWER = 0.7
-# How steep a client's loss is in a layer differs by orders of magnitude between clients: with what
-# they know, and with a few samples that they do not. Half of it, in decades, is believed.
-_NORM_POWER = 0.5
 # Of a few hundred samples the factor over the outputs is singular, and claims that what it did not
 # see does not matter at all. Of logits it is singular on purpose: a constant changes nothing.
 _DAMPING = 0.01
@@ -274,7 +273,6 @@ METHODS: dict[str, MergeMethod] = {
             output_transform=_of_outputs,
             power=_SQUARE_ROOT,
             inputs_power=_INPUTS_POWER,
-            norm_power=_NORM_POWER,
             damping=_DAMPING,
             curvatures=("kfac", "ekfac", "diagonal", "input_gram", "dense"),
             client_weight_power=0.5,

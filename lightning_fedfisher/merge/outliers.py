@@ -15,8 +15,7 @@ from lightning_fedfisher.merge.layer_loader import LayerLoader
 from lightning_fedfisher.merge.methods import METHODS
 from lightning_fedfisher.update.client_update import ClientUpdate
 
-# The default method works with roots of the samples, and of the curvature with those or lower
-# powers; a distance has none.
+# The default method works with roots of the curvature and of the samples; a distance has none.
 _AS_SENT = {"information": 2, "distance": 1, "pull": 2}
 
 

@@ -126,7 +126,7 @@ def forge(updates: Sequence[ClientUpdate], attack: str, bound: float) -> ClientU
             others = [update.parameters[name.removeprefix("parameters/")] for update in updates]
             middle = torch.stack(others).quantile(0.5, dim=0)
             tensors[name] = middle - most * (tensors[name] - middle)
-        tensors = _scaled_curvature(tensors, most**4)  # the merge takes the root twice
+        tensors = _scaled_curvature(tensors, most**2)  # of which the merge takes the root
     else:
         tensors = ATTACKS[attack](tensors)
     if attack == "samples":

@@ -93,7 +93,6 @@ VARIANTS = {
         client_weight_power=1.0,
         aligns=False,
         inputs_power=None,
-        norm_power=1.0,
         damping=0.0,
     ),
     "fedfisher, exact Fisher": Merge("fedfisher", ("kfac", "exact")),

@@ -315,8 +315,7 @@ def test_the_objective_ends_as_near_its_minimum_as_asked(gap, seed):
     assert near.point.objective <= (1 + 5 * gap) * tight.point.objective
 
 
-# Undamped it has null spaces.
-OURS = replace(METHODS["fedfisher"], name="undamped", damping=0.0, norm_power=1.0)
+OURS = replace(METHODS["fedfisher"], name="undamped", damping=0.0)  # which has null spaces
 
 
 @pytest.mark.parametrize("seed", SEEDS)

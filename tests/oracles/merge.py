@@ -58,15 +58,14 @@ def moments_of(dense, shape):
 
 
 def raised(dense, block, is_linear):
-    """The root of an operator, with half of the decades of its norm; of inputs another power."""
+    """The root of an operator, and of inputs another power."""
     found = root(dense)
     if is_linear and block.kind in ("kronecker", "input_gram"):
         values, basis = torch.linalg.eigh(block.column_factor.double())
         values = torch.where(values > 1e-6 * values.max(), values, 0.0)
         more = (basis * values ** (INPUTS_POWER - 0.5)) @ basis.mT  # zero eigenvalues are gone
         found = found @ torch.kron(torch.eye(block.shape[0]).double(), more)
-    norm = found.square().sum().sqrt()
-    return found / norm.sqrt() if norm > 0 else found
+    return found
 
 
 def root(dense):

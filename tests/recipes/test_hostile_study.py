@@ -67,7 +67,7 @@ def test_who_knows_the_bound_stays_just_within_it(updates):
         middle = honest.median(dim=0).values
         torch.testing.assert_close(tensor - middle, -2 * (honest[0] - middle))
     for name, block in forged.blocks.items():
-        torch.testing.assert_close(block.trace(), 16 * updates[0].blocks[name].trace())
+        torch.testing.assert_close(block.trace(), 4 * updates[0].blocks[name].trace())
 
 
 def test_the_bounds_are_none_and_tighter_ones():
