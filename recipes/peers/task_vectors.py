@@ -7,6 +7,7 @@ scale by. Each takes the recommended one. Clients count the same, however many s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -36,28 +37,12 @@ def linear_weights(network: nn.Module) -> set[str]:
 
 
 def task_arithmetic(vectors: TaskVectors, linear: set[str]) -> dict[str, Tensor]:
-    """Adds up all task vectors, scaled by 0.4 (Ilharco et al., 2023, "Editing Models").
-
-    Args:
-        vectors: of the clients.
-        linear: not used.
-
-    Returns:
-        What is added to the weights at the start.
-    """
+    """Adds up all task vectors, scaled by 0.4 (Ilharco et al., 2023, "Editing Models")."""
     return {name: _SCALE * sum(_all(vectors, name)) for name in vectors[0]}
 
 
 def ties(vectors: TaskVectors, linear: set[str]) -> dict[str, Tensor]:
-    """Averages what agrees in sign, of the largest fifth of each task vector (Yadav et al., 2023).
-
-    Args:
-        vectors: of the clients.
-        linear: not used.
-
-    Returns:
-        What is added to the weights at the start.
-    """
+    """Averages what agrees in sign, of the largest fifth of each vector (Yadav et al., 2023)."""
     kept = []
     for vector in vectors:
         sizes = torch.cat([tensor.abs().flatten() for tensor in vector.values()])
@@ -78,54 +63,22 @@ def tsv(vectors: TaskVectors, linear: set[str]) -> dict[str, Tensor]:
     TSV-M of Gargiulo et al., 2025, "Task Singular Vectors". Of each matrix a client has its share
     of the rank; where there are more clients than rank, and in what is no matrix, task vectors are
     averaged.
-
-    Args:
-        vectors: of the clients.
-        linear: names of the matrices.
-
-    Returns:
-        What is added to the weights at the start.
     """
-    merged = _average(vectors)
-    for name in linear & merged.keys():
-        changes = [change.flatten(1) for change in _all(vectors, name)]
-        rank = min(changes[0].shape) // len(changes)
-        if rank == 0:
-            continue
-        # Of a client that changed nothing, singular vectors would be anything.
-        parts = [torch.linalg.svd(c, full_matrices=False) for c in changes if c.any()]
-        if not parts:
-            continue
-        outputs = _orthogonal(torch.cat([u[:, :rank] for u, _, _ in parts], dim=1))
-        inputs = _orthogonal(torch.cat([v[:rank] for _, _, v in parts]))
-        values = torch.cat([s[:rank] for _, s, _ in parts])
-        merged[name] = ((outputs * values) @ inputs).view_as(merged[name])
-    return merged
+    return _matrix_by_matrix(vectors, linear, _tsv)
 
 
 def actmat(vectors: TaskVectors, linear: set[str]) -> dict[str, Tensor]:
     """RegMean with the second moment of inputs guessed from the task vector: ``D'D`` of a matrix.
 
     ACTMat (arXiv 2604.01329). What is no matrix is averaged.
-
-    Args:
-        vectors: of the clients.
-        linear: names of the matrices.
-
-    Returns:
-        What is added to the weights at the start.
     """
-    merged = _average(vectors)
-    for name in linear & merged.keys():
-        changes = [change.flatten(1).double() for change in _all(vectors, name)]
-        values, basis = _right_singular(torch.cat(changes))
-        right = sum(change @ (change.mT @ (change @ basis.mT)) for change in changes)
-        solved = (right / values.square()) @ basis
-        merged[name] = solved.view_as(merged[name]).to(merged[name])
-    return merged
+    return _matrix_by_matrix(vectors, linear, _actmat)
 
 
-PEERS: dict[str, Callable[[TaskVectors, set[str]], dict[str, Tensor]]] = {
+Peer: TypeAlias = Callable[[TaskVectors, set[str]], dict[str, Tensor]]
+"""From task vectors and the names of matrices to what is added to the weights at the start."""
+
+PEERS: dict[str, Peer] = {
     "task_arithmetic": task_arithmetic,
     "ties": ties,
     "tsv": tsv,
@@ -158,9 +111,39 @@ def _all(vectors: TaskVectors, name: str) -> list[Tensor]:
     return [vector[name] for vector in vectors]
 
 
-def _average(vectors: TaskVectors) -> dict[str, Tensor]:
-    """The mean of all task vectors."""
-    return {name: torch.stack(_all(vectors, name)).mean(0) for name in vectors[0]}
+def _matrix_by_matrix(
+    vectors: TaskVectors, linear: set[str], merge: Callable[[list[Tensor]], Tensor]
+) -> dict[str, Tensor]:
+    """Merges each matrix by itself, and averages what is none."""
+    merged = {}
+    for name, first in vectors[0].items():
+        changes = _all(vectors, name)
+        if name in linear:
+            merged[name] = merge([c.flatten(1) for c in changes]).view_as(first).to(first)
+        else:
+            merged[name] = torch.stack(changes).mean(0)
+    return merged
+
+
+def _tsv(changes: list[Tensor]) -> Tensor:
+    """Merges what clients changed in one matrix."""
+    rank = min(changes[0].shape) // len(changes)
+    # Of a client that changed nothing, singular vectors would be anything.
+    parts = [torch.linalg.svd(c, full_matrices=False) for c in changes if c.any()]
+    if rank == 0 or not parts:
+        return torch.stack(changes).mean(0)
+    outputs = _orthogonal(torch.cat([u[:, :rank] for u, _, _ in parts], dim=1))
+    inputs = _orthogonal(torch.cat([v[:rank] for _, _, v in parts]))
+    return (outputs * torch.cat([s[:rank] for _, s, _ in parts])) @ inputs
+
+
+def _actmat(changes: list[Tensor]) -> Tensor:
+    """Merges what clients changed in one matrix, in float64."""
+    doubled = [change.double() for change in changes]
+    values, basis = _right_singular(torch.cat(doubled))
+    right = sum(change @ (change.mT @ (change @ basis.mT)) for change in doubled)
+    merged: Tensor = (right / values.square()) @ basis
+    return merged
 
 
 def _right_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -242,18 +242,18 @@ class Federation:
             if self.task.unlabelled is None:
                 raise ValueError(f"{method} needs unlabelled samples, and the task has none")
             unlabelled = DataLoader(TensorDataset(self.task.unlabelled), _EVALUATION_BATCH)
-        parameters, record = dict[str, Tensor](), MergeRecord(method, [])
-        if name in PEERS:
-            clients = [ClientUpdate.open(path).parameters for path in paths]
-            parameters, name = merge_by_task_vectors(name, tuner, clients), "fedavg"
-        result = merge(name, paths, tuner, None, self.options, unlabelled)
-        if parameters:  # of that merge only the running statistics are used
-            sent, seconds = result.record.upload_bytes, time.perf_counter() - started
-            record = replace(record, upload_bytes=sent, server_seconds=seconds)
-        else:
-            record = result.record
+        package_method = "fedavg" if name in PEERS else name
+        result = merge(package_method, paths, tuner, None, self.options, unlabelled)
+        record = result.record
         tuner.load_state_dict(result.state_dict, strict=False)
-        tuner.load_state_dict(parameters, strict=False)  # last, as tied weights have two names
+        if name in PEERS:  # of that merge only the running statistics are used
+            clients = [ClientUpdate.open(path).parameters for path in paths]
+            start = _FineTuner(network, self.task, 0.0)
+            # After FedAvg's, as tied weights have two names there.
+            tuner.load_state_dict(merge_by_task_vectors(name, start, clients), strict=False)
+            seconds = time.perf_counter() - started
+            upload = record.upload_bytes
+            record = MergeRecord(method, [], upload_bytes=upload, server_seconds=seconds)
         scored = assess(self.predict(tuner.network), self.task.test.tensors[1])
         # A head alone is small: all uploads are told in multiples of what fine-tuning sends.
         sent = [p for p in network.parameters() if p.requires_grad] + [*network.buffers()]

@@ -161,18 +161,18 @@ def quadratic(clients, name, merged, aligns=True):
     return [share / sum(shares) for share in shares], weights, curvatures
 
 
-def minimiser(shares, weights, curvatures, rcond=1e-3):
+def minimiser(shares, weights, curvatures):
     """Of the minimisers, the one nearest to the average, and the average."""
     start = sum(p * w for p, w in zip(shares, weights, strict=True))
     system = sum(p * f for p, f in zip(shares, curvatures, strict=True))
     right = sum(
         p * f @ (w - start).flatten() for p, w, f in zip(shares, weights, curvatures, strict=True)
     )
-    move = torch.linalg.pinv(system, rtol=rcond, hermitian=True) @ right
+    move = torch.linalg.pinv(system, rtol=1e-3, hermitian=True) @ right
     return start + move.view(start.shape), start
 
 
-def fedfisher(clients, aligns=True, rcond=1e-3):
+def fedfisher(clients, aligns=True):
     """The merged matrix of every layer, and where each started."""
     sources = clients[0].header.fed_by
     merged, starts = {}, {}
@@ -182,7 +182,7 @@ def fedfisher(clients, aligns=True, rcond=1e-3):
             if aligns and name in sources:
                 solve(sources[name].layer)
             problem = quadratic(clients, name, merged, aligns)
-            merged[name], starts[name] = minimiser(*problem, rcond)
+            merged[name], starts[name] = minimiser(*problem)
 
     for layer in clients[0].layers:
         solve(layer.name)
