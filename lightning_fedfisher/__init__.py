@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lightning_fedfisher.merge.without_trainer import merge_updates
     from lightning_fedfisher.merge_module import FisherMergeModule
     from lightning_fedfisher.plan import plan_update
+    from lightning_fedfisher.random_features import RandomFeatures
     from lightning_fedfisher.report import write_report
     from lightning_fedfisher.tracking.wandb_logger import federation_logger
     from lightning_fedfisher.update.client_update import ClientUpdate
@@ -46,6 +47,7 @@ __all__ = [
     "MergeError",
     "MergeMethod",
     "PriorCrossEntropy",
+    "RandomFeatures",
     "UnsupportedModelError",
     "UpdateError",
     "__version__",
@@ -69,6 +71,7 @@ _ROOMS = {
     "merge.without_trainer": ("merge_updates",),
     "merge_module": ("FisherMergeModule",),
     "plan": ("plan_update",),
+    "random_features": ("RandomFeatures",),
     "report": ("write_report",),
     "tracking.wandb_logger": ("federation_logger",),
     "update.client_update": ("ClientUpdate",),

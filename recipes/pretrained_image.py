@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from jsonargparse import ArgumentParser, Namespace
 from simulation.data import TensorImages, load_images
+from simulation.heads import last_linear
 from simulation.partition import subset
 from simulation.pretrained import start
 from simulation.pretrained_setting import FINE_TUNED, METHODS, UNLABELLED, Task, shared_parser
@@ -112,11 +113,7 @@ def _network(model: str, weights: str, classes: int) -> Callable[[], nn.Module]:
 
         def of_torchvision() -> nn.Module:
             network = models.get_model(model, weights=name)
-            path, head = [
-                (path, module)
-                for path, module in network.named_modules()
-                if isinstance(module, nn.Linear)
-            ][-1]
+            path, head = last_linear(network)
             network.set_submodule(path, nn.Linear(head.in_features, classes))
             return network
 

@@ -53,7 +53,7 @@ def text_task(parsed: Namespace) -> Task:
             "category: those of Banking77, or your own"
         )
     try:
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoModel, AutoTokenizer
     except ImportError as error:
         raise ImportError(
             "language models need transformers: pip install 'lightning-fedfisher[pretrained]'"
@@ -79,10 +79,9 @@ def text_task(parsed: Namespace) -> Task:
     def build(seed: int) -> nn.Module:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = AutoModelForSequenceClassification.from_pretrained(
-                folder, num_labels=len(names), ignore_mismatched_sizes=True
-            )
-            return _Logits(_adapted(model) if parsed.lora else model)
+            body = AutoModel.from_pretrained(folder)
+            body.pooler = None  # where there is one, it reads one token, and is often untrained
+            return _Classifier(_adapted(body) if parsed.lora else body, len(names))
 
     return Task(
         parsed.data_dir.name,
@@ -100,24 +99,28 @@ def text_task(parsed: Namespace) -> Task:
     )
 
 
-class _Logits(nn.Module):
-    """A classifier of Hugging Face that takes token numbers and their mask in one tensor."""
+class _Classifier(nn.Module):
+    """A head on the mean over a text's tokens of what a language model makes of them."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, body: nn.Module, classes: int) -> None:
         super().__init__()
-        self.model = model
+        self.body = body
+        self.head = nn.Linear(body.config.hidden_size, classes)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Classifies texts.
 
         Args:
-            inputs: of shape ``(samples, 2, length)``.
+            inputs: numbers of tokens, and the mask that tells them from padding, in one tensor of
+                shape ``(samples, 2, length)``.
 
         Returns:
             Logits of shape ``(samples, classes)``.
         """
-        tokens, mask = inputs.unbind(1)
-        logits: Tensor = self.model(input_ids=tokens, attention_mask=mask).logits
+        tokens, mask = inputs[:, :, inputs[:, 1].any(0)].unbind(1)  # without padding of all
+        hidden = self.body(input_ids=tokens, attention_mask=mask).last_hidden_state
+        shares = mask / mask.sum(1, keepdim=True)
+        logits: Tensor = self.head((shares.unsqueeze(2) * hidden).sum(1))
         return logits
 
 
@@ -129,7 +132,7 @@ def _adapted(model: nn.Module) -> nn.Module:
         raise ImportError(
             "--lora needs peft: pip install 'lightning-fedfisher[pretrained]'"
         ) from error
-    config = LoraConfig(task_type="SEQ_CLS", r=_LORA_RANK, lora_alpha=2 * _LORA_RANK)
+    config = LoraConfig(r=_LORA_RANK, lora_alpha=2 * _LORA_RANK)
     adapted: nn.Module = get_peft_model(model, config)
     return adapted
 

@@ -44,6 +44,7 @@ MAY_IMPORT = {
     "layers": ["errors"],
     "batch_norms": ["layers"],
     "losses": [],
+    "random_features": [],
     "update": ["curvature", "likelihoods", "batch_norms", "layers", "errors", "_utils"],
     "extraction": [
         *("curvature", "likelihoods", "batch_norms", "layers", "distributed", "errors", "_utils"),
@@ -91,6 +92,7 @@ PUBLIC = [
     "MergeError",
     "MergeMethod",
     "PriorCrossEntropy",
+    "RandomFeatures",
     "UnsupportedModelError",
     "UpdateError",
     "__version__",

@@ -1,12 +1,13 @@
 """Federations that start from a pre-trained network: no training at all, or fine-tuning.
 
 Every client has the same body. ``closed_form_head`` fits the last layer of the untouched network
-and trains nothing. The other methods merge clients that were fine-tuned from a new head, as people
-do; those of `peers.task_vectors` read what that changed in the weights. Those with ``head_first_``
-before their name merge clients that start from the merged closed-form head and are fine-tuned
-gently: normalisation in eval mode, class frequencies in the loss. Those with ``_unlabelled`` behind
-it merge the clients that were fine-tuned as people do, and estimate the merged network's running
-statistics on samples of the server.
+and trains nothing, ``random_features_head`` the same behind random features. The other methods
+merge clients that were fine-tuned from a new head, as people do; those of `peers.task_vectors` read
+what that changed in the weights. Those with ``head_first_`` before their name merge clients that
+start from the merged ``random_features_head`` and are fine-tuned gently: normalisation in eval
+mode, class frequencies in the loss. Those with ``_unlabelled`` behind it merge the clients that
+were fine-tuned as people do, and estimate the merged network's running statistics on samples of
+the server.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from datetime import datetime
 from pathlib import Path
@@ -44,12 +45,15 @@ from simulation.clients import (
     other_setting,
     update_callbacks,
 )
+from simulation.heads import scaled_to_logits, with_random_features
 from simulation.json_report import write_json
 from simulation.partition import class_histogram, reference_partition
 from simulation.pretrained_report import record_federation
 from simulation.pretrained_setting import (
     CLOSED_FORM,
     HEAD_FIRST,
+    HEADS,
+    RANDOM_FEATURES,
     UNLABELLED,
     Flags,
     Task,
@@ -59,8 +63,6 @@ from simulation.results import Report, report_of, show, write
 from simulation.round import say, warn_in_a_line
 from simulation.scores import assess
 
-# Outputs of a closed-form head lie between 0 and 1. As logits they tell little.
-_HEAD_SCALE = 10.0
 _GENTLE_EPOCHS = 1
 _EVALUATION_BATCH = 250
 _ELSEWHERE = {"methods", "output_dir", "accelerator", "resume"}  # flags that change no client
@@ -148,10 +150,11 @@ class Federation:
         rows = torch.from_numpy(self.parts[index])
         return TensorDataset(*(tensor[rows] for tensor in self.task.train.tensors))
 
-    def fit_heads(self, network: nn.Module) -> list[Path]:
+    def fit_heads(self, name: str, network: nn.Module) -> list[Path]:
         """Fits every client's head on the untouched network, which trains nothing.
 
         Args:
+            name: of the update files.
             network: with pre-trained weights; it is not changed.
 
         Returns:
@@ -160,11 +163,11 @@ class Federation:
         tuner = _FineTuner(copy.deepcopy(network), self.task, 0.0).to(self.device)
         paths = []
         for index in range(self.flags.clients):
-            path = self.output / _HEADS / f"client-{index}" / f"{CLOSED_FORM}.safetensors"
+            path = self.output / _HEADS / f"client-{index}" / f"{name}.safetensors"
             paths.append(path)
             if self.flags.resume and path.is_file():
                 continue
-            say(f"client {index + 1} of {self.flags.clients}: one forward pass, no training")
+            say(f"client {index + 1} of {self.flags.clients}: one forward pass ({name})")
             loader = DataLoader(self.samples(index), _EVALUATION_BATCH)
             fit_closed_form_head(tuner, loader).save(path)
         return paths
@@ -242,7 +245,7 @@ class Federation:
             if self.task.unlabelled is None:
                 raise ValueError(f"{method} needs unlabelled samples, and the task has none")
             unlabelled = DataLoader(TensorDataset(self.task.unlabelled), _EVALUATION_BATCH)
-        package_method = "fedavg" if name in PEERS else name
+        package_method = "fedavg" if name in PEERS else CLOSED_FORM if name in HEADS else name
         result = merge(package_method, paths, tuner, None, self.options, unlabelled)
         record = result.record
         tuner.load_state_dict(result.state_dict, strict=False)
@@ -258,7 +261,7 @@ class Federation:
         # A head alone is small: all uploads are told in multiples of what fine-tuning sends.
         sent = [p for p in network.parameters() if p.requires_grad] + [*network.buffers()]
         whole = sum(tensor.nbytes for tensor in sent)
-        record = replace(record, score=scored, fedavg_bytes=whole)
+        record = replace(record, method=method, score=scored, fedavg_bytes=whole)
         return record, {n: t.clone() for n, t in tuner.network.state_dict().items()}
 
     @torch.inference_mode()
@@ -289,16 +292,20 @@ def run(task: Task, flags: Flags) -> Report:
     plain = [m for m in flags.methods if merges_fine_tuned(m)]
     gentle = [m.removeprefix(HEAD_FIRST) for m in flags.methods if m.startswith(HEAD_FIRST)]
     results, predictions = list[ClientResult](), list[Tensor]()
-    if gentle or CLOSED_FORM in flags.methods:
-        found[CLOSED_FORM] = federation.merged(CLOSED_FORM, federation.fit_heads(network), network)
+    bodies = {CLOSED_FORM: network}
+    if gentle or RANDOM_FEATURES in flags.methods:
+        bodies[RANDOM_FEATURES] = with_random_features(network, flags.random_features)
+    for name, body in bodies.items():
+        if name in flags.methods or (gentle and name == RANDOM_FEATURES):
+            found[name] = federation.merged(name, federation.fit_heads(name, body), body)
     if plain:
         names = [*dict.fromkeys(filter(None, map(merges_fine_tuned, plain)))]
         tuned = federation.fine_tune(_TUNED, network, names, gentle=False)
         results, predictions, folders = tuned
         _merge_all(federation, plain, folders, results, network, "", found)
     if gentle:
-        shared = copy.deepcopy(network)
-        shared.load_state_dict(_scaled(network.state_dict(), found[CLOSED_FORM][1]))
+        shared = bodies[RANDOM_FEATURES]
+        shared.load_state_dict(scaled_to_logits(shared.state_dict(), found[RANDOM_FEATURES][1]))
         tuned = federation.fine_tune(_GENTLE, shared, gentle, gentle=True)
         if not plain:
             results, predictions = tuned[:2]
@@ -330,11 +337,3 @@ def _merge_all(
         spent = [result.extraction_seconds[paths[0].name] for result in results]
         record = replace(record, method=prefix + method, client_seconds=sum(spent) / len(spent))
         found[prefix + method] = record, state
-
-
-def _scaled(before: Mapping[str, Tensor], fitted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The fitted weights, with those that the fit changed scaled to logits."""
-    return {
-        name: tensor if torch.equal(tensor, before[name]) else _HEAD_SCALE * tensor
-        for name, tensor in fitted.items()
-    }

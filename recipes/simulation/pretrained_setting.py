@@ -13,12 +13,13 @@ from peers.task_vectors import PEERS
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-CLOSED_FORM, HEAD_FIRST, UNLABELLED = "closed_form_head", "head_first_", "_unlabelled"
+CLOSED_FORM, RANDOM_FEATURES = HEADS = ("closed_form_head", "random_features_head")
+HEAD_FIRST, UNLABELLED = "head_first_", "_unlabelled"
 FINE_TUNED = ("fedavg", "fisher_merge", "regmean", "fedfisher")
-METHODS = (CLOSED_FORM, *FINE_TUNED, *(HEAD_FIRST + method for method in FINE_TUNED), *PEERS)
+METHODS = (*HEADS, *FINE_TUNED, *(HEAD_FIRST + method for method in FINE_TUNED), *PEERS)
 """What the recipes compare: none of it takes labels on the server."""
 
-DEFAULT = (CLOSED_FORM, "fedavg", "regmean", "fedfisher")
+DEFAULT = (*HEADS, "fedavg", "regmean", "fedfisher")
 """What they compare if nothing is said: not what takes a backward pass for each class."""
 
 
@@ -71,6 +72,7 @@ class Flags:
     max_test_samples: int | None = None
     learning_rate: float | None = None
     gentle_rate: float | None = None
+    random_features: int = 1000
     batch_size: int = 32
     upload_budget: float = 1.0
     methods: tuple[str, ...] = DEFAULT
@@ -90,6 +92,7 @@ _HELP = {
     "max_test_samples": "test on a random subset of this size",
     "learning_rate": "of ordinary fine-tuning",
     "gentle_rate": "of fine-tuning after a closed-form head",
+    "random_features": "nonlinear features before a head in closed form",
     "batch_size": "batch size of local training",
     "upload_budget": "most bytes of an update, in multiples of a FedAvg upload",
     "methods": "merge methods to compare",

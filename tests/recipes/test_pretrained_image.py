@@ -17,7 +17,10 @@ SMALL = [
     *("--clients", "2", "--alpha", "1", "--epochs", "1", "--batch-size", "16"),
     *("--max-train-samples", "60", "--max-test-samples", "40", "--unlabelled-samples", "50"),
 ]
-SHOWN = ("closed_form_head", "fedavg", "regmean", "fedavg_unlabelled", "head_first_fedavg", "ties")
+SHOWN = (
+    *("closed_form_head", "random_features_head", "fedavg", "regmean", "fedavg_unlabelled"),
+    *("head_first_fedavg", "ties"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +70,17 @@ def test_a_finished_federation_is_kept(federation, monkeypatch, capsys):
     assert "epochs at" not in capsys.readouterr().out
 
 
-def test_a_head_alone_trains_nothing(tmp_path, monkeypatch):
+def test_heads_alone_train_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "backward", None)
-    pretrained_image.main([*SMALL, "--methods", "closed_form_head", "--output-dir", str(tmp_path)])
+    heads = ["random_features_head", "closed_form_head"]
+    flags = [*SMALL, "--random-features", "30", "--output-dir", str(tmp_path)]
+    pretrained_image.main([*flags, "--methods", *heads])
     results = json.loads((tmp_path / "results.json").read_text())
-    assert list(results["methods"]) == ["closed_form_head"]
+    assert list(results["methods"]) == heads
     assert results["best_client"] == {}
+    state = load_file(tmp_path / "merged.safetensors")
+    assert state["fc.0.weight"].shape == (30, 512)
+    assert state["fc.1.weight"].shape == (10, 542)
 
 
 def test_all_methods_are_offered_and_no_other():

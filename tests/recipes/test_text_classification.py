@@ -53,12 +53,13 @@ def _run(data, model, output, *flags):
 
 @pytest.mark.parametrize("classes", [2, 3])
 def test_methods_are_compared(data, model, tmp_path, classes):
-    methods = ["closed_form_head", "fedavg", "head_first_fedfisher"]
+    methods = ["closed_form_head", "random_features_head", "fedavg", "head_first_fedfisher"]
     results = _run(data, model, tmp_path, "--classes", str(classes), "--methods", *methods)
     assert list(results["methods"]) == methods
     assert sum(client["num_samples"] for client in results["clients"]) == 20 * classes
-    # Words tell the category, and random features tell the words.
+    # Words tell the category, and an untrained network tells the words.
     assert results["methods"]["closed_form_head"]["accuracy"] > 80
+    assert results["methods"]["random_features_head"]["accuracy"] > 80
 
 
 def test_adapters_are_merged(data, model, tmp_path):

@@ -1,0 +1,69 @@
+"""The last layer of a pre-trained network: found, put behind random features, scaled to logits."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lightning_fedfisher import RandomFeatures
+
+# Outputs of a closed-form head lie between 0 and 1. As logits they tell little.
+_SCALE = 10.0
+
+
+def last_linear(network: nn.Module) -> tuple[str, nn.Linear]:
+    """Finds the last linear layer of a network, in the order of its modules.
+
+    Args:
+        network: that has one.
+
+    Returns:
+        Path and layer.
+    """
+    layers = [
+        (path, module) for path, module in network.named_modules() if isinstance(module, nn.Linear)
+    ]
+    if not layers:
+        raise ValueError(f"{type(network).__name__} has no linear layer at its end")
+    return layers[-1]
+
+
+def with_random_features(network: nn.Module, number: int) -> nn.Module:
+    """Puts random features before the head of a network.
+
+    Args:
+        network: with a linear layer at its end; it is not changed.
+        number: of nonlinear features.
+
+    Returns:
+        A copy with a new head behind them.
+    """
+    path, head = last_linear(network)
+    expanded = copy.deepcopy(network)
+    features = RandomFeatures(head.in_features, number)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        behind = nn.Sequential(features, nn.Linear(features.out_features, head.out_features))
+    expanded.set_submodule(path, behind)
+    return expanded
+
+
+def scaled_to_logits(
+    before: Mapping[str, Tensor], fitted: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Scales the weights that a fit in closed form changed, to logits.
+
+    Args:
+        before: state dict of the network.
+        fitted: the same with a fitted head.
+
+    Returns:
+        The state dict to fine-tune from.
+    """
+    return {
+        name: tensor if torch.equal(tensor, before[name]) else _SCALE * tensor
+        for name, tensor in fitted.items()
+    }
