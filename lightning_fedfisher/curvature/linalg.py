@@ -294,7 +294,8 @@ def least_squares(gram: Tensor, crossed: Tensor) -> Tensor:
     """Solves a linear regression from its second moments.
 
     Inputs are brought to one scale first. So those of small numbers are not taken for rounding of
-    those of large ones.
+    those of large ones. Only those that all but vanish beside the largest, as dead features of a
+    network, have weights of zero.
 
     Args:
         gram: Second moment of the inputs, of shape ``(columns, columns)`` in float64.
@@ -309,7 +310,8 @@ def least_squares(gram: Tensor, crossed: Tensor) -> Tensor:
         tensor([[2., 0.]])
     """
     diagonal = gram.diagonal()
-    scale = torch.where(diagonal > 0, diagonal, 1.0).rsqrt() * (diagonal > 0)
+    alive = diagonal > diagonal.max() * torch.finfo(gram.dtype).eps ** 2
+    scale = torch.where(alive, diagonal, 1.0).rsqrt() * alive
     scaled = scale.unsqueeze(1) * gram * scale
     found: Tensor = (crossed * scale) @ torch.linalg.pinv(scaled, hermitian=True) * scale
     return found

@@ -1,5 +1,7 @@
 """The head that is fitted in closed form: the fit, which layer it is, and what is left alone."""
 
+import copy
+
 import pytest
 import torch
 from helpers.ranks import run_ranks
@@ -70,6 +72,28 @@ def test_it_is_a_linear_regression_of_other_labels(likelihood, outputs):
     fit, _, _ = _by_lstsq(model, x, y)
     weights = found.layers[0].join(dict(found.fitted.named_parameters()))
     torch.testing.assert_close(weights, fit, rtol=1e-9, atol=1e-9)
+
+
+def test_dead_features_have_weights_of_zero():
+    model, data = _model(torch.float64), _data(dtype=torch.float64)
+    with torch.no_grad():  # what pre-trained networks have: features that all but vanish
+        model[0][1].weight[2], model[0][1].bias[2] = 1e-32, 0
+        model[0][1].weight[4], model[0][1].bias[4] = 1e-7, 0
+    weights = _fit(model, data).fitted[1].weight
+    assert not weights[:, 2].any()
+    x, y = data.tensors
+    fit, _, _ = _by_lstsq(_without(model, 2), x, functional.one_hot(y, 3))
+    torch.testing.assert_close(
+        weights[:, [0, 1, 3, 4, 5]], fit[:, [0, 1, 3, 4, 5]], rtol=1e-5, atol=0
+    )
+
+
+def _without(model, feature):
+    """The model, of which the fit by PyTorch's solver takes one feature for exactly zero."""
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        copied[0][1].weight[feature] = 0
+    return copied
 
 
 def test_with_fewer_samples_than_features_it_is_the_smallest_fit():
