@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lightning_fedfisher import RandomFeatures
 
-# Outputs of a closed-form head lie between 0 and 1. As logits they tell little.
+# Outputs of a closed-form head lie between 0 and 1. As logits they tell little. This is about right
+# for few classes and for many.
 _SCALE = 10.0
 
 
@@ -61,7 +62,7 @@ def scaled_to_logits(
         fitted: the same with a fitted head.
 
     Returns:
-        The state dict to fine-tune from.
+        The state dict to tell probabilities with, and to fine-tune from.
     """
     return {
         name: tensor if torch.equal(tensor, before[name]) else _SCALE * tensor

@@ -17,7 +17,7 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from datetime import datetime
 from pathlib import Path
@@ -248,7 +248,10 @@ class Federation:
         package_method = "fedavg" if name in PEERS else CLOSED_FORM if name in HEADS else name
         result = merge(package_method, paths, tuner, None, self.options, unlabelled)
         record = result.record
-        tuner.load_state_dict(result.state_dict, strict=False)
+        state: Mapping[str, Tensor] = result.state_dict
+        if name in HEADS:
+            state = scaled_to_logits(tuner.state_dict(), state)
+        tuner.load_state_dict(state, strict=False)
         if name in PEERS:  # of that merge only the running statistics are used
             clients = [ClientUpdate.open(path).parameters for path in paths]
             start = _FineTuner(network, self.task, 0.0)
@@ -305,7 +308,7 @@ def run(task: Task, flags: Flags) -> Report:
         _merge_all(federation, plain, folders, results, network, "", found)
     if gentle:
         shared = bodies[RANDOM_FEATURES]
-        shared.load_state_dict(scaled_to_logits(shared.state_dict(), found[RANDOM_FEATURES][1]))
+        shared.load_state_dict(found[RANDOM_FEATURES][1])
         tuned = federation.fine_tune(_GENTLE, shared, gentle, gentle=True)
         if not plain:
             results, predictions = tuned[:2]
