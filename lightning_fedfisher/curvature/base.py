@@ -138,24 +138,6 @@ class Curvature(ABC):
             for name in cls.tensor_roles
         }
 
-    def scaled(self, factor: float) -> Self:
-        """Multiplies the operator by a number.
-
-        Args:
-            factor: The number, not negative.
-
-        Returns:
-            A curvature of the same kind.
-
-        Raises:
-            TypeError: If the kind has no tensors to scale.
-        """
-        # Each kind is linear in its first factor, or in its eigenvalues.
-        name = next((name for name, role in self.tensor_roles.items() if role != "basis"), None)
-        if name is None:
-            raise TypeError(f"{self.kind} curvature has no scale")
-        return self.with_tensors({name: factor * getattr(self, name)})
-
     @abstractmethod
     def pseudo_inverse(self, rcond: float) -> PseudoInverse:
         """Prepares to solve systems with the operator where it is not singular.

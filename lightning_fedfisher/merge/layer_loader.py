@@ -140,8 +140,7 @@ class LayerLoader:
         dtype = self._dtypes[index]
         if self.method.transform_of(is_output_layer) is None:  # then roots need not be multiplied
             power, damping, of_inputs = self.method.powers(not head, is_linear)
-            block = update.block(layer, power, device, dtype, damping, of_inputs)
-            return self.method.rescaled(block)
+            return update.block(layer, power, device, dtype, damping, of_inputs)
         block = update.block(layer, device=device, dtype=dtype)
         return self.method.transformed(block, is_output_layer, not head, is_linear)
 

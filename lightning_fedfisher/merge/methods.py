@@ -43,10 +43,6 @@ class MergeMethod:
         inputs_power: Power of the factor over the inputs, where curvature has one (K-FAC,
             ``input_gram``), in linear layers that are not aligned and are not the output layer;
             None for the `power`, which convolutions take in any case.
-        norm_power: Power that the Frobenius norm of what comes of that is raised to. Less than 1
-            brings clients closer together in what a layer's curvature claims that they weigh. That
-            helps most transformers, and hurts where some client learned nothing, whose curvature is
-            small.
         damping: Part of its mean diagonal entry that is added to the factor over the outputs
             before; not in the output layer of a softmax.
         curvatures: The curvatures it can merge, as an extraction is asked for them; any if empty.
@@ -76,7 +72,6 @@ class MergeMethod:
     output_transform: Transform | None = None
     power: float = 1.0
     inputs_power: float | None = None
-    norm_power: float = 1.0
     damping: float = 0.0
     curvatures: tuple[str, ...] = ()
     fishers: tuple[str, ...] = ()
@@ -89,13 +84,12 @@ class MergeMethod:
     takes_fits: bool = False
 
     def __post_init__(self) -> None:
-        """Refuses powers that are not greater than zero, and a negative damping or norm power."""
+        """Refuses powers that are not greater than zero, and a negative damping."""
         require_positive_exponent(self.power)
         if self.inputs_power is not None:
             require_positive_exponent(self.inputs_power)
-        for name in ("norm_power", "damping"):
-            if not 0 <= (value := getattr(self, name)) < math.inf:
-                raise ValueError(f"{name} must not be negative, got {value}")
+        if not 0 <= self.damping < math.inf:
+            raise ValueError(f"damping must not be negative, got {self.damping}")
 
     def transformed(
         self,
@@ -114,13 +108,12 @@ class MergeMethod:
         """
         transform = self.transform_of(is_output_layer)
         made = curvature if transform is None else transform(curvature)
-        return self.rescaled(made.power(*self.powers(damps, is_linear)))
+        return made.power(*self.powers(damps, is_linear))
 
     @property
     def takes_curvature_as_it_is(self) -> bool:
-        """Whether it neither raises, damps nor rescales curvature."""
-        raised = {self.power, self.norm_power, self.inputs_power or self.power}
-        return raised == {1} and not self.damping
+        """Whether it neither raises nor damps curvature."""
+        return {self.power, self.inputs_power or self.power} == {1} and not self.damping
 
     def powers(self, damps: bool, is_linear: bool) -> tuple[float, float, float | None]:
         """What a layer's curvature is raised to.
@@ -134,21 +127,6 @@ class MergeMethod:
         """
         damping = self.damping if damps else 0.0
         return self.power, damping, self.inputs_power if is_linear else None
-
-    def rescaled(self, curvature: Curvature) -> Curvature:
-        """Raises the norm of a client's curvature, without its directions, to the `norm_power`.
-
-        Args:
-            curvature: What came of the `power`.
-
-        Returns:
-            A multiple of it; zero stays zero.
-        """
-        if self.norm_power == 1 or not curvature.tensor_roles:
-            return curvature
-        norm = float(curvature.norm())
-        # One that is not finite is refused by who reads it.
-        return curvature.scaled(norm ** (self.norm_power - 1)) if 0 < norm < math.inf else curvature
 
     def transform_of(self, is_output_layer: bool) -> Transform | None:
         """What is done before the power.

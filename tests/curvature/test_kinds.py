@@ -653,19 +653,6 @@ OUTPUTS = {
 }
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "identity"])
-def test_scaling_multiplies_the_operator(kind):
-    curvature = _make(kind)
-    scaled = curvature.scaled(2.5)
-    assert type(scaled) is type(curvature)
-    torch.testing.assert_close(scaled.dense(), 2.5 * curvature.dense())
-
-
-def test_the_identity_has_no_scale():
-    with pytest.raises(TypeError, match="identity curvature has no scale"):
-        _make("identity").scaled(2.5)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("exponent", [0.5, 1, 2])
 def test_damping_adds_to_the_factor_over_the_outputs_alone(kind, exponent):

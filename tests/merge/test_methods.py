@@ -203,24 +203,6 @@ def test_fedfisher_takes_the_square_root_with_a_damped_factor_over_the_outputs(k
 
 
 @pytest.mark.parametrize("kind", _curvatures())
-@pytest.mark.parametrize("norm_power", [0, 0.5, 1, 1.5])
-def test_the_norm_is_raised_by_itself(kind, norm_power):
-    curvature = _curvatures()[kind]
-    row = replace(METHODS["fedfisher"], name="own", norm_power=norm_power, power=1, damping=0)
-    dense, found = curvature.dense(), row.transformed(curvature).dense()
-    norm = torch.linalg.matrix_norm(dense)
-    torch.testing.assert_close(found, dense / norm * norm**norm_power)
-    larger = row.transformed(curvature.scaled(16.0)).dense()
-    torch.testing.assert_close(larger, 16**norm_power * found)
-
-
-def test_the_norm_of_no_curvature_stays_zero():
-    row = replace(METHODS["fedfisher"], name="own", norm_power=0)
-    assert not row.transformed(Diagonal(torch.zeros(2, 3))).values.any()
-    assert row.rescaled(Identity((2, 3))).apply(torch.ones(2, 3)).all()
-
-
-@pytest.mark.parametrize("kind", _curvatures())
 def test_inputs_of_linear_layers_have_a_power_of_their_own(kind):
     row = replace(METHODS["fedfisher"], name="own", damping=0)
     curvature = _curvatures()[kind]
@@ -234,7 +216,7 @@ def test_inputs_of_linear_layers_have_a_power_of_their_own(kind):
     assert float((found.dense() - plain.dense()).norm()) > 0.01
 
 
-@pytest.mark.parametrize("change", [{"power": 0.5}, {"norm_power": 0.5}, {"inputs_power": 0.5}])
+@pytest.mark.parametrize("change", [{"power": 0.5}, {"inputs_power": 0.5}])
 def test_a_fit_is_merged_by_its_own_curvature_alone(change):
     header = _header("input_gram", "", LeastSquaresFit(0.5, 1.0))
     assert METHODS["closed_form_head"].refusal(header) is None
@@ -246,12 +228,6 @@ def test_a_fit_is_merged_by_its_own_curvature_alone(change):
 def test_a_power_of_the_inputs_that_is_none_is_refused(power):
     with pytest.raises(ValueError, match="must be greater than 0"):
         replace(METHODS["fedfisher"], name="own", inputs_power=power)
-
-
-@pytest.mark.parametrize("norm_power", [-0.1, float("inf"), float("nan")])
-def test_a_power_of_the_norm_that_is_none_is_refused(norm_power):
-    with pytest.raises(ValueError, match=f"norm_power must not be negative, got {norm_power}"):
-        replace(METHODS["fedfisher"], name="own", norm_power=norm_power)
 
 
 @pytest.mark.parametrize("kind", _curvatures())
