@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         UpdateError,
     )
     from lightning_fedfisher.extraction.extract import extract_curvature
+    from lightning_fedfisher.layer_features import LayerFeatures
     from lightning_fedfisher.losses import PriorCrossEntropy
     from lightning_fedfisher.merge.methods import METHODS, MergeMethod
     from lightning_fedfisher.merge.without_trainer import merge_updates
@@ -44,6 +45,7 @@ __all__ = [
     "FedFisherCallback",
     "FedFisherError",
     "FisherMergeModule",
+    "LayerFeatures",
     "MergeError",
     "MergeMethod",
     "PriorCrossEntropy",
@@ -66,6 +68,7 @@ _ROOMS = {
         *("FedFisherError", "UnsupportedModelError", "UpdateError", "MergeError", "BudgetError"),
     ),
     "extraction.extract": ("extract_curvature",),
+    "layer_features": ("LayerFeatures",),
     "losses": ("PriorCrossEntropy",),
     "merge.methods": ("METHODS", "MergeMethod"),
     "merge.without_trainer": ("merge_updates",),

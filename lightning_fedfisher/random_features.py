@@ -16,7 +16,7 @@ class RandomFeatures(nn.Module):
     A linear head in closed form sees no more than linear functions of what the network makes of a
     sample. Behind this layer it sees random nonlinear ones as well, and comes close to what
     training would give, while its fit stays exact: still one forward pass, and still the same for
-    every split. The outputs are the inputs, normalised over their features, and beside them
+    every split. The outputs are the inputs, brought to one root mean square, and beside them
     ``relu(weight @ inputs)`` of those, with random weights (Rahimi & Recht, 2007, "Random Features
     for Large-Scale Kernel Machines"; for federated heads in closed form, Fanì et al., 2024,
     "Accelerating Heterogeneous Federated Learning with Closed-form Classifiers"). Neither depends
@@ -71,7 +71,8 @@ class RandomFeatures(nn.Module):
         Returns:
             Of shape ``(..., out_features)``.
         """
-        own = functional.layer_norm(inputs, (self.in_features,))
+        # Layer normalisation would make features depend on each other, but for rounding.
+        own = functional.rms_norm(inputs, (self.in_features,))
         drawn = functional.linear(own, self.weight) * (3 / self.random_features) ** 0.5
         return torch.cat([own, drawn.relu()], dim=-1)
 

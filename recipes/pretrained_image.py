@@ -16,7 +16,15 @@ from simulation.data import TensorImages, load_images
 from simulation.heads import last_linear
 from simulation.partition import subset
 from simulation.pretrained import start
-from simulation.pretrained_setting import FINE_TUNED, METHODS, UNLABELLED, Task, shared_parser
+from simulation.pretrained_setting import (
+    CLOSED_FORM,
+    FINE_TUNED,
+    LAYER_FEATURES,
+    METHODS,
+    UNLABELLED,
+    Task,
+    shared_parser,
+)
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from torchvision import models
@@ -24,7 +32,7 @@ from torchvision import models
 _LITE0 = "efficientnet-lite0"
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 _AT_ONCE = 500
-IMAGE_METHODS = (*METHODS, *(method + UNLABELLED for method in FINE_TUNED))
+IMAGE_METHODS = (LAYER_FEATURES, *METHODS, *(method + UNLABELLED for method in FINE_TUNED))
 """What the recipe compares."""
 
 
@@ -84,6 +92,7 @@ def image_task(parsed: Namespace) -> Task:
         learning_rate=0.01,
         gentle_rate=1e-4,
         epochs=3,
+        first_head=CLOSED_FORM,
         options={"image_size": str(parsed.image_size), "weights": parsed.weights},
         unlabelled=unlabelled,
     )

@@ -18,7 +18,7 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 from simulation.partition import subset
 from simulation.pretrained import start
-from simulation.pretrained_setting import Task, shared_parser
+from simulation.pretrained_setting import RANDOM_FEATURES, Task, shared_parser
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -95,6 +95,7 @@ def text_task(parsed: Namespace) -> Task:
         learning_rate=1e-3 if parsed.lora else 1e-4,
         gentle_rate=1e-4 if parsed.lora else 1e-5,
         epochs=5,
+        first_head=RANDOM_FEATURES,
         options={"length": str(parsed.length), "classes": str(len(names)), "model": parsed.model},
     )
 

@@ -44,6 +44,7 @@ MAY_IMPORT = {
     "layers": ["errors"],
     "batch_norms": ["layers"],
     "losses": [],
+    "layer_features": [],
     "random_features": [],
     "update": ["curvature", "likelihoods", "batch_norms", "layers", "errors", "_utils"],
     "extraction": [
@@ -88,6 +89,7 @@ PUBLIC = [
     "FedFisherCallback",
     "FedFisherError",
     "FisherMergeModule",
+    "LayerFeatures",
     "METHODS",
     "MergeError",
     "MergeMethod",

@@ -38,13 +38,11 @@ def _merged(network, data, parts):
     return merge_updates(updates, method="closed_form_head").state_dict
 
 
-def test_they_are_the_normalised_inputs_and_rectified_sums_of_them():
+def test_they_are_the_scaled_inputs_and_rectified_sums_of_them():
     features = RandomFeatures(5, 3).double()
     x = torch.randn(4, 2, 5, dtype=torch.float64)
     own, drawn = features(x).split([5, 3], dim=-1)
-    expected = (x - x.mean(-1, keepdim=True)) / (
-        x.var(-1, correction=0, keepdim=True) + 1e-5
-    ).sqrt()
+    expected = x / x.square().mean(-1, keepdim=True).sqrt()
     torch.testing.assert_close(own, expected)
     for index, weights in enumerate(features.weight):
         total = sum(w * expected[..., i] for i, w in enumerate(weights))

@@ -1,4 +1,4 @@
-"""The last layer of a pre-trained network: found, put behind random features, scaled to logits."""
+"""The last layer of a pre-trained network: found, put behind other features, scaled to logits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lightning_fedfisher import RandomFeatures
+from lightning_fedfisher import LayerFeatures, RandomFeatures
 
 # Outputs of a closed-form head lie between 0 and 1. As logits they tell little. This is about right
 # for few classes and for many.
@@ -44,12 +44,31 @@ def with_random_features(network: nn.Module, number: int) -> nn.Module:
     """
     path, head = last_linear(network)
     expanded = copy.deepcopy(network)
-    features = RandomFeatures(head.in_features, number)
+    expanded.set_submodule(path, _headed(RandomFeatures(head.in_features, number), head))
+    return expanded
+
+
+def with_layer_features(network: nn.Module, example: Tensor) -> nn.Module:
+    """Puts a head on what all blocks of a network compute, instead of its last features.
+
+    Args:
+        network: with a linear layer at its end; it is not changed.
+        example: inputs of a sample or more.
+
+    Returns:
+        A copy with a new head behind it.
+    """
+    path, head = last_linear(network)
+    body = copy.deepcopy(network)
+    body.set_submodule(path, nn.Identity())
+    return _headed(LayerFeatures(body, example), head)
+
+
+def _headed(features: LayerFeatures | RandomFeatures, head: nn.Linear) -> nn.Module:
+    """Puts a new head behind features, for the classes of another."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        behind = nn.Sequential(features, nn.Linear(features.out_features, head.out_features))
-    expanded.set_submodule(path, behind)
-    return expanded
+        return nn.Sequential(features, nn.Linear(features.out_features, head.out_features))
 
 
 def scaled_to_logits(

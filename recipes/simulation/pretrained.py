@@ -1,13 +1,13 @@
 """Federations that start from a pre-trained network: no training at all, or fine-tuning.
 
 Every client has the same body. ``closed_form_head`` fits the last layer of the untouched network
-and trains nothing, ``random_features_head`` the same behind random features. The other methods
-merge clients that were fine-tuned from a new head, as people do; those of `peers.task_vectors` read
-what that changed in the weights. Those with ``head_first_`` before their name merge clients that
-start from the merged ``random_features_head`` and are fine-tuned gently: normalisation in eval
-mode, class frequencies in the loss. Those with ``_unlabelled`` behind it merge the clients that
-were fine-tuned as people do, and estimate the merged network's running statistics on samples of
-the server.
+and trains nothing, ``random_features_head`` the same behind random features, and
+``layer_features_head`` on what all blocks of the network compute. The other methods merge clients
+that were fine-tuned from a new head, as people do; those of `peers.task_vectors` read what that
+changed in the weights. Those with ``head_first_`` before their name merge clients that start from a
+merged head in closed form and are fine-tuned gently: normalisation in eval mode, class frequencies
+in the loss. Those with ``_unlabelled`` behind it merge the clients that were fine-tuned as people
+do, and estimate the merged network's running statistics on samples of the server.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from simulation.clients import (
     other_setting,
     update_callbacks,
 )
-from simulation.heads import scaled_to_logits, with_random_features
+from simulation.heads import scaled_to_logits, with_layer_features, with_random_features
 from simulation.json_report import write_json
 from simulation.partition import class_histogram, reference_partition
 from simulation.pretrained_report import record_federation
@@ -53,6 +53,7 @@ from simulation.pretrained_setting import (
     CLOSED_FORM,
     HEAD_FIRST,
     HEADS,
+    LAYER_FEATURES,
     RANDOM_FEATURES,
     UNLABELLED,
     Flags,
@@ -149,6 +150,19 @@ class Federation:
         """Takes one client's training samples."""
         rows = torch.from_numpy(self.parts[index])
         return TensorDataset(*(tensor[rows] for tensor in self.task.train.tensors))
+
+    def headed(self, name: str, network: nn.Module) -> nn.Module:
+        """Makes a network ready for a head in closed form.
+
+        Args:
+            name: one of `HEADS`.
+            network: with pre-trained weights; it is not changed.
+        """
+        if name == RANDOM_FEATURES:
+            return with_random_features(network, self.flags.random_features)
+        if name == LAYER_FEATURES:
+            return with_layer_features(network, self.task.test.tensors[0][:1])
+        return copy.deepcopy(network)
 
     def fit_heads(self, name: str, network: nn.Module) -> list[Path]:
         """Fits every client's head on the untouched network, which trains nothing.
@@ -295,11 +309,9 @@ def run(task: Task, flags: Flags) -> Report:
     plain = [m for m in flags.methods if merges_fine_tuned(m)]
     gentle = [m.removeprefix(HEAD_FIRST) for m in flags.methods if m.startswith(HEAD_FIRST)]
     results, predictions = list[ClientResult](), list[Tensor]()
-    bodies = {CLOSED_FORM: network}
-    if gentle or RANDOM_FEATURES in flags.methods:
-        bodies[RANDOM_FEATURES] = with_random_features(network, flags.random_features)
-    for name, body in bodies.items():
-        if name in flags.methods or (gentle and name == RANDOM_FEATURES):
+    for name in HEADS:
+        if name in flags.methods or (gentle and name == task.first_head):
+            body = federation.headed(name, network)
             found[name] = federation.merged(name, federation.fit_heads(name, body), body)
     if plain:
         names = [*dict.fromkeys(filter(None, map(merges_fine_tuned, plain)))]
@@ -307,8 +319,8 @@ def run(task: Task, flags: Flags) -> Report:
         results, predictions, folders = tuned
         _merge_all(federation, plain, folders, results, network, "", found)
     if gentle:
-        shared = bodies[RANDOM_FEATURES]
-        shared.load_state_dict(found[RANDOM_FEATURES][1])
+        shared = federation.headed(task.first_head, network)
+        shared.load_state_dict(found[task.first_head][1])
         tuned = federation.fine_tune(_GENTLE, shared, gentle, gentle=True)
         if not plain:
             results, predictions = tuned[:2]

@@ -13,13 +13,21 @@ from peers.task_vectors import PEERS
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-CLOSED_FORM, RANDOM_FEATURES = HEADS = ("closed_form_head", "random_features_head")
+CLOSED_FORM, RANDOM_FEATURES = "closed_form_head", "random_features_head"
+LAYER_FEATURES = "layer_features_head"
+HEADS = (CLOSED_FORM, RANDOM_FEATURES, LAYER_FEATURES)
 HEAD_FIRST, UNLABELLED = "head_first_", "_unlabelled"
 FINE_TUNED = ("fedavg", "fisher_merge", "regmean", "fedfisher")
-METHODS = (*HEADS, *FINE_TUNED, *(HEAD_FIRST + method for method in FINE_TUNED), *PEERS)
+METHODS = (
+    CLOSED_FORM,
+    RANDOM_FEATURES,
+    *FINE_TUNED,
+    *(HEAD_FIRST + method for method in FINE_TUNED),
+    *PEERS,
+)
 """What the recipes compare: none of it takes labels on the server."""
 
-DEFAULT = (*HEADS, "fedavg", "regmean", "fedfisher")
+DEFAULT = (CLOSED_FORM, RANDOM_FEATURES, "fedavg", "regmean", "fedfisher")
 """What they compare if nothing is said: not what takes a backward pass for each class."""
 
 
@@ -39,6 +47,7 @@ class Task:
         learning_rate: of ordinary fine-tuning.
         gentle_rate: of fine-tuning after a closed-form head.
         epochs: of ordinary fine-tuning.
+        first_head: name of the closed-form head that is fine-tuned gently.
         options: what else the task was made of, by the names of flags.
         unlabelled: inputs that the server has, and no client; None for none.
     """
@@ -54,6 +63,7 @@ class Task:
     learning_rate: float
     gentle_rate: float
     epochs: int
+    first_head: str
     options: Mapping[str, str]
     unlabelled: Tensor | None = None
 

@@ -1,11 +1,17 @@
-"""The last layer of a pre-trained network: found, put behind random features, scaled."""
+"""The last layer of a pre-trained network: found, put behind other features, scaled."""
 
 import pytest
 import torch
-from simulation.heads import last_linear, scaled_to_logits, with_random_features
+from simulation.heads import (
+    last_linear,
+    scaled_to_logits,
+    with_layer_features,
+    with_random_features,
+)
 from torch import nn
+from torchvision.models import resnet18
 
-from lightning_fedfisher import RandomFeatures
+from lightning_fedfisher import LayerFeatures, RandomFeatures
 
 
 def _network():
@@ -33,6 +39,18 @@ def test_the_head_alone_is_another():
     assert torch.equal(expanded[0].weight, network[0].weight)
     assert isinstance(network[2][0], nn.Linear)
     assert expanded(torch.randn(5, 4)).shape == (5, 3)
+
+
+def test_blocks_take_the_place_of_the_last_features():
+    network = resnet18(num_classes=3).eval()
+    x = torch.rand(2, 3, 32, 32)
+    expanded = with_layer_features(network, x)
+    features, head = expanded
+    assert isinstance(features, LayerFeatures)
+    assert isinstance(features.network.fc, nn.Identity)
+    assert isinstance(network.fc, nn.Linear)
+    assert head.in_features == 2 * (64 + 128 + 256 + 512)
+    assert expanded(x).shape == (2, 3)
 
 
 def test_what_was_fitted_is_scaled():

@@ -18,7 +18,7 @@ SMALL = [
     *("--max-train-samples", "60", "--max-test-samples", "40", "--unlabelled-samples", "50"),
 ]
 SHOWN = (
-    *("closed_form_head", "random_features_head", "fedavg", "regmean", "fedavg_unlabelled"),
+    *("closed_form_head", "fedavg", "regmean", "fedavg_unlabelled"),
     *("head_first_fedavg", "ties"),
 )
 
@@ -72,7 +72,7 @@ def test_a_finished_federation_is_kept(federation, monkeypatch, capsys):
 
 def test_heads_alone_train_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "backward", None)
-    heads = ["random_features_head", "closed_form_head"]
+    heads = ["random_features_head", "closed_form_head", "layer_features_head"]
     flags = [*SMALL, "--random-features", "30", "--output-dir", str(tmp_path)]
     pretrained_image.main([*flags, "--methods", *heads])
     results = json.loads((tmp_path / "results.json").read_text())
@@ -115,7 +115,9 @@ def test_weights_with_two_names_are_those_of_the_peer(tmp_path):
     torch.manual_seed(0)
     inputs = torch.utils.data.TensorDataset(torch.randn(40, 8), torch.arange(40) % 8)
     make = functools.partial(torch.optim.SGD, momentum=0.9)
-    task = Task("made-up", "tied", "", inputs, inputs, 8, lambda _: Tied(), make, 0.1, 0.1, 1, {})
+    task = Task(
+        "made-up", "tied", "", inputs, inputs, 8, lambda _: Tied(), make, 0.1, 0.1, 1, "", {}
+    )
     flags = Flags(clients=2, alpha=10.0, methods=("fedavg", "ties"), output_dir=tmp_path)
     run(task, flags)
     federation = Federation(task, dataclasses.replace(flags, resume=True))
