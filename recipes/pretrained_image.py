@@ -1,7 +1,7 @@
 """One-shot federated learning from a pre-trained image network, simulated on one machine.
 
-Compares a closed-form head, which trains nothing, with merges of fine-tuned clients. The default is
-EfficientNet-Lite0 with the ImageNet weights of its package, on CIFAR-10 or any folder of images.
+Compares heads in closed form, which train nothing, with merges of fine-tuned clients. The default
+is EfficientNet-Lite0 with the ImageNet weights of its package, on CIFAR-10 or any folder of images.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from simulation.partition import subset
 from simulation.pretrained import start
 from simulation.pretrained_setting import (
     CLOSED_FORM,
+    DEFAULT,
     FINE_TUNED,
     LAYER_FEATURES,
     METHODS,
@@ -39,6 +40,7 @@ IMAGE_METHODS = (LAYER_FEATURES, *METHODS, *(method + UNLABELLED for method in F
 def make_parser() -> ArgumentParser:
     """Describes the command line."""
     parser = shared_parser(__doc__, "pretrained_image.py", IMAGE_METHODS)
+    parser.set_defaults(methods=[LAYER_FEATURES, *DEFAULT])
     parser.add_argument(
         "--dataset", default="auto", help="auto, cifar10, imagefolder, digits, or another"
     )

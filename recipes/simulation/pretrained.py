@@ -161,7 +161,10 @@ class Federation:
         if name == RANDOM_FEATURES:
             return with_random_features(network, self.flags.random_features)
         if name == LAYER_FEATURES:
-            return with_layer_features(network, self.task.test.tensors[0][:1])
+            try:
+                return with_layer_features(network, self.task.test.tensors[0][:1])
+            except ValueError as error:
+                raise ValueError(f"{error}, or leave {name} out of --methods") from error
         return copy.deepcopy(network)
 
     def fit_heads(self, name: str, network: nn.Module) -> list[Path]:

@@ -83,8 +83,15 @@ def test_heads_alone_train_nothing(tmp_path, monkeypatch):
     assert state["fc.1.weight"].shape == (10, 542)
 
 
+def test_a_network_without_blocks_is_told(tmp_path):
+    flags = [*SMALL, "--methods", "layer_features_head"]
+    with pytest.raises(SystemExit, match="name the layers to take, or leave layer_features_head"):
+        pretrained_image.main([*flags, "--model", "vgg11", "--output-dir", str(tmp_path)])
+
+
 def test_all_methods_are_offered_and_no_other():
     parser, offered = pretrained_image.make_parser(), pretrained_image.IMAGE_METHODS
+    assert set(parser.get_defaults().methods) < set(offered)
     assert parser.parse_args(["--methods", *offered]).methods == list(offered)
     with pytest.raises(SystemExit):
         parser.parse_args(["--methods", "fedfisher_kfac"])

@@ -8,6 +8,8 @@ from typing import Any
 
 from simulation.tables.markdown import markdown, rule
 
+_USUAL_CLIENTS = 5
+
 
 def results_table(results: Sequence[dict[str, Any]], mean: bool = False) -> str:
     """Shows runs side by side: a row for each model, a column of accuracies for each run.
@@ -25,9 +27,12 @@ def results_table(results: Sequence[dict[str, Any]], mean: bool = False) -> str:
     rows = [
         ["model", "server labels", *titles],
         rule(2 + len(titles), left=2),
-        ["best single client", "", *(_number(r["best_client"]) for r in results)],
-        ["ensemble of all clients", "", *(_number(r["ensemble"]) for r in results)],
     ]
+    if any(r["best_client"] for r in results):  # heads in closed form alone have none
+        rows += [
+            ["best single client", "", *(_number(r["best_client"]) for r in results)],
+            ["ensemble of all clients", "", *(_number(r["ensemble"]) for r in results)],
+        ]
     for method in methods:
         found = [result["methods"].get(method) for result in results]
         labels = max(row["server_labels"] for row in found if row)
@@ -96,14 +101,22 @@ def run_title(config: dict[str, Any]) -> str:
         config: the ``config`` of its ``results.json``.
 
     Returns:
-        Text such as ``fashionmnist, lenet, alpha 0.1, p3 s0`` (partition and training seed).
+        Text such as ``fashionmnist, lenet, alpha 0.1, p3 s0`` (partition and training seed), with
+        the numbers of classes, samples and clients where they are not the usual ones.
     """
-    return (
-        f"{config['dataset']}, {config['model']}, alpha {config['alpha']:g}, "
-        f"p{config['partition_seed']} s{config['seed']}"
-    )
+    data, clients = config["dataset"], config.get("clients", _USUAL_CLIENTS)
+    options = config.get("options", {})  # of runs that start from a pre-trained network
+    told = [f"{options['classes']} classes"] if "classes" in options else []
+    if options and config["max_train_samples"]:
+        told.append(f"{config['max_train_samples']:,} samples")
+    if told:
+        data += f" ({', '.join(told)})"
+    one_place = "in one place" if clients == 1 else f"alpha {config['alpha']:g}"
+    others = f", {clients} clients" if clients not in (1, _USUAL_CLIENTS) else ""
+    seeds = f"p{config['partition_seed']} s{config['seed']}"
+    return f"{data}, {config['model']}, {one_place}, {seeds}{others}"
 
 
 def _number(row: dict[str, float] | None) -> str:
     """An accuracy with one decimal, or nothing for a method that a run lacks."""
-    return "" if row is None else f"{row['accuracy']:.1f}"
+    return f"{row['accuracy']:.1f}" if row else ""
