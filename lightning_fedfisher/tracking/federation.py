@@ -83,10 +83,10 @@ def _comparison(record: FederationRecord) -> tuple[list[str], list[list[Any]]]:
     merges: dict[str, Any] = {merge.method: merge for merge in record.merges}
     fields = (
         *("upload_bytes", "fedavg_bytes"),
-        *("client_seconds", "server_seconds", "server_labels"),
+        *("client_seconds", "server_seconds", "server_labels", "unlabelled_samples"),
     )
     titles = ["model", "accuracy, %", "NLL", "calibration error, %", "bytes sent", "FedAvg's bytes"]
-    titles += ["client's seconds", "server's seconds", "labels used"]
+    titles += ["client's seconds", "server's seconds", "labels used", "unlabelled samples"]
     rows = []
     for name, score in _scores(record):
         numbers = [score.accuracy, score.nll, score.calibration_error] if score else [None] * 3

@@ -80,15 +80,20 @@ def test_recipes_readme_shows_three_seeds():
     assert results_table(seeds, mean=True) in readme()
 
 
-def test_recipes_readme_shows_pre_trained_networks():
-    images = [f"cifar10-efficientnet-lite0-a{alpha}-p3-s0" for alpha in ("0.1", "0.3")]
-    assert results_table(load("banking77-minilm-a0.1-p3-s0", *images)) in readme()
+def test_readmes_show_pre_trained_networks():
+    images, texts = "cifar10-efficientnet-lite0", "banking77-77-minilm"
+    heads = [f"{name}-heads" for name in (texts, images, "digits-resnet18")]
+    assert results_table(load(*heads)) in (ROOT / "README.md").read_text()
+    cells = [f"{images}-a{alpha}-p3-s0" for alpha in ("0.1", "0.3")]
+    assert results_table(load(*cells, f"{images}-one-place")) in readme()
+    cells = [f"{texts}-{name}" for name in ("a0.1-p3-s0", "a0.5-p3-s0", "one-place")]
+    assert results_table(load("banking77-minilm-a0.1-p3-s0", *cells)) in readme()
     normed = load(*(f"digits-resnet18-a0.1-p{seed}-s0" for seed in (3, 4)))
     assert results_table(normed) in readme()
 
 
 def test_results_readme_shows_all_seeds_of_the_pre_trained_images():
-    paths = sorted(RESULTS.glob("cifar10-efficientnet-lite0-*.json"))
+    paths = sorted(RESULTS.glob("cifar10-efficientnet-lite0-a*.json"))
     assert results_table(load(*(path.stem for path in paths))) in readme("results")
 
 

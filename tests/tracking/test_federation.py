@@ -11,8 +11,9 @@ def test_a_federation_that_was_not_tested_is_shown_without_scores(logger, tmp_pa
     score = ModelScore(50.0, 1.0, 2.0)  # without a confusion matrix
     bare = FederationRecord("t", [], [MergeRecord("fedavg", [])])
     log_federation(logger, bare)
-    log_federation(logger, FederationRecord("t", [], [MergeRecord("m", [], score=score)]))
+    merge = MergeRecord("m", [], score=score, unlabelled_samples=300)
+    log_federation(logger, FederationRecord("t", [], [merge]))
     wandb.finish()
     run = read_runs(tmp_path)["server"]
     assert run.charts == {"accuracy"}
-    assert run.table("comparison") == [["m", 50, 1, 2, None, None, None, None, 0]]
+    assert run.table("comparison") == [["m", 50, 1, 2, None, None, None, None, 0, 300]]
