@@ -17,10 +17,11 @@ class RandomFeatures(nn.Module):
     sample. Behind this layer it sees random nonlinear ones as well, and comes close to what
     training would give, while its fit stays exact: still one forward pass, and still the same for
     every split. The outputs are the inputs, brought to one root mean square, and beside them
-    ``relu(weight @ inputs)`` of those, with random weights (Rahimi & Recht, 2007, "Random Features
-    for Large-Scale Kernel Machines"; for federated heads in closed form, Fanì et al., 2024,
-    "Accelerating Heterogeneous Federated Learning with Closed-form Classifiers"). Neither depends
-    on the scale of the inputs, so that there is nothing to tune.
+    ``relu(weight @ inputs)`` of those, with random weights (McDonnell et al., 2023, "RanPAC: Random
+    Projections and Pre-trained Models for Continual Learning"; for federated heads, Fanì et al.,
+    2024, "Accelerating Heterogeneous Federated Learning with Closed-form Classifiers"). Neither
+    depends on the scale of the inputs. More features see more, but the update of the head grows
+    with the square of `out_features`.
 
     The weights are frozen: they are not sent, and a server refuses clients whose weights differ. So
     all who take part use one seed.
@@ -28,6 +29,7 @@ class RandomFeatures(nn.Module):
     Attributes:
         weight: Uniform between -1 and 1, of shape ``(random_features, in_features)``.
         in_features: Number of inputs.
+        random_features: Number of nonlinear outputs.
         out_features: Number of outputs, ``in_features + random_features``.
 
     Example:
@@ -59,8 +61,11 @@ class RandomFeatures(nn.Module):
         # Of whole numbers, which are the same on every machine to the bit.
         generator = torch.Generator().manual_seed(seed)
         shape = (random_features, in_features)
-        drawn = torch.randint(-_LARGEST, _LARGEST + 1, shape, generator=generator)
-        self.weight = nn.Parameter(drawn / float(_LARGEST), requires_grad=False)
+        drawn = torch.randint(
+            -_LARGEST, _LARGEST + 1, shape, generator=generator, device=generator.device
+        )
+        weight = (drawn / float(_LARGEST)).to(torch.get_default_device())
+        self.weight = nn.Parameter(weight, requires_grad=False)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Computes the features.

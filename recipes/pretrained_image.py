@@ -18,7 +18,6 @@ from simulation.partition import subset
 from simulation.pretrained import start
 from simulation.pretrained_setting import (
     CLOSED_FORM,
-    DEFAULT,
     FINE_TUNED,
     LAYER_FEATURES,
     METHODS,
@@ -40,7 +39,6 @@ IMAGE_METHODS = (LAYER_FEATURES, *METHODS, *(method + UNLABELLED for method in F
 def make_parser() -> ArgumentParser:
     """Describes the command line."""
     parser = shared_parser(__doc__, "pretrained_image.py", IMAGE_METHODS)
-    parser.set_defaults(methods=[LAYER_FEATURES, *DEFAULT])
     parser.add_argument(
         "--dataset", default="auto", help="auto, cifar10, imagefolder, digits, or another"
     )

@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "layers": ["errors"],
     "batch_norms": ["layers"],
     "losses": [],
-    "layer_features": [],
+    "layer_features": ["_utils"],
     "random_features": [],
     "update": ["curvature", "likelihoods", "batch_norms", "layers", "errors", "_utils"],
     "extraction": [

@@ -9,8 +9,8 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision import models
 
-from lightning_fedfisher import LayerFeatures, fit_closed_form_head, merge_updates
-from lightning_fedfisher.layer_features import find_blocks
+from lightning_fedfisher import LayerFeatures, MergeError, fit_closed_form_head, merge_updates
+from lightning_fedfisher.layer_features import _feature_dim, find_blocks
 
 
 class _Block(nn.Module):
@@ -21,6 +21,13 @@ class _Block(nn.Module):
 
     def forward(self, x):
         return self.norm(self.conv(x)).relu()
+
+
+class _Noise(nn.Module):
+    """Draws random numbers, and more of them in training mode."""
+
+    def forward(self, x):
+        return x + torch.randn_like(x)
 
 
 class _Tokens(nn.Module):
@@ -88,6 +95,25 @@ def test_the_dimension_of_the_features_can_be_told():
     assert LayerFeatures(body, x, layers=["0"], channel_dim=-1).out_features == 4
 
 
+def test_blocks_are_those_with_most_weights():
+    many, few = [_Tokens(2) for _ in range(5)], [_Block(3, 20), _Block(20, 20)]
+    assert find_blocks(nn.Sequential(*many, *few)) == ["5", "6"]
+    assert find_blocks(nn.Sequential(*many, few[0])) == ["0", "1", "2", "3", "4"]
+
+
+def test_blocks_that_do_not_run_are_left_out():
+    class _Aside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([_Block(3, 4), _Block(4, 5)])
+            self.aside = _Block(3, 40)
+
+        def forward(self, x):
+            return self.blocks[1](self.blocks[0](x))
+
+    assert LayerFeatures(_Aside(), _images()).layers == ("blocks.0", "blocks.1")
+
+
 def test_blocks_are_found():
     assert find_blocks(_body(4, 6)) == ["0", "1"]
     assert find_blocks(models.resnet18())[-1] == "layer4.1"
@@ -117,7 +143,7 @@ def test_layers_are_thinned_evenly(most, expected):
 
 
 def test_everything_is_left_as_it_was():
-    body = _body(4, 6).train()
+    body = nn.Sequential(*_body(4, 6), _Noise()).train()
     before, state = copy.deepcopy(body.state_dict()), torch.random.get_rng_state()
     features = LayerFeatures(body, _images())
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -137,10 +163,45 @@ def test_a_copy_reads_its_own_network():
     assert torch.equal(features(_images()), LayerFeatures(_body(4, 6), _images())(_images()))
 
 
-def test_gradients_reach_the_network():
-    features = LayerFeatures(_body(4, 6), _images())
-    features(_images()).square().sum().backward()
-    assert all(parameter.grad is not None for parameter in features.parameters())
+def test_gradients_are_those_of_the_means():
+    body, x = _body(4, 6).double(), _images().double()
+    features, weights = LayerFeatures(body, x), torch.arange(10.0).double()
+    (features(x) @ weights).sum().backward()
+    found = [parameter.grad.clone() for parameter in body.parameters()]
+    body.zero_grad()
+    first = body[0](x)
+    parts = [first.mean((2, 3)), body[1](first).mean((2, 3))]
+    scaled = [part / part.square().mean(1, keepdim=True).sqrt() for part in parts]
+    (torch.cat(scaled, 1) @ weights).sum().backward()
+    for parameter, gradient in zip(body.parameters(), found, strict=True):
+        assert float(gradient.norm()) > 1e-3
+        torch.testing.assert_close(gradient, parameter.grad)
+
+
+def test_a_layer_is_read_before_others_write_over_it():
+    norm = nn.BatchNorm2d(3).eval()
+    body, x = nn.Sequential(norm, nn.ReLU(inplace=True)), _images()
+    found = LayerFeatures(body, x, layers=["0"])(x)
+    mean = norm(x).mean((2, 3))
+    assert (mean < 0).any()
+    torch.testing.assert_close(found, functional.rms_norm(mean, (3,)))
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "dim"),
+    [
+        (nn.Conv2d(4, 8, 1), (2, 8, 4, 8), 1),
+        (nn.Conv1d(4, 8, 1), (2, 8, 8), 1),
+        (nn.Linear(4, 8), (2, 8, 8, 8), 3),
+        (nn.Linear(4, 8), (2, 8, 8), 2),
+        (nn.Sequential(nn.Linear(8, 8), nn.Conv2d(8, 8, 1)), (2, 8, 8), 2),  # of tokens
+        (nn.BatchNorm2d(8), (2, 8, 8, 8), 1),
+        (nn.ReLU(), (2, 8, 5), 2),
+        (nn.ReLU(), (2, 8), 1),
+    ],
+)
+def test_the_dimension_of_the_features_is_found(layer, shape, dim):
+    assert _feature_dim(layer, len(shape)) == dim
 
 
 def test_hooks_go_when_the_network_fails():
@@ -159,8 +220,43 @@ def test_layers_that_cannot_be_read_are_refused():
     blocks = [_Block(3, 3), _Block(3, 3)]
     for order, said in (((0, 1, 0), "0 2"), ((0,), "1 0")):
         network = _Chain(blocks, order)
-        with pytest.raises(ValueError, match=f"once in a forward pass, .*: {said} times"):
+        with pytest.raises(ValueError, match=rf"once in a forward pass .*: {said} times"):
             LayerFeatures(network, x, layers=["0", "1"])
+
+
+def test_samples_come_first_or_it_is_refused():
+    layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 2)  # of sequences first
+    x = torch.randn(3, 7, 8)
+    assert LayerFeatures(layers, x).out_features == 16  # as if there were three samples
+
+    class _Folded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = _Tokens(8)
+
+        def forward(self, x):
+            return self.block(x.flatten(0, 1)).view_as(x)
+
+    with pytest.raises(ValueError, match=r"samples first, 3 of them, .*: block \(21, 8\)"):
+        LayerFeatures(_Folded(), x, layers=["block"])
+
+
+def test_clients_that_read_other_layers_are_refused():
+    x, y = _images(40), torch.arange(40) % 4
+    heads = []
+    for layers in (["0", "1"], ["1", "0"]):
+        features = LayerFeatures(_body(4, 4), x[:1], layers=layers)
+        model = nn.Sequential(features, nn.Linear(8, 4))
+        heads.append(fit_closed_form_head(model, DataLoader(TensorDataset(x, y), 20)))
+    with pytest.raises(MergeError, match=r"buffers/0\.layout"):
+        merge_updates(heads, method="closed_form_head")
+    assert bytes(features.layout.tolist()) == b"1 1\n0 1"
+
+
+def test_what_is_no_tensor_of_features_is_refused():
+    network = nn.Sequential(nn.Flatten(0), nn.ReLU())
+    with pytest.raises(ValueError, match="1 gives no tensor of features"):
+        LayerFeatures(network, _images(), layers=["1"])
 
 
 def test_a_merged_head_on_them_is_that_of_all_samples():

@@ -1,9 +1,10 @@
 """Random features before a head: exact like any closed-form head, and worth more than a line."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fedfisher import (
@@ -39,15 +40,15 @@ def _merged(network, data, parts):
 
 
 def test_they_are_the_scaled_inputs_and_rectified_sums_of_them():
-    features = RandomFeatures(5, 3).double()
+    features = RandomFeatures(5, 4).double()
     x = torch.randn(4, 2, 5, dtype=torch.float64)
-    own, drawn = features(x).split([5, 3], dim=-1)
+    own, drawn = features(x).split([5, 4], dim=-1)
     expected = x / x.square().mean(-1, keepdim=True).sqrt()
     torch.testing.assert_close(own, expected)
     for index, weights in enumerate(features.weight):
         total = sum(w * expected[..., i] for i, w in enumerate(weights))
-        torch.testing.assert_close(drawn[..., index], total.clamp_min(0))  # of three
-    assert features.out_features == 8
+        torch.testing.assert_close(drawn[..., index], total.clamp_min(0) * 0.75**0.5)
+    assert features.out_features == 9
 
 
 def test_the_seed_alone_decides_the_weights():
@@ -132,8 +133,14 @@ def test_no_features_are_refused(sizes):
         RandomFeatures(*sizes)
 
 
-def test_half_precision_and_devices_are_the_modules():
-    features = RandomFeatures(4, 6).to(torch.bfloat16)
-    found = features(torch.randn(3, 4, dtype=torch.bfloat16))
+def test_half_precision_is_the_modules():
+    features = RandomFeatures(4, 6)
+    x = torch.randn(3, 4)
+    found = copy.deepcopy(features).to(torch.bfloat16)(x.to(torch.bfloat16))
     assert found.dtype == torch.bfloat16
-    assert functional.relu(found[:, 4:]).equal(found[:, 4:])
+    torch.testing.assert_close(found.float(), features(x), rtol=0.02, atol=0.02)
+
+
+def test_a_default_device_is_taken():
+    with torch.device("meta"):
+        assert RandomFeatures(4, 6).weight.is_meta

@@ -43,13 +43,16 @@ def with_random_features(network: nn.Module, number: int) -> nn.Module:
         A copy with a new head behind them.
     """
     path, head = last_linear(network)
+    behind = _headed(RandomFeatures(head.in_features, number), head)
+    if not path:  # the network is its own head
+        return behind
     expanded = copy.deepcopy(network)
-    expanded.set_submodule(path, _headed(RandomFeatures(head.in_features, number), head))
+    expanded.set_submodule(path, behind)
     return expanded
 
 
 def with_layer_features(network: nn.Module, example: Tensor) -> nn.Module:
-    """Puts a head on what all blocks of a network compute, instead of its last features.
+    """Puts a head on what the blocks of a network compute, instead of its last features.
 
     Args:
         network: with a linear layer at its end; it is not changed.

@@ -2,7 +2,7 @@
 
 Every client has the same body. ``closed_form_head`` fits the last layer of the untouched network
 and trains nothing, ``random_features_head`` the same behind random features, and
-``layer_features_head`` on what all blocks of the network compute. The other methods merge clients
+``layer_features_head`` on what the blocks of the network compute. The other methods merge clients
 that were fine-tuned from a new head, as people do; those of `peers.task_vectors` read what that
 changed in the weights. Those with ``head_first_`` before their name merge clients that start from a
 merged head in closed form and are fine-tuned gently: normalisation in eval mode, class frequencies
@@ -312,17 +312,17 @@ def run(task: Task, flags: Flags) -> Report:
     plain = [m for m in flags.methods if merges_fine_tuned(m)]
     gentle = [m.removeprefix(HEAD_FIRST) for m in flags.methods if m.startswith(HEAD_FIRST)]
     results, predictions = list[ClientResult](), list[Tensor]()
-    for name in HEADS:
-        if name in flags.methods or (gentle and name == task.first_head):
-            body = federation.headed(name, network)
-            found[name] = federation.merged(name, federation.fit_heads(name, body), body)
+    heads = [n for n in HEADS if n in flags.methods or (gentle and n == task.first_head)]
+    bodies = {name: federation.headed(name, network) for name in heads}  # or what is wrong is told
+    for name, body in bodies.items():
+        found[name] = federation.merged(name, federation.fit_heads(name, body), body)
     if plain:
         names = [*dict.fromkeys(filter(None, map(merges_fine_tuned, plain)))]
         tuned = federation.fine_tune(_TUNED, network, names, gentle=False)
         results, predictions, folders = tuned
         _merge_all(federation, plain, folders, results, network, "", found)
     if gentle:
-        shared = federation.headed(task.first_head, network)
+        shared = bodies[task.first_head]
         shared.load_state_dict(found[task.first_head][1])
         tuned = federation.fine_tune(_GENTLE, shared, gentle, gentle=True)
         if not plain:

@@ -78,7 +78,7 @@ def test_dead_features_have_weights_of_zero():
     model, data = _model(torch.float64), _data(dtype=torch.float64)
     with torch.no_grad():  # what pre-trained networks have: features that all but vanish
         model[0][1].weight[2], model[0][1].bias[2] = 1e-32, 0
-        model[0][1].weight[4], model[0][1].bias[4] = 1e-7, 0
+        model[0][1].weight[4], model[0][1].bias[4] = 1e-10, 0
     weights = _fit(model, data).fitted[1].weight
     assert not weights[:, 2].any()
     x, y = data.tensors
