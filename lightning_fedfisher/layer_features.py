@@ -125,7 +125,7 @@ class LayerFeatures(nn.Module):
             Of shape ``(samples, out_features)``.
 
         Raises:
-            ValueError: If a layer does not run exactly once, or gives something else than before.
+            ValueError: If a layer does not run exactly once, or does not give samples first.
         """
         found = self._run(self.network, inputs, named, self._averaged)
         first = next((given for given in inputs if isinstance(given, Tensor)), None)
