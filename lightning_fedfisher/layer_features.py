@@ -84,35 +84,24 @@ class LayerFeatures(nn.Module):
         modules = dict(network.named_modules())
         if missing := [name for name in chosen if name not in modules]:
             raise ValueError(f"the network has no layers {', '.join(missing)}")
-        self.network, self.layers = network, tuple(chosen)
-        self._dims: dict[str, int] = {}
-        shapes = self._shapes(example)
+        shapes = _shapes(network, chosen, example)
         if layers is None:  # heads beside the network's own may not run, or not in eval mode
             shapes = {name: found for name, found in shapes.items() if len(found) == 1}
-        if not chosen or not shapes:
+        if not shapes:
             raise ValueError(
                 f"{type(network).__name__} has no blocks of one kind: name the layers to take"
             )
-        self.layers = tuple(shapes)
-        self._require(shapes, len(example) if isinstance(example, Tensor) else None)
+        _require(shapes, len(example) if isinstance(example, Tensor) else None)
         self._dims = {
             name: _feature_dim(modules[name], len(shape)) if channel_dim is None else channel_dim
             for name, (shape,) in shapes.items()
         }
         sizes = {name: shape[self._dims[name]] for name, (shape,) in shapes.items()}
-        if layers is None:
-            self.layers = _thinned(sizes, max_features)
+        self.network = network
+        self.layers = tuple(sizes) if layers is not None else _thinned(sizes, max_features)
         self.out_features = sum(sizes[name] for name in self.layers)
         layout = "\n".join(f"{name} {self._dims[name]}" for name in self.layers)
         self.register_buffer("layout", torch.tensor(list(layout.encode()), dtype=torch.uint8))
-
-    @torch.no_grad()
-    def _shapes(self, example: Any) -> dict[str, list[tuple[int, ...]]]:
-        """Tells the shapes of what each layer gives, and leaves the network as it is."""
-        probe = copy.deepcopy(self.network).eval()
-        with kept_random_states():
-            found = self._run(probe, (example,), {}, lambda name, output: tuple(output.shape))
-        return {name: found[name] for name in self.layers}
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
         """Computes the features.
@@ -127,59 +116,18 @@ class LayerFeatures(nn.Module):
         Raises:
             ValueError: If a layer does not run exactly once, or does not give samples first.
         """
-        found = self._run(self.network, inputs, named, self._averaged)
+        found = _run(self.network, self.layers, inputs, named, self._averaged)
         first = next((given for given in inputs if isinstance(given, Tensor)), None)
-        shapes = {name: [tuple(part.shape) for part in found[name]] for name in self.layers}
-        self._require(shapes, None if first is None else len(first))
-        means = [found[name][0] for name in self.layers]
+        shapes = {name: [part.shape for part in parts] for name, parts in found.items()}
+        _require(shapes, None if first is None else len(first))
         # Layer normalisation would make features depend on each other, but for rounding.
-        return torch.cat([functional.rms_norm(mean, mean.shape[1:]) for mean in means], dim=1)
-
-    def _run(
-        self,
-        network: nn.Module,
-        inputs: tuple[Any, ...],
-        named: dict[str, Any],
-        read: Callable[[str, Tensor], _Read],
-    ) -> defaultdict[str, list[_Read]]:
-        """Runs a network, and reads what each layer gives, before anything is done to it."""
-        found: defaultdict[str, list[_Read]] = defaultdict(list)
-
-        def keep(name: str, module: nn.Module, given: Any, output: Any) -> None:
-            first = output[0] if isinstance(output, tuple) and output else output
-            if not isinstance(first, Tensor) or first.ndim < 2:
-                raise ValueError(f"{name} gives no tensor of features, and cannot be read")
-            found[name].append(read(name, first))
-
-        hooks = [
-            network.get_submodule(name).register_forward_hook(partial(keep, name))
-            for name in self.layers
-        ]
-        try:
-            network(*inputs, **named)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return found
+        scaled = [functional.rms_norm(mean, mean.shape[1:]) for (mean,) in found.values()]
+        return torch.cat(scaled, dim=1)
 
     def _averaged(self, name: str, output: Tensor) -> Tensor:
         """Averages over all dimensions but those of samples and features."""
         by_features = output.movedim(self._dims[name], 1)
         return by_features.flatten(2).mean(2) if by_features.ndim > 2 else by_features.clone()
-
-    def _require(self, shapes: Mapping[str, list[tuple[int, ...]]], samples: int | None) -> None:
-        """Refuses layers that did not run once, or do not give samples first."""
-        if wrong := [f"{name} {len(found)}" for name, found in shapes.items() if len(found) != 1]:
-            raise ValueError(
-                "layers must run once in a forward pass (and a network must not be compiled by "
-                f"itself), and ran otherwise: {', '.join(wrong)} times"
-            )
-        unlike = [f"{name} {found[0]}" for name, found in shapes.items() if found[0][0] != samples]
-        if samples is not None and unlike:
-            raise ValueError(
-                f"layers must give samples first, {samples} of them, and gave shapes otherwise: "
-                + ", ".join(unlike)
-            )
 
 
 def find_blocks(network: nn.Module) -> list[str]:
@@ -201,8 +149,9 @@ def find_blocks(network: nn.Module) -> list[str]:
     """
     kinds: defaultdict[type[nn.Module], dict[str, int]] = defaultdict(dict)
     for name, module in network.named_modules():
-        weights = sum(parameter.numel() for parameter in module.parameters())
-        if name and weights and _may_be_a_block(module):
+        if not name or not _may_be_a_block(module):
+            continue
+        if weights := sum(parameter.numel() for parameter in module.parameters()):
             kinds[type(module)][name] = weights
     blocks = [
         found
@@ -220,6 +169,56 @@ def _may_be_a_block(module: nn.Module) -> bool:
     return isinstance(module, nn.TransformerEncoderLayer) or (
         type(module) is not nn.Sequential and {*made_from} <= {nn.Module, nn.Sequential}
     )
+
+
+def _run(
+    network: nn.Module,
+    layers: Sequence[str],
+    inputs: tuple[Any, ...],
+    named: Mapping[str, Any],
+    read: Callable[[str, Tensor], _Read],
+) -> dict[str, list[_Read]]:
+    """Runs a network, and reads what each layer gives, before anything is done to it."""
+    found: dict[str, list[_Read]] = {name: [] for name in layers}
+
+    def keep(name: str, module: nn.Module, given: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) and output else output
+        if not isinstance(first, Tensor) or first.ndim < 2:
+            raise ValueError(f"{name} gives no tensor of features, and cannot be read")
+        found[name].append(read(name, first))
+
+    hooks = [
+        network.get_submodule(name).register_forward_hook(partial(keep, name)) for name in layers
+    ]
+    try:
+        network(*inputs, **named)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+@torch.no_grad()
+def _shapes(network: nn.Module, layers: Sequence[str], example: Any) -> dict[str, list[torch.Size]]:
+    """Tells the shapes of what each layer gives, and leaves the network as it is."""
+    probe = copy.deepcopy(network).eval()
+    with kept_random_states():
+        return _run(probe, layers, (example,), {}, lambda name, output: output.shape)
+
+
+def _require(shapes: Mapping[str, Sequence[torch.Size]], samples: int | None) -> None:
+    """Refuses layers that did not run once, or do not give samples first."""
+    if wrong := [f"{name} {len(found)}" for name, found in shapes.items() if len(found) != 1]:
+        raise ValueError(
+            "layers must run once in a forward pass (and a network must not be compiled by "
+            f"itself), and ran otherwise: {', '.join(wrong)} times"
+        )
+    unlike = [f"{name} {tuple(shape)}" for name, (shape,) in shapes.items() if shape[0] != samples]
+    if samples is not None and unlike:
+        raise ValueError(
+            f"layers must give samples first, {samples} of them, and gave shapes otherwise: "
+            + ", ".join(unlike)
+        )
 
 
 def _feature_dim(layer: nn.Module, ndim: int) -> int:

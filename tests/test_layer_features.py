@@ -24,7 +24,7 @@ class _Block(nn.Module):
 
 
 class _Noise(nn.Module):
-    """Draws random numbers, and more of them in training mode."""
+    """Draws random numbers."""
 
     def forward(self, x):
         return x + torch.randn_like(x)

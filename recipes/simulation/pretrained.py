@@ -262,7 +262,7 @@ class Federation:
             if self.task.unlabelled is None:
                 raise ValueError(f"{method} needs unlabelled samples, and the task has none")
             unlabelled = DataLoader(TensorDataset(self.task.unlabelled), _EVALUATION_BATCH)
-        package_method = "fedavg" if name in PEERS else CLOSED_FORM if name in HEADS else name
+        package_method = merges_fine_tuned(method) or CLOSED_FORM
         result = merge(package_method, paths, tuner, None, self.options, unlabelled)
         record = result.record
         state: Mapping[str, Tensor] = result.state_dict

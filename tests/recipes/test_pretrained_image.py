@@ -17,10 +17,7 @@ SMALL = [
     *("--clients", "2", "--alpha", "1", "--epochs", "1", "--batch-size", "16"),
     *("--max-train-samples", "60", "--max-test-samples", "40", "--unlabelled-samples", "50"),
 ]
-SHOWN = (
-    *("closed_form_head", "fedavg", "regmean", "fedavg_unlabelled"),
-    *("head_first_fedavg", "ties"),
-)
+SHOWN = ("closed_form_head", "fedavg", "regmean", "fedavg_unlabelled", "head_first_fedavg", "ties")
 
 
 @pytest.fixture(scope="module")
