@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from lightning_fedfisher import FedFisherCallback, FisherMergeModule
+from lightning_fedfisher.batch_norms import tracked_norms
 from lightning_fedfisher.extraction.sampling import MaxSamples
 from lightning_fedfisher.merge.compatibility import UpdateSource
 from lightning_fedfisher.merge.methods import METHODS, MergeMethod
@@ -27,6 +28,7 @@ from lightning_fedfisher.results.from_merge import describe_merge
 from lightning_fedfisher.results.record import MergeRecord
 from simulation.data import TensorImages, collate_images
 from simulation.json_report import write_json
+from simulation.partition import leaves_one_alone
 
 EXTRACTIONS: dict[str, tuple[str, str]] = {
     "fedavg": ("identity", "exact"),
@@ -283,7 +285,8 @@ def fit_client(
     curve = TrainLosses()
     every = [curve, *callbacks.values()]
     trainer = Trainer(max_epochs=epochs, callbacks=every, **trainer_options)
-    loader = DataLoader(samples, batch_size=batch_size, shuffle=True, collate_fn=collate_images)
+    alone = bool(tracked_norms(network)) and leaves_one_alone(len(samples), batch_size)
+    loader = DataLoader(samples, batch_size, True, drop_last=alone, collate_fn=collate_images)
     trainer.fit(classifier, loader)
     seconds = {path.name: callback.seconds or 0.0 for path, callback in callbacks.items()}
     return classifier, seconds, curve.losses

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from simulation.models import NORMALISED
+
 
 @dataclass(frozen=True)
 class Federation:
@@ -77,11 +79,17 @@ MERGE_FEDERATIONS = {
         *(Federation("fashionmnist", "lenet", a, p, 1) for p, a in enumerate(_ALPHAS, start=38)),
         Federation("imagefolder", "cnn", 0.2, 32, 1),
     ],
+    "normalised": [
+        Federation("digits", model, alpha, split, 0)
+        for model in NORMALISED
+        for alpha in (0.1, 0.3)
+        for split in range(3, 8)
+    ],
 }
 """The federations of the merge study.
 
 ``seeds`` are training seeds of three splits of ``development``; ``earlier`` were held out from an
-earlier form of the default method.
+earlier form of the default method; ``normalised`` are ten splits of networks with normalisation.
 """
 
 POSITIONS_FEDERATIONS = {"development": MERGE_FEDERATIONS["development"][:-1]}

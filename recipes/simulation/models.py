@@ -1,18 +1,23 @@
-"""The networks of the published experiments (arXiv 2403.12329), and a small one for quick runs.
+"""The networks of the published experiments (arXiv 2403.12329), and others to try.
 
-All are without biases and without normalisation layers, so that a network is a list of weight
-matrices, which is what a Kronecker-factored Fisher describes. Every module that holds a weight is
-called exactly once a forward, and no activation works in place.
+The published ones and ``resnet8`` are without biases and without normalisation layers, so that a
+network is a list of weight matrices, which is what a Kronecker-factored Fisher describes. Every
+module that holds a weight is called exactly once a forward, and no activation works in place.
+`NORMALISED` ones are what people use: with BatchNorm, GroupNorm, or LayerNorm and attention.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision import models
 
-MODELS = ("lenet", "cnn", "resnet8", "resnet18")
+PLAIN = ("lenet", "cnn", "resnet8", "resnet18")
+NORMALISED = ("resnet8_batchnorm", "resnet8_groupnorm", "torchvision_resnet18", "vit")
+MODELS = (*PLAIN, *NORMALISED)
 
 
 class _Convolutional(nn.Module):
@@ -84,13 +89,19 @@ class CNN(_Convolutional):
         super().__init__(channels, image_size, classes, filters=(32, 64), hidden=(512, 128))
 
 
+_Norm: TypeAlias = Callable[[int], nn.Module]
+"""Makes the layer that normalises a number of channels."""
+
+
 class _BasicBlock(nn.Module):
     """Two 3x3 convolutions around a shortcut, a 1x1 convolution where the shape changes."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int, norm: _Norm) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.norm1 = norm(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.norm2 = norm(outputs)
         self.shortcut = (
             nn.Identity()
             if stride == 1 and inputs == outputs
@@ -98,7 +109,8 @@ class _BasicBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.conv2(F.relu(self.conv1(x))) + self.shortcut(x))
+        x, shortcut = F.relu(self.norm1(self.conv1(x))), self.shortcut(x)
+        return F.relu(self.norm2(self.conv2(x)) + shortcut)
 
 
 class ResNet(nn.Module):
@@ -115,6 +127,7 @@ class ResNet(nn.Module):
         blocks: Sequence[int] = (2, 2, 2, 2),
         grid: int = 1,
         scaled: bool = False,
+        norm: _Norm = nn.Identity,
     ) -> None:
         """Initialise the weights.
 
@@ -128,16 +141,19 @@ class ResNet(nn.Module):
                 distribution, with the last convolution of each of the L branches divided by
                 sqrt(L), so that the L sums multiply the variance by less than e. Otherwise
                 PyTorch's default, as published.
+            norm: Makes the layer behind each 3x3 convolution, given its channels; none as
+                published.
         """
         super().__init__()
         self.grid = grid
         self.stem = nn.Conv2d(channels, widths[0], 3, padding=1, bias=False)
+        self.norm = norm(widths[0])
         self.blocks = nn.Sequential()
         inputs = widths[0]
         for stage, (width, count) in enumerate(zip(widths, blocks, strict=True)):
             for block in range(count):
                 stride = 2 if stage > 0 and block == 0 else 1
-                self.blocks.append(_BasicBlock(inputs, width, stride))
+                self.blocks.append(_BasicBlock(inputs, width, stride, norm))
                 inputs = width
         self.fc = nn.Linear(inputs * grid**2, classes, bias=False)
         if scaled:
@@ -145,7 +161,7 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits (N, classes) of images (N, channels, height, width)."""
-        x = self.blocks(F.relu(self.stem(images)))
+        x = self.blocks(F.relu(self.norm(self.stem(images))))
         logits: Tensor = self.fc(F.adaptive_avg_pool2d(x, self.grid).flatten(1))
         return logits
 
@@ -160,12 +176,36 @@ class ResNet(nn.Module):
                     module.weight /= math.sqrt(len(self.blocks))
 
 
+def _resnet8(channels: int, classes: int, norm: _Norm = nn.Identity) -> ResNet:
+    """Builds three stages of one block, with normalisation or without."""
+    # The last map is 8x8 (published: 4x4), so the published pooling by 4 leaves 2x2 cells.
+    return ResNet(channels, classes, (16, 32, 64), (1, 1, 1), grid=2, scaled=True, norm=norm)
+
+
+def _torchvision_resnet18(channels: int, classes: int) -> nn.Module:
+    """Builds torchvision's ResNet18 for any number of channels."""
+    network = models.resnet18(num_classes=classes)
+    network.conv1 = nn.Conv2d(channels, 64, 7, 2, padding=3, bias=False)
+    return network
+
+
+def _vit(channels: int, image_size: int, classes: int) -> nn.Module:
+    """Builds a small vision transformer of torchvision for any number of channels."""
+    patch = image_size // 4
+    network = models.VisionTransformer(image_size, patch, 4, 4, 64, 128, num_classes=classes)
+    network.conv_proj = nn.Conv2d(channels, 64, patch, patch)
+    return network
+
+
 def build_model(name: str, channels: int, image_size: int, classes: int) -> nn.Module:
     """Build one of the networks in `MODELS`, freshly initialised.
 
     Args:
-        name: ``lenet``, ``cnn``, ``resnet18`` (published) or ``resnet8`` (three stages of one
-            block, widths 16-32-64, initialised to train within a few epochs).
+        name: ``lenet``, ``cnn``, ``resnet18`` (published), ``resnet8`` (three stages of one block,
+            widths 16-32-64, initialised to train within a few epochs), ``resnet8_batchnorm`` and
+            ``resnet8_groupnorm`` (with groups of eight channels), ``torchvision_resnet18`` (as it
+            is there, with BatchNorm), or ``vit`` (torchvision's, with sixteen patches and four
+            layers of width 64).
         channels: Channels of an image.
         image_size: Height and width of an image; the residual networks take any.
         classes: Number of classes.
@@ -183,9 +223,16 @@ def build_model(name: str, channels: int, image_size: int, classes: int) -> nn.M
         case "cnn":
             return CNN(channels, image_size, classes)
         case "resnet8":
-            # Its last map is 8x8 (published: 4x4), so the published pooling by 4 leaves 2x2 cells.
-            return ResNet(channels, classes, (16, 32, 64), (1, 1, 1), grid=2, scaled=True)
+            return _resnet8(channels, classes)
+        case "resnet8_batchnorm":
+            return _resnet8(channels, classes, norm=nn.BatchNorm2d)
+        case "resnet8_groupnorm":
+            return _resnet8(channels, classes, norm=lambda width: nn.GroupNorm(width // 8, width))
         case "resnet18":
             return ResNet(channels, classes)
+        case "torchvision_resnet18":
+            return _torchvision_resnet18(channels, classes)
+        case "vit":
+            return _vit(channels, image_size, classes)
         case _:
             raise ValueError(f"unknown model {name!r}; choose one of {', '.join(MODELS)}")

@@ -92,6 +92,19 @@ def class_histogram(labels: np.ndarray, parts: list[np.ndarray], classes: int) -
     return np.stack([np.bincount(labels[part], minlength=classes) for part in parts])
 
 
+def leaves_one_alone(samples: int, batch_size: int) -> bool:
+    """Tell whether the last batch is of one sample, which has no statistics to normalise by.
+
+    Args:
+        samples: Number of samples.
+        batch_size: Samples in a batch.
+
+    Returns:
+        True if there are others besides it, so that it may be left out.
+    """
+    return samples % batch_size == 1 and samples > batch_size
+
+
 def _check_arguments(labels: np.ndarray, clients: int, alpha: float) -> None:
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(

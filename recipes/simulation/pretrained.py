@@ -47,7 +47,7 @@ from simulation.clients import (
 )
 from simulation.heads import scaled_to_logits, with_layer_features, with_random_features
 from simulation.json_report import write_json
-from simulation.partition import class_histogram, reference_partition
+from simulation.partition import class_histogram, leaves_one_alone, reference_partition
 from simulation.pretrained_report import record_federation
 from simulation.pretrained_setting import (
     CLOSED_FORM,
@@ -224,8 +224,7 @@ class Federation:
                 losses = TrainLosses()
                 every = [losses, *callbacks.values()]
                 trainer = Trainer(max_epochs=epochs, callbacks=every, **self.options)
-                # A batch of one has no statistics to normalise by.
-                alone = len(samples) % flags.batch_size == 1 and len(samples) > 1
+                alone = leaves_one_alone(len(samples), flags.batch_size)
                 trainer.fit(
                     tuner, DataLoader(samples, flags.batch_size, shuffle=True, drop_last=alone)
                 )

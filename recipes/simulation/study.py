@@ -44,7 +44,10 @@ Client: TypeAlias = tuple[nn.Module, TensorImages]
 """A trained network and the samples it was trained on."""
 
 _CLIENTS = 5  # as in the paper
-_EPOCHS = {"lenet": 30, "cnn": 10, "resnet18": 6}
+_EPOCHS = {
+    **{"lenet": 30, "cnn": 10, "resnet18": 6},
+    **{"resnet8_batchnorm": 20, "resnet8_groupnorm": 20, "torchvision_resnet18": 10, "vit": 60},
+}
 _MOST_IMAGES = {"resnet18": 4000}  # a CPU trains on so many within minutes
 _EXTRACTION_BATCH = 250
 
@@ -138,6 +141,7 @@ def extract(
         What was extracted, by kind of curvature.
     """
     network, samples = client
+    network.train()  # as training leaves it: an evaluation may have come between
     plain = samples.without_augmentation()
     loader = DataLoader(plain, batch_size=_EXTRACTION_BATCH, collate_fn=collate_images)
     extracted = extract_curvatures(
@@ -147,6 +151,7 @@ def extract(
         fisher=cast(Any, fisher),
         max_samples=cast(Any, max_samples),
         positions=positions,
+        estimate_statistics=True,
         progress=False,
     )
     return {str(kind): found for kind, found in extracted.items()}
@@ -163,8 +168,18 @@ def default_update(client: Client, positions: Positions = "auto") -> tuple[Clien
         The update, and the seconds that its extraction took.
     """
     extracted = extract(client, ["kfac"], "normalised", "auto", positions)["kfac"]
-    update = ClientUpdate.from_model(client[0], extracted.header(), extracted.blocks)
-    return update, extracted.seconds
+    return make_update(client, extracted), extracted.seconds
+
+
+def make_update(client: Client, extracted: ExtractedCurvature) -> ClientUpdate:
+    """Makes the update of a client from what was extracted.
+
+    Args:
+        client: network and samples.
+        extracted: its curvature and running statistics.
+    """
+    header, blocks, statistics = extracted.header(), extracted.blocks, extracted.statistics
+    return ClientUpdate.from_model(client[0], header, blocks, statistics)
 
 
 def scores_of(network: nn.Module, images: ImageData) -> tuple[float, float]:

@@ -19,6 +19,7 @@ from simulation.study import (
     Client,
     extract,
     initial_network,
+    make_update,
     run_study,
     scores_of,
     study_parser,
@@ -94,7 +95,7 @@ def run_settings(
             kind, fisher = setting.curvature, setting.fisher
             extracted = extract(client, [kind], fisher, setting.max_samples)[kind]
             seconds.append(extracted.seconds)
-            updates.append(ClientUpdate.from_model(client[0], extracted.header(), extracted.blocks))
+            updates.append(make_update(client, extracted))
         network = initial_network(federation, images)
         Trainer(max_epochs=-1, **QUIET).fit(FisherMergeModule(updates, model=network))
         accuracy, nll = scores_of(network, images)

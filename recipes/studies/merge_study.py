@@ -28,6 +28,7 @@ from simulation.study import (
     Client,
     extract,
     initial_network,
+    make_update,
     run_study,
     scores_of,
     study_parser,
@@ -129,8 +130,7 @@ def extract_updates(
         for fisher in sorted({fisher for _, fisher in extractions}):
             kinds = [kind for kind, of in extractions if of == fisher]
             for kind, extracted in extract(client, kinds, fisher, None).items():
-                update = ClientUpdate.from_model(client[0], extracted.header(), extracted.blocks)
-                updates[kind, fisher].append(update)
+                updates[kind, fisher].append(make_update(client, extracted))
     return updates
 
 
@@ -194,6 +194,14 @@ def make_parser() -> ArgumentParser:
     parser.add_argument(
         "--variants", action="store_true", help="add variants of the default method"
     )
+    parser.add_argument(
+        "--methods",
+        type=str,
+        nargs="+",
+        choices=tuple(EXTRACTIONS),
+        default=list(EXTRACTIONS),
+        help="merge methods to compare",
+    )
     return parser
 
 
@@ -204,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: of the command line; None reads `sys.argv`.
     """
     flags = make_parser().parse_args(arguments)
-    names = [BEST_CLIENT, ENSEMBLE, *EXTRACTIONS, *(VARIANTS if flags.variants else ())]
+    names = [BEST_CLIENT, ENSEMBLE, *flags.methods, *(VARIANTS if flags.variants else ())]
     run_study(flags, MERGE_FEDERATIONS, [(name,) for name in names], Row, run_methods)
 
 

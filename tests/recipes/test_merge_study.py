@@ -97,6 +97,23 @@ def test_variants_with_the_default_choices_are_the_default(study, monkeypatch):
     assert rows["spelled out"]["nll"] == rows["fedfisher"]["nll"]
 
 
+def test_clients_with_batchnorm_send_statistics_although_they_were_tested_first(study, monkeypatch):
+    batchnorm = dataclasses.replace(FEDERATION, model="resnet8_batchnorm")
+    monkeypatch.setattr(merge_study, "MERGE_FEDERATIONS", {"development": [batchnorm]})
+    monkeypatch.setattr(shared, "_EPOCHS", {"resnet8_batchnorm": 1})
+    sent = []
+
+    def merge(method, updates, *others):
+        sent.extend((method, bool(update.header.normalized)) for update in updates)
+        return shared_merge(method, updates, *others)
+
+    shared_merge = merge_study.merge
+    monkeypatch.setattr(merge_study, "merge", merge)
+    rows = read_rows(study("--methods", "fedavg", "fedfisher"))
+    assert [row["method"] for row in rows] == ["best client", "ensemble", "fedavg", "fedfisher"]
+    assert set(sent) == {("fedavg", False), ("fedfisher", True)}
+
+
 def test_updates_are_extracted_in_one_pass_for_each_fisher_type(monkeypatch):
     passes = []
 
@@ -120,8 +137,9 @@ def test_labelled_samples_are_those_of_the_recipe(tmp_path):
 
 
 def test_cells_are_distinct_and_the_held_out_ones_new():
-    sizes = {"development": 21, "seeds": 9, "earlier": 10, "held-out": 9}
+    sizes = {"development": 21, "seeds": 9, "earlier": 10, "held-out": 9, "normalised": 40}
     assert {name: len(federations) for name, federations in MERGE_FEDERATIONS.items()} == sizes
+    assert all(len(set(found)) == len(found) for found in MERGE_FEDERATIONS.values())
     known = {each for name in sizes if name != "held-out" for each in MERGE_FEDERATIONS[name]}
     splits = {(each.dataset, each.partition_seed) for each in known}
     held_out = MERGE_FEDERATIONS["held-out"]
@@ -173,11 +191,14 @@ def test_summary_counts_the_cells_ahead_for_each_network():
     assert lines[2] == "| `fedfisher_kfac` | +1.67 | 2 of 3 | 2 of 3 | +4.00 | 1 of 1 | 1 of 1 |"
     assert lines[3] == "| best client | +11.00 | 3 of 3 | 3 of 3 | +14.00 | 1 of 1 | 1 of 1 |"
     assert lines[4] == "| ensemble | +1.33 | 2 of 3 | 0 of 3 | -6.00 | 0 of 1 | 0 of 1 |"
+    assert len(lines) == 5  # what a study left out is compared with nothing
 
 
 def test_a_single_network_has_no_columns_of_others():
     lenet = [row for row in ROWS if row["model"] == "lenet"]
     assert "cnn" not in merge_table(lenet) + merge_summary(lenet)
+    cnn = [row for row in ROWS if row["model"] == "cnn"]
+    assert "lenet" not in merge_table(cnn) + merge_summary(cnn)
 
 
 def test_a_method_without_a_cell_is_not_averaged_over_the_others():

@@ -2,8 +2,10 @@ from collections import Counter
 
 import pytest
 import torch
-from simulation.models import CNN, MODELS, LeNet, ResNet, build_model
+from simulation.models import CNN, MODELS, NORMALISED, PLAIN, LeNet, ResNet, build_model
 from torch import nn
+
+from lightning_fedfisher import ClientUpdate, extract_curvature, merge_updates
 
 
 def _weights(model: nn.Module) -> int:
@@ -26,7 +28,7 @@ def test_logits(name, channels, image_size):
     assert logits.isfinite().all()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", PLAIN)
 def test_only_convolutions_and_linears_without_bias_called_once(name):
     model = build_model(name, 3, 32, 10)
     holders = {n: m for n, m in model.named_modules() if list(m.parameters(recurse=False))}
@@ -42,6 +44,33 @@ def test_resnet18_has_the_published_layers():
     kernels = [m.kernel_size[0] for m in ResNet().modules() if isinstance(m, nn.Conv2d)]
     assert kernels.count(3) == 17
     assert kernels.count(1) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "count"),
+    [
+        ("resnet8_batchnorm", nn.BatchNorm2d, 7),
+        ("resnet8_groupnorm", nn.GroupNorm, 7),
+        ("torchvision_resnet18", nn.BatchNorm2d, 20),
+        ("vit", nn.LayerNorm, 9),
+    ],
+)
+def test_normalisation_follows_each_convolution_or_precedes_each_branch(name, kind, count):
+    model = build_model(name, 3, 32, 10)
+    assert sum(isinstance(module, kind) for module in model.modules()) == count
+
+
+def test_networks_with_normalisation_can_be_merged():
+    torch.manual_seed(0)
+    batch = torch.randn(6, 3, 32, 32), torch.arange(6)
+    for name in NORMALISED[::2] + NORMALISED[-1:]:  # one of each kind of layer
+        model = build_model(name, 3, 32, 6)
+        found = extract_curvature(model, [batch], progress=False)
+        update = ClientUpdate.from_model(model, found.header(6), found.blocks)
+        merged = merge_updates([update, update]).state_dict
+        for key, value in model.state_dict().items():
+            if value.is_floating_point():
+                torch.testing.assert_close(merged[key], value, rtol=1e-3, atol=1e-4)
 
 
 def test_scaled_initialisation_keeps_the_signal_through_many_blocks():
@@ -62,7 +91,7 @@ def test_same_seed_same_weights():
 
 
 def test_unknown_model_names_the_choices():
-    with pytest.raises(ValueError, match="'vgg'; choose one of lenet, cnn, resnet8, resnet18"):
+    with pytest.raises(ValueError, match="'vgg'; choose one of lenet, cnn, resnet8, resnet18, "):
         build_model("vgg", 3, 32, 10)
 
 

@@ -93,8 +93,8 @@ def merge_table(rows: Sequence[dict[str, str]]) -> str:
     federations = [key for group in columns.values() for key in group]
     lenet = [key for key in federations if key.model == "lenet"]
     table = [
-        ["method", "server labels", *columns, "lenet mean", "NLL"],
-        rule(len(columns) + 4),
+        ["method", "server labels", *columns, *(["lenet mean"] if lenet else []), "NLL"],
+        rule(len(columns) + (4 if lenet else 3)),
     ]
     for method, own in found.items():
         accuracies = {key: float(own[key]["accuracy"]) for key in federations}
@@ -103,7 +103,7 @@ def merge_table(rows: Sequence[dict[str, str]]) -> str:
                 method,
                 str(max(int(own[key]["server_labels"]) for key in federations)),
                 *(spread([accuracies[key] for key in group]) for group in columns.values()),
-                f"{statistics.mean(accuracies[key] for key in lenet):.2f}" if lenet else "",
+                *([f"{statistics.mean(accuracies[key] for key in lenet):.2f}"] if lenet else []),
                 f"{statistics.mean(float(own[key]['nll']) for key in federations):.2f}",
             ]
         )
@@ -127,8 +127,12 @@ def merge_summary(rows: Sequence[dict[str, str]]) -> str:
     table = [["`fedfisher` against"], rule(1 + 3 * len(models))]
     for model in models:
         table[0] += [f"{model}: points", "ahead in", "lower NLL in"]
-    for other in ("fedfisher_kfac", "best client", "ensemble"):
-        line = [f"`{other}`" if other == "fedfisher_kfac" else other]
+    against = ("`fedavg`", "`regmean`", "`fedfisher_kfac`", "best client", "ensemble")
+    for title in against:
+        other = title.strip("`")
+        if other not in found:
+            continue
+        line = [title]
         for federations in models.values():
             points, nll = (
                 [float(found["fedfisher"][c][of]) - float(found[other][c][of]) for c in federations]
