@@ -12,6 +12,9 @@ from torch import Tensor
 
 from lightning_fedfisher.merge.solvers import Solver
 
+# Merges of networks that kept more in every layer came near what the clients' ensemble can do.
+_BELIEVED = 0.6
+
 
 class Progress(IntEnum):
     """Where a layer's solver stands."""
@@ -38,6 +41,8 @@ class LayerState:
         progress: Where its solver stands.
         bits: Bits of the numbers that its solver works with: 32, or 64 where float32 could not
             reach the tolerance, and for models in float64. 0 for a layer that waits.
+        agreement: How much of what the clients compute the merged weights keep
+            (`Solver.agreement`); 0 until the layer is done.
 
     Example:
         >>> state = LayerState.waiting(clients=2)
@@ -53,6 +58,7 @@ class LayerState:
     residual: float = 1.0
     progress: Progress = Progress.OPEN
     bits: int = 0
+    agreement: float = 0.0
 
     @classmethod
     def of(cls, solver: Solver, max_iterations: int) -> Self:
@@ -63,12 +69,14 @@ class LayerState:
             max_iterations: Steps after which the solver stops.
         """
         progress, distances = Progress.OPEN, (0.0,) * len(solver.problem.weights)
+        agreement = 0.0
         if solver.finished or solver.iterations >= max_iterations:
             progress = Progress.CONVERGED if solver.converged else Progress.STOPPED
             distances = solver.point.distances
+            agreement = solver.agreement
         bits = 8 * solver.weights.dtype.itemsize
         numbers = solver.iterations, solver.point.objective, solver.residual
-        return cls(distances, *numbers, progress, bits)
+        return cls(distances, *numbers, progress, bits, agreement)
 
     @classmethod
     def waiting(cls, clients: int) -> Self:
@@ -86,7 +94,7 @@ class LayerState:
         Args:
             clients: Number of clients.
         """
-        return 5 + clients
+        return 6 + clients
 
     @property
     def done(self) -> bool:
@@ -102,10 +110,10 @@ class LayerState:
         """The state as numbers, so that ranks can add up what each of them knows.
 
         Returns:
-            A vector of ``5 + clients`` numbers in float64.
+            A vector of ``6 + clients`` numbers in float64.
         """
         counts = [self.iterations, self.progress, self.bits]
-        numbers = [*counts, self.objective, self.residual, *self.distances]
+        numbers = [*counts, self.objective, self.residual, self.agreement, *self.distances]
         return torch.tensor(numbers, dtype=torch.float64)
 
     @classmethod
@@ -113,11 +121,12 @@ class LayerState:
         """Rebuilds a state from `to_row`.
 
         Args:
-            row: A vector of ``5 + clients`` numbers.
+            row: A vector of ``6 + clients`` numbers.
         """
-        counts, (objective, residual, *distances) = row[:3].int().tolist(), row[3:].tolist()
-        iterations, progress, bits = counts
-        return cls(tuple(distances), iterations, objective, residual, Progress(progress), bits)
+        iterations, progress, bits = row[:3].int().tolist()
+        objective, residual, agreement, *distances = row[3:].tolist()
+        numbers = iterations, objective, residual
+        return cls(tuple(distances), *numbers, Progress(progress), bits, agreement)
 
 
 def summarize(states: Sequence[LayerState]) -> dict[str, float]:
@@ -136,6 +145,32 @@ def summarize(states: Sequence[LayerState]) -> dict[str, float]:
         "objective": float(objectives.sum()),
         "residual": max(state.residual for state in states),
     }
+
+
+def describe_disagreement(names: Sequence[str], states: Sequence[LayerState]) -> str:
+    """Names the layers in which clients want so different things that no weights serve them.
+
+    Args:
+        names: The layers' names.
+        states: The state of every layer.
+
+    Returns:
+        What to do about it; empty if there is nothing to tell.
+    """
+    apart = [
+        (state.agreement, name)
+        for name, state in zip(names, states, strict=True)
+        if state.done and state.agreement < _BELIEVED
+    ]
+    if not apart:
+        return ""
+    least, name = min(apart)
+    return (
+        f"in {len(apart)} of {len(states)} layers merged weights keep less than {_BELIEVED:.0%} of "
+        f"what the clients' own compute (least: {name}, {least:.0%}), and layers behind them read "
+        "what they do not know: let clients start from the same pre-trained network, train fewer "
+        "epochs, or fit heads in closed form (closed_form_head=True)"
+    )
 
 
 def describe_unsolved(names: Sequence[str], states: Sequence[LayerState], converges: bool) -> str:

@@ -28,6 +28,7 @@ from lightning_fedfisher.merge.influence_cap import MEASURES
 from lightning_fedfisher.merge.layer_loader import LayerLoader
 from lightning_fedfisher.merge.layer_state import (
     LayerState,
+    describe_disagreement,
     describe_unsolved,
     summarize,
 )
@@ -346,13 +347,15 @@ class Merger:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What a user should look at: unsolved layers, outliers, statistics of other weights."""
+        """What a user should look at, in a sentence each."""
         clients = client_names([update.source for update in self.updates])
         names, most = [layer.name for layer in self.layers], self.method.max_influence
         unsolved = describe_unsolved(names, self.states, self.method.converges)
         outliers = describe_outliers(self.influence, clients, names, most)
         unlike = describe_unlike(self.similarity) if self._norms else ""
-        return tuple(text for text in (unsolved, outliers, self._mixed, unlike) if text)
+        believed = self.method.ignores_curvature or self.method.takes_fits  # or exact
+        apart = "" if believed else describe_disagreement(names, self.states)
+        return tuple(text for text in (unsolved, outliers, self._mixed, unlike, apart) if text)
 
     def result(self) -> MergeResult:
         """What came of the merge so far."""

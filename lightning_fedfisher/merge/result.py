@@ -53,6 +53,9 @@ class LayerResult:
         bits: Bits of the numbers that it was solved with: 32, or 64 where float32 could not reach
             the tolerance, and for models in float64. With 32, large factors were decomposed
             in float32 as well where that reproduced them. 0 if the layer was not begun.
+        agreement: How much of what the clients' weights compute the merged ones keep, in the norms
+            that the method merges with: 1 where all clients agree, ``1 - Q(W) / Q(0)`` in general.
+            0 until the layer is done.
 
     Example:
         >>> layer = LayerResult("fc", (10, 65), 12, 0.5, 8e-5, solved=True)
@@ -67,6 +70,7 @@ class LayerResult:
     residual: float
     solved: bool
     bits: int = 0
+    agreement: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,8 @@ class MergeResult:
             median client's, of shape ``(layers, clients, 3)`` (see `influence_cap.MEASURES`).
         history: For each epoch the ``iterations``, ``objective`` and ``residual`` of all layers,
             with ``val_...`` scores where there was a validation loader.
-        warnings: What a user should look at: layers that are not solved, outliers, and BatchNorm
-            statistics of other weights.
+        warnings: What a user should look at: layers that are not solved, outliers, BatchNorm
+            statistics of other weights, and layers in which clients disagree.
         server_labels: Labelled samples that decided which iterate is returned.
         curvature: Curvature that the clients extracted.
         fisher: Fisher type that the clients extracted.
@@ -159,6 +163,7 @@ def layer_results(
             state.residual,
             state.progress is Progress.CONVERGED or (state.done and not converges),
             state.bits,
+            state.agreement,
         )
         for layer, state in zip(layers, states, strict=True)
     )

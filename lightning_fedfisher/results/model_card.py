@@ -24,6 +24,7 @@ def model_card(result: MergeResult, title: str, command: Sequence[str]) -> str:
         weigh, and how far the solvers came.
     """
     weights = sum(rows * columns for rows, columns in (layer.shape for layer in result.layers))
+    least = min(result.layers, key=lambda layer: layer.agreement)
     last, told = result.history[-1], " ".join((result.curvature, result.fisher)).strip()
     facts = [
         ("method", f"`{result.method}`, max_influence {result.max_influence:g}"),
@@ -35,6 +36,7 @@ def model_card(result: MergeResult, title: str, command: Sequence[str]) -> str:
         ("labels used", str(result.server_labels)),
         ("unlabelled samples used", str(result.unlabelled_samples)),
         ("similarity of the clients", _rounded(result.similarity)),
+        ("least agreement in a layer", f"{least.agreement:.2f} ({markdown_code(least.name)})"),
         ("solved to", f"residual {last['residual']:.1e} in {last['iterations']:.0f} iterations"),
         ("date", f"{datetime.now(UTC):%Y-%m-%d}"),
         ("versions", ", ".join(" ".join(pair) for pair in versions().items())),

@@ -29,6 +29,7 @@ from helpers.quadratics import (
     solved,
 )
 
+from lightning_fedfisher.curvature.base import Identity
 from lightning_fedfisher.curvature.dense import Dense
 from lightning_fedfisher.curvature.kronecker import Kronecker
 from lightning_fedfisher.merge.methods import METHODS
@@ -60,6 +61,50 @@ def test_exact_solver_reaches_the_dense_minimum(kind, seed):
     assert relative_error(solver.weights, reference_solution(problem)) < 1e-8
     if kind != "identity":
         assert problem.objective(solver.weights) < 0.999 * start
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_agreement_is_what_the_iterate_keeps_of_what_there_would_be_to_lose(kind, seed):
+    problem = make_problem(kind, seed)
+    for name in (n for n in SOLVERS if n != "closed form" or kind in ELEMENTWISE):
+        solver = SOLVERS[name](problem)
+        for steps in (0, 1, 1000):
+            solver.advance(steps)
+            lost, whole = (
+                float(reference_objective(problem, w)) for w in (solver.weights, torch.zeros(SHAPE))
+            )
+            assert solver.agreement == pytest.approx(1 - lost / whole, rel=1e-9)
+        assert 0 < solver.agreement < 1
+
+
+@pytest.mark.parametrize("kind", ["kronecker", "dense"])
+def test_agreement_counts_directions_that_some_client_sees(kind):
+    # And no others, in which the solver has no coordinates.
+    problem = make_problem(kind, clients=2)
+    blind = torch.ones(SHAPE[1]).double() / SHAPE[1] ** 0.5
+    seeing = torch.eye(SHAPE[1]).double() - torch.outer(blind, blind)
+    problem.curvatures = [
+        Kronecker(make_spd(ROWS, torch.Generator().manual_seed(k)), (k + 1) * seeing)
+        if kind == "kronecker"
+        else Dense(torch.kron(torch.eye(ROWS).double(), (k + 1) * seeing), SHAPE)
+        for k in range(2)
+    ]
+    solver = solved(problem, ConjugateGradient)
+    lost, whole = (
+        float(reference_objective(problem, w)) for w in (solver.weights, torch.zeros(SHAPE))
+    )
+    assert solver.agreement == pytest.approx(1 - lost / whole, rel=1e-9)
+
+
+@pytest.mark.parametrize(("first", "second", "expected"), [(1, 1, 1), (1, 3, 0.8), (1, -1, 0)])
+def test_agreement_where_it_is_known(first, second, expected):
+    # Of 1 and 3 the mean is 1 from each, where no weights at all would be 1 and 3: 1 of (1 + 9) / 2
+    weights = [torch.tensor([[float(value)]]) for value in (first, second)]
+    problem = Quadratic([1, 1], weights, [Identity((1, 1))] * 2)
+    assert solved(problem).agreement == pytest.approx(expected)
+    nothing = Quadratic([1, 1], [torch.zeros(1, 1)] * 2, [Identity((1, 1))] * 2)
+    assert solved(nothing).agreement == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)

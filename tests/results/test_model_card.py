@@ -18,6 +18,8 @@ def _cells(card, first):
 def test_a_card_tells_what_the_model_was_made_of(result, updates):
     card = model_card(result, "model.safetensors", ["fedfisher", "merge", "*.safetensors"])
     assert card.startswith("# model.safetensors\n")
+    least = min(result.layers, key=lambda layer: layer.agreement)
+    assert 0 < least.agreement < 1
     facts = {
         "method": "`fedfisher`, max_influence 5",
         "curvature": f"{result.curvature} {result.fisher} of a categorical likelihood",
@@ -27,6 +29,7 @@ def test_a_card_tells_what_the_model_was_made_of(result, updates):
         "samples": "90",
         "labels used": "0",
         "unlabelled samples used": "0",
+        "least agreement in a layer": f"{least.agreement:.2f} (`{least.name}`)",
         "solved to": f"residual {result.history[-1]['residual']:.1e} in "
         f"{result.history[-1]['iterations']:.0f} iterations",
     }
