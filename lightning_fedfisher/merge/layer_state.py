@@ -12,9 +12,6 @@ from torch import Tensor
 
 from lightning_fedfisher.merge.solvers import Solver
 
-# Merges of networks that kept more in every layer came near what the clients' ensemble can do.
-_BELIEVED = 0.6
-
 
 class Progress(IntEnum):
     """Where a layer's solver stands."""
@@ -145,32 +142,6 @@ def summarize(states: Sequence[LayerState]) -> dict[str, float]:
         "objective": float(objectives.sum()),
         "residual": max(state.residual for state in states),
     }
-
-
-def describe_disagreement(names: Sequence[str], states: Sequence[LayerState]) -> str:
-    """Names the layers in which clients want so different things that no weights serve them.
-
-    Args:
-        names: The layers' names.
-        states: The state of every layer.
-
-    Returns:
-        What to do about it; empty if there is nothing to tell.
-    """
-    apart = [
-        (state.agreement, name)
-        for name, state in zip(names, states, strict=True)
-        if state.done and state.agreement < _BELIEVED
-    ]
-    if not apart:
-        return ""
-    least, name = min(apart)
-    return (
-        f"in {len(apart)} of {len(states)} layers merged weights keep less than {_BELIEVED:.0%} of "
-        f"what the clients' own compute (least: {name}, {least:.0%}), and layers behind them read "
-        "what they do not know: let clients start from the same pre-trained network, train fewer "
-        "epochs, or fit heads in closed form (closed_form_head=True)"
-    )
 
 
 def describe_unsolved(names: Sequence[str], states: Sequence[LayerState], converges: bool) -> str:

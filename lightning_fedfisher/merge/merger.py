@@ -15,6 +15,7 @@ from lightning_fedfisher.curvature.base import Curvature
 from lightning_fedfisher.errors import MergeError, UpdateError
 from lightning_fedfisher.likelihoods.base import Likelihood
 from lightning_fedfisher.likelihoods.registry import LIKELIHOODS
+from lightning_fedfisher.merge.agreement import describe_disagreement
 from lightning_fedfisher.merge.buffers import describe_mixed_statistics, merge_buffers
 from lightning_fedfisher.merge.carried_statistics import (
     ALIKE,
@@ -28,7 +29,6 @@ from lightning_fedfisher.merge.influence_cap import MEASURES
 from lightning_fedfisher.merge.layer_loader import LayerLoader
 from lightning_fedfisher.merge.layer_state import (
     LayerState,
-    describe_disagreement,
     describe_unsolved,
     summarize,
 )
@@ -353,18 +353,18 @@ class Merger:
         unsolved = describe_unsolved(names, self.states, self.method.converges)
         outliers = describe_outliers(self.influence, clients, names, most)
         unlike = describe_unlike(self.similarity) if self._norms else ""
-        believed = self.method.ignores_curvature or self.method.takes_fits  # or exact
-        apart = "" if believed else describe_disagreement(names, self.states)
+        apart = describe_disagreement(self.method, self.updates[0].header, self.states)
         return tuple(text for text in (unsolved, outliers, self._mixed, unlike, apart) if text)
 
     def result(self) -> MergeResult:
         """What came of the merge so far."""
         header = self.updates[0].header
+        promised = self.method.converges, header.fit is not None
         return MergeResult(
             state_dict={name: tensor.cpu() for name, tensor in self.state_dict().items()},
             method=self.method.name,
             max_influence=self.method.max_influence,
-            layers=layer_results(self.layers, self.states, self.method.converges),
+            layers=layer_results(self.layers, self.states, *promised),
             clients=contributions(self.updates, self.loader.client_weights),
             distances=self.distances,
             influence=self.influence.clone(),

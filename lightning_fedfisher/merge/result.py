@@ -53,9 +53,10 @@ class LayerResult:
         bits: Bits of the numbers that it was solved with: 32, or 64 where float32 could not reach
             the tolerance, and for models in float64. With 32, large factors were decomposed
             in float32 as well where that reproduced them. 0 if the layer was not begun.
-        agreement: How much of what the clients' weights compute the merged ones keep, in the norms
-            that the method merges with: 1 where all clients agree, ``1 - Q(W) / Q(0)`` in general.
-            0 until the layer is done.
+        agreement: How much of what the clients' weights compute the solver's last ones keep, in the
+            norms that the method merges with: ``1 - Q(W) / Q(0)`` with the layer's quadratic ``Q``,
+            1 where all clients agree. Weights of an aligned layer are those for the merged model's
+            inputs. None until the layer is done, and of least-squares fits, which are to differ.
 
     Example:
         >>> layer = LayerResult("fc", (10, 65), 12, 0.5, 8e-5, solved=True)
@@ -70,7 +71,7 @@ class LayerResult:
     residual: float
     solved: bool
     bits: int = 0
-    agreement: float = 0.0
+    agreement: float | None = None
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class MergeResult:
 
 
 def layer_results(
-    layers: Sequence[Layer], states: Sequence[LayerState], converges: bool
+    layers: Sequence[Layer], states: Sequence[LayerState], converges: bool, fits: bool
 ) -> tuple[LayerResult, ...]:
     """Describes how the merge of each layer went.
 
@@ -153,6 +154,7 @@ def layer_results(
         layers: The layers.
         states: How far each layer has come.
         converges: Whether the method promises the minimum rather than a number of steps.
+        fits: Whether the clients' weights are least-squares fits.
     """
     return tuple(
         LayerResult(
@@ -163,7 +165,7 @@ def layer_results(
             state.residual,
             state.progress is Progress.CONVERGED or (state.done and not converges),
             state.bits,
-            state.agreement,
+            state.agreement if state.done and not fits else None,
         )
         for layer, state in zip(layers, states, strict=True)
     )

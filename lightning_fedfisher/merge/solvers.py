@@ -53,7 +53,10 @@ class Solver(ABC):
         self.weights = problem.average.clone()
         self.iterations = 0
         self.finished = False
-        self._start, self._scale = problem.start, problem.start.pull
+        start = problem.start
+        self._scale = start.pull
+        # With the gradient g at the average V, Q(0) = Q(V) - 2 <V, g> + <V, sum_k p_k F_k V>.
+        self._without_average = start.objective - 2 * dot(problem.average, start.gradient)
         # What is known of the iterate. A step makes it unknown.
         self._point: Point | None = problem.start
         self._point_before: Point | None = None  # the same where the current step began
@@ -93,16 +96,12 @@ class Solver(ABC):
         """How much of what the clients' weights compute is left at the iterate.
 
         It is ``1 - Q(W) / Q(0)``: 1 where all clients compute the same as far as they can tell, and
-        0 where no weights at all would do as well. 1 if no client's weights do anything.
+        0 where no weights at all would do as well. 1 if no client's weights do anything. One pass
+        over the curvatures.
         """
-        # With the gradient g at the average V, Q(0) = Q(V) + <V, sum_k p_k F_k V> - 2 <V, g>.
-        average, start = self.problem.average, self._start
-        whole = start.objective + self._curvature_along(average) - 2 * dot(average, start.gradient)
+        average = self.problem.average
+        whole = self._without_average + dot(average, self.problem.matvec(average))
         return 1 - self.point.objective / whole if whole > 0 else 1.0
-
-    def _curvature_along(self, matrix: Tensor) -> float:
-        """``<V, sum_k p_k F_k V>``."""
-        return dot(matrix, self.problem.matvec(matrix))
 
     def _visible(self, gradient: Tensor) -> Tensor:
         """The part of a gradient in directions where some client has curvature."""
@@ -237,13 +236,6 @@ class ConjugateGradient(Solver):
         if self._inverse is None:
             return gradient
         return self._inverse.support * self._inverse.to_eigenbasis(gradient)
-
-    @override
-    def _curvature_along(self, matrix: Tensor) -> float:
-        if self._inverse is None:
-            return super()._curvature_along(matrix)
-        coordinates = self._visible(matrix)  # in which a product costs least
-        return dot(coordinates, self._matvec(coordinates))
 
     def _begin(self) -> None:
         """Starts, or starts anew, at the iterate."""

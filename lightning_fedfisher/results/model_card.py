@@ -24,7 +24,6 @@ def model_card(result: MergeResult, title: str, command: Sequence[str]) -> str:
         weigh, and how far the solvers came.
     """
     weights = sum(rows * columns for rows, columns in (layer.shape for layer in result.layers))
-    least = min(result.layers, key=lambda layer: layer.agreement)
     last, told = result.history[-1], " ".join((result.curvature, result.fisher)).strip()
     facts = [
         ("method", f"`{result.method}`, max_influence {result.max_influence:g}"),
@@ -36,7 +35,7 @@ def model_card(result: MergeResult, title: str, command: Sequence[str]) -> str:
         ("labels used", str(result.server_labels)),
         ("unlabelled samples used", str(result.unlabelled_samples)),
         ("similarity of the clients", _rounded(result.similarity)),
-        ("least agreement in a layer", f"{least.agreement:.2f} ({markdown_code(least.name)})"),
+        ("least agreement in a layer", _least_agreement(result)),
         ("solved to", f"residual {last['residual']:.1e} in {last['iterations']:.0f} iterations"),
         ("date", f"{datetime.now(UTC):%Y-%m-%d}"),
         ("versions", ", ".join(" ".join(pair) for pair in versions().items())),
@@ -76,6 +75,16 @@ def model_card(result: MergeResult, title: str, command: Sequence[str]) -> str:
             "",
         ]
     )
+
+
+def _least_agreement(result: MergeResult) -> str:
+    known = [
+        (layer.agreement, layer.name) for layer in result.layers if layer.agreement is not None
+    ]
+    if not known:
+        return _rounded(None)
+    least, name = min(known)
+    return f"{_rounded(least)} ({markdown_code(name)})"
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -286,7 +286,9 @@ def fit_client(
     every = [curve, *callbacks.values()]
     trainer = Trainer(max_epochs=epochs, callbacks=every, **trainer_options)
     alone = bool(tracked_norms(network)) and leaves_one_alone(len(samples), batch_size)
-    loader = DataLoader(samples, batch_size, True, drop_last=alone, collate_fn=collate_images)
+    loader = DataLoader(
+        samples, batch_size, shuffle=True, drop_last=alone, collate_fn=collate_images
+    )
     trainer.fit(classifier, loader)
     seconds = {path.name: callback.seconds or 0.0 for path, callback in callbacks.items()}
     return classifier, seconds, curve.losses

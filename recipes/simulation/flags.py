@@ -18,16 +18,33 @@ from simulation.data import ImageData
 DatasetName = Literal[
     "auto", "cifar10", "cifar100", "fashionmnist", "svhn", "gtsrb", "imagefolder", "digits"
 ]
-ModelName = Literal["auto", "lenet", "cnn", "resnet8", "resnet18"]
+ModelName = Literal[
+    "auto",
+    "lenet",
+    "cnn",
+    "resnet8",
+    "resnet18",
+    "resnet8_batchnorm",
+    "resnet8_groupnorm",
+    "torchvision_resnet18",
+    "vit",
+]
 
 # The paper's networks; all other data sets take the CNN.
 _PAPER_MODELS = {"fashionmnist": "lenet", "cifar100": "resnet18", "gtsrb": "resnet18"}
 _PAPER_EPOCHS = 30
 # On a CPU, residual networks are sized to finish: epochs, training samples of all clients, and
 # samples of each client for its curvature.
-_CPU_EPOCHS = {"lenet": 30, "cnn": 10, "resnet8": 10, "resnet18": 1}
-_CPU_SAMPLES = {"resnet8": 5000, "resnet18": 2000}
-_CPU_CURVATURE_SAMPLES = {"resnet8": 200, "resnet18": 200}
+_ON_CPU: dict[str, tuple[int, int | None, int | None]] = {
+    "lenet": (30, None, None),
+    "cnn": (10, None, None),
+    "resnet8": (10, 5000, 200),
+    "resnet18": (1, 2000, 200),
+    "resnet8_batchnorm": (10, 5000, 200),
+    "resnet8_groupnorm": (10, 5000, 200),
+    "torchvision_resnet18": (10, 2000, 200),
+    "vit": (60, 5000, 200),
+}
 # Reports say nothing of these flags where they change nothing.
 _UNUSED: dict[str, Any] = {"init": None, "new_head": False, "rounds": 1}
 _OUTPUT_VARIABLE = "FEDFISHER_RECIPE_OUTPUT"
@@ -151,12 +168,10 @@ def settle(flags: Flags, images: ImageData) -> Flags:
         flags.max_train_samples,
         flags.curvature_samples,
     )
-    if epochs is None:
-        epochs = _PAPER_EPOCHS if on_gpu else _CPU_EPOCHS[model]
-    if subset is None and not on_gpu:
-        subset = _CPU_SAMPLES.get(model)
-    if curvature_samples is None and not on_gpu:
-        curvature_samples = _CPU_CURVATURE_SAMPLES.get(model)
+    usual = (_PAPER_EPOCHS, None, None) if on_gpu else _ON_CPU[model]
+    epochs = usual[0] if epochs is None else epochs
+    subset = usual[1] if subset is None else subset
+    curvature_samples = usual[2] if curvature_samples is None else curvature_samples
     if subset is not None and subset >= len(images.train):
         subset = None
     output = flags.output_dir

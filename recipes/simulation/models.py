@@ -1,9 +1,9 @@
 """The networks of the published experiments (arXiv 2403.12329), and others to try.
 
-The published ones and ``resnet8`` are without biases and without normalisation layers, so that a
-network is a list of weight matrices, which is what a Kronecker-factored Fisher describes. Every
-module that holds a weight is called exactly once a forward, and no activation works in place.
-`NORMALISED` ones are what people use: with BatchNorm, GroupNorm, or LayerNorm and attention.
+`PLAIN` ones are without biases and without normalisation layers, so that a network is a list of
+weight matrices, which is what a Kronecker-factored Fisher describes. Every module of theirs that
+holds a weight is called exactly once a forward, and no activation works in place. `NORMALISED` ones
+are what people use: with BatchNorm, GroupNorm, or LayerNorm and attention.
 """
 
 import math
@@ -191,6 +191,8 @@ def _torchvision_resnet18(channels: int, classes: int) -> nn.Module:
 
 def _vit(channels: int, image_size: int, classes: int) -> nn.Module:
     """Builds a small vision transformer of torchvision for any number of channels."""
+    if image_size % 4:
+        raise ValueError(f"image_size must be a multiple of 4 for 4x4 patches, not {image_size}")
     patch = image_size // 4
     network = models.VisionTransformer(image_size, patch, 4, 4, 64, 128, num_classes=classes)
     network.conv_proj = nn.Conv2d(channels, 64, patch, patch)
@@ -203,9 +205,9 @@ def build_model(name: str, channels: int, image_size: int, classes: int) -> nn.M
     Args:
         name: ``lenet``, ``cnn``, ``resnet18`` (published), ``resnet8`` (three stages of one block,
             widths 16-32-64, initialised to train within a few epochs), ``resnet8_batchnorm`` and
-            ``resnet8_groupnorm`` (with groups of eight channels), ``torchvision_resnet18`` (as it
-            is there, with BatchNorm), or ``vit`` (torchvision's, with sixteen patches and four
-            layers of width 64).
+            ``resnet8_groupnorm`` (with groups of eight channels), ``torchvision_resnet18`` (with
+            BatchNorm), or ``vit`` (torchvision's, with sixteen patches and four layers of width
+            64), both with a first convolution for any number of channels.
         channels: Channels of an image.
         image_size: Height and width of an image; the residual networks take any.
         classes: Number of classes.
@@ -215,7 +217,8 @@ def build_model(name: str, channels: int, image_size: int, classes: int) -> nn.M
         (N, classes).
 
     Raises:
-        ValueError: If the name is unknown, or the image too small for the network.
+        ValueError: If the name is unknown, or the image too small for the network, or not to be cut
+            into patches.
     """
     match name:
         case "lenet":

@@ -45,8 +45,13 @@ Client: TypeAlias = tuple[nn.Module, TensorImages]
 
 _CLIENTS = 5  # as in the paper
 _EPOCHS = {
-    **{"lenet": 30, "cnn": 10, "resnet18": 6},
-    **{"resnet8_batchnorm": 20, "resnet8_groupnorm": 20, "torchvision_resnet18": 10, "vit": 60},
+    "lenet": 30,
+    "cnn": 10,
+    "resnet18": 6,
+    "resnet8_batchnorm": 20,
+    "resnet8_groupnorm": 20,
+    "torchvision_resnet18": 10,
+    "vit": 60,
 }
 _MOST_IMAGES = {"resnet18": 4000}  # a CPU trains on so many within minutes
 _EXTRACTION_BATCH = 250
@@ -131,7 +136,7 @@ def extract(
     """Extracts curvature from a client's samples, without augmentation and in one pass.
 
     Args:
-        client: network and samples.
+        client: network and samples; the network is left in training mode.
         kinds: kinds of curvature, for example ``kfac``.
         fisher: Fisher type, for example ``normalised``.
         max_samples: as `extract_curvatures` takes it.

@@ -1,7 +1,5 @@
 """The state of a layer: numbers for an all-reduce and back, and what is said of it."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from helpers.quadratics import make_problem
@@ -9,7 +7,6 @@ from helpers.quadratics import make_problem
 from lightning_fedfisher.merge.layer_state import (
     LayerState,
     Progress,
-    describe_disagreement,
     describe_unsolved,
     summarize,
 )
@@ -57,15 +54,6 @@ def test_layers_that_are_not_solved_are_named():
     # A number of steps is all that the published methods promise.
     assert describe_unsolved(["a", "b"], STATES[:2], converges=False) == ""
     assert "c (" in describe_unsolved(["a", "b", "c"], STATES, converges=False)
-
-
-def test_layers_in_which_clients_disagree_are_counted_and_the_worst_is_named():
-    told = describe_disagreement(["a", "b", "c"], STATES)  # c waits: nothing is known of it
-    assert "in 1 of 3 layers" in told
-    assert "(least: b, 25%)" in told
-    worse = replace(STATES[0], agreement=0.1)
-    assert "(least: a, 10%)" in describe_disagreement(["a", "b"], [worse, STATES[1]])
-    assert describe_disagreement(["a", "c"], STATES[::2]) == ""
 
 
 @pytest.mark.parametrize(("tolerance", "bits"), [(1e-4, 32), (1e-12, 64)])

@@ -1,6 +1,5 @@
 """What a merge gives: solved or not, and what each client brought into it."""
 
-import warnings
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 from helpers.merging import small_classifier, small_data, update_of
 
-from lightning_fedfisher import ClientUpdate, merge_updates
+from lightning_fedfisher import ClientUpdate
 from lightning_fedfisher.merge.result import LayerResult, MergeResult, contributions
 
 LAYERS = (
@@ -54,35 +53,6 @@ def test_a_merge_is_solved_if_every_layer_is():
         layers = list(LAYERS)
         layers[index] = replace(layers[index], solved=False)
         assert not _result(tuple(layers)).solved
-
-
-def _opposed(curvature="kfac"):
-    """Updates of two clients whose weights differ by their sign."""
-    model, updates = small_classifier(), []
-    for _ in range(2):
-        updates.append(update_of(model, small_data(), curvature))
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.neg_()
-    return updates
-
-
-def test_clients_that_disagree_are_told_of_by_methods_that_read_curvature():
-    with pytest.warns(UserWarning, match=r"keep less than 60% of what the clients' own compute"):
-        result = merge_updates(_opposed(), method="regmean")
-    assert min(layer.agreement for layer in result.layers) < 0.6
-    assert any("keep less" in text for text in result.warnings)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        averaged = merge_updates(_opposed(), method="fedavg")
-    # Of weights that cancel, nothing is left.
-    assert [layer.agreement for layer in averaged.layers] == pytest.approx([0] * 2, abs=1e-6)
-
-
-def test_clients_that_agree_keep_everything():
-    update = update_of(small_classifier(), small_data())
-    for layer in merge_updates([update, update]).layers:
-        assert layer.agreement == pytest.approx(1, abs=1e-6)
 
 
 def test_contributions_are_those_of_the_updates_in_their_order(files):

@@ -78,23 +78,22 @@ def test_agreement_is_what_the_iterate_keeps_of_what_there_would_be_to_lose(kind
         assert 0 < solver.agreement < 1
 
 
-@pytest.mark.parametrize("kind", ["kronecker", "dense"])
-def test_agreement_counts_directions_that_some_client_sees(kind):
-    # And no others, in which the solver has no coordinates.
-    problem = make_problem(kind, clients=2)
-    blind = torch.ones(SHAPE[1]).double() / SHAPE[1] ** 0.5
-    seeing = torch.eye(SHAPE[1]).double() - torch.outer(blind, blind)
-    problem.curvatures = [
-        Kronecker(make_spd(ROWS, torch.Generator().manual_seed(k)), (k + 1) * seeing)
-        if kind == "kronecker"
-        else Dense(torch.kron(torch.eye(ROWS).double(), (k + 1) * seeing), SHAPE)
-        for k in range(2)
-    ]
-    solver = solved(problem, ConjugateGradient)
+@pytest.mark.parametrize("tolerance", [1e-4, 1e-12])  # the latter in float64
+def test_agreement_counts_what_the_solver_leaves_out_as_well(tolerance):
+    # Most directions are just too weak for it, and there are many of them.
+    spectrum = torch.full((40,), 9e-4)
+    spectrum[0] = 1.0
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(3, 40, generator=generator) for _ in range(2)]
+    curvatures = [Kronecker(torch.eye(3), (k + 1) * torch.diag(spectrum)) for k in range(2)]
+    problem = Quadratic([1, 2], weights, curvatures)
+    solver = solved(problem, partial(ConjugateGradient, rcond=1e-3, tolerance=tolerance))
+    assert solver.iterations > 0
     lost, whole = (
-        float(reference_objective(problem, w)) for w in (solver.weights, torch.zeros(SHAPE))
+        float(reference_objective(problem, w.double()))
+        for w in (solver.weights, torch.zeros(3, 40))
     )
-    assert solver.agreement == pytest.approx(1 - lost / whole, rel=1e-9)
+    assert solver.agreement == pytest.approx(1 - lost / whole, rel=1e-5)
 
 
 @pytest.mark.parametrize(("first", "second", "expected"), [(1, 1, 1), (1, 3, 0.8), (1, -1, 0)])

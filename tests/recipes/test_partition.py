@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from simulation.partition import class_histogram, reference_partition
+from simulation.partition import class_histogram, leaves_one_alone, reference_partition
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,14 @@ def test_every_index_exactly_once(clients):
     parts = reference_partition(labels, clients, alpha=1.0, seed=0)
     assert len(parts) == clients
     np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(1501))
+
+
+@pytest.mark.parametrize(
+    ("samples", "batch_size", "alone"),
+    [(1, 8, False), (8, 8, False), (9, 8, True), (10, 8, False), (17, 8, True), (1, 1, False)],
+)
+def test_a_last_batch_of_one_is_known_if_there_are_others(samples, batch_size, alone):
+    assert leaves_one_alone(samples, batch_size) is alone
 
 
 def test_same_seed_same_partition_and_global_generator_untouched():
