@@ -88,7 +88,7 @@ VARIANTS = {
         f"fedfisher, shares to the power {power:g}": _variant(client_weight_power=power)
         for power in (1.0, 0.75, 0.25, 0.0)
     },
-    "fedfisher, not aligned": _variant(aligns=False, inputs_power=None),
+    "fedfisher, not aligned": _variant(aligns=False, inputs_power=None, linear_damping=1.0),
     "fedfisher, as before": _variant(
         output_transform=None,
         client_weight_power=1.0,

@@ -216,6 +216,19 @@ def test_inputs_of_linear_layers_have_a_power_of_their_own(kind):
     assert float((found.dense() - plain.dense()).norm()) > 0.01
 
 
+def test_linear_layers_are_damped_ten_times_as_much():
+    method = METHODS["fedfisher"]
+    assert method.powers(damps=True, is_linear=False) == (0.5, 0.01, None)
+    assert method.powers(damps=True, is_linear=True) == pytest.approx((0.5, 0.1, 0.7))
+    assert method.powers(damps=False, is_linear=True) == (0.5, 0.0, 0.7)
+    curvature = _curvatures()["kronecker"]
+    row = replace(method, name="own", linear_damping=1.0, damping=0.1)
+    there, here = (m.transformed(curvature, is_linear=True) for m in (method, row))
+    torch.testing.assert_close(there.dense(), here.dense())
+    less = replace(method, name="own", linear_damping=1.0).transformed(curvature, is_linear=True)
+    assert float((there.dense() - less.dense()).norm()) > 0.01
+
+
 @pytest.mark.parametrize("change", [{"power": 0.5}, {"inputs_power": 0.5}])
 def test_a_fit_is_merged_by_its_own_curvature_alone(change):
     header = _header("input_gram", "", LeastSquaresFit(0.5, 1.0))
@@ -461,6 +474,7 @@ def test_a_row_from_another_process_is_the_same_method(name):
         {"output_transform": None},
         {"power": 1.0},
         {"damping": 0.0},
+        {"linear_damping": 1.0},
         {"solver": partial(exact_solver, rcond=1e-2)},
         {"client_weight_power": 1.0},
         {"aligns": False},
@@ -479,6 +493,12 @@ def test_what_changes_the_result_takes_a_name_of_its_own(changes):
 def test_a_power_that_is_not_positive_is_refused(power):
     with pytest.raises(ValueError, match="greater than 0"):
         replace(METHODS["fedfisher"], name="own", power=power)
+
+
+@pytest.mark.parametrize("times", [-0.1, float("nan"), float("inf")])
+def test_a_linear_damping_that_is_negative_is_refused(times):
+    with pytest.raises(ValueError, match="linear_damping must not be negative"):
+        replace(METHODS["fedfisher"], name="own", linear_damping=times)
 
 
 @pytest.mark.parametrize("damping", [-0.1, float("nan"), float("inf")])

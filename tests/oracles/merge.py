@@ -6,7 +6,7 @@ import math
 
 import torch
 
-DAMPING, INPUTS_POWER = 0.01, 0.7  # of the default method
+DAMPING, LINEAR_DAMPING, INPUTS_POWER = 0.01, 0.1, 0.7  # of the default method
 OVER_OUTPUTS = {
     "kronecker": "row_factor",
     "convolution_kronecker": "row_factor",
@@ -151,10 +151,11 @@ def quadratic(clients, name, merged, aligns=True):
     for client, (there, back) in zip(clients, carried, strict=True):
         is_head, aligned = name == header.output_layer, aligns and _is_aligned(header, name)
         block = client.block(layer)
-        dense = written_out(block, 0.0 if is_head else DAMPING)
+        is_linear = len(layer.parameters[0][1]) == 2 and not (is_head or aligned)
+        damping = LINEAR_DAMPING if is_linear else DAMPING
+        dense = written_out(block, 0.0 if is_head else damping)
         if is_head and aligned:
             dense = over_outputs(dense, layer.shape)
-        is_linear = len(layer.parameters[0][1]) == 2 and not (is_head or aligned)
         change = torch.kron(torch.eye(layer.shape[0]).double(), back)
         weights.append(client.weights(layer).double() @ there)
         curvatures.append(change @ raised(dense, block, is_linear) @ change.mT)
