@@ -108,6 +108,8 @@ def test_readmes_show_pre_trained_networks():
     assert results_table(load(*cells, f"{images}-one-place")) in readme()
     cells = [f"{texts}-a0.1-p3-s0", f"{texts}-one-place"]
     assert results_table(load("banking77-minilm-a0.1-p3-s0", *cells)) in readme()
+    cells = ("a0.1-p3-s0", "a0.1-p3-s1", "a0.1-p3-s2", "a0.5-p3-s0", "a0.1-p3-s0-c20")
+    assert results_table(load(*(f"banking77-minilm-{cell}" for cell in cells))) in readme()
     normed = load(*(f"digits-resnet18-a0.1-p{seed}-s0" for seed in (3, 4)))
     assert results_table(normed) in readme()
 
@@ -138,7 +140,9 @@ def test_results_readme_shows_several_rounds_and_a_start_from_given_weights():
     assert results_table([init]) in text
 
 
-@pytest.mark.parametrize("federations", ["development", "seeds", "held_out", "earlier", "variants"])
+@pytest.mark.parametrize(
+    "federations", ["development", "seeds", "held_out", "earlier", "variants", "normalised"]
+)
 def test_studies_readme_shows_the_merge_studies(federations):
     path = RESULTS / f"merge_study_{federations}.csv"
     assert path.read_text().startswith("# 20")
