@@ -58,7 +58,7 @@ class Solver(ABC):
         # With the gradient g at the average V, Q(0) = Q(V) - 2 <V, g> + <V, sum_k p_k F_k V>.
         self._without_average = start.objective - 2 * dot(problem.average, start.gradient)
         # What is known of the iterate. A step makes it unknown.
-        self._point: Point | None = problem.start
+        self._point: Point | None = start
         self._point_before: Point | None = None  # the same where the current step began
 
     @property

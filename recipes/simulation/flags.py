@@ -163,15 +163,11 @@ def settle(flags: Flags, images: ImageData) -> Flags:
     if model == "auto":
         paper = _PAPER_MODELS.get(images.name, "cnn")
         model = paper if on_gpu or paper == "lenet" else "resnet8"
-    epochs, subset, curvature_samples = (
-        flags.epochs,
-        flags.max_train_samples,
-        flags.curvature_samples,
-    )
+    given = flags.epochs, flags.max_train_samples, flags.curvature_samples
     usual = (_PAPER_EPOCHS, None, None) if on_gpu else _ON_CPU[model]
-    epochs = usual[0] if epochs is None else epochs
-    subset = usual[1] if subset is None else subset
-    curvature_samples = usual[2] if curvature_samples is None else curvature_samples
+    epochs, subset, curvature_samples = (
+        default if value is None else value for value, default in zip(given, usual, strict=True)
+    )
     if subset is not None and subset >= len(images.train):
         subset = None
     output = flags.output_dir

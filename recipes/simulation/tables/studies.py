@@ -92,10 +92,8 @@ def merge_table(rows: Sequence[dict[str, str]]) -> str:
     columns = columns_of(rows)
     federations = [key for group in columns.values() for key in group]
     lenet = [key for key in federations if key.model == "lenet"]
-    table = [
-        ["method", "server labels", *columns, *(["lenet mean"] if lenet else []), "NLL"],
-        rule(len(columns) + (4 if lenet else 3)),
-    ]
+    titles = ["method", "server labels", *columns, *(["lenet mean"] if lenet else []), "NLL"]
+    table = [titles, rule(len(titles))]
     for method, own in found.items():
         accuracies = {key: float(own[key]["accuracy"]) for key in federations}
         table.append(
@@ -127,12 +125,10 @@ def merge_summary(rows: Sequence[dict[str, str]]) -> str:
     table = [["`fedfisher` against"], rule(1 + 3 * len(models))]
     for model in models:
         table[0] += [f"{model}: points", "ahead in", "lower NLL in"]
-    against = ("`fedavg`", "`regmean`", "`fedfisher_kfac`", "best client", "ensemble")
-    for title in against:
-        other = title.strip("`")
-        if other not in found:
-            continue
-        line = [title]
+    titles = {method: f"`{method}`" for method in ("fedavg", "regmean", "fedfisher_kfac")}
+    titles |= {other: other for other in ("best client", "ensemble")}
+    for other in (name for name in titles if name in found):
+        line = [titles[other]]
         for federations in models.values():
             points, nll = (
                 [float(found["fedfisher"][c][of]) - float(found[other][c][of]) for c in federations]
