@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
-from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,22 +16,19 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
 from typing_extensions import override
 
+from lightning_fedfisher.client_run import ClientRun
 from lightning_fedfisher.curvature.registry import CurvatureType
 from lightning_fedfisher.curvature.summary import CurvatureSummary, summarize_curvature
-from lightning_fedfisher.distributed.lightning_strategies import require_whole_model, sum_over_ranks
-from lightning_fedfisher.distributed.processes import Shard
+from lightning_fedfisher.distributed.lightning_strategies import require_whole_model
 from lightning_fedfisher.extraction.batches import Forward
-from lightning_fedfisher.extraction.closed_form_head import extract_closed_form_head
-from lightning_fedfisher.extraction.extract import extract_curvature
 from lightning_fedfisher.extraction.fisher_types import FisherType
 from lightning_fedfisher.extraction.options import ExtractionOptions
 from lightning_fedfisher.extraction.positions import Positions
 from lightning_fedfisher.extraction.result import ExtractedCurvature
 from lightning_fedfisher.extraction.sampling import MaxSamples, most_samples, partition_samples
-from lightning_fedfisher.extraction.tracing.model_trace import ModelTrace
-from lightning_fedfisher.layers import find_layers
 from lightning_fedfisher.tracking import logged_keys as keys
 from lightning_fedfisher.tracking.client import log_update, progress_log, warn_of_used_runs
 from lightning_fedfisher.update.client_update import ClientUpdate
@@ -78,6 +75,7 @@ class FedFisherCallback(Callback):
         dataloader: Iterable[Any] | None = None,
         num_samples: int | None = None,
         forward: Forward | None = ExtractionOptions.forward,
+        ignore_index: float | None = ExtractionOptions.ignore_index,
         draws: int = ExtractionOptions.draws,
         positions: Positions = ExtractionOptions.positions,
         seed: int = ExtractionOptions.seed,
@@ -104,6 +102,8 @@ class FedFisherCallback(Callback):
                 merge; None counts them, which takes a map-style data set.
             forward: Function that maps ``(module, batch)`` to logits, or to ``(logits, labels)``.
                 It is needed if batches are not ``(x, y)`` or the module's output is not its logits.
+            ignore_index: Label that stands for "not observed"; None takes what a `torch.nn` loss
+                that the module holds says, and else -100.
             draws: Number of directions drawn for each sample, for the Fisher types that draw.
             positions: Most positions of each sample that a layer's factors are computed from;
                 ``"auto"`` takes a sixteenth of them (at least 2), None takes all.
@@ -130,21 +130,23 @@ class FedFisherCallback(Callback):
                 f"closed_form_head extracts the inputs' second moment, and not {curvature} "
                 "curvature: leave curvature= out"
             )
-        self._fits_head = bool(closed_form_head)
-        self._head = closed_form_head if isinstance(closed_form_head, str) else None
-        self._options = ExtractionOptions(
+        options = ExtractionOptions(
             curvature="input_gram" if closed_form_head else curvature,
             fisher=fisher,
             likelihood=likelihood,
             max_samples=None if closed_form_head and max_samples == "auto" else max_samples,
             batch_size=batch_size,
             forward=forward,
+            ignore_index=ignore_index,
             draws=draws,
             seed=seed,
             positions=positions,
             estimate_statistics=False if closed_form_head else estimate_statistics,
         )
-        if num_samples is not None and not (isinstance(num_samples, int) and num_samples >= 1):
+        counted = (
+            isinstance(num_samples, Integral) and int(num_samples) >= 1
+        )  # NumPy's numbers as well
+        if num_samples is not None and not counted:
             raise ValueError(f"num_samples must be a whole number, at least 1, got {num_samples!r}")
         if upload_budget == "auto":
             upload_budget = None if closed_form_head else 1.0
@@ -153,24 +155,27 @@ class FedFisherCallback(Callback):
         for item in (metadata or {}).items():
             if not all(isinstance(part, str) for part in item):
                 raise ValueError(f"metadata must map strings to strings, got {item}")
-        self._output = None if output is None else Path(output)
-        self._dataloader = dataloader
-        self._num_samples = num_samples
-        self._upload_budget = upload_budget
-        self._metadata = dict(metadata or {})
+        self._client = ClientRun(
+            options,
+            closed_form_head,
+            dataloader,
+            None if num_samples is None else int(num_samples),
+            dict(metadata or {}),
+            upload_budget,
+            None if output is None else Path(output),
+        )
         self.update: ClientUpdate | None = None
         self.path: Path | None = None
         self.seconds: float | None = None
-        self._trace: ModelTrace | None = None
         self._sent_by_fit = False
 
     @property
     @override
     def state_key(self) -> str:
         return self._generate_state_key(
-            output=str(self._output),
-            curvature=self._options.curvature,
-            fisher=self._options.fisher,
+            output=str(self._client.output),
+            curvature=self._client.options.curvature,
+            fisher=self._client.options.fisher,
         )
 
     @override
@@ -178,10 +183,10 @@ class FedFisherCallback(Callback):
         if stage != "fit" and not self._sends_at(stage):
             return
         self._sent_by_fit = False
-        self.update = self.path = self.seconds = self._trace = None
+        self.update = self.path = self.seconds = None
         require_whole_model(trainer, "FedFisherCallback")
-        if self._output is not None and self._output.is_dir():
-            raise ValueError(f"output={self._output} is a folder: name a file in it")
+        if self._client.output is not None and self._client.output.is_dir():
+            raise ValueError(f"output={self._client.output} is a folder: name a file in it")
         callbacks = _callbacks(trainer)
         later = callbacks[callbacks.index(self) + 1 :]
         averaging = [c for c in later if isinstance(c, WeightAveraging | StochasticWeightAveraging)]
@@ -191,43 +196,48 @@ class FedFisherCallback(Callback):
                 "the weights before they are averaged: place it after"
             )
         twins = [c for c in callbacks if isinstance(c, FedFisherCallback) and c is not self]
-        if any(twin._output == self._output for twin in twins):
+        if any(twin._client.output == self._client.output for twin in twins):
             raise ValueError(
-                f"two FedFisherCallbacks would write the same file ({self._output or 'default'}): "
-                "give each its own output"
+                "two FedFisherCallbacks would write the same file "
+                f"({self._client.output or 'default'}): give each its own output"
             )
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Refused before the hours of training rather than after them.
-        loader = self._loader(trainer)
-        shard = Shard(trainer.global_rank, trainer.world_size)
-        counted = partition_samples(loader, shard=shard).population is not None
-        bounded = self._options.max_samples is not None or self._options.curvature == "identity"
-        if not counted and not (bounded and self._num_samples):
-            raise ValueError(
-                "samples of an iterable cannot be counted, and it may have no end: pass "
-                "num_samples= (what the client holds), and a number as max_samples="
-            )
-        find_layers(pl_module)
         warn_of_used_runs(trainer.loggers)
-        if counted:  # a rehearsal; an iterable might not start anew
-            rehearsed = self._extract(trainer, pl_module, _REHEARSED_SAMPLES)
-            self._trace = rehearsed.trace  # which spares another one after the training
-            update = self._update_of(pl_module, rehearsed)
-            if self._upload_budget is not None:
-                update.require_room(self._upload_budget)
-            rank_zero_info(f"FedFisherCallback will extract\n{rehearsed.report}")
+        self._client.begin(trainer, pl_module)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # A stream may not start anew: its first batch is rehearsed when it comes.
+        if not self._client.stepped and self._client.trace is None:
+            self._client.rehearse(trainer, pl_module, batch)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._client.stepped:  # from now on there are graphs, hooks, an optimizer's state
+            self._client.stepped = True
+            self._client.rehearse(trainer, pl_module, batch)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._send(trainer, pl_module)
+        module = self._client.end(pl_module)
+        try:
+            self._send(trainer, module)
+        except Exception as error:  # whatever it is, hours of training are not lost with it
+            error.add_note(self._client.save_weights(trainer, module))
+            raise
         self._sent_by_fit = True
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._sends_at(trainer.state.fn):
-            self._loader(trainer)  # refused before the validation rather than after it
+            self._client.loader(trainer)  # refused before the validation rather than after it
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -237,7 +247,7 @@ class FedFisherCallback(Callback):
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._sends_at(trainer.state.fn):
-            self._loader(trainer)
+            self._client.loader(trainer)
 
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -247,26 +257,26 @@ class FedFisherCallback(Callback):
     def _sends_at(self, stage: str | None) -> bool:
         """Whether an update is due at the end of a validation or a prediction."""
         here = stage in (TrainerFn.VALIDATING, TrainerFn.PREDICTING)
-        return here and self._fits_head and not self._sent_by_fit
+        return here and bool(self._client.closed_form_head) and not self._sent_by_fit
 
     @torch.inference_mode(False)  # or what is sent would be of no use outside of it
-    def _send(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _send(self, trainer: Trainer, module: nn.Module) -> None:
         """Extracts the update and writes it."""
         dry = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-        one_batch = getattr(self._loader(trainer), "batch_size", None) or 1
-        most = self._options.max_samples
-        if self._num_samples and most == "auto":
+        one_batch = getattr(self._client.loader(trainer), "batch_size", None) or 1
+        most = self._client.options.max_samples
+        if self._client.num_samples and most == "auto":
             # What an iterable cannot tell.
-            most = most_samples(most, self._num_samples)
+            most = most_samples(most, self._client.num_samples)
         tell = None if dry else progress_log(trainer.loggers, self._prefix(trainer))
-        extracted = self._extract(trainer, pl_module, one_batch if dry else most, tell)
+        extracted = self._client.extract(trainer, module, one_batch if dry else most, tell)
         logs = not dry and trainer.is_global_zero and bool(trainer.loggers)
         curvature = self._describe(trainer, extracted) if logs else []
-        update = self._update_of(pl_module, extracted)
+        update = self._client.update_of(module, extracted)
         # Their memory is free as they are rounded.
         extracted = replace(extracted, blocks={}, fitted=None)
-        if self._upload_budget is not None:
-            update = update.compressed(self._upload_budget, consume=True)
+        if self._client.upload_budget is not None:
+            update = update.compressed(self._client.upload_budget, consume=True)
         self.update, self.seconds = update, extracted.seconds
         if not dry:
             self._write(trainer, self.update)
@@ -277,61 +287,15 @@ class FedFisherCallback(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.update is None:
             if trainer.train_dataloader is not None:
-                partition_samples(self._loader(trainer))  # an empty client is an error
+                partition_samples(self._client.loader(trainer))  # an empty client is an error
             rank_zero_warn(
                 "FedFisherCallback extracted nothing, because not one batch was trained (a "
                 "finished checkpoint was resumed, max_epochs=0 or limit_train_batches=0): call "
                 "extract_curvature on the module instead"
             )
 
-    def _loader(self, trainer: Trainer) -> Iterable[Any]:
-        own: dict[TrainerFn | None, Any] = {
-            TrainerFn.VALIDATING: trainer.val_dataloaders,
-            TrainerFn.PREDICTING: trainer.predict_dataloaders,
-        }
-        found = own.get(trainer.state.fn, trainer.train_dataloader)
-        if isinstance(found, list) and len(found) == 1:
-            (found,) = found
-        loader = found if self._dataloader is None else self._dataloader
-        if loader is None or isinstance(loader, Mapping | list | tuple):
-            raise ValueError(
-                "several loaders, or none: pass FedFisherCallback(dataloader=...) the one "
-                "over this client's samples"
-            )
-        return loader
-
-    def _extract(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        max_samples: MaxSamples,
-        on_progress: Callable[[int, int | None], None] | None = None,
-    ) -> ExtractedCurvature:
-        options = replace(self._options, max_samples=max_samples)
-        extract = (
-            partial(extract_closed_form_head, head=self._head)
-            if self._fits_head
-            else partial(extract_curvature, trace=self._trace)
-        )
-        return extract(
-            pl_module,
-            self._loader(trainer),
-            options=options,
-            prepare=trainer.strategy.batch_to_device,
-            shard=Shard(trainer.global_rank, trainer.world_size, partial(sum_over_ranks, trainer)),
-            progress=trainer.progress_bar_callback is not None,
-            on_progress=on_progress,
-        )
-
-    def _update_of(self, pl_module: LightningModule, extracted: ExtractedCurvature) -> ClientUpdate:
-        header = extracted.header(self._num_samples, self._metadata)
-        model = pl_module if extracted.fitted is None else extracted.fitted
-        return ClientUpdate.from_model(model, header, extracted.blocks, extracted.statistics)
-
     def _write(self, trainer: Trainer, update: ClientUpdate) -> None:
-        # Asked on every rank: the log directory is broadcast.
-        folder = trainer.log_dir or trainer.default_root_dir
-        self.path = self._output or Path(folder) / "fedfisher" / "update.safetensors"
+        self.path = self._client.path(trainer)
         if trainer.is_global_zero:
             update.save(self.path)
         trainer.strategy.barrier("FedFisherCallback.write")
@@ -339,7 +303,7 @@ class FedFisherCallback(Callback):
 
     def _describe(self, trainer: Trainer, extracted: ExtractedCurvature) -> list[CurvatureSummary]:
         """Describes the curvature of each layer, for the loggers."""
-        if self._options.curvature == "identity":  # which says nothing
+        if self._client.options.curvature == "identity":  # which says nothing
             return []
         # Of several callbacks' curvature, one has its eigenvalues shown.
         spectrum = self._prefix(trainer) == keys.CLIENT_PREFIX
@@ -367,7 +331,8 @@ class FedFisherCallback(Callback):
     def _prefix(self, trainer: Trainer) -> str:
         """The start of all logged names: further callbacks beside the first have their own."""
         first = next(c for c in _callbacks(trainer) if isinstance(c, FedFisherCallback))
-        own = keys.join(keys.CLIENT_PREFIX, f"{self._options.curvature}-{self._options.fisher}")
+        options = self._client.options
+        own = keys.join(keys.CLIENT_PREFIX, f"{options.curvature}-{options.fisher}")
         return keys.CLIENT_PREFIX if first is self else own
 
 

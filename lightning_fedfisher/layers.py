@@ -282,21 +282,19 @@ def _unusable(model: nn.Module) -> list[str]:
             offenders.append(f"{name} is not initialised: run one forward pass first")
         elif parameter.numel() == 0:
             offenders.append(f"{name} is empty: remove it")
+        elif parameter.is_complex():
+            offenders.append(
+                f"{name} is complex: keep it as real numbers (torch.view_as_real) and make it "
+                "complex in forward (torch.view_as_complex)"
+            )
     for path, module in model.named_modules():
         if isinstance(module, BATCH_NORMS) and module.running_mean is None:
             offenders.append(
                 f"{path or 'the model'} normalises by the statistics of the batch even in eval "
                 "mode, so that there is no curvature of one sample: set track_running_stats=True"
             )
-        for weights in ("weight", "pos_weight"):
-            if isinstance(module, _LOSSES) and isinstance(getattr(module, weights, None), Tensor):
-                offenders.append(
-                    f"{path or 'the model'} is a {type(module).__name__} with {weights}: a "
-                    "likelihood has no class weights; train without, or balance the samples"
-                )
     return offenders
 
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 """What normalises by statistics of the batch. Those of other libraries inherit from these."""
-_LOSSES = (nn.CrossEntropyLoss, nn.NLLLoss, nn.BCELoss, nn.BCEWithLogitsLoss)

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_fedfisher._utils.text import client_names
+from lightning_fedfisher._utils.unwrapping import unwrapped
 from lightning_fedfisher.distributed.assignment import IDLE, LayerBatches, assign_layers
 from lightning_fedfisher.distributed.lightning_strategies import require_whole_model, sum_over_ranks
 from lightning_fedfisher.merge.checkpoint import fingerprint, load_state, save_state
@@ -286,7 +287,7 @@ class FisherMergeModule(LightningModule):
         self.merger.release()
         if self._target:
             # What is missing are parameters that no client trained; they stay.
-            self._target[0].load_state_dict(self.merged_state_dict(), strict=False)
+            unwrapped(self._target[0]).load_state_dict(self.merged_state_dict(), strict=False)
 
     def _finish_epoch(self) -> None:
         self.merger.finish_epoch(partial(sum_over_ranks, self.trainer))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_fedfisher._utils.unwrapping import unwrapped
 from lightning_fedfisher.curvature.registry import KINDS, CurvatureType
 from lightning_fedfisher.errors import FedFisherError
 from lightning_fedfisher.extraction.layer_report import CURVATURE_TYPES, block_kind
@@ -217,6 +218,7 @@ def plan_update(
         kfac takes 4.2 times the weights' numbers: curvature='input_gram' 2.1, 'diagonal' 1.0
     """
     _require_options(curvature, clients, upload_budget, memory_budget)
+    model = unwrapped(model)
     layers = find_layers(model)
     if forward is None:
         types = types_by_modules(model, layers)
@@ -278,7 +280,7 @@ def _require_options(
 
 def _kinds(layers: Sequence[Layer], types: LayerTypes, curvature: CurvatureType) -> dict[str, str]:
     """Gives the kind of each layer's block, by layer name."""
-    return {layer.name: block_kind(curvature, types.get(layer.name)) for layer in layers}
+    return {layer.name: block_kind(curvature, types.get(layer.name), layer) for layer in layers}
 
 
 def _numbers(layer: Layer, kind: str) -> int:

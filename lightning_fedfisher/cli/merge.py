@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_fedfisher._utils.files import atomic_write
+from lightning_fedfisher._utils.unwrapping import unwrapped
 from lightning_fedfisher.cli.inputs import expand_patterns, make_model
 from lightning_fedfisher.cli.terminal import show
 from lightning_fedfisher.distributed.processes import is_rank_zero
@@ -56,7 +57,7 @@ def run(flags: Namespace) -> int:
         return 0
     state = dict(result.state_dict)
     if model is not None:  # which brings along what was frozen
-        model.load_state_dict(state, strict=False)
+        unwrapped(model).load_state_dict(state, strict=False)
         state = {n: t for n, t in model.state_dict().items() if isinstance(t, Tensor)}
     with atomic_write(output) as partial:
         # Copied: in this format the names of a shared parameter may not share memory.

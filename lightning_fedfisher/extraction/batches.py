@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,38 +18,53 @@ Forward = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Tensor]]
 # How far a sample's logits may differ in two batches, relative to the largest logit. Rounding in
 # float32 stays far below it; a normalisation by batch statistics does not.
 _ROUNDING = 1e-3
-# Where a batch that is a mapping may keep its labels.
-_LABEL_KEYS = ("label", "labels", "target", "targets", "y")
+# Parts of the message of a module that defines no forward pass.
+_NO_FORWARD = 'missing the required "forward"'
 
 
 class BatchRunner:
     """Runs a model on batches of any form, and gets their logits and labels."""
 
-    def __init__(self, forward: Forward | None, prepare: Callable[[Any], Any] | None) -> None:
+    def __init__(
+        self,
+        forward: Forward | None,
+        prepare: Callable[[Any], Any] | None = None,
+        mark_unobserved: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         """Keeps what the user gave.
 
         Args:
             forward: Function that maps ``(module, batch)`` to logits, or to ``(logits, labels)``.
                 None stands for batches ``(x, y)`` and logits ``module(x)``.
             prepare: Function applied to each batch first; None leaves it as the loader gives it.
+            mark_unobserved: Function applied to the labels of each batch; None for nothing.
         """
         self._forward = forward
         self._prepare = prepare
+        self._mark_unobserved = mark_unobserved
 
     def prepare(self, model: nn.Module, batch: Any) -> Any:
-        """Moves a batch to the model's device and precision.
+        """Moves a batch to the model's device, and up to its precision.
 
         Args:
             model: The model that will be run on it.
             batch: A batch as the loader gives it.
 
         Returns:
-            A batch of the same form. Floating-point tensors have the dtype of the parameters.
+            A batch of the same form. Floating-point tensors have the type of the parameters, if
+            these have one in common and it can hold them: digits are never dropped, as of a time
+            stamp in float64.
         """
-        like = next(model.parameters())
+        device = next(model.parameters()).device
+        dtype = _common_type(model)
 
         def move(tensor: Tensor) -> Tensor:
-            return tensor.to(like.device, like.dtype if tensor.is_floating_point() else None)
+            raised = (
+                dtype is not None
+                and tensor.is_floating_point()
+                and torch.promote_types(tensor.dtype, dtype) == dtype
+            )
+            return tensor.to(device, dtype if raised else None)
 
         batch = batch if self._prepare is None else self._prepare(batch)
         return apply_to_collection(batch, Tensor, move)
@@ -61,7 +77,7 @@ class BatchRunner:
             batch: A batch from `prepare`.
 
         Returns:
-            The logits, and the labels; None if the form of the batch does not tell where they are.
+            The logits, and the labels; None if `forward` returned none.
 
         Raises:
             ValueError: If the batch or the model's output is unusable.
@@ -70,22 +86,35 @@ class BatchRunner:
         if forward is None:
             if not isinstance(batch, tuple | list) or len(batch) != 2:
                 raise ValueError(
-                    f"a batch is {type(batch).__name__}, not a pair (x, y): pass `forward`, a "
+                    f"a batch is {type(batch).__name__}, not a pair (x, y): pass forward=, a "
                     "function of (module, batch) that returns logits, or (logits, labels)"
                 )
             forward = _forward_pair
-        output = forward(model, batch)
+        try:
+            with _default_type(_common_type(model)):
+                output = forward(model, batch)
+        except NotImplementedError as error:
+            if _NO_FORWARD not in str(error):
+                raise
+            raise ValueError(
+                f"{type(model).__name__} defines no forward(): pass forward=, a function of "
+                "(module, batch) that returns logits, or (logits, labels)"
+            ) from error
         if isinstance(output, tuple) and len(output) != 2:
             raise ValueError(
-                f"the model's output is a tuple of {len(output)}: pass `forward` to return its "
+                f"the model's output is a tuple of {len(output)}: pass forward= to return its "
                 "logits, or (logits, labels)"
             )
-        logits, labels = output if isinstance(output, tuple) else (output, _labels_of(batch))
+        logits, labels = output if isinstance(output, tuple) else (output, None)
         if not isinstance(logits, Tensor):
             raise ValueError(
-                f"the model's output is {type(logits).__name__}, no tensor: pass `forward` to "
+                f"the model's output is {type(logits).__name__}, no tensor: pass forward= to "
                 "return its logits"
             )
+        if not isinstance(labels, Tensor):
+            labels = None
+        elif self._mark_unobserved is not None:
+            labels = self._mark_unobserved(labels)
         return logits, labels
 
     def logits(self, model: nn.Module, batch: Any) -> Tensor:
@@ -125,12 +154,14 @@ class MixedSamplesError(UnsupportedModelError):
         Args:
             detail: What gave it away, added to the message; empty if there is nothing to add.
         """
-        because = f" ({detail})" if detail else ""
+        because = f" ({detail})" if str(detail) else ""
         super().__init__(
             [
                 "the logits of a sample depend on the other samples of its batch, on how many "
                 "there are (a normalisation by batch statistics?) or on chance: there is no "
-                f"curvature of one sample{because}"
+                f"curvature of one sample{because}; if its batches are not cut by the first "
+                "dimension of their tensors (lists, offsets, graphs, time first), give them one "
+                "sample each: batch_size=1"
             ]
         )
 
@@ -149,8 +180,11 @@ def require_same_logits(again: Tensor, logits: Tensor, rows: Tensor | slice) -> 
     before = logits[rows]
     if len(again) != len(before):
         raise MixedSamplesError
-    apart = (again.detach() - before).abs().max()
-    if apart > _ROUNDING * logits.abs().max().clamp_min(1.0):
+    # Logits of classes that cannot be are -inf in both.
+    apart = (again.detach() - before).where(again != before, 0.0).abs().max()
+    largest = logits.where(logits.isfinite(), 0.0).abs().max()
+    diverged = bool(logits.isnan().any())  # which is another trouble, told elsewhere
+    if not diverged and not apart <= _ROUNDING * largest.clamp_min(1.0):
         raise MixedSamplesError
 
 
@@ -163,11 +197,21 @@ def _forward_pair(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     return model(batch[0]), batch[1]
 
 
-def _labels_of(batch: Any) -> Tensor | None:
-    """Finds the labels of a batch; None if its form does not tell where they are."""
-    found: Any = None
-    if isinstance(batch, Mapping):
-        found = next((batch[key] for key in _LABEL_KEYS if key in batch), None)
-    elif isinstance(batch, tuple | list) and len(batch) == 2:
-        found = batch[1]
-    return found if isinstance(found, Tensor) else None
+def _common_type(model: nn.Module) -> torch.dtype | None:
+    """The type of all floating-point parameters; None if they have several."""
+    types = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return types.pop() if len(types) == 1 else None
+
+
+@contextmanager
+def _default_type(dtype: torch.dtype | None) -> Iterator[None]:
+    """Makes float64 the type of tensors that a model of that type makes, as training in it does."""
+    if dtype != torch.float64 or torch.get_default_dtype() == torch.float64:
+        yield
+        return
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_fedfisher._utils.unwrapping import unwrapped
 from lightning_fedfisher.curvature.input_gram import InputGram
 from lightning_fedfisher.curvature.linalg import least_squares
 from lightning_fedfisher.distributed.processes import Shard
@@ -92,6 +93,7 @@ def extract_closed_form_head(
     options = replace(options or ExtractionOptions(), curvature="input_gram")
     shard = shard or Shard()
     started = time.perf_counter()
+    model = unwrapped(model)
     samples = partition_samples(
         dataloader,
         max_samples=None if options.max_samples == "auto" else options.max_samples,
@@ -104,7 +106,7 @@ def extract_closed_form_head(
         samples_bar("closed-form head", shard, progress) as bar,
     ):
         copied = copy_model(model, first_buffers(model, shard))
-        runner = BatchRunner(options.forward, prepare)
+        runner = options.runner(prepare)
         problem = _HeadProblem(copied, head, options, runner, samples.preview())
         own = samples.run(problem.add, options.max_samples, bar, on_progress)
         weights, gram, fit, count = problem.solve(own, shard)
@@ -157,7 +159,7 @@ class _HeadProblem:
             which = "no linear layer's" if head is None else f"{head}: it is no layer whose"
             raise UnsupportedModelError(
                 [
-                    f"{which} outputs are the logits: pass `forward` to return the outputs of a "
+                    f"{which} outputs are the logits: pass forward= to return the outputs of a "
                     "torch.nn.Linear, without a softmax"
                     + (f" (those are: {', '.join(candidates)})" if candidates else "")
                 ]
@@ -193,7 +195,7 @@ class _HeadProblem:
         if len(calls) == 1 and calls[0][3]:
             return
         problem = (
-            "its outputs are not the logits: pass `forward` to return them as they are"
+            "its outputs are not the logits: pass forward= to return them as they are"
             if len(calls) == 1
             else f"it is called {len(calls)} times in a forward pass, and a head is called once"
         )
@@ -212,6 +214,11 @@ class _HeadProblem:
         if has_bias:
             inputs = append_ones(inputs, 1)
         observed = targets.isfinite().all(dim=1)
+        if (targets.isfinite().any(dim=1) != observed).any():
+            raise ValueError(
+                "some outputs of a sample have a label and others have none: a closed-form head "
+                "takes samples with all labels or none; leave those out, or pass forward="
+            )
         inputs, targets = inputs[observed], targets[observed]
         self._gram.add(inputs.mT.unsqueeze(0), 1.0)
         self._crossed.addmm_(targets.mT, inputs)

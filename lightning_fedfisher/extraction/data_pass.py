@@ -25,7 +25,7 @@ from lightning_fedfisher.batch_norms import RunningStatistics
 from lightning_fedfisher.curvature.base import Curvature
 from lightning_fedfisher.curvature.registry import CurvatureType
 from lightning_fedfisher.distributed.processes import Shard
-from lightning_fedfisher.errors import UnsupportedModelError
+from lightning_fedfisher.errors import FedFisherError, UnsupportedModelError
 from lightning_fedfisher.extraction.accumulators.model_sums import ModelAccumulator
 from lightning_fedfisher.extraction.backends.backpack import (
     BackpackDiagonal,
@@ -34,7 +34,7 @@ from lightning_fedfisher.extraction.backends.backpack import (
 )
 from lightning_fedfisher.extraction.backends.output_gradients import DifferentCallsError
 from lightning_fedfisher.extraction.batches import (
-    BatchRunner,
+    MixedSamplesError,
     is_out_of_memory,
     map_samples,
     require_same_logits,
@@ -106,7 +106,7 @@ class DataPass:
         """
         self._model, self._layers, self._curvatures = model, layers, tuple(curvatures)
         self._options, self._shard, self._known_trace = options, shard, trace
-        self._runner = BatchRunner(options.forward, prepare)
+        self._runner = options.runner(prepare)
         self._bar, self._on_progress = bar, on_progress
         self._buffers = first_buffers(model, shard)
         self.count, self.trace, self.discarded = 0, 0.0, 0.0
@@ -115,6 +115,7 @@ class DataPass:
         self._sums: ModelAccumulator | BackpackDiagonal | None = None
         # Why BackPACK does not collect a diagonal; empty as long as it may.
         self._backpack_problem = ""
+        self._varying: frozenset[str] = frozenset()  # layers that only some batches use
 
     def run(self, samples: SamplePartition) -> None:
         """Runs all samples from the start, in smaller batches if memory does not suffice.
@@ -124,20 +125,42 @@ class DataPass:
         """
         self._samples = _halve_until_it_fits(samples, self._run_once)
 
-    def _run_once(self, samples: SamplePartition) -> None:
-        """Runs all samples, anew where something was found out on the way."""
+    def _run_once(self, samples: SamplePartition) -> SamplePartition:
+        """Runs all samples, anew where something was found out, and gives them as they were run."""
         while True:
             try:
                 self._start(samples)
                 self._pass(samples)
-                return
+                return samples
             except BackpackError as error:
                 # BackPACK cannot be taken off the copy again: a new copy goes on without it.
                 self._backpack_problem = str(error)
-            except DifferentCallsError:
-                if self._known_trace is None:
+            except DifferentCallsError as error:
+                if self._known_trace is None and not error.layers - self._varying:
                     raise
-                self._known_trace = None  # the model has changed since
+                self._known_trace = None  # the model may have changed since
+                self._varying |= error.layers
+            except MixedSamplesError as error:
+                samples = self._one_by_one(samples, error)
+
+    def _one_by_one(self, samples: SamplePartition, error: MixedSamplesError) -> SamplePartition:
+        """Gives the samples in batches of one, if all that failed was to cut their batches."""
+        if samples.rebatch is None or samples.alone is None or samples.batch_size == 1:
+            raise error
+        copied = copy_model(self._model, self._buffers)
+        with torch.no_grad():
+            few, one = (
+                self._runner.logits(copied, self._runner.prepare(copied, batch))
+                for batch in (samples.preview(), samples.alone())
+            )
+        if len(one) != 1:
+            raise error
+        require_same_logits(one, few, slice(0, 1))
+        rank_zero_warn(
+            "samples cannot be cut out of their batches (lists, offsets, graphs, time first?): the "
+            "curvature is extracted in batches of one sample"
+        )
+        return samples.rebatch(1)
 
     def finish(self) -> Found:
         """Adds up over processes and divides, with a second pass first if one is needed.
@@ -193,9 +216,10 @@ class DataPass:
                 'pass a DataLoader or a list of batches, or curvature="kfac"'
             )
 
-        def attempt(samples: SamplePartition) -> None:
+        def attempt(samples: SamplePartition) -> SamplePartition:
             sums.begin_second_pass()
             self._pass(samples)
+            return samples
 
         _halve_until_it_fits(self._samples, attempt)
 
@@ -207,6 +231,7 @@ class DataPass:
         traced = self._known_trace
         if traced is None:
             traced = trace_model(copied, self._layers, self._runner, samples)
+            traced = traced.with_varying(self._varying)
         self.model_trace = traced
         if self._curvatures == ("diagonal",) and not self._backpack_problem:
             self._backpack_problem = why_unsupported(copied, self._layers, traced)
@@ -305,7 +330,14 @@ class DataPass:
     ) -> None:
         """Runs some samples of a batch with all their directions."""
         some = map_samples(batch, len(logits), lambda tensor: tensor[rows])
-        again, _ = self._forward(some)
+        try:
+            again, _ = self._forward(some)
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            if isinstance(error, RuntimeError) and is_out_of_memory(error):
+                raise
+            if isinstance(error, FedFisherError | DifferentCallsError | BackpackError):
+                raise
+            raise MixedSamplesError(error) from error  # as where a batch is cut that cannot be
         require_same_logits(again, logits, rows)
         self._backward(some, again, directions.of(rows), uniforms[rows.to(uniforms.device)])
 
@@ -344,13 +376,12 @@ def _similar_samples(directions: Directions) -> Iterator[Tensor]:
 
 
 def _halve_until_it_fits(
-    samples: SamplePartition, attempt: Callable[[SamplePartition], None]
+    samples: SamplePartition, attempt: Callable[[SamplePartition], SamplePartition]
 ) -> SamplePartition:
     """Tries with ever smaller batches for as long as memory does not suffice."""
     while True:
         try:
-            attempt(samples)
-            return samples
+            return attempt(samples)
         except RuntimeError as error:
             size, rebatch = samples.batch_size, samples.rebatch
             if not is_out_of_memory(error) or rebatch is None or size is None or size == 1:

@@ -9,12 +9,14 @@ from typing import Any, Unpack
 
 from torch import nn
 
+from lightning_fedfisher._utils.unwrapping import unwrapped
 from lightning_fedfisher.batch_norms import RunningStatistics
 from lightning_fedfisher.curvature.base import Identity
 from lightning_fedfisher.curvature.registry import CurvatureType
 from lightning_fedfisher.distributed.processes import Shard
 from lightning_fedfisher.distributed.progress import samples_bar
 from lightning_fedfisher.extraction.data_pass import DataPass
+from lightning_fedfisher.extraction.held_losses import options_by_losses
 from lightning_fedfisher.extraction.layer_report import LayerReport
 from lightning_fedfisher.extraction.model_copy import isolated
 from lightning_fedfisher.extraction.options import ExtractionOptions, OptionOverrides
@@ -142,7 +144,10 @@ def extract_curvatures(
     asked = {kind: replace(options, curvature=kind, **overrides) for kind in curvatures}
     options = replace(options, **overrides)
     shard = shard or Shard()
+    model = unwrapped(model)
     layers = find_layers(model)
+    if any(kind != "identity" for kind in asked):
+        options = options_by_losses(model, options)
     started = time.perf_counter()
     samples = partition_samples(
         dataloader,

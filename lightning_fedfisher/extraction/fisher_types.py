@@ -115,7 +115,8 @@ def residual_directions(
     Args:
         logits: Output of the model; its shape is told by the likelihood's class.
         labels: Labels of the batch, or None. They are needed by ``"empirical"``, and by
-            ``"normalised"`` with a categorical likelihood.
+            ``"normalised"`` with a categorical likelihood. The others learn from them what is not
+            observed, and leave alone what has not the form of labels.
         fisher: Fisher type.
         likelihood: Name of the likelihood, a key of `LIKELIHOODS`.
         draw: Source of uniform draws. It is needed by ``"mc"``, and by ``"normalised"`` if a sample
@@ -137,6 +138,9 @@ def residual_directions(
     """
     kind = LIKELIHOODS[likelihood]
     kind.check_logits(logits)
+    needed = fisher == "empirical" or (fisher == "normalised" and kind.softmax)
+    if labels is not None and not needed and not kind.are_labels(labels, logits):
+        labels = None  # mixed ones, or something else: nobody asks for them
     given = kind(logits.detach(), labels)
     if fisher == "exact":
         found = _in_parts(given, given.parts(), tolerance)

@@ -6,12 +6,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
-from lightning_fedfisher.curvature.registry import EIGEN_CORRECTED, INPUT_KINDS, CurvatureType
+from lightning_fedfisher.curvature.registry import (
+    EIGEN_CORRECTED,
+    INPUT_KINDS,
+    KINDS,
+    CurvatureType,
+)
 from lightning_fedfisher.extraction.layer_types.base import LayerType, are_alike
 from lightning_fedfisher.layers import Layer
 
 CURVATURE_TYPES: tuple[CurvatureType, ...] = get_args(CurvatureType)
 
+# Rows of a factor that takes a gibibyte in float32, and a server's decomposition minutes.
+_LARGEST_FACTOR = 2**14
 _NAMED_LAYERS = 3  # in a line of `format_layer_reports`, so that a line stays a line
 
 
@@ -40,16 +47,20 @@ class LayerReport:
     some_positions: bool = False
 
 
-def block_kind(curvature: CurvatureType, layer_types: Sequence[LayerType] | None) -> str:
+def block_kind(
+    curvature: CurvatureType, layer_types: Sequence[LayerType] | None, layer: Layer | None = None
+) -> str:
     """Decides which kind of block a layer gets.
 
     Args:
         curvature: Curvature that the extraction was asked for.
         layer_types: What each call of the layer computes. None if that is not known.
+        layer: The layer, whose factors may be too large; None for one of any size.
 
     Returns:
         A key of `lightning_fedfisher.curvature.KINDS`. It is ``"diagonal"`` if Kronecker factors
-        were asked for and the layer has none, and ``"identity"`` if an input Gram was.
+        were asked for and the layer has none or too large ones, and ``"identity"`` if an input Gram
+        was.
 
     Example:
         >>> from lightning_fedfisher.extraction.layer_types.linear import Linear
@@ -58,6 +69,8 @@ def block_kind(curvature: CurvatureType, layer_types: Sequence[LayerType] | None
     """
     if curvature not in ("input_gram", "kfac", "ekfac"):
         return curvature
+    if layer is not None and too_large(curvature, layer_types, layer):
+        return "identity" if curvature == "input_gram" else "diagonal"
     corrected = curvature == "ekfac"
     types = layer_types or ()
     kinds = {t.kind if corrected else t.kfac_kind for t in types}
@@ -65,6 +78,23 @@ def block_kind(curvature: CurvatureType, layer_types: Sequence[LayerType] | None
     if curvature == "input_gram":
         return INPUT_KINDS.get(kind, "identity")
     return EIGEN_CORRECTED.get(kind, kind) if corrected else kind
+
+
+def too_large(
+    curvature: CurvatureType, layer_types: Sequence[LayerType] | None, layer: Layer
+) -> str:
+    """Says why a layer's factors are too large; empty if they are not.
+
+    Args:
+        curvature: Curvature that the extraction was asked for.
+        layer_types: What each call of the layer computes. None if that is not known.
+        layer: The layer.
+    """
+    shapes = KINDS[block_kind(curvature, layer_types)].tensor_shapes(layer.shape, layer.kernel)
+    sides = [min(shape) for shape in shapes.values() if len(shape) == 2]
+    if curvature == "dense" or max(sides, default=0) <= _LARGEST_FACTOR:
+        return ""
+    return f"a factor of {max(sides)} rows would be too large"
 
 
 def format_layer_reports(reports: Iterable[LayerReport]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Literal
 
 Limit = int | Literal["auto"] | None
@@ -18,7 +19,7 @@ def check_limit(name: str, limit: object) -> None:
     Raises:
         ValueError: If it is neither a whole number from 1, ``"auto"`` nor None.
     """
-    counted = type(limit) is int and limit >= 1
+    counted = isinstance(limit, Integral) and not isinstance(limit, bool) and int(limit) >= 1
     if not counted and limit not in (None, "auto"):
         raise ValueError(f"{name} must be at least 1, None or 'auto', got {limit!r}")
 

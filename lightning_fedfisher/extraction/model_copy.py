@@ -6,8 +6,6 @@ better, with every random state put back afterwards.
 
 from __future__ import annotations
 
-import copy
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -16,20 +14,19 @@ from torch import Tensor, nn
 
 from lightning_fedfisher._utils.random_states import kept_random_states
 from lightning_fedfisher.distributed.processes import Shard
+from lightning_fedfisher.extraction.deep_copy import deep_copy
 
 
 def copy_model(model: nn.Module, buffers: Mapping[str, Tensor]) -> nn.Module:
     """Copies a model to work on, in eval mode and at least float32.
 
     Args:
-        model: Any module. It is not changed.
+        model: Any module. It is not changed. What of it cannot be copied (a lock, an open file, an
+            iterator) its copy shares.
         buffers: Values that the copy's buffers get in place of the model's, by buffer name.
 
     Returns:
-        The copy. Hooks and graphs of the extraction die with it.
-
-    Raises:
-        RuntimeError: If the module cannot be copied, with a note that says why that matters.
+        The copy, not compiled. Hooks and graphs of the extraction die with it.
 
     Example:
         >>> model = nn.Linear(2, 1).to(torch.bfloat16).train()
@@ -37,14 +34,7 @@ def copy_model(model: nn.Module, buffers: Mapping[str, Tensor]) -> nn.Module:
         >>> copied.weight.dtype, copied.training, model.training
         (torch.float32, False, True)
     """
-    try:
-        copied = copy.deepcopy(model, _empty_dicts(model))
-    except RuntimeError as error:
-        error.add_note(
-            "Curvature is extracted on a deep copy of the module, and it cannot be copied. Most "
-            "often a tensor that still hangs in a graph is kept as an attribute: detach it."
-        )
-        raise
+    copied = deep_copy(model)
     copied.zero_grad(set_to_none=True)
     for name, buffer in buffers.items():
         copied.get_buffer(name).copy_(buffer)
@@ -91,7 +81,7 @@ def copy_around_parameters(model: nn.Module) -> nn.Module:
         (True, False)
     """
     known: dict[int, object] = {id(p): p for p in model.parameters()}
-    return copy.deepcopy(model, known | _empty_dicts(model))
+    return deep_copy(model, known)
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
@@ -112,16 +102,7 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     known: dict[int, object] = {
         id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()
     }
-    return copy.deepcopy(model, known | _empty_dicts(model))
-
-
-def _empty_dicts(model: nn.Module) -> dict[int, object]:
-    """Copies the empty dictionaries of hooks, of which every module has a dozen, for `deepcopy`.
-
-    It would take longer for them than for all the rest.
-    """
-    found = (value for module in model.modules() for value in vars(module).values())
-    return {id(d): type(d)() for d in found if type(d) in (dict, OrderedDict) and not d}
+    return deep_copy(model, known)
 
 
 @contextmanager

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import TypedDict
+from functools import partial
+from numbers import Integral
+from typing import Any, TypedDict
 
 from lightning_fedfisher.curvature.registry import CurvatureType
 from lightning_fedfisher.errors import FedFisherError
-from lightning_fedfisher.extraction.batches import Forward
+from lightning_fedfisher.extraction.batches import BatchRunner, Forward
 from lightning_fedfisher.extraction.fisher_types import FISHER_TYPES, FisherType
 from lightning_fedfisher.extraction.layer_report import CURVATURE_TYPES
 from lightning_fedfisher.extraction.positions import Positions, check_positions
@@ -47,6 +49,9 @@ class ExtractionOptions:
             leave out to save backward passes.
         forward: Function that maps ``(module, batch)`` to logits, or to ``(logits, labels)``. None
             stands for batches ``(x, y)`` and logits ``module(x)``.
+        ignore_index: Label that stands for "not observed", such as 255 for a pixel that belongs to
+            nothing; the likelihoods' own are -100 (classes) and NaN. None asks the losses of
+            `torch.nn` that the module holds (see `held_losses`).
         estimate_statistics: Whether BatchNorm layers in training mode get running statistics anew,
             on the same samples, before the curvature is extracted. The model's own lag behind its
             weights, and a merge learns what they are for other weights (see
@@ -76,6 +81,7 @@ class ExtractionOptions:
     draws: int = 1
     tolerance: float = 5e-6
     forward: Forward | None = None
+    ignore_index: float | None = None
     estimate_statistics: bool = False
 
     def __post_init__(self) -> None:
@@ -99,8 +105,10 @@ class ExtractionOptions:
             except ValueError as error:
                 offenders.append(str(error))
         for name, count in (("batch_size", self.batch_size), ("draws", self.draws)):
-            if count is not None and not (isinstance(count, int) and count >= 1):
+            if count is not None and not (isinstance(count, Integral) and int(count) >= 1):
                 offenders.append(f"{name} must be at least 1, a whole number, got {count!r}")
+        if isinstance(self.ignore_index, bool | str):
+            offenders.append(f"ignore_index must be a number, got {self.ignore_index!r}")
         if not isinstance(self.estimate_statistics, bool):
             told = f"got {self.estimate_statistics!r}"
             offenders.append(f"estimate_statistics must be True or False, {told}")
@@ -108,6 +116,17 @@ class ExtractionOptions:
             offenders.append(f"tolerance must lie in [0, 1), got {self.tolerance}")
         if offenders:
             raise FedFisherError("These options of an extraction cannot be used:", offenders)
+
+    def runner(self, prepare: Callable[[Any], Any] | None = None) -> BatchRunner:
+        """Gives what runs a model on batches, and gets logits and labels as these options say.
+
+        Args:
+            prepare: Function applied to each batch first; None leaves it as the loader gives it.
+        """
+        if self.ignore_index is None:
+            return BatchRunner(self.forward, prepare)
+        mark = LIKELIHOODS[self.likelihood].mark_unobserved
+        return BatchRunner(self.forward, prepare, partial(mark, value=self.ignore_index))
 
 
 class OptionOverrides(TypedDict, total=False):
@@ -122,4 +141,5 @@ class OptionOverrides(TypedDict, total=False):
     draws: int
     tolerance: float
     forward: Forward | None
+    ignore_index: float | None
     estimate_statistics: bool

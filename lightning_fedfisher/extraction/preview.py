@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +39,7 @@ def trace_model(
         What the forward passes showed.
 
     Raises:
-        UnsupportedModelError: If no gradient reaches a layer, or samples depend on each other.
+        UnsupportedModelError: If no gradient reaches any layer, or samples depend on each other.
         ValueError: If the output has no gradient.
     """
     batch = runner.prepare(model, samples.preview())
@@ -45,10 +47,7 @@ def trace_model(
         batch = _few(copy_around_parameters(model), runner, batch)
     _require_independence(copy_around_parameters(model), runner, batch)
     traced = _trace_batch(copy_around_parameters(model), layers, runner, batch)
-    if traced.spreadable and not traced.unreached:
-        traced = _trace_batch(
-            copy_around_parameters(model), layers, runner, batch, traced.spreadable
-        )
+    without = traced
     if len(traced.unreached) == len(layers):
         raise UnsupportedModelError(
             [
@@ -57,16 +56,22 @@ def trace_model(
                 "or runs without gradients; fit it uncompiled, or define forward in the class"
             ]
         )
-    if traced.unreached:
+    if hidden := sorted(without.unreached.keys() & _without_gradients(model, runner, batch)):
         raise UnsupportedModelError(
             [
-                f"{name}: no gradient reaches it from the logits (it is detached, its output "
-                "is not used, or reentrant checkpointing hides it): make it a part of them, "
-                "freeze it, or take it out of the module"
-                for name in sorted(traced.unreached)
+                f"{name}: it runs without gradients (in reentrant checkpointing, or under "
+                "torch.no_grad): pass use_reentrant=False to the checkpoint, or freeze it"
+                for name in hidden
             ]
         )
-    return traced
+    if without.unreached:  # a head that only the loss of training knows, a weight of that loss
+        layers = [layer for layer in layers if layer.name not in without.unreached]
+        traced = _trace_batch(copy_around_parameters(model), layers, runner, batch)
+    if traced.spreadable:
+        traced = _trace_batch(
+            copy_around_parameters(model), layers, runner, batch, traced.spreadable
+        )
+    return replace(traced, unreached=without.unreached, uncalled=without.uncalled)
 
 
 @torch.no_grad()
@@ -97,10 +102,25 @@ def _trace_batch(
         logits = runner.logits(model, batch)
     if not logits.requires_grad:
         raise ValueError(
-            "the model's output is no tensor with a gradient: pass `forward` to return its "
+            "the model's output is no tensor with a gradient: pass forward= to return its "
             "logits, and compute them outside torch.no_grad()"
         )
     return tracer.trace(logits)
+
+
+def _without_gradients(model: nn.Module, runner: BatchRunner, batch: Any) -> set[str]:
+    """Names of the layers, by their modules, that a forward pass runs with gradients off."""
+    found: set[str] = set()
+
+    def note(path: str, *_: object) -> None:
+        if not torch.is_grad_enabled():
+            found.add(path)
+
+    watched = copy_around_parameters(model)
+    for path, module in watched.named_modules():
+        module.register_forward_pre_hook(partial(note, path))
+    runner.logits(watched, batch)
+    return found
 
 
 def _few(model: nn.Module, runner: BatchRunner, batch: Any) -> Any:

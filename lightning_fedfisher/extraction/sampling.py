@@ -92,6 +92,8 @@ class SamplePartition:
         batch_size: Number of samples in a batch; None if the loader decides.
         rebatch: Function that gives the same samples in batches of another size; None if the
             loader decides.
+        alone: Function that gives the first sample of the preview as a batch of one; None if the
+            loader decides.
     """
 
     batches: Iterable[Any]
@@ -103,6 +105,7 @@ class SamplePartition:
     mixed: Iterable[Any] | None = None
     batch_size: int | None = None
     rebatch: Callable[[int], SamplePartition] | None = None
+    alone: Callable[[], Any] | None = None
 
     def uniforms(self, *seed: int) -> Callable[[int, int], Tensor]:
         """Makes random numbers that are the same for a sample whatever its batch or process.
@@ -158,7 +161,7 @@ class SamplePartition:
             done += n
             if own is not None and done > own:
                 raise ValueError(
-                    "the model gives more rows of logits than there are samples: pass `forward` to "
+                    "the model gives more rows of logits than there are samples: pass forward= to "
                     "return one row for each sample, with positions after the classes"
                 )
             bar.update(n)
@@ -223,13 +226,13 @@ def partition_samples(
     mine = range(shard.rank, len(chosen), shard.world_size)
 
     def in_batches_of(size: int | None) -> SamplePartition:
-        def loader(places: Sequence[int]) -> DataLoader[Any]:
+        def loader(indices: Sequence[int], size: int | None, workers: int) -> DataLoader[Any]:
             return DataLoader(
                 dataloader.dataset,
                 batch_size=size,
-                sampler=[chosen[place] for place in places],
+                sampler=indices,
                 collate_fn=dataloader.collate_fn,
-                num_workers=dataloader.num_workers,
+                num_workers=workers,
                 worker_init_fn=dataloader.worker_init_fn,
                 multiprocessing_context=dataloader.multiprocessing_context,
                 timeout=dataloader.timeout,
@@ -237,27 +240,44 @@ def partition_samples(
             )
 
         previewed = min(PREVIEW, max(_FEWEST_TRACED, size or 1))
-        few = DataLoader(
-            dataloader.dataset,
-            batch_size=previewed,
-            # A lone sample twice, so that one can be told from another.
-            sampler=(chosen * 2)[:previewed],
-            collate_fn=dataloader.collate_fn,
-            generator=torch.Generator().manual_seed(seed),
-        )
+        # A lone sample twice, so that one can be told from another.
+        few = loader((chosen * 2)[:previewed], previewed, min(1, dataloader.num_workers))
+        one = loader(chosen[:1], 1, min(1, dataloader.num_workers))
         shuffled = np.random.default_rng(seed).permutation(mine).tolist()
+
+        def all_of(places: Sequence[int]) -> DataLoader[Any]:
+            return loader([chosen[place] for place in places], size, dataloader.num_workers)
+
         return SamplePartition(
-            loader(mine),
+            all_of(mine),
             lambda: next(iter(few)),
             len(chosen),
             len(population),
             mine,
-            mixed=loader(shuffled),
+            mixed=all_of(shuffled),
             batch_size=size,
             rebatch=in_batches_of,
+            alone=lambda: next(iter(one)),
         )
 
     return in_batches_of(batch_size or batch_sampler.batch_size)
+
+
+def trained_indices(dataloader: Iterable[Any]) -> list[int] | None:
+    """Tells which samples of its data set a loader reads, each once, in ascending order.
+
+    Args:
+        dataloader: The client's samples.
+
+    Returns:
+        Indices into the data set; None for an iterable without indices.
+
+    Raises:
+        ValueError: If there are no samples, or the loader hides which ones the client trains on.
+    """
+    if not _is_map_style(dataloader):
+        return None
+    return _trained_indices(dataloader, _batch_sampler(dataloader).sampler)
 
 
 class _Stream:

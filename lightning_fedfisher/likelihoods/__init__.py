@@ -4,9 +4,9 @@ To add one, write a `Likelihood` in a file of its own and add it to `LIKELIHOODS
 May import: nothing of this package.
 """
 
-from lightning_fedfisher.likelihoods.base import Likelihood
+from lightning_fedfisher.likelihoods.base import IGNORE_INDEX, Likelihood
 from lightning_fedfisher.likelihoods.bernoulli import Bernoulli
-from lightning_fedfisher.likelihoods.categorical import IGNORE_INDEX, Categorical
+from lightning_fedfisher.likelihoods.categorical import Categorical
 from lightning_fedfisher.likelihoods.gaussian import Gaussian
 from lightning_fedfisher.likelihoods.registry import LIKELIHOODS
 

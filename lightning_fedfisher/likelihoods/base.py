@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+IGNORE_INDEX = -100
+"""Label of what is not observed, as in `torch.nn.functional.cross_entropy`."""
+
 
 class Likelihood(ABC):
     """The distribution of the labels of a batch, given the model's logits.
@@ -49,6 +52,29 @@ class Likelihood(ABC):
 
         Raises:
             ValueError: If the labels cannot belong to the logits.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def are_labels(labels: Tensor, logits: Tensor) -> bool:
+        """Tells whether something has the form of labels: their shape and type, whatever is in it.
+
+        Args:
+            labels: What stands in the place of labels.
+            logits: Output of the model, of shape ``(samples, *)``.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def mark_unobserved(labels: Tensor, value: float) -> Tensor:
+        """Marks labels of one value as not observed, the way this likelihood knows it.
+
+        Args:
+            labels: Labels of a batch, which are not changed.
+            value: The label that stands for none, such as 255 for a pixel that belongs to nothing.
+
+        Returns:
+            Labels of the same shape.
         """
 
     @staticmethod
@@ -186,7 +212,10 @@ class Likelihood(ABC):
 
 
 class ScalarLikelihood(Likelihood):
-    """Base of likelihoods in which every logit is an observation with one label of its own."""
+    """Base of likelihoods in which every logit is an observation with one label of its own.
+
+    A label that is NaN is not observed: it has no residual and no variance.
+    """
 
     def __init__(self, logits: Tensor, labels: Tensor | None) -> None:
         """Reads the logits and labels of a batch.
@@ -199,8 +228,24 @@ class ScalarLikelihood(Likelihood):
             ValueError: If the labels cannot belong to the logits.
         """
         self._logits = exactly(logits)
-        self._y = None if labels is None else self.check_labels(labels, self._logits)
+        self._observed = torch.ones_like(self._logits)
+        self._y = None
+        if labels is not None:
+            y = self.check_labels(labels, self._logits)
+            self._observed = (~y.isnan()).to(y)
+            self._y = y.nan_to_num(0.0)
         self.observations = math.prod(logits.shape[1:])
+
+    @override
+    @staticmethod
+    def are_labels(labels: Tensor, logits: Tensor) -> bool:
+        real = not labels.is_complex()
+        return real and _without_ones(labels) == _without_ones(logits)
+
+    @override
+    @staticmethod
+    def mark_unobserved(labels: Tensor, value: float) -> Tensor:
+        return exactly(labels).masked_fill(labels == value, torch.nan)
 
     @classmethod
     def check_labels(cls, labels: Tensor, logits: Tensor) -> Tensor:
@@ -211,19 +256,20 @@ class ScalarLikelihood(Likelihood):
             logits: Logits of the same batch.
 
         Returns:
-            The labels in the logits' dtype.
+            The labels in the logits' dtype and shape, NaN where they are not observed.
 
         Raises:
-            ValueError: If the shapes differ, or a label is not finite.
+            ValueError: If the shapes differ in more than dimensions of size 1, or a label is
+                infinite.
         """
-        if labels.shape != logits.shape:
+        if not cls.are_labels(labels, logits):
             raise ValueError(
                 f"labels must have the logits' shape {tuple(logits.shape)}, got "
-                f"{tuple(labels.shape)}"
+                f"{tuple(labels.shape)}: pass forward= to return logits and labels of one shape"
             )
-        if not torch.isfinite(labels).all():
-            raise ValueError("labels must be finite")
-        return labels.to(logits)
+        if labels.isinf().any():
+            raise ValueError("labels must be finite, or NaN where they are not observed")
+        return labels.reshape(logits.shape).to(logits)
 
     @override
     @classmethod
@@ -236,7 +282,7 @@ class ScalarLikelihood(Likelihood):
 
     @override
     def unit_residual(self) -> Tensor:
-        return torch.ones_like(self._logits)
+        return self._observed
 
     @override
     def signed(self, residual: Tensor, signs: Tensor) -> Tensor:
@@ -244,11 +290,11 @@ class ScalarLikelihood(Likelihood):
 
     @override
     def parts(self) -> Tensor:
-        return self._variance().reshape(len(self._logits), -1)
+        return (self._variance() * self._observed).reshape(len(self._logits), -1)
 
     @override
     def part(self, rows: Tensor, parts: Tensor) -> Tensor:
-        variance = self._variance().reshape(len(self._logits), -1)
+        variance = self.parts()
         whole = variance.new_zeros(len(rows), variance.shape[1])
         whole[torch.arange(len(rows), device=rows.device), parts] = variance[rows, parts].sqrt()
         result: Tensor = whole.reshape(len(rows), *self._logits.shape[1:])
@@ -279,3 +325,20 @@ def sum_over_observations(values: Tensor) -> Tensor:
         A tensor of shape ``(samples,)``.
     """
     return values.reshape(len(values), -1).sum(dim=1)
+
+
+def mean_over_observed(values: Tensor) -> Tensor:
+    """Takes the mean of each sample's values, of those that are not NaN.
+
+    Args:
+        values: A tensor of shape ``(samples, *)``.
+
+    Returns:
+        A tensor of shape ``(samples,)``, NaN where none is observed.
+    """
+    return values.reshape(len(values), -1).nanmean(dim=1)
+
+
+def _without_ones(tensor: Tensor) -> list[int]:
+    """The number of samples, and the dimensions of a sample that have more than one entry."""
+    return [*tensor.shape[:1], *(size for size in tensor.shape[1:] if size != 1)]

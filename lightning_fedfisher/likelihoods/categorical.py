@@ -11,17 +11,20 @@ from torch import Tensor
 from torch.nn import functional
 from typing_extensions import override
 
-from lightning_fedfisher.likelihoods.base import Likelihood, exactly, sum_over_observations
-
-IGNORE_INDEX = -100
-"""Label of a position that is not observed, as in `torch.nn.functional.cross_entropy`."""
+from lightning_fedfisher.likelihoods.base import (
+    IGNORE_INDEX,
+    Likelihood,
+    exactly,
+    sum_over_observations,
+)
 
 
 class Categorical(Likelihood):
     """Classes along the logits' second dimension, one observation at each position after it.
 
     Logits have the shape ``(samples, classes, *positions)``, and labels are class indices of shape
-    ``(samples, *positions)``. A position whose label is -100 is not observed.
+    ``(samples, *positions)``. A position whose label is -100 is not observed. A class whose logit
+    is ``-inf`` has the probability 0, and its logit no residual.
 
     Example:
         >>> logits = torch.tensor([[0.0, 0.0], [0.0, 50.0]])
@@ -73,6 +76,19 @@ class Categorical(Likelihood):
 
     @override
     @staticmethod
+    def are_labels(labels: Tensor, logits: Tensor) -> bool:
+        indices = not labels.is_floating_point() and not labels.is_complex()
+        return indices and labels.shape == (logits.shape[0], *logits.shape[2:])
+
+    @override
+    @staticmethod
+    def mark_unobserved(labels: Tensor, value: float) -> Tensor:
+        if labels.is_floating_point():
+            return labels
+        return labels.to(torch.int64).masked_fill(labels == value, IGNORE_INDEX)
+
+    @override
+    @staticmethod
     def nll(logits: Tensor, labels: Tensor) -> Tensor:
         y = _check_classes(labels, logits)
         return sum_over_observations(
@@ -101,10 +117,11 @@ class Categorical(Likelihood):
         if logits.ndim < 2 or logits.shape[1] < 2:
             raise ValueError(
                 "the categorical likelihood needs logits of shape (samples, classes, *positions) "
-                f"with at least 2 classes, got {tuple(logits.shape)}: pass `forward` to map a "
+                f"with at least 2 classes, got {tuple(logits.shape)}: pass forward= to map a "
                 "batch to such logits"
             )
-        super().check_logits(logits)
+        # Of the likeliest class alone: -inf stands for a class that cannot be, not for an error.
+        super().check_logits(logits.amax(1) if logits.numel() else logits)
 
     @override
     def residual(self) -> Tensor:
@@ -117,10 +134,12 @@ class Categorical(Likelihood):
         # direction exists where it is zero. In place, since a vocabulary may have many classes.
         y = self._by_class(self._labels())
         others = self._logits.scatter(1, y, -torch.inf)
-        others = others.sub_(others.amax(1, keepdim=True)).exp_()
+        # Where no other class can be, all stay at -inf and the residual is zero.
+        likeliest = others.amax(1, keepdim=True).clamp_min(torch.finfo(others.dtype).min)
+        others = others.sub_(likeliest).exp_()
         right = others.sum(1, keepdim=True)
         length = torch.hypot(torch.linalg.vector_norm(others, dim=1, keepdim=True), right)
-        scale = self._by_class(self._observed) / length
+        scale = self._by_class(self._observed) / length.clamp_min(torch.finfo(length.dtype).tiny)
         return others.mul_(-scale).scatter_(1, y, right * scale)
 
     @override
@@ -188,16 +207,17 @@ def _residual(log_p: Tensor, y: Tensor) -> Tensor:
 
 def _check_classes(labels: Tensor, logits: Tensor) -> Tensor:
     """Refuses labels that are not class indices of the logits, and gives them as int64."""
-    expected = (logits.shape[0], *logits.shape[2:])
-    classes = logits.shape[1]
-    if labels.shape != expected or labels.is_floating_point():
+    if not Categorical.are_labels(labels, logits):
         raise ValueError(
-            f"labels must be class indices of shape {expected}, got {tuple(labels.shape)} "
-            f"of {labels.dtype}"
+            f"labels must be class indices of shape {(logits.shape[0], *logits.shape[2:])}, got "
+            f"{tuple(labels.shape)} of {labels.dtype}: pass forward= to return (logits, labels), "
+            "or dataloader= with samples as they are, if training mixes them"
         )
+    labels, classes = labels.to(torch.int64), logits.shape[1]
     observed = labels[labels != IGNORE_INDEX]
     if observed.numel() and (observed.min() < 0 or observed.max() >= classes):
         raise ValueError(
-            f"labels must lie in [0, {classes}), got [{observed.min()}, {observed.max()}]"
+            f"labels must lie in [0, {classes}), got [{observed.min()}, {observed.max()}]: pass "
+            f"ignore_index=, or forward= to label {IGNORE_INDEX} what is not observed"
         )
-    return labels.to(torch.int64)
+    return labels

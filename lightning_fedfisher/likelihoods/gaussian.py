@@ -15,7 +15,8 @@ from lightning_fedfisher.likelihoods.base import ScalarLikelihood, sum_over_obse
 class Gaussian(ScalarLikelihood):
     """Every output of the model is the mean of a label of variance 1.
 
-    Outputs and labels have the same shape, ``(samples, *outputs)``. The negative log-likelihood is
+    Outputs and labels have the same shape, ``(samples, *outputs)``, up to dimensions of size 1. A
+    label that is NaN is not observed. The negative log-likelihood is
     half the squared error, plus ``log(2 pi) / 2`` for each output. There is no accuracy.
 
     Example:
@@ -32,7 +33,8 @@ class Gaussian(ScalarLikelihood):
     @staticmethod
     def nll(logits: Tensor, labels: Tensor) -> Tensor:
         y = Gaussian.check_labels(labels, logits)
-        return sum_over_observations(((y - logits).square() + math.log(2 * math.pi)) / 2)
+        lost = ((y - logits).square() + math.log(2 * math.pi)) / 2
+        return sum_over_observations(lost.masked_fill(y.isnan(), 0.0))
 
     @override
     @staticmethod
@@ -41,13 +43,13 @@ class Gaussian(ScalarLikelihood):
 
     @override
     def residual(self) -> Tensor:
-        return self._labels() - self._logits
+        return (self._labels() - self._logits) * self._observed
 
     @override
     def drawn_residual(self, uniforms: Tensor) -> Tensor:
         tiny = torch.finfo(uniforms.dtype).tiny
         normal: Tensor = torch.special.ndtri(uniforms.clamp_min(tiny))
-        return normal.view_as(self._logits)
+        return normal.view_as(self._logits) * self._observed
 
     @override
     def _variance(self) -> Tensor:

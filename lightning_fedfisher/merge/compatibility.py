@@ -13,6 +13,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_fedfisher._utils.unwrapping import unwrapped
 from lightning_fedfisher.distributed.processes import is_rank_zero
 from lightning_fedfisher.distributed.progress import progress_bar
 from lightning_fedfisher.errors import MergeError, UpdateError
@@ -215,6 +216,7 @@ def check_model(model: nn.Module, state: Mapping[str, Tensor], frozen: Mapping[s
         Traceback (most recent call last):
         ValueError: the model does not fit the updates: bias is (1,) in it, absent in the updates
     """
+    model = unwrapped(model)
     # Other names of a frozen parameter are neither merged nor brought along twice.
     twice = {name for name, first in aliases(model).items() if first in frozen}
     own: dict[str, object] = {}

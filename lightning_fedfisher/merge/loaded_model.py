@@ -10,6 +10,8 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from lightning_fedfisher._utils.unwrapping import unwrapped
+
 
 def loaded_copy(model: nn.Module, state: Mapping[str, Tensor], device: torch.device) -> nn.Module:
     """Loads weights into a copy of a model, in its own dtypes and in evaluation mode.
@@ -27,7 +29,7 @@ def loaded_copy(model: nn.Module, state: Mapping[str, Tensor], device: torch.dev
         >>> copied.training
         False
     """
-    copied = copy.deepcopy(model).to(device).eval()
+    copied = copy.deepcopy(unwrapped(model)).to(device).eval()
     copied.load_state_dict(state, strict=False)
     return copied
 

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from lightning_fedfisher._utils.unwrapping import unwrapped
 from lightning_fedfisher.batch_norms import RunningStatistics
 from lightning_fedfisher.curvature.base import Curvature
-from lightning_fedfisher.layers import aliases, frozen_parameters
-from lightning_fedfisher.update.file_format import digest
+from lightning_fedfisher.layers import aliases
+from lightning_fedfisher.update.frozen import frozen_digests
 from lightning_fedfisher.update.header import UpdateHeader
 
 
@@ -34,7 +35,8 @@ def collect_tensors(
         their names in the file: copies of trained parameters and persistent buffers, which the
         model may change, and the curvature, which never changes.
     """
-    frozen = {n: digest(p.detach().cpu()) for n, p in frozen_parameters(model).items()}
+    model = unwrapped(model)
+    frozen = frozen_digests(model)
     persistent, measured = model.state_dict(), statistics or RunningStatistics()
     shared = {
         name: first

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_fedfisher.likelihoods.categorical import IGNORE_INDEX
+from lightning_fedfisher.likelihoods import IGNORE_INDEX
 from simulation.models import build_model
 
 _IMAGE_SIZE, _IMAGE_CLASSES = 64, 10

@@ -628,12 +628,12 @@ def test_the_trace_is_the_sum_of_squares_and_any_samples_may_be_asked_for(
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 def test_labels_that_do_not_fit_the_likelihood(likelihood):
     logits = torch.zeros(6, 4, 2)
-    wrong = [(torch.zeros(6, 4), "shape")]
+    wrong = [(torch.zeros(6, 4, 3), "shape")]
     if likelihood == "categorical":
         wrong.append((torch.full((6, 2), 4), "lie in \\[0, 4\\)"))
         wrong.append((torch.full((6, 2), -1), "lie in \\[0, 4\\)"))
     else:
-        wrong.append((torch.full((6, 4, 2), math.nan), "finite"))
+        wrong.append((torch.full((6, 4, 2), math.inf), "finite"))
     if likelihood == "bernoulli":
         wrong.append((torch.full((6, 4, 2), 1.5), "lie in \\[0, 1\\]"))
         wrong.append((torch.full((6, 4, 2), -1.0), "lie in \\[0, 1\\]"))

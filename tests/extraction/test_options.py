@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import typing
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -42,7 +43,7 @@ def test_the_callback_has_the_defaults_of_the_options():
         if name in parameters and name != "estimate_statistics":
             assert parameters[name].default == field.default, name
     # A callback sees the mode in which a model was trained; whoever calls a function chose a mode.
-    assert FedFisherCallback()._options == ExtractionOptions(estimate_statistics=True)
+    assert FedFisherCallback()._client.options == ExtractionOptions(estimate_statistics=True)
     with pytest.raises(FedFisherError, match="estimate_statistics must be True or False"):
         FedFisherCallback(estimate_statistics="no")
 
@@ -59,6 +60,7 @@ def test_all_that_is_wrong_is_named_at_once():
             draws=0,
             tolerance=1.0,
             estimate_statistics="no",
+            ignore_index="void",
         )
     for name in FIELDS.keys() - {"seed", "forward"}:
         assert name in str(caught.value)
@@ -96,3 +98,8 @@ def test_each_result_has_the_options_of_its_own_kind():
 def test_an_option_that_does_not_exist_is_refused():
     with pytest.raises(TypeError, match="tolerence"):
         extract_curvature(_model(), BATCHES, tolerence=0.1)
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers():
+    options = ExtractionOptions(batch_size=np.int64(3), draws=np.int32(1), max_samples=np.int64(4))
+    assert extract_curvature(_model(), BATCHES, options=options).num_samples == 4

@@ -5,6 +5,7 @@ import functools
 
 import pytest
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -391,7 +392,15 @@ def extract(model, data, kind="kfac", **options):
     """Curvature of a data set in small batches, or of any loader, at all positions of a sample."""
     if isinstance(data, TensorDataset):
         data = DataLoader(data, batch_size=BATCH)
-    return extract_curvature(model, data, kind, **{"progress": False, "positions": None} | options)
+    dtype = next(model.parameters()).dtype
+
+    def in_its_type(batch):
+        return apply_to_collection(
+            batch, torch.Tensor, lambda t: t.to(dtype if t.is_floating_point() else None)
+        )
+
+    usual = {"progress": False, "positions": None, "prepare": in_its_type}
+    return extract_curvature(model, data, kind, **usual | options)
 
 
 class Recording(TensorDataset):

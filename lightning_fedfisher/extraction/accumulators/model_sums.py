@@ -22,7 +22,7 @@ from lightning_fedfisher.extraction.accumulators.spectrum import SpectrumAccumul
 from lightning_fedfisher.extraction.backends.layer_inputs import LayerInputs
 from lightning_fedfisher.extraction.backends.output_gradients import OutputGradients
 from lightning_fedfisher.extraction.backends.per_sample import PerSampleGradients
-from lightning_fedfisher.extraction.layer_report import LayerReport, block_kind
+from lightning_fedfisher.extraction.layer_report import LayerReport, block_kind, too_large
 from lightning_fedfisher.extraction.layer_types.base import are_alike
 from lightning_fedfisher.extraction.positions import Positions, shifted
 from lightning_fedfisher.extraction.tracing.model_trace import ModelTrace
@@ -122,10 +122,14 @@ class ModelAccumulator:
         self.needs_second_pass = False
         self._samples, self._uniforms = 0, torch.empty(0)
         collector = LayerInputs if set(curvatures) == {"input_gram"} else OutputGradients
-        self._collector = collector(model, layers, trace, self._add)
+        reached = [layer for layer in layers if layer.name not in trace.unreached]
+        known = [layer for layer in reached if layer.name not in trace.varying]
+        # The uncalled ones as well, to notice the batch that does use them.
+        watched = known + [layer for layer in layers if layer.name in trace.uncalled]
+        self._collector = collector(model, watched, trace, self._add)
         others = [
             layer
-            for layer in layers
+            for layer in reached
             if layer.name not in trace.layer_types and self._accumulators_of(layer.name)
         ]
         self._per_sample = PerSampleGradients(model, others, logits_of) if others else None
@@ -257,14 +261,16 @@ class ModelAccumulator:
         reports = []
         for layer in self._layers:
             kind, backend = self._kind(curvature, layer), "hooks"
-            reason = self._trace.unseen.get(layer.name, "")
-            if kind == Identity.kind:
+            unseen = self._trace.unseen.get(layer.name, "")
+            reason = self._trace.unreached.get(layer.name, unseen)
+            large = too_large(curvature, self._trace.layer_types.get(layer.name), layer)
+            if kind == Identity.kind or layer.name in self._trace.unreached:
                 backend = "none"
-                reason = reason or f"{self._title(layer)} has no input Gram"
+                reason = reason or large or f"{self._title(layer)} has no input Gram"
             elif reason:
                 backend = "torch.func"
             elif kind == "diagonal" and curvature != "diagonal":
-                reason = f"{self._title(layer)} has no Kronecker factors"
+                reason = large or f"{self._title(layer)} has no Kronecker factors"
             some = layer.name in self._sampled and kind not in _WHOLE
             reports.append(LayerReport(layer, kind, backend, reason, some))
         return tuple(reports)
@@ -284,7 +290,7 @@ class ModelAccumulator:
 
     def _kind(self, curvature: CurvatureType, layer: Layer) -> str:
         """Gives the kind of a layer's block."""
-        return block_kind(curvature, self._trace.layer_types.get(layer.name))
+        return block_kind(curvature, self._trace.layer_types.get(layer.name), layer)
 
     def _accumulators_of(self, name: str) -> list[Accumulator]:
         """Gives the accumulators of a layer, one for each kind of block it gets."""

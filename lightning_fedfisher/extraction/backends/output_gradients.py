@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -35,7 +36,22 @@ _Arrived = dict[CallPlace, tuple[LayerType, Tensor, list[Tensor]]]
 
 
 class DifferentCallsError(ValueError):
-    """Says that a forward pass is not as the one that was traced."""
+    """Says that a forward pass is not as the one that was traced.
+
+    Attributes:
+        layers: Names of layers that it used and the traced one did not, or the other way round;
+            empty if the difference is another.
+    """
+
+    def __init__(self, message: str, layers: Iterable[str] = ()) -> None:
+        """Writes the message.
+
+        Args:
+            message: What is different.
+            layers: Names of layers that only one of the two passes used.
+        """
+        super().__init__(message)
+        self.layers = frozenset(layers)
 
 
 class OutputGradients:
@@ -79,7 +95,8 @@ class OutputGradients:
                 for name in layer.parameter_names:
                     model.get_parameter(name).requires_grad_()
         self._recorder = LayerCallRecorder(model, layers, self._on_layer_call, spread=trace.spread)
-        self._dtype = next(model.parameters()).dtype
+        parameters = dict(model.named_parameters())
+        self._dtypes = {layer.name: parameters[layer.parameter_names[0]].dtype for layer in layers}
         self._trace = trace
         self._deliver = deliver
         # Of the calls that use the same layers, in the order of the first of them: their axes.
@@ -125,7 +142,9 @@ class OutputGradients:
 
     def _require_same_calls(self) -> None:
         """Refuses a forward pass that called fewer layers than the traced one."""
-        if self._calls.keys() != self._axes.keys() or any(
+        if missing := self._axes.keys() - self._calls.keys():
+            raise DifferentCallsError(_DIFFERENT, itertools.chain(*missing))
+        if any(
             count != len(self._axes[names]) and self._is_fixed(names)
             for names, count in self._calls.items()
         ):
@@ -178,7 +197,9 @@ class OutputGradients:
         """Counts a call, and finds where its samples are: as in the traced calls of its layers."""
         count, known = self._calls[names], len(self._calls)
         if count == 0 and self._order[known : known + 1] != [names]:
-            raise DifferentCallsError(_DIFFERENT)
+            # Either those before it in the order were left out, or it is called too often.
+            skipped = self._order[known : self._order.index(names)] if names in self._axes else []
+            raise DifferentCallsError(_DIFFERENT, itertools.chain(*(skipped or [names])))
         self._calls[names] += 1
         axes = self._axes[names]
         if count < len(axes):
@@ -213,13 +234,14 @@ class OutputGradients:
                 "samples: its samples were found elsewhere in the first batch"
             )
         inputs = batch_axis.samples_first(inputs, self._samples)
-        gradient = batch_axis.samples_first(gradient, self._samples).to(self._dtype)
-        if inputs.is_floating_point():  # of lower precision where the model opens autocast itself
-            inputs = inputs.to(self._dtype)
+        gradient = batch_axis.samples_first(gradient, self._samples)
         for layer, layer_type in layers:
+            dtype = self._dtypes[layer.name]
+            # Of lower precision where the model opens autocast itself.
+            read = inputs.to(dtype) if inputs.is_floating_point() else inputs
             _, arrived = self._arrived.setdefault(layer.name, (layer, {}))
-            _, _, gradients = arrived.setdefault(place, (layer_type, inputs, []))
-            gradients.append(gradient)
+            _, _, gradients = arrived.setdefault(place, (layer_type, read, []))
+            gradients.append(gradient.to(dtype))
             complete = self._complete.get(layer.name, 0) + 1
             self._complete[layer.name] = complete
             if complete == self._expected[layer.name] * self._directions:

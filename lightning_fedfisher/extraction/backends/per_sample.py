@@ -148,7 +148,10 @@ class PerSampleGradients:
                 value, alone = scalar(own, [t[n] for t in tensors], direction)
             except ValueError as error:
                 raise MixedSamplesError(error) from error
-            found_here = torch.autograd.grad(value, list(own.values()), allow_unused=True)
+            # A sample may use none of them, as one that is sent to another expert.
+            found_here: Sequence[Tensor | None] = [None] * len(own)
+            if value.requires_grad:
+                found_here = torch.autograd.grad(value, list(own.values()), allow_unused=True)
             for (name, p), g in zip(own.items(), found_here, strict=True):
                 gradients[name].append(torch.zeros_like(p) if g is None else g)
             logits.append(alone)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ from lightning_fedfisher.extraction.tracing.recorder import (
 )
 from lightning_fedfisher.layers import Layer, Source
 
+_UNREACHED = "no gradient reaches it from the logits, so that a merge averages it"
+_VARYING = "only some batches use it"
+
 
 @dataclass(frozen=True)
 class ModelTrace:
@@ -33,25 +36,30 @@ class ModelTrace:
         layer_types: By name of each layer whose calls are all understood, what each of them
             computes.
         unseen: By name of each other layer, why its calls are not understood.
-        unreached: Names of layers that the logits do not depend on. If there are any, nothing but
-            this and `unseen` is filled in.
+        unreached: By name of each layer that the logits do not depend on, why. The rest of the
+            trace says nothing about these.
+        uncalled: Names of those among them that nothing was seen to use. Another batch may use
+            them, as one that is sent to another expert.
         plain: Names of layers that are called once, on an input that has its samples in the first
             dimension and the precision of the weight.
         fed_by: By name of a layer that is called once and reads the outputs of another such layer,
             that other layer.
         output_layer: Name of the layer whose outputs are the logits. Empty if there is none.
         spread: Names of layers whose parameters were followed up to where every sample gets a copy.
+        varying: Names of layers that only some batches use.
     """
 
     calls: tuple[tuple[str, ...], ...] = ()
     batch_axes: tuple[BatchAxis | None, ...] = ()
     layer_types: Mapping[str, tuple[LayerType, ...]] = field(default_factory=dict)
     unseen: Mapping[str, str] = field(default_factory=dict)
-    unreached: tuple[str, ...] = ()
+    unreached: Mapping[str, str] = field(default_factory=dict)
+    uncalled: frozenset[str] = frozenset()
     plain: frozenset[str] = frozenset()
     fed_by: Mapping[str, Source] = field(default_factory=dict)
     output_layer: str = ""
     spread: frozenset[str] = frozenset()
+    varying: frozenset[str] = frozenset()
 
     @property
     def spreadable(self) -> frozenset[str]:
@@ -62,6 +70,43 @@ class ModelTrace:
         """
         calls = zip(self.calls, self.batch_axes, strict=True)
         return frozenset(self.unseen).difference(*(names for names, axis in calls if axis))
+
+    def with_varying(self, varying: Collection[str]) -> ModelTrace:
+        """Gives the trace of a model some of whose layers are used by some batches only.
+
+        Args:
+            varying: Names of these layers.
+
+        Returns:
+            A trace in which their calls are not understood, nor those of layers that share one.
+        """
+        varying, known = set(varying), 0
+        while len(varying) != known:
+            known = len(varying)
+            varying.update(*(names for names in self.calls if not varying.isdisjoint(names)))
+        calls = [
+            (names, axis)
+            for names, axis in zip(self.calls, self.batch_axes, strict=True)
+            if varying.isdisjoint(names)
+        ]
+        return replace(
+            self,
+            calls=tuple(names for names, _ in calls),
+            batch_axes=tuple(axis for _, axis in calls),
+            layer_types={n: t for n, t in self.layer_types.items() if n not in varying},
+            unseen=dict(self.unseen) | dict.fromkeys(sorted(varying), _VARYING),
+            unreached={n: why for n, why in self.unreached.items() if n not in varying},
+            uncalled=self.uncalled - varying,
+            plain=self.plain - varying,
+            fed_by={
+                name: source
+                for name, source in self.fed_by.items()
+                if varying.isdisjoint((name, source.layer))
+            },
+            output_layer="" if self.output_layer in varying else self.output_layer,
+            spread=self.spread - varying,
+            varying=self.varying | varying,
+        )
 
 
 class ModelTracer:
@@ -122,7 +167,12 @@ class ModelTracer:
         """
         unseen, unreached = self._used_otherwise(logits)
         if unreached:
-            return ModelTrace(unseen=unseen, unreached=unreached)
+            called = {name for call, _ in self._calls for name in call.layer_names}
+            return ModelTrace(
+                unseen={name: why for name, why in unseen.items() if name not in unreached},
+                unreached=dict.fromkeys(unreached, _UNREACHED),
+                uncalled=frozenset(unreached) - called,
+            )
         batch_axes = self._find_batch_axes(logits)
         found: dict[str, list[LayerType]] = {}
         for (call, _), batch_axis in zip(self._calls, batch_axes, strict=True):

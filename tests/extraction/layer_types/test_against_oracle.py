@@ -1841,11 +1841,6 @@ REFUSED = {
         r"\b1\b",
     ),
     "reentrant checkpointing": (lambda: _three(_reentrant), r"\bbody\b"),
-    "detached": (
-        lambda: _three(lambda net, x: net.head(net.body(net.first(x).detach()))),
-        r"\bfirst\b",
-    ),
-    "unused": (lambda: _three(lambda net, x: net.head(net.first(x))), r"\bbody\b"),
     "overlapping": (_overlapping, r"first\.weight and body\.weight"),
     **{
         f"class weights of {type(loss).__name__}": (

@@ -92,8 +92,25 @@ def test_samples_that_mix_behind_a_layer_cannot_be_told_apart():
 def test_layers_that_the_logits_do_not_need_are_named_and_nothing_else():
     model = _Net(lambda n, x: (n.idle(x), n.out(x))[1], idle=nn.Linear(4, 2), out=nn.Linear(4, 3))
     trace = _trace(model, torch.randn(3, 4))
-    assert trace.unreached == ("idle",)
+    assert trace.unreached.keys() == {"idle"}
     assert trace.calls == ()
+    assert not trace.uncalled  # its output is not used
+    model = _Net(lambda n, x: n.out(x), idle=nn.Linear(4, 2), out=nn.Linear(4, 3))
+    assert _trace(model, torch.randn(3, 4)).uncalled == {"idle"}
+
+
+def test_what_varies_takes_along_what_shares_a_call_or_reads_it():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
+    trace = _trace(model, torch.randn(3, 4))
+    assert trace.fed_by.keys() == {"2", "4"}
+    varying = trace.with_varying({"0"})
+    assert varying.calls == (("2",), ("4",))
+    assert len(varying.batch_axes) == 2
+    assert varying.fed_by.keys() == {"4"}
+    assert varying.unseen["0"] == "only some batches use it"
+    assert "0" not in varying.layer_types.keys() | varying.plain
+    assert varying.output_layer == "4"
+    assert trace.with_varying({"4"}).output_layer == ""
 
 
 def test_the_graph_of_the_pass_goes_with_the_tracer():
