@@ -137,6 +137,7 @@ class ClientRun:
             loader, prepare = [batch], None
         elif isinstance(loader, Iterator):
             return  # which has its samples once
+        self.trace = None  # an earlier one knows nothing of what a training step has changed
         most = _REHEARSED_SAMPLES if indices is None else None
         rehearsed = self._run(trainer, pl_module, most, loader, prepare)
         update = self.update_of(pl_module, rehearsed)

@@ -23,6 +23,7 @@ def merge_buffers(
     """Merges buffers: BatchNorm's variances by the law of total variance, others by their average.
 
     Whole numbers (counters, indices) become what most clients agree on, else the largest of them.
+    Buffers that hold infinite values, as masks do, become the median.
 
     Args:
         updates: The updates of all clients, found to belong together.
@@ -49,6 +50,9 @@ def merge_buffers(
         first = values[0]
         if not first.is_floating_point():
             merged[name] = _merge_counts(values)
+            continue
+        if not all(value.isfinite().all() for value in values):  # a mask, with no average
+            merged[name] = torch.stack(values).sort(dim=0).values[(len(values) - 1) // 2]
             continue
         # In float64, where no difference of two numbers overflows.
         found = average(*capped([value.double() for value in values]))

@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from lightning_fedfisher._utils.unwrapping import unwrapped
 from lightning_fedfisher.batch_norms import RunningStatistics
 from lightning_fedfisher.curvature.base import Curvature
+from lightning_fedfisher.errors import UpdateError
 from lightning_fedfisher.layers import aliases
 from lightning_fedfisher.update.frozen import frozen_digests
 from lightning_fedfisher.update.header import UpdateHeader
+from lightning_fedfisher.update.safetensors_layout import DTYPES
 
 
 def collect_tensors(
@@ -34,6 +37,10 @@ def collect_tensors(
         The header with the model's shared and frozen parameters, and the tensors on the CPU by
         their names in the file: copies of trained parameters and persistent buffers, which the
         model may change, and the curvature, which never changes.
+
+    Raises:
+        UpdateError: If a tensor has a type that no update holds, or another name in the model's
+            state dict; all are named.
     """
     model = unwrapped(model)
     frozen = frozen_digests(model)
@@ -48,6 +55,8 @@ def collect_tensors(
         for name, tensor in model.named_parameters()
         if name not in frozen
     }
+    if offenders := _unsendable(model, named, persistent):
+        raise UpdateError("the update of this model", offenders)
     for name, tensor in model.named_buffers():
         if name in persistent:
             # In the type of the model, whose copy may have been more exact.
@@ -61,3 +70,28 @@ def collect_tensors(
         for part, tensor in block.tensors().items():
             tensors[f"curvature/{name}/{part}"] = tensor.detach().cpu().contiguous()
     return dataclasses.replace(header, aliases=shared, frozen=frozen), tensors
+
+
+def _unsendable(
+    model: nn.Module, parameters: Mapping[str, Tensor], persistent: Mapping[str, object]
+) -> list[str]:
+    """One line for each tensor that cannot be sent, or that a server could not load again."""
+    otherwise = (
+        "has another name in state_dict(), or none, so that what is merged could not be loaded: "
+        "leave state_dict() as it is, or"
+    )
+    names = [name.partition("/")[2] for name in parameters]
+    offenders = [f"{n} {otherwise} freeze it" for n in names if n not in persistent]
+    for path, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is None or name in module._non_persistent_buffers_set:
+                continue
+            full = f"{path}.{name}" if path else name
+            remedy = "register it with persistent=False and make it in __init__"
+            if full not in persistent:
+                offenders.append(f"{full} {otherwise} {remedy}")
+            elif buffer.layout != torch.strided or buffer.dtype not in DTYPES.values():
+                kind = str(buffer.dtype if buffer.layout == torch.strided else buffer.layout)
+                kind = kind.removeprefix("torch.")
+                offenders.append(f"{full} is {kind}, which no update holds: {remedy}")
+    return offenders

@@ -42,6 +42,8 @@ def find_problem(tensor: Tensor, role: StoredRole | None, definite: bool = True)
     Returns:
         The reason to refuse it; empty if there is none.
 
+    What nothing is known of may be infinite, as a mask is, but not NaN.
+
     Example:
         >>> find_problem(torch.tensor([1.0, -1.0]), "values")
         'holds negative values, down to -1.0e+00'
@@ -53,6 +55,8 @@ def find_problem(tensor: Tensor, role: StoredRole | None, definite: bool = True)
     if not tensor.numel():
         return ""
     lowest, highest = map(float, tensor.aminmax())  # in one pass; not a number if any is not
+    if role is None and math.isinf(max(-lowest, highest)):
+        lowest = highest = 0.0  # a mask, which is -inf where nothing is to be seen
     largest, rounding = max(-lowest, highest), max(_ROUNDING, torch.finfo(tensor.dtype).eps)
     if not math.isfinite(largest):
         return f"holds {int((~torch.isfinite(tensor)).sum())} values that are not finite"

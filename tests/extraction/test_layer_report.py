@@ -6,6 +6,7 @@ from lightning_fedfisher.extraction.layer_report import (
     LayerReport,
     block_kind,
     format_layer_reports,
+    too_large,
 )
 from lightning_fedfisher.extraction.layer_types.embedding import Embedding
 from lightning_fedfisher.extraction.layer_types.linear import Linear
@@ -47,3 +48,15 @@ def test_layers_alike_are_one_line_that_names_the_first_three():
         "kronecker (hooks): 4 layers, 24 weights: fc0, fc1, fc2, ...",
         "diagonal (torch.func; of a reason): 1 layer, 6 weights: fc0",
     ]
+
+
+def test_factors_that_are_too_large_are_not_made():
+    many = Layer("head", (("head.weight", (30_000, 8)), ("head.bias", (30_000,))))
+    wide = Layer("head", (("head.weight", (8, 30_000)),))
+    table = Layer("table", (("table.weight", (30_000, 8)),))
+    assert block_kind("kfac", [LINEAR], many) == block_kind("ekfac", [LINEAR], wide) == "diagonal"
+    assert block_kind("input_gram", [LINEAR], wide) == "identity"
+    assert block_kind("input_gram", [LINEAR], many) == "input_gram"  # which has none of the outputs
+    assert block_kind("kfac", [TABLE], table) == "embedding_kronecker"  # whose tokens have none
+    assert too_large("kfac", [LINEAR], many) == "a factor of 30000 rows would be too large"
+    assert too_large("dense", [LINEAR], many) == ""

@@ -32,3 +32,33 @@ def test_saturated_logits_have_a_finite_nll():
 def test_labels_that_are_no_probability(label):
     with pytest.raises(ValueError, match=r"lie in \[0, 1\]"):
         Bernoulli.nll(torch.zeros(2, 1), torch.full((2, 1), label))
+
+
+def test_what_is_not_observed_has_no_part_in_anything():
+    logits = torch.tensor([[0.3, -2.0], [4.0, 0.5], [1.0, 1.0]], dtype=torch.float64)
+    labels = torch.tensor([[1.0, torch.nan], [-100.0, 0.0], [torch.nan, -100.0]]).double()
+    seen = torch.tensor([[True, False], [False, True], [False, False]])
+    full = Bernoulli(logits, torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 0.0]]))
+    found = Bernoulli(logits, labels)
+    expected = full.residual().where(seen, 0.0)
+    torch.testing.assert_close(found.residual(), expected, rtol=0, atol=0)
+    torch.testing.assert_close(found.parts(), full.parts().where(seen, 0.0), rtol=0, atol=0)
+    assert torch.equal(found.unit_residual(), seen.double())
+    assert not found.drawn_residual(torch.full((3, 2), 0.3).double())[~seen].any()
+    nll = Bernoulli.nll(logits, labels)
+    assert nll[0] == -F.logsigmoid(logits[0, 0])
+    assert nll[2] == 0
+    assert Bernoulli.accuracy(logits, labels)[:2].tolist() == [1.0, 0.0]
+    assert Bernoulli.accuracy(logits, labels)[2].isnan()
+
+
+def test_one_logit_and_labels_without_its_dimension():
+    logits, labels = torch.tensor([[0.3], [-2.0], [1.0]]), torch.tensor([1, 0, 0])
+    for given in (labels, labels[:, None], labels.float()):
+        torch.testing.assert_close(
+            Bernoulli(logits, given).residual(),
+            Bernoulli(logits, labels[:, None].double()).residual(),
+        )
+    assert Bernoulli.nll(logits[:, 0], labels[:, None]).shape == (3,)
+    with pytest.raises(ValueError, match="forward="):
+        Bernoulli.nll(torch.zeros(3, 2), labels)

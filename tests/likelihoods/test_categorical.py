@@ -64,3 +64,41 @@ def test_least_squares_regresses_on_ones_and_zeros():
     assert found[1].tolist() == [[0, 0, 1], [0, 1, 0]]
     with pytest.raises(ValueError, match="labels must"):
         Categorical.regressands(torch.randn(2, 3), torch.tensor([0, 3]))
+
+
+def test_a_class_that_cannot_be_is_one_of_very_small_probability():
+    logits, labels = _batch()
+    masked, small = logits.clone(), logits.clone()
+    masked[:, 1], small[:, 1] = -torch.inf, -1e9
+    labels[labels == 1] = 0
+    Categorical.check_logits(masked)
+    draws = torch.rand(4, 5, dtype=torch.float64)
+    found, expected = Categorical(masked, labels), Categorical(small, labels)
+    for method in ("residual", "unit_residual", "parts"):
+        torch.testing.assert_close(getattr(found, method)(), getattr(expected, method)())
+    torch.testing.assert_close(found.drawn_residual(draws), expected.drawn_residual(draws))
+    torch.testing.assert_close(Categorical.nll(masked, labels), Categorical.nll(small, labels))
+
+
+def test_where_one_class_alone_can_be_nothing_is_left_to_learn():
+    logits = torch.tensor([[2.0, -torch.inf, -torch.inf]])
+    found = Categorical(logits, torch.tensor([0]))
+    assert not found.unit_residual().any()
+    assert not found.residual().any()
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_logits_that_are_no_logits(value):
+    logits = torch.zeros(2, 3)
+    logits[1, 1] = value
+    with pytest.raises(ValueError, match="not finite"):
+        Categorical.check_logits(logits)
+    with pytest.raises(ValueError, match="not finite"):
+        Categorical.check_logits(torch.full((2, 3), -torch.inf))
+
+
+def test_what_is_not_the_form_of_labels_is_told_the_way_out():
+    with pytest.raises(ValueError, match=r"forward=.*dataloader="):
+        Categorical.nll(torch.zeros(2, 3), torch.zeros(2, 3))
+    with pytest.raises(ValueError, match=r"ignore_index=.*-100"):
+        Categorical.nll(torch.zeros(2, 3), torch.tensor([0, 255]))

@@ -242,3 +242,29 @@ def test_one_buffer_of_all_clients_is_in_memory_at_a_time(tmp_path, monkeypatch)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in merged.items())
     assert merged.keys() == expected.keys()
     assert max(most) <= 2 * len(updates)  # a variance and its mean
+
+
+def test_masks_that_are_infinite_are_passed_on_and_no_single_client_decides_them():
+    class Masked(nn.Module):
+        def __init__(self, mask):
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+            self.register_buffer("mask", mask)
+
+    causal = nn.Transformer.generate_square_subsequent_mask(3)
+    updates = []
+    for mask in (causal, causal, torch.zeros(3, 3)):
+        model = Masked(mask)
+        layers = find_layers(model)
+        header = UpdateHeader(
+            5,
+            "identity",
+            "",
+            "categorical",
+            0,
+            layers,
+            {layer.name: "identity" for layer in layers},
+        )
+        blocks = {layer.name: Identity(layer.shape) for layer in layers}
+        updates.append(ClientUpdate.from_model(model, header, blocks))
+    assert torch.equal(merge_buffers(updates)["mask"], causal)

@@ -1,11 +1,12 @@
 """What of a model is sent: values, whatever memory they lie in, and nothing twice."""
 
+import pytest
 import torch
 from helpers.small_updates import header_of, linear
 from helpers.update_files import content, make_header, make_update, read
 from torch import nn
 
-from lightning_fedfisher import ClientUpdate
+from lightning_fedfisher import ClientUpdate, UpdateError
 from lightning_fedfisher.curvature.base import Identity
 from lightning_fedfisher.curvature.diagonal import Diagonal
 from lightning_fedfisher.layers import find_layers
@@ -23,6 +24,49 @@ def test_batch_norm_counters_travel_and_non_persistent_buffers_stay():
     assert update.buffers["norm.num_batches_tracked"].dtype == torch.int64
     assert update.buffers["norm.num_batches_tracked"] == 1
     assert "constant" in dict(model.named_buffers())
+
+
+@pytest.mark.parametrize(
+    ("buffer", "kind"),
+    [
+        (torch.eye(2).to_sparse(), "sparse_coo"),
+        (torch.ones(2, dtype=torch.complex64), "complex64"),
+        (torch.ones(2, dtype=torch.uint16), "uint16"),
+        (torch.ones(2).to(torch.float8_e4m3fn), "float8_e4m3fn"),
+    ],
+)
+def test_buffers_that_no_update_holds_are_named(buffer, kind):
+    model = nn.ModuleDict({"net": nn.Linear(2, 2)})
+    model["net"].register_buffer("odd", buffer)
+    model["net"].register_buffer("constant", buffer, persistent=False)
+    with pytest.raises(UpdateError, match=rf"net\.odd is {kind}.*persistent=False") as caught:
+        collect_tensors(model, header_of(model), {})
+    assert len(caught.value.offenders) == 1
+
+
+def test_what_state_dict_names_otherwise_is_refused_by_name():
+    class Renaming(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(2, 2)
+            self.register_buffer("scale", torch.ones(2))
+
+        def state_dict(self, *args, **kwargs):
+            state = super().state_dict(*args, **kwargs)
+            return {f"other.{name}": tensor for name, tensor in state.items()}
+
+    model = Renaming()
+    with pytest.raises(UpdateError) as caught:
+        collect_tensors(model, header_of(model), {})
+    told = "\n".join(caught.value.offenders)
+    assert all(f"{n} has another name" in told for n in ("inner.weight", "inner.bias", "scale"))
+
+
+def test_a_compiled_part_is_sent_under_its_own_names():
+    plain = nn.ModuleDict({"net": nn.Linear(2, 2)})
+    model = nn.ModuleDict({"net": torch.compile(plain["net"], backend="eager")})
+    _, sent = collect_tensors(model, header_of(plain), {})
+    assert sent.keys() == {"parameters/net.weight", "parameters/net.bias"}
 
 
 def test_update_does_not_alias_the_model():

@@ -127,6 +127,8 @@ class OutputGradients:
         self._require_same_calls()
         self._samples, self._directions = len(logits), len(directions)
         leaves = list({id(leaf): leaf for _, leaf in edges_to_leaves(logits)}.values())
+        if self._expected and not leaves:  # detached since the trace
+            raise DifferentCallsError(_DIFFERENT)
         for index, direction in enumerate(directions if leaves else ()):
             # Only the hooks that run on the way matter, and not the result.
             torch.autograd.grad(
