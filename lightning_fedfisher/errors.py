@@ -16,7 +16,7 @@ class FedFisherError(ValueError):
 
     Attributes:
         offenders: One line for each thing that is refused, with the reason and, where there is one,
-            a remedy.
+            a remedy. What a terminal would act on is escaped.
 
     Example:
         >>> try:
@@ -26,6 +26,8 @@ class FedFisherError(ValueError):
         2
     """
 
+    _kept = "\n"  # the lines of what is quoted are ours
+
     def __init__(self, heading: str, offenders: Sequence[str]) -> None:
         """Writes one message of all reasons.
 
@@ -33,8 +35,9 @@ class FedFisherError(ValueError):
             heading: First line of the message, which says what is refused.
             offenders: One line for each reason.
         """
-        self.offenders = tuple(offenders)
-        super().__init__("\n".join([heading, *(f"  - {offender}" for offender in offenders)]))
+        heading, *escaped = (_escaped(text, self._kept) for text in (heading, *offenders))
+        self.offenders = tuple(escaped)
+        super().__init__("\n".join([heading, *(f"  - {offender}" for offender in escaped)]))
 
     @override
     def __reduce__(self) -> tuple[Any, ...]:
@@ -72,6 +75,8 @@ class UpdateError(FedFisherError):
         >>> error.source, error.offenders
         ('client.safetensors', ('parameters/weight is missing',))
     """
+
+    _kept = ""  # the names in an update may break lines
 
     def __init__(self, source: str, offenders: Sequence[str]) -> None:
         """Lists every tensor or field refused.
@@ -118,3 +123,11 @@ class BudgetError(FedFisherError):
             reason: How large it is and how large it may be, with the remedy.
         """
         super().__init__(reason, ())
+
+
+def _escaped(text: str, kept: str) -> str:
+    """As `_utils.text.terminal_text`, which this room may not import, but for some characters."""
+    safe = (
+        c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text
+    )
+    return "".join(safe)

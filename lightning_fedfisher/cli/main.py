@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             return run(flags[flags.command])
         except (OSError, ValueError) as error:
-            complain(f"error: {error}")
+            complain(f"error: {error}", of_any_rank=True)
             return REFUSED
 
 

@@ -9,6 +9,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_fedfisher._utils.text import terminal_text
 from lightning_fedfisher.merge.influence_cap import MEASURES
 from lightning_fedfisher.merge.layer_state import LayerState
 from lightning_fedfisher.tracking import logged_keys as keys
@@ -122,7 +123,8 @@ def log_merged_model(
         try:
             run.use_artifact(f"{update_artifact_name(update)}:latest")
         except (wandb.errors.CommError, ValueError) as error:
-            rank_zero_warn(f"W&B does not have the update {update.source}: {error}")
+            told = f"W&B does not have the update {update.source}: {error}"
+            rank_zero_warn(terminal_text(told))
     artifact = wandb.Artifact("merged-model", "model")
     artifact.add_file(str(path))
     run.log_artifact(artifact)

@@ -88,7 +88,7 @@ def test_clients_that_fail_leave_no_folder(error, offloaded):
 
 def test_a_temporary_folder_that_cannot_be_made_is_told(offloaded):
     offloaded.rmdir()
-    with pytest.raises(OSError, match="cannot be offloaded to a temporary folder: .*TMPDIR"):
+    with pytest.raises(OSError, match=r"offloaded to a temporary folder: .*TMPDIR"):
         OnDiskTensors([{"a": torch.ones(1)}], CPU)
 
 
