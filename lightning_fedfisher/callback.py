@@ -13,13 +13,13 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_fedfisher.curvature.registry import CurvatureType
 from lightning_fedfisher.curvature.summary import CurvatureSummary, summarize_curvature
+from lightning_fedfisher.distributed.lightning_packages import is_lightnings
 from lightning_fedfisher.distributed.lightning_strategies import require_whole_model, sum_over_ranks
 from lightning_fedfisher.distributed.processes import Shard
 from lightning_fedfisher.extraction.batches import Forward
@@ -184,7 +184,8 @@ class FedFisherCallback(Callback):
             raise ValueError(f"output={self._output} is a folder: name a file in it")
         callbacks = _callbacks(trainer)
         later = callbacks[callbacks.index(self) + 1 :]
-        averaging = [c for c in later if isinstance(c, WeightAveraging | StochasticWeightAveraging)]
+        names = ("WeightAveraging", "StochasticWeightAveraging")
+        averaging = [c for c in later if is_lightnings(c, *names)]
         if averaging:
             rank_zero_warn(
                 f"FedFisherCallback stands before {type(averaging[0]).__name__} and would extract "

@@ -12,8 +12,13 @@ from helpers.federation import (
     tiny_loader,
     tiny_model,
 )
+from helpers.twins import twin_of
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.loggers import CSVLogger, Logger
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -246,7 +251,15 @@ def test_two_callbacks_write_two_files_and_never_the_same(tmp_path):
         fit(tmp_path, FedFisherCallback(), FedFisherCallback(curvature="diagonal"))
 
 
-@pytest.mark.parametrize("averaging", [EMAWeightAveraging(), StochasticWeightAveraging(0.1)])
+@pytest.mark.parametrize(
+    "averaging",
+    [
+        EMAWeightAveraging(),
+        StochasticWeightAveraging(0.1),
+        twin_of(EMAWeightAveraging, twin_of(WeightAveraging, Callback))(),
+        twin_of(StochasticWeightAveraging, Callback)(),
+    ],
+)
 def test_warns_before_a_weight_averaging_callback(tmp_path, averaging):
     with pytest.warns(UserWarning, match="place it after"):
         fit(tmp_path, FedFisherCallback(), averaging)
@@ -382,10 +395,11 @@ def test_sharding_strategies_are_refused():
     from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
     for strategy in (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy):
-        trainer = FakeTrainer()
-        trainer.strategy = object.__new__(strategy)
-        with pytest.raises(ValueError, match="shards"):
-            FedFisherCallback().setup(trainer, tiny_model(), "fit")
+        for kind in (strategy, twin_of(strategy)):
+            trainer = FakeTrainer()
+            trainer.strategy = object.__new__(kind)
+            with pytest.raises(ValueError, match="shards"):
+                FedFisherCallback().setup(trainer, tiny_model(), "fit")
 
 
 def test_a_client_of_one_class_has_curvature(tmp_path):

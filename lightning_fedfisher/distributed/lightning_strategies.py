@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import (
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
-    Strategy,
-)
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor
+
+from lightning_fedfisher.distributed.lightning_packages import is_lightnings
+
+_SHARDING = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 
 
 def require_whole_model(trainer: Trainer, who: str) -> None:
@@ -23,13 +20,12 @@ def require_whole_model(trainer: Trainer, who: str) -> None:
     Raises:
         ValueError: If the strategy shards weights over processes, or spawns or forks them.
     """
-    sharding: tuple[type[Strategy], ...] = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
-    if isinstance(trainer.strategy, sharding):
+    if is_lightnings(trainer.strategy, *_SHARDING):
         raise ValueError(
             f"{who} needs the whole model in every process, and {type(trainer.strategy).__name__} "
             'shards it: use strategy="ddp" or a single device'
         )
-    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+    if is_lightnings(trainer.strategy.launcher, "_MultiProcessingLauncher"):
         raise ValueError(
             f"{who} leaves its result in the processes that made it, which spawned or forked ones "
             'take with them: use strategy="ddp" or a single device'

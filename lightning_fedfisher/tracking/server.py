@@ -13,7 +13,7 @@ from lightning_fedfisher._utils.text import terminal_text
 from lightning_fedfisher.merge.influence_cap import MEASURES
 from lightning_fedfisher.merge.layer_state import LayerState
 from lightning_fedfisher.tracking import logged_keys as keys
-from lightning_fedfisher.tracking.wandb_logger import may_upload, update_artifact_name
+from lightning_fedfisher.tracking.wandb_logger import is_wandb, may_upload, update_artifact_name
 from lightning_fedfisher.update.client_update import ClientUpdate
 
 
@@ -24,7 +24,7 @@ def define_merge_axes(loggers: Iterable[Logger]) -> None:
         loggers: The loggers of the server's Trainer, on rank 0, before its fit.
     """
     for logger in loggers:
-        if isinstance(logger, WandbLogger):
+        if is_wandb(logger):
             start = f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}" if logger._prefix else ""
             axis = f"{start}{keys.ITERATIONS}"
             for name in (keys.RESIDUAL, keys.OBJECTIVE):
@@ -81,7 +81,7 @@ def log_merge(
     }
     for logger in loggers:
         logger.log_metrics(scalars, step=step)
-        if isinstance(logger, WandbLogger):
+        if is_wandb(logger):
             titles = ["layer", "client", "distance to the merge"]
             titles += [f"{measure}, times the median client's" for measure in MEASURES]
             rows = [
