@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
 from typing_extensions import override
 
 from lightning_fedfisher.curvature.registry import CurvatureType
@@ -22,7 +23,6 @@ from lightning_fedfisher.curvature.summary import CurvatureSummary, summarize_cu
 from lightning_fedfisher.distributed.lightning_packages import is_lightnings
 from lightning_fedfisher.distributed.lightning_strategies import require_whole_model, sum_over_ranks
 from lightning_fedfisher.distributed.processes import Shard
-from lightning_fedfisher.extraction.batches import Forward
 from lightning_fedfisher.extraction.closed_form_head import extract_closed_form_head
 from lightning_fedfisher.extraction.extract import extract_curvature
 from lightning_fedfisher.extraction.fisher_types import FisherType
@@ -77,7 +77,8 @@ class FedFisherCallback(Callback):
         batch_size: int | None = ExtractionOptions.batch_size,
         dataloader: Iterable[Any] | None = None,
         num_samples: int | None = None,
-        forward: Forward | None = ExtractionOptions.forward,
+        # As `Forward`, but that LightningCLI would want to see Tensor in a function's annotation.
+        forward: Callable[[nn.Module, Any], Any] | None = ExtractionOptions.forward,
         draws: int = ExtractionOptions.draws,
         positions: Positions = ExtractionOptions.positions,
         seed: int = ExtractionOptions.seed,
