@@ -18,10 +18,15 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
+from lightning_fedfisher._utils.files import require_writable
 from lightning_fedfisher.curvature.registry import CurvatureType
 from lightning_fedfisher.curvature.summary import CurvatureSummary, summarize_curvature
 from lightning_fedfisher.distributed.lightning_packages import is_lightnings
-from lightning_fedfisher.distributed.lightning_strategies import require_whole_model, sum_over_ranks
+from lightning_fedfisher.distributed.lightning_strategies import (
+    on_rank_zero,
+    require_whole_model,
+    sum_over_ranks,
+)
 from lightning_fedfisher.distributed.processes import Shard
 from lightning_fedfisher.extraction.closed_form_head import extract_closed_form_head
 from lightning_fedfisher.extraction.extract import extract_curvature
@@ -35,6 +40,7 @@ from lightning_fedfisher.layers import find_layers
 from lightning_fedfisher.tracking import logged_keys as keys
 from lightning_fedfisher.tracking.client import log_update, progress_log, warn_of_used_runs
 from lightning_fedfisher.update.client_update import ClientUpdate
+from lightning_fedfisher.update.output_path import path_beside_others
 
 # Two at least, so that a sample whose logits depend on another is noticed.
 _REHEARSED_SAMPLES = 2
@@ -90,7 +96,8 @@ class FedFisherCallback(Callback):
         """Checks and keeps the options.
 
         Args:
-            output: File to write; None puts it under the trainer's log directory.
+            output: File to write; None puts it under the trainer's log directory, under a numbered
+                name with a warning if another update is there.
             curvature: Kind of curvature; ``"identity"`` sends the weights alone. For this and the
                 options not explained here, see `ExtractionOptions`.
             fisher: Fisher type.
@@ -202,6 +209,7 @@ class FedFisherCallback(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Refused before the hours of training rather than after them.
+        self._require_writable(trainer)
         loader = self._loader(trainer)
         shard = Shard(trainer.global_rank, trainer.world_size)
         counted = partition_samples(loader, shard=shard).population is not None
@@ -229,7 +237,8 @@ class FedFisherCallback(Callback):
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._sends_at(trainer.state.fn):
-            self._loader(trainer)  # refused before the validation rather than after it
+            self._require_writable(trainer)  # before the validation rather than after it
+            self._loader(trainer)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -239,6 +248,7 @@ class FedFisherCallback(Callback):
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._sends_at(trainer.state.fn):
+            self._require_writable(trainer)
             self._loader(trainer)
 
     @override
@@ -331,13 +341,22 @@ class FedFisherCallback(Callback):
         return ClientUpdate.from_model(model, header, extracted.blocks, extracted.statistics)
 
     def _write(self, trainer: Trainer, update: ClientUpdate) -> None:
+        path = self._path(trainer)
+
+        def save() -> Path:
+            return update.save(path if self._output else path_beside_others(path, update))
+
+        self.path = on_rank_zero(trainer, save)
+        rank_zero_info(f"FedFisherCallback wrote {self.path}")
+
+    def _path(self, trainer: Trainer) -> Path:
         # Asked on every rank: the log directory is broadcast.
         folder = trainer.log_dir or trainer.default_root_dir
-        self.path = self._output or Path(folder) / "fedfisher" / "update.safetensors"
-        if trainer.is_global_zero:
-            update.save(self.path)
-        trainer.strategy.barrier("FedFisherCallback.write")
-        rank_zero_info(f"FedFisherCallback wrote {self.path}")
+        return self._output or Path(folder) / "fedfisher" / "update.safetensors"
+
+    def _require_writable(self, trainer: Trainer) -> None:
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            on_rank_zero(trainer, partial(require_writable, self._path(trainer)))
 
     def _describe(self, trainer: Trainer, extracted: ExtractedCurvature) -> list[CurvatureSummary]:
         """Describes the curvature of each layer, for the loggers."""

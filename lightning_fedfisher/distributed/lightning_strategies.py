@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar, cast
+
 from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_fedfisher.distributed.lightning_packages import is_lightnings
+
+_T = TypeVar("_T")
 
 _SHARDING = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 
@@ -30,6 +35,31 @@ def require_whole_model(trainer: Trainer, who: str) -> None:
             f"{who} leaves its result in the processes that made it, which spawned or forked ones "
             'take with them: use strategy="ddp" or a single device'
         )
+
+
+def on_rank_zero(trainer: Trainer, work: Callable[[], _T]) -> _T:
+    """Does something on rank 0 alone, and tells all processes what came of it.
+
+    Args:
+        trainer: The running trainer. Every process must call this.
+        work: What to do there.
+
+    Returns:
+        What it returned, on every process.
+
+    Raises:
+        Exception: What it raised, on every process, so that none waits for rank 0 in vain.
+    """
+    done: tuple[_T | None, Exception | None] = None, None
+    if trainer.is_global_zero:
+        try:
+            done = work(), None
+        except Exception as error:
+            done = None, error
+    found, refused = trainer.strategy.broadcast(done)
+    if refused is not None:
+        raise refused
+    return cast(_T, found)
 
 
 def sum_over_ranks(trainer: Trainer, tensor: Tensor) -> Tensor:

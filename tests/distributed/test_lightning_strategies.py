@@ -1,5 +1,6 @@
 """What the shells ask of a Lightning strategy."""
 
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStr
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _XLALauncher
 
 from lightning_fedfisher.distributed.lightning_strategies import (
+    on_rank_zero,
     require_whole_model,
     sum_over_ranks,
 )
@@ -46,3 +48,26 @@ def test_processes_that_take_the_result_with_them_are_refused_in_both_packages()
 def test_whole_models_are_taken_in_both_packages():
     for strategy in (DDPStrategy, twin_of(DDPStrategy)):
         require_whole_model(_trainer(strategy), "Who")
+
+
+def test_what_rank_zero_does_all_ranks_learn():
+    def refuse():
+        raise OSError("full")
+
+    sent = []
+    for work, told in ((lambda: 7, 7), (refuse, "full")):
+        for zero in (True, False):
+
+            def broadcast(done, zero=zero):
+                sent.append(pickle.dumps(done))
+                return pickle.loads(sent[-1] if zero else sent[-2])
+
+            trainer = SimpleNamespace(
+                is_global_zero=zero, strategy=SimpleNamespace(broadcast=broadcast)
+            )
+            here = work if zero else pytest.fail
+            if told == 7:
+                assert on_rank_zero(trainer, here) == 7
+            else:
+                with pytest.raises(OSError, match=told):
+                    on_rank_zero(trainer, here)
