@@ -21,6 +21,7 @@ from typing_extensions import override
 from lightning_fedfisher._utils.files import require_writable
 from lightning_fedfisher.curvature.registry import CurvatureType
 from lightning_fedfisher.curvature.summary import CurvatureSummary, summarize_curvature
+from lightning_fedfisher.distributed.failures import shared_failures
 from lightning_fedfisher.distributed.lightning_packages import is_lightnings
 from lightning_fedfisher.distributed.lightning_strategies import (
     on_rank_zero,
@@ -325,15 +326,16 @@ class FedFisherCallback(Callback):
             if self._fits_head
             else partial(extract_curvature, trace=self._trace)
         )
-        return extract(
-            pl_module,
-            self._loader(trainer),
-            options=options,
-            prepare=trainer.strategy.batch_to_device,
-            shard=Shard(trainer.global_rank, trainer.world_size, partial(sum_over_ranks, trainer)),
-            progress=trainer.progress_bar_callback is not None,
-            on_progress=on_progress,
-        )
+        with shared_failures(partial(sum_over_ranks, trainer)) as total:
+            return extract(
+                pl_module,
+                self._loader(trainer),
+                options=options,
+                prepare=trainer.strategy.batch_to_device,
+                shard=Shard(trainer.global_rank, trainer.world_size, total),
+                progress=trainer.progress_bar_callback is not None,
+                on_progress=on_progress,
+            )
 
     def _update_of(self, pl_module: LightningModule, extracted: ExtractedCurvature) -> ClientUpdate:
         header = extracted.header(self._num_samples, self._metadata)
