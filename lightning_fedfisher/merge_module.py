@@ -247,7 +247,8 @@ class FisherMergeModule(LightningModule):
             except Exception as error:  # told where the ranks meet, or the others would wait
                 self._failed = error
         if batch_idx + 1 == self._turns:
-            raise_together(self._failed)
+            failed, self._failed = self._failed, None
+            raise_together(failed)
             optimizer = self.optimizers()
             assert not isinstance(optimizer, list)
             optimizer.step(self._finish_epoch)

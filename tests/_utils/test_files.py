@@ -1,5 +1,6 @@
 import errno
 import os
+import resource
 import stat
 from contextlib import nullcontext
 from glob import glob
@@ -229,3 +230,31 @@ def test_a_disk_that_tells_late_that_it_is_full_is_heard(number, told, tmp_path,
     ):
         partial.write_text("whole")
     assert _content(tmp_path) == ({} if told else {"a": "whole"})
+
+
+@pytest.fixture
+def little_room():
+    """No file may grow beyond 20,000 bytes: the system itself refuses to write on."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.usefixtures("little_room")
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: save_file({"a": torch.ones(100_000)}, path),
+        lambda path: path.write_text("whole" * 100_000),
+    ],
+)
+def test_a_file_that_the_system_does_not_take_is_told(write, tmp_path):
+    def fill():
+        with atomic_write(tmp_path / "a") as partial:
+            write(partial)
+
+    with pytest.raises(OSError, match="/a cannot be written: File too large: name a file") as told:
+        fill()
+    assert told.value.errno == errno.EFBIG
+    assert _content(tmp_path) == {}
