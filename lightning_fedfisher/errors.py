@@ -35,9 +35,16 @@ class FedFisherError(ValueError):
             heading: First line of the message, which says what is refused.
             offenders: One line for each reason.
         """
-        heading, *escaped = (_escaped(text, self._kept) for text in (heading, *offenders))
-        self.offenders = tuple(escaped)
-        super().__init__("\n".join([heading, *(f"  - {offender}" for offender in escaped)]))
+        self.offenders = tuple(map(self._escaped, offenders))
+        lines = [self._escaped(heading), *(f"  - {offender}" for offender in self.offenders)]
+        super().__init__("\n".join(lines))
+
+    def _escaped(self, text: str) -> str:
+        """As `_utils.text.terminal_text`, which this room may not import, but for what is kept."""
+        return "".join(
+            c if c.isprintable() or c in self._kept else c.encode("unicode_escape").decode()
+            for c in text
+        )
 
     @override
     def __reduce__(self) -> tuple[Any, ...]:
@@ -123,11 +130,3 @@ class BudgetError(FedFisherError):
             reason: How large it is and how large it may be, with the remedy.
         """
         super().__init__(reason, ())
-
-
-def _escaped(text: str, kept: str) -> str:
-    """As `_utils.text.terminal_text`, which this room may not import, but for some characters."""
-    safe = (
-        c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text
-    )
-    return "".join(safe)
