@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from numbers import Integral
@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
@@ -22,8 +21,8 @@ from typing_extensions import override
 from lightning_fedfisher.client_run import ClientRun
 from lightning_fedfisher.curvature.registry import CurvatureType
 from lightning_fedfisher.curvature.summary import CurvatureSummary, summarize_curvature
-from lightning_fedfisher.distributed.lightning_strategies import require_whole_model
-from lightning_fedfisher.extraction.batches import Forward
+from lightning_fedfisher.distributed.lightning_packages import is_lightnings
+from lightning_fedfisher.distributed.lightning_strategies import on_rank_zero, require_whole_model
 from lightning_fedfisher.extraction.fisher_types import FisherType
 from lightning_fedfisher.extraction.options import ExtractionOptions
 from lightning_fedfisher.extraction.positions import Positions
@@ -32,6 +31,7 @@ from lightning_fedfisher.extraction.sampling import MaxSamples, most_samples, pa
 from lightning_fedfisher.tracking import logged_keys as keys
 from lightning_fedfisher.tracking.client import log_update, progress_log, warn_of_used_runs
 from lightning_fedfisher.update.client_update import ClientUpdate
+from lightning_fedfisher.update.output_path import path_beside_others
 
 # Two at least, so that a sample whose logits depend on another is noticed.
 _REHEARSED_SAMPLES = 2
@@ -74,7 +74,8 @@ class FedFisherCallback(Callback):
         batch_size: int | None = ExtractionOptions.batch_size,
         dataloader: Iterable[Any] | None = None,
         num_samples: int | None = None,
-        forward: Forward | None = ExtractionOptions.forward,
+        # As `Forward`, but that LightningCLI would want to see Tensor in a function's annotation.
+        forward: Callable[[nn.Module, Any], Any] | None = ExtractionOptions.forward,
         ignore_index: float | None = ExtractionOptions.ignore_index,
         draws: int = ExtractionOptions.draws,
         positions: Positions = ExtractionOptions.positions,
@@ -87,7 +88,8 @@ class FedFisherCallback(Callback):
         """Checks and keeps the options.
 
         Args:
-            output: File to write; None puts it under the trainer's log directory.
+            output: File to write; None puts it under the trainer's log directory, under a numbered
+                name with a warning if another update is there.
             curvature: Kind of curvature; ``"identity"`` sends the weights alone. For this and the
                 options not explained here, see `ExtractionOptions`.
             fisher: Fisher type.
@@ -189,7 +191,8 @@ class FedFisherCallback(Callback):
             raise ValueError(f"output={self._client.output} is a folder: name a file in it")
         callbacks = _callbacks(trainer)
         later = callbacks[callbacks.index(self) + 1 :]
-        averaging = [c for c in later if isinstance(c, WeightAveraging | StochasticWeightAveraging)]
+        names = ("WeightAveraging", "StochasticWeightAveraging")
+        averaging = [c for c in later if is_lightnings(c, *names)]
         if averaging:
             rank_zero_warn(
                 f"FedFisherCallback stands before {type(averaging[0]).__name__} and would extract "
@@ -237,7 +240,8 @@ class FedFisherCallback(Callback):
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._sends_at(trainer.state.fn):
-            self._client.loader(trainer)  # refused before the validation rather than after it
+            self._client.require_writable(trainer)  # before the validation rather than after it
+            self._client.loader(trainer)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -247,6 +251,7 @@ class FedFisherCallback(Callback):
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._sends_at(trainer.state.fn):
+            self._client.require_writable(trainer)
             self._client.loader(trainer)
 
     @override
@@ -295,10 +300,12 @@ class FedFisherCallback(Callback):
             )
 
     def _write(self, trainer: Trainer, update: ClientUpdate) -> None:
-        self.path = self._client.path(trainer)
-        if trainer.is_global_zero:
-            update.save(self.path)
-        trainer.strategy.barrier("FedFisherCallback.write")
+        path = self._client.path(trainer)
+
+        def save() -> Path:
+            return update.save(path if self._client.output else path_beside_others(path, update))
+
+        self.path = on_rank_zero(trainer, save)
         rank_zero_info(f"FedFisherCallback wrote {self.path}")
 
     def _describe(self, trainer: Trainer, extracted: ExtractedCurvature) -> list[CurvatureSummary]:

@@ -19,9 +19,11 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.utils.data import DataLoader
 
+from lightning_fedfisher._utils.files import require_writable
 from lightning_fedfisher._utils.unwrapping import unwrapped
+from lightning_fedfisher.distributed.failures import shared_failures
 from lightning_fedfisher.distributed.lightning_batches import as_in_training, without_hooks
-from lightning_fedfisher.distributed.lightning_strategies import sum_over_ranks
+from lightning_fedfisher.distributed.lightning_strategies import on_rank_zero, sum_over_ranks
 from lightning_fedfisher.distributed.processes import Shard
 from lightning_fedfisher.extraction.closed_form_head import extract_closed_form_head
 from lightning_fedfisher.extraction.extract import extract_curvature
@@ -78,6 +80,7 @@ class ClientRun:
         Raises:
             ValueError: If samples, model, labels or output are not fit for use.
         """
+        self.require_writable(trainer)
         shard = Shard(trainer.global_rank, trainer.world_size)
         counted = partition_samples(self.loader(trainer), shard=shard).population is not None
         bounded = self.options.max_samples is not None or self.options.curvature == "identity"
@@ -147,8 +150,8 @@ class ClientRun:
         if self.upload_budget is not None:
             update.require_room(self.upload_budget)
         path = self.path(trainer)
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            rehearse_writing(update, path)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            on_rank_zero(trainer, partial(rehearse_writing, update, path))
         rank_zero_info(f"FedFisherCallback will extract\n{rehearsed.report}")
 
     def extract(
@@ -239,15 +242,16 @@ class ClientRun:
             if self.closed_form_head
             else partial(extract_curvature, trace=self.trace)
         )
-        return extract(
-            module,
-            loader,
-            options=options,
-            prepare=prepare,
-            shard=Shard(trainer.global_rank, trainer.world_size, partial(sum_over_ranks, trainer)),
-            progress=trainer.progress_bar_callback is not None,
-            on_progress=on_progress,
-        )
+        with shared_failures(partial(sum_over_ranks, trainer)) as total:
+            return extract(
+                module,
+                loader,
+                options=options,
+                prepare=prepare,
+                shard=Shard(trainer.global_rank, trainer.world_size, total),
+                progress=trainer.progress_bar_callback is not None,
+                on_progress=on_progress,
+            )
 
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> Callable[[Any], Any]:
         """What happens to a batch before the module sees it; hooks are for training batches."""
@@ -279,3 +283,15 @@ class ClientRun:
         """
         folder = trainer.log_dir or trainer.default_root_dir
         return self.output or Path(folder) / "fedfisher" / "update.safetensors"
+
+    def require_writable(self, trainer: Trainer) -> None:
+        """Refuses an output that cannot be written, on every rank.
+
+        Args:
+            trainer: The running Trainer.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            on_rank_zero(trainer, partial(require_writable, self.path(trainer)))

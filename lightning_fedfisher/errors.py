@@ -19,7 +19,7 @@ class FedFisherError(ValueError):
 
     Attributes:
         offenders: One line for each thing that is refused, with the reason and, where there is one,
-            a remedy.
+            a remedy. What a terminal would act on is escaped.
 
     Example:
         >>> try:
@@ -29,6 +29,8 @@ class FedFisherError(ValueError):
         2
     """
 
+    _kept = "\n"  # the lines of what is quoted are ours
+
     def __init__(self, heading: str, offenders: Sequence[str]) -> None:
         """Writes one message of all reasons.
 
@@ -36,8 +38,16 @@ class FedFisherError(ValueError):
             heading: First line of the message, which says what is refused.
             offenders: One line for each reason.
         """
-        self.offenders = tuple(offenders)
-        super().__init__("\n".join([heading, *(f"  - {offender}" for offender in offenders)]))
+        self.offenders = tuple(map(self._escaped, offenders))
+        lines = [self._escaped(heading), *(f"  - {offender}" for offender in self.offenders)]
+        super().__init__("\n".join(lines))
+
+    def _escaped(self, text: str) -> str:
+        """As `_utils.text.terminal_text`, which this room may not import, but for what is kept."""
+        return "".join(
+            c if c.isprintable() or c in self._kept else c.encode("unicode_escape").decode()
+            for c in text
+        )
 
     @override
     def __reduce__(self) -> tuple[Any, ...]:
@@ -76,6 +86,8 @@ class UpdateError(FedFisherError):
         >>> error.source, error.offenders
         ('client.safetensors', ('parameters/weight is missing',))
     """
+
+    _kept = ""  # the names in an update may break lines
 
     def __init__(self, source: str, offenders: Sequence[str]) -> None:
         """Lists every tensor or field refused.

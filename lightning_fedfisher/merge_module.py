@@ -23,6 +23,7 @@ from typing_extensions import override
 from lightning_fedfisher._utils.text import client_names
 from lightning_fedfisher._utils.unwrapping import unwrapped
 from lightning_fedfisher.distributed.assignment import IDLE, LayerBatches, assign_layers
+from lightning_fedfisher.distributed.failures import raise_together
 from lightning_fedfisher.distributed.lightning_strategies import require_whole_model, sum_over_ranks
 from lightning_fedfisher.merge.checkpoint import fingerprint, load_state, save_state
 from lightning_fedfisher.merge.compatibility import UpdateSource
@@ -129,6 +130,7 @@ class FisherMergeModule(LightningModule):
         self._validation: Validation | None = None
         self._turns = 0
         self._ended = False
+        self._failed: Exception | None = None
         self._started = 0.0
 
     @cached_property
@@ -189,6 +191,7 @@ class FisherMergeModule(LightningModule):
             )
         if stage == TrainerFn.FITTING:
             self._ended = False
+            self._failed = None
             self._started = time.perf_counter()
             self.merger.restart()
 
@@ -237,11 +240,16 @@ class FisherMergeModule(LightningModule):
 
     @override
     def training_step(self, batch: int, batch_idx: int) -> None:
-        if batch != IDLE:
+        if batch != IDLE and self._failed is None:
             # A method that looks for its best iterate moves all layers at once.
             judged = self.merger.method.keeps_best and self.trainer.enable_validation
-            self.merger.advance(batch, at_once=bool(judged))
+            try:
+                self.merger.advance(batch, at_once=bool(judged))
+            except Exception as error:  # told where the ranks meet, or the others would wait
+                self._failed = error
         if batch_idx + 1 == self._turns:
+            failed, self._failed = self._failed, None
+            raise_together(failed)
             optimizer = self.optimizers()
             assert not isinstance(optimizer, list)
             optimizer.step(self._finish_epoch)

@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +13,13 @@ from helpers.federation import (
     tiny_loader,
     tiny_model,
 )
+from helpers.twins import twin_of
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.loggers import CSVLogger, Logger
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -249,7 +255,15 @@ def test_two_callbacks_write_two_files_and_never_the_same(tmp_path):
         fit(tmp_path, FedFisherCallback(), FedFisherCallback(curvature="diagonal"))
 
 
-@pytest.mark.parametrize("averaging", [EMAWeightAveraging(), StochasticWeightAveraging(0.1)])
+@pytest.mark.parametrize(
+    "averaging",
+    [
+        EMAWeightAveraging(),
+        StochasticWeightAveraging(0.1),
+        twin_of(EMAWeightAveraging, twin_of(WeightAveraging, Callback))(),
+        twin_of(StochasticWeightAveraging, Callback)(),
+    ],
+)
 def test_warns_before_a_weight_averaging_callback(tmp_path, averaging):
     with pytest.warns(UserWarning, match="place it after"):
         fit(tmp_path, FedFisherCallback(), averaging)
@@ -387,10 +401,11 @@ def test_sharding_strategies_are_refused():
     from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
     for strategy in (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy):
-        trainer = FakeTrainer()
-        trainer.strategy = object.__new__(strategy)
-        with pytest.raises(ValueError, match="shards"):
-            FedFisherCallback().setup(trainer, tiny_model(), "fit")
+        for kind in (strategy, twin_of(strategy)):
+            trainer = FakeTrainer()
+            trainer.strategy = object.__new__(kind)
+            with pytest.raises(ValueError, match="shards"):
+                FedFisherCallback().setup(trainer, tiny_model(), "fit")
 
 
 def test_a_client_of_one_class_has_curvature(tmp_path):
@@ -399,3 +414,53 @@ def test_a_client_of_one_class_has_curvature(tmp_path):
     callback = FedFisherCallback()
     fit(tmp_path, callback, loader=DataLoader(only, batch_size=8), max_epochs=20)
     assert all(block.trace() > 0 for block in callback.update.blocks.values())
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_second_client_below_the_same_root_leaves_the_firsts_update(same, tmp_path, recwarn):
+    paths = []
+    for seed in (0, 0 if same else 1):
+        callback = FedFisherCallback()
+        fit(tmp_path, callback, loader=tiny_loader(seed, shuffle=False))
+        paths.append(callback.path)
+        assert ClientUpdate.open(callback.path).digest == callback.update.digest
+    assert (paths[0] == paths[1]) == same
+    told = [w for w in recwarn if "holds another update" in str(w.message)]
+    assert len(told) == (not same)
+
+
+def test_a_file_that_the_user_named_is_written_again(tmp_path, recwarn):
+    for seed in (0, 1):
+        callback = FedFisherCallback(tmp_path / "u.safetensors")
+        fit(tmp_path, callback, loader=tiny_loader(seed))
+        assert callback.path == tmp_path / "u.safetensors"
+    assert not [w for w in recwarn if "holds another update" in str(w.message)]
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_an_output_that_cannot_be_written_is_refused_before_the_training(head, tmp_path):
+    class Watched(type(tiny_model())):
+        began = False
+
+        def training_step(self, batch, batch_idx):
+            self.began = True
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            self.began = True
+
+        def predict_step(self, batch, batch_idx):
+            self.began = True
+
+    (tmp_path / "runs").write_text("a file")
+    (tmp_path / "fedfisher").write_text("a file")
+    for output in (tmp_path / "runs/u.safetensors", Path("/proc/none/u.safetensors"), None):
+        model = Watched()
+        callback = FedFisherCallback(output, closed_form_head=head)
+        trainer = quiet_trainer(tmp_path, callbacks=[callback])
+        for run in (trainer.fit, *((trainer.validate, trainer.predict) if head else ())):
+            with pytest.raises(OSError, match="cannot be written"):
+                run(model, tiny_loader())
+            assert not model.began
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "fedfisher"}
+    fit(tmp_path, FedFisherCallback(tmp_path / "runs/u.safetensors"), fast_dev_run=True)

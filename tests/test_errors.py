@@ -78,3 +78,24 @@ def test_an_error_comes_back_from_another_process(error):
     assert type(again) is type(error)
     assert str(again) == str(error)
     assert vars(again) == vars(error)
+
+
+_HOSTILE = "ward\x1b[2J\r\u202e3\nwarning: all is well"
+
+
+def test_what_a_terminal_would_act_on_is_escaped():
+    escaped = r"ward\x1b[2J\r\u202e3\nwarning: all is well"
+    update = UpdateError(f"{_HOSTILE}.safetensors", [f"parameters/{_HOSTILE} is missing"])
+    assert update.offenders == (f"parameters/{escaped} is missing",)
+    assert update.source == f"{_HOSTILE}.safetensors"  # the file, as it can be opened
+    merge = MergeError([str(update), f"{_HOSTILE} is missing"])
+    for error, lines in ((update, 2), (merge, 5)):
+        assert len(str(error).split("\n")) == lines
+        assert all(line.isprintable() for line in str(error).split("\n"))
+        assert f"parameters/{escaped} is missing" in str(error)
+
+
+@pytest.mark.parametrize("kind", [UnsupportedModelError, MergeError, BudgetError])
+def test_lines_of_ours_stay_lines(kind):
+    text = "größe: two\nlines"
+    assert "größe: two\nlines" in str(kind(text if kind is BudgetError else [text]))

@@ -6,6 +6,7 @@ that shows them has one function here: a terminal, an HTML page, a Markdown tabl
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,6 +68,25 @@ def page_text(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
+def terminal_lines(text: str) -> str:
+    r"""Escapes each line of a text of several lines as `terminal_text` does.
+
+    Args:
+        text: Lines of ours, in which a stranger's names are escaped already if they may hold line
+            breaks.
+
+    Returns:
+        The text with its line breaks.
+
+    Example:
+        >>> print(terminal_lines("two clients:\n  - a\x1b[2J\n  - b"))
+        two clients:
+          - a\x1b[2J
+          - b
+    """
+    return "\n".join(map(terminal_text, text.split("\n")))
+
+
 def markdown_code(text: str) -> str:
     r"""Quotes text as inline code that stays within its cell of a Markdown table.
 
@@ -75,16 +95,53 @@ def markdown_code(text: str) -> str:
 
     Returns:
         The text between backticks, a question mark for each backtick, vertical bar or character
-        that is not printable.
+        that is not printable, and for no text at all.
 
     Example:
         >>> markdown_code("a|b`c\n")
         '`a?b?c?`'
     """
-    return f"`{page_text(text).translate(_MARKUP)}`"
+    return f"`{page_text(text).translate(_MARKUP) or '?'}`"
 
 
 _MARKUP = str.maketrans("`|", "??")
+
+
+def markdown_text(text: str) -> str:
+    r"""Escapes text that stays text within its line or cell of Markdown.
+
+    Args:
+        text: Any text.
+
+    Returns:
+        The text, a backslash before each character that could begin markup, and a question mark for
+        each that is not printable. Underscores within words begin none.
+
+    Example:
+        >>> print(markdown_text("my_model <b>*"))
+        my_model \<b\>\*
+    """
+    return re.sub(r"([\\`*\[\]<>|~&#!$]|\b_|_\b)", r"\\\1", page_text(text))
+
+
+def markdown_block(text: str) -> str:
+    r"""Quotes lines as a block of code that none of them can end.
+
+    Args:
+        text: One or more lines.
+
+    Returns:
+        The lines between fences of backticks, escaped as for a terminal.
+
+    Example:
+        >>> print(markdown_block("fedfisher merge '```'"))
+        ````
+        fedfisher merge '```'
+        ````
+    """
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return "\n".join([fence, terminal_lines(text), fence])
 
 
 def wandb_title(text: str) -> str:
@@ -112,8 +169,9 @@ def client_names(sources: Sequence[str]) -> list[str]:
         sources: The path of each client's update, or a word for an update in memory.
 
     Returns:
-        The paths without the folders, file name or suffix that all of them share. Sources that
-        occur more than once, as those of updates in memory do, become ``client-INDEX``.
+        The paths without the folders, file name or suffix that all of them share, escaped by
+        `terminal_text`. Sources that occur more than once, as those of updates in memory do, become
+        ``client-INDEX``.
 
     Example:
         >>> client_names(["round/berlin/update.safetensors", "round/paris/update.safetensors"])
@@ -121,7 +179,10 @@ def client_names(sources: Sequence[str]) -> list[str]:
     """
     counts = Counter(sources)
     if len(counts) < len(sources):
-        return [s if counts[s] == 1 else f"client-{index}" for index, s in enumerate(sources)]
+        return [
+            terminal_text(source) if counts[source] == 1 else f"client-{index}"
+            for index, source in enumerate(sources)
+        ]
     paths = [Path(source) for source in sources]
     if len({path.suffix for path in paths}) == 1:
         paths = [path.with_suffix("") for path in paths]
@@ -130,4 +191,4 @@ def client_names(sources: Sequence[str]) -> list[str]:
         while all(len(own) > 1 and own[end] == parts[0][end] for own in parts):
             for own in parts:
                 del own[end]
-    return ["/".join(own) for own in parts]
+    return [terminal_text("/".join(own)) for own in parts]

@@ -7,29 +7,74 @@ import os
 import sys
 from collections.abc import Sequence
 from glob import glob, has_magic
+from pathlib import Path
 
 from torch import nn
 
+from lightning_fedfisher.errors import FedFisherError
+
+_SUFFIX = ".safetensors"
+
 
 def expand_patterns(patterns: Sequence[str]) -> list[str]:
-    """Finds the files that patterns match.
+    """Finds the files that a command line names.
 
     Args:
-        patterns: File names, or patterns with ``*``, ``?``, ``[...]`` or ``**``.
+        patterns: Files, folders, or patterns with ``*``, ``?``, ``[...]`` or ``**``. What exists,
+            also as a folder on the way of a pattern, is taken by its name, whatever is in it.
 
     Returns:
-        The matches of each pattern, sorted, and plain names as they are; every file once.
+        Plain names as they are, of folders the ``*.safetensors`` in them, and what each pattern
+        matches, both sorted; every file once, by whatever names it is found.
 
     Raises:
-        ValueError: If a pattern matches no file.
+        FedFisherError: If patterns match nothing, or folders hold no such file; all are named.
+        OSError: If a folder cannot be read.
     """
-    files: list[str] = []
+    files: dict[str, str] = {}
+    offenders: list[str] = []
     for pattern in patterns:
-        found = sorted(glob(pattern, recursive=True)) if has_magic(pattern) else [pattern]
+        found = _matches(pattern)
         if not found:
-            raise ValueError(f"no file matches {pattern}")
-        files += found
-    return list(dict.fromkeys(files))
+            offenders.append(f"no file matches {pattern}")
+        for path in found:
+            held = _updates_in(path) if os.path.isdir(path) else [path]
+            if not held:
+                offenders.append(f"no *{_SUFFIX} is in the folder {path}")
+            for file in held:
+                files.setdefault(os.path.realpath(file), file)
+    if offenders:
+        raise FedFisherError("There are no such update files:", offenders)
+    return list(files.values())
+
+
+def _matches(pattern: str) -> list[str]:
+    """Finds what a pattern matches, one part of the path after the other."""
+    if os.path.lexists(pattern) or not has_magic(pattern):
+        return [pattern]
+    whole = Path(pattern)
+    found = [whole.anchor]
+    for part in whole.relative_to(whole.anchor).parts:
+        found = [path for folder in found for path in _matches_in(folder, part)]
+    if whole.name == "**":  # among what it matches is all that its folders hold
+        found = [path for path in found if not os.path.isdir(path)]
+    return sorted(dict.fromkeys(found))
+
+
+def _matches_in(folder: str, part: str) -> list[str]:
+    """Finds what one part of a pattern matches in a folder."""
+    if part == "**":  # the folder itself, and all below
+        below = glob(part, root_dir=folder or None, recursive=True)
+        return [folder, *(os.path.join(folder, path) for path in below)]
+    path = os.path.join(folder, part)
+    if os.path.lexists(path):
+        return [path]
+    return [os.path.join(folder, name) for name in glob(part, root_dir=folder or None)]
+
+
+def _updates_in(folder: str) -> list[str]:
+    names = sorted(name for name in os.listdir(folder) if name.endswith(_SUFFIX))
+    return [os.path.join(folder, name) for name in names]
 
 
 def make_model(factory: str | None) -> nn.Module | None:

@@ -14,6 +14,7 @@ from jsonargparse import Namespace
 
 from lightning_fedfisher.cli.parser import make_parser
 from lightning_fedfisher.cli.terminal import REFUSED, complain
+from lightning_fedfisher.distributed.failures import RankError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,8 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.showwarning = _show_warning
         try:
             return run(flags[flags.command])
-        except (OSError, ValueError) as error:
-            complain(f"error: {error}")
+        except (OSError, ValueError, RankError) as error:
+            complain(f"error: {error}", of_any_rank=True)
             return REFUSED
 
 

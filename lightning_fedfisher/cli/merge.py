@@ -11,7 +11,7 @@ from jsonargparse import Namespace
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_fedfisher._utils.files import atomic_write
+from lightning_fedfisher._utils.files import atomic_write, require_writable
 from lightning_fedfisher._utils.unwrapping import unwrapped
 from lightning_fedfisher.cli.inputs import expand_patterns, make_model
 from lightning_fedfisher.cli.terminal import show
@@ -37,6 +37,8 @@ def run(flags: Namespace) -> int:
 
     Raises:
         ValueError: If an update, the model or the value of a flag is refused.
+        OSError: If the output cannot be written, which is found before the merge; of the three
+            files all are written or none.
     """
     output = Path(flags.output)
     if output.suffix != ".safetensors":
@@ -45,10 +47,10 @@ def run(flags: Namespace) -> int:
     if output.resolve() in {Path(file).resolve() for file in files}:
         raise ValueError(f"the output {output} is one of the updates: choose another name")
     card, record = output.with_suffix(".md"), output.with_suffix(".json")
+    require_writable(output, card, record)  # or it fails after the work
     if flags.dry_run:
         _tell_plan(files, flags, model, [output, card, record])
         return 0
-    output.parent.mkdir(parents=True, exist_ok=True)  # or it fails after the work
     try:
         result = _merge(files, flags, model)
     except KeyboardInterrupt:
@@ -59,13 +61,15 @@ def run(flags: Namespace) -> int:
     if model is not None:  # which brings along what was frozen
         unwrapped(model).load_state_dict(state, strict=False)
         state = {n: t for n, t in model.state_dict().items() if isinstance(t, Tensor)}
-    with atomic_write(output) as partial:
+    config = {name: value for name, value in flags.items() if name != "config"}
+    described = describe_federation(result, output.name, config)
+    about = model_card(result, output.name, ["fedfisher", *sys.argv[1:]])
+    with atomic_write(output) as partial, atomic_write(card) as partial_card:  # all or none
         # Copied: in this format the names of a shared parameter may not share memory.
         save_file({n: t.cpu().clone().contiguous() for n, t in state.items()}, partial)
-    with atomic_write(card) as partial:
-        partial.write_text(model_card(result, output.name, ["fedfisher", *sys.argv[1:]]))
-    config = {name: value for name, value in flags.items() if name != "config"}
-    describe_federation(result, output.name, config).save(record)
+        # The names of files may hold lone surrogates, which UTF-8 cannot encode.
+        partial_card.write_text(about, encoding="utf-8", errors="replace")
+        described.save(record)
     show(f"{output}: {len(result.clients)} updates merged by {result.method}; {card} tells more")
     return 0
 

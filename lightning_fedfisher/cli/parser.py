@@ -8,6 +8,7 @@ from lightning_fedfisher._utils.environment import package_version
 from lightning_fedfisher.merge.memory_budget import DEFAULT_MEMORY_BUDGET
 from lightning_fedfisher.merge.methods import METHODS
 
+_FILES = "update files, folders of them, or quoted patterns"
 _MODEL = "module.path:factory, a function without arguments that makes the model to check against"
 
 
@@ -68,7 +69,7 @@ def _verify() -> ArgumentParser:
         "is refused."
     )
     parser.add_argument("--config", action="config", help="YAML file of flags")
-    parser.add_argument("files", type=str, nargs="+", help="update files, or quoted patterns")
+    parser.add_argument("files", type=str, nargs="+", help=_FILES)
     parser.add_argument("--model", type=str | None, help=_MODEL)
     return parser
 
@@ -80,7 +81,7 @@ def _merge() -> ArgumentParser:
         "with a model card beside it, and a record for `fedfisher report`."
     )
     parser.add_argument("--config", action="config", help="YAML file of flags")
-    parser.add_argument("files", type=str, nargs="+", help="update files, or quoted patterns")
+    parser.add_argument("files", type=str, nargs="+", help=_FILES)
     parser.add_argument("--output", type=str, required=True, help="file to write: NAME.safetensors")
     parser.add_argument("--method", choices=list(METHODS), default="fedfisher", help="merge method")
     parser.add_argument("--model", type=str | None, help=_MODEL)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar, cast
+
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import (
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
-    Strategy,
-)
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor
+
+from lightning_fedfisher.distributed.lightning_packages import is_lightnings
+
+_T = TypeVar("_T")
+
+_SHARDING = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 
 
 def require_whole_model(trainer: Trainer, who: str) -> None:
@@ -23,17 +25,41 @@ def require_whole_model(trainer: Trainer, who: str) -> None:
     Raises:
         ValueError: If the strategy shards weights over processes, or spawns or forks them.
     """
-    sharding: tuple[type[Strategy], ...] = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
-    if isinstance(trainer.strategy, sharding):
+    if is_lightnings(trainer.strategy, *_SHARDING):
         raise ValueError(
             f"{who} needs the whole model in every process, and {type(trainer.strategy).__name__} "
             'shards it: use strategy="ddp" or a single device'
         )
-    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+    if is_lightnings(trainer.strategy.launcher, "_MultiProcessingLauncher"):
         raise ValueError(
             f"{who} leaves its result in the processes that made it, which spawned or forked ones "
             'take with them: use strategy="ddp" or a single device'
         )
+
+
+def on_rank_zero(trainer: Trainer, work: Callable[[], _T]) -> _T:
+    """Does something on rank 0 alone, and tells all processes what came of it.
+
+    Args:
+        trainer: The running trainer. Every process must call this.
+        work: What to do there.
+
+    Returns:
+        What it returned, on every process.
+
+    Raises:
+        Exception: What it raised, on every process, so that none waits for rank 0 in vain.
+    """
+    done: tuple[_T | None, Exception | None] = None, None
+    if trainer.is_global_zero:
+        try:
+            done = work(), None
+        except Exception as error:
+            done = None, error
+    found, refused = trainer.strategy.broadcast(done)
+    if refused is not None:
+        raise refused
+    return cast(_T, found)
 
 
 def sum_over_ranks(trainer: Trainer, tensor: Tensor) -> Tensor:

@@ -17,16 +17,22 @@ _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 def is_rank_zero() -> bool:
     """Tells whether this is the process of rank 0, or the only one.
 
-    Lightning sets the rank when it is imported. Before, the launcher's environment tells it.
-
     Example:
         >>> is_rank_zero()
         True
     """
+    return process_rank() == 0
+
+
+def process_rank() -> int:
+    """Tells the rank of this process, 0 if it is the only one.
+
+    Lightning sets the rank when it is imported. Before, the launcher's environment tells it.
+    """
     rank = getattr(rank_zero_only, "rank", None)
     if rank is None:
         rank = next((os.environ[name] for name in _RANKS if name in os.environ), 0)
-    return int(rank) == 0
+    return int(rank)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lightning_fedfisher._utils.text import terminal_text
 from lightning_fedfisher.curvature.registry import KINDS
 from lightning_fedfisher.merge.layer_state import LayerState
 from lightning_fedfisher.merge.methods import MergeMethod
@@ -53,6 +54,7 @@ def describe_disagreement(
     if not apart:
         return ""
     least, name = min(apart)
+    name = terminal_text(name)
     return (
         f"in {len(apart)} of {len(hidden)} hidden layers the merged weights keep less than "
         f"{LEAST_AGREEMENT:.0%} of what the clients' own compute (least: {name}, {least:.0%}), and "

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_fedfisher._utils.text import terminal_text
 from lightning_fedfisher.curvature.base import Curvature
 from lightning_fedfisher.curvature.input_map import InputMap
 from lightning_fedfisher.curvature.registry import KINDS
@@ -213,7 +214,9 @@ class LayerAlignments:
         """Relates the outputs of a merged layer once, for all layers that read them."""
         layer, clients = self._layers[edge[0]], len(self._updates)
         found = progress_bar(
-            self._relate(*edge, device, merged), f"outputs of {layer.name}", clients
+            self._relate(*edge, device, merged),
+            f"outputs of {terminal_text(layer.name)}",
+            clients,
         )
         width = working_dtype(self._updates[0], layer).itemsize
         nbytes = 2 * clients * layer.shape[0] ** 2 * width

@@ -13,6 +13,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_fedfisher._utils.text import terminal_lines, terminal_text
 from lightning_fedfisher._utils.unwrapping import unwrapped
 from lightning_fedfisher.distributed.processes import is_rank_zero
 from lightning_fedfisher.distributed.progress import progress_bar
@@ -88,7 +89,7 @@ def open_updates(
         raise MergeError(refused)
     if refused:
         left_out = f"{len(checked) - len(usable)} of {len(checked)} updates left out:"
-        rank_zero_warn("\n".join([left_out, *refused]))
+        rank_zero_warn(terminal_lines("\n".join([left_out, *refused])))
     return usable
 
 
@@ -125,7 +126,8 @@ def check_updates(
     if method is not None:
         for found, update in opened:
             if refusal := method.refusal(update.header):
-                found.offenders.append(f"{update.source} {refusal} (method {method.name!r})")
+                told = f"{update.source} {refusal} (method {method.name!r})"
+                found.offenders.append(terminal_text(told))
     # In memory and in a file the same tables may be in another order.
     described = [json.dumps(own, sort_keys=True) for own in traits]
     alike = Counter(
@@ -141,7 +143,8 @@ def check_updates(
             if len(unlike) > _MOST_TOLD:
                 odd.append(f"and {len(unlike) - _MOST_TOLD} more")
             if odd:
-                found.offenders.append(f"{update.source} {says} {first.source}: {', '.join(odd)}")
+                told = f"{update.source} {says} {first.source}: {', '.join(odd)}"
+                found.offenders.append(terminal_text(told))
                 break  # what follows would say it again
     return checked
 
@@ -242,7 +245,7 @@ def check_model(model: nn.Module, state: Mapping[str, Tensor], frozen: Mapping[s
         wrong = (
             f"{name} is {mine} in it, {theirs} in the updates" for name, mine, theirs in unlike
         )
-        raise ValueError("the model does not fit the updates: " + "; ".join(wrong))
+        raise ValueError(terminal_text("the model does not fit the updates: " + "; ".join(wrong)))
 
 
 def _unlike(

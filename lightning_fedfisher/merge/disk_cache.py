@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -12,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_fedfisher._utils.files import disk_errors
 from lightning_fedfisher.curvature.base import Curvature
 from lightning_fedfisher.merge.objective import LazyCurvatures
 
@@ -31,13 +35,24 @@ class OnDiskTensors(Sequence[Mapping[str, Tensor]]):
         Args:
             clients: The tensors of each client, by name.
             device: Where to put the tensors when they are read.
+
+        Raises:
+            OSError: If they cannot be written, saying where, why and what to do; nothing of them
+                stays on the disk.
         """
-        self._folder = TemporaryDirectory(prefix="fedfisher-")
+        with _refusing("cannot be offloaded to a temporary folder"):
+            self._folder = Path(mkdtemp(prefix="fedfisher-"))
+        self._delete = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._device, self._clients = device, 0
-        for tensors in clients:
-            stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-            save_file(stored, self._file(self._clients))
-            self._clients += 1
+        try:
+            for tensors in clients:
+                stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+                with _refusing(f"cannot be offloaded to {self._folder}"):
+                    save_file(stored, self._file(self._clients))
+                self._clients += 1
+        except BaseException:
+            self._delete()  # now, and not when nobody looks at the error any more
+            raise
 
     @override
     def __len__(self) -> int:
@@ -47,12 +62,13 @@ class OnDiskTensors(Sequence[Mapping[str, Tensor]]):
     def __getitem__(self, index: Any) -> Any:
         if not 0 <= index < self._clients:
             raise IndexError(index)
-        tensors = load_file(self._file(index))
+        with _refusing(f"cannot be read from {self._folder} again"):
+            tensors = load_file(self._file(index))
         # Copied, since products round otherwise where a tensor starts anywhere in memory.
         return {name: tensor.to(self._device, copy=True) for name, tensor in tensors.items()}
 
     def _file(self, index: int) -> Path:
-        return Path(self._folder.name) / f"{index}.safetensors"
+        return self._folder / f"{index}.safetensors"
 
 
 class OnDiskCurvatures(LazyCurvatures):
@@ -84,3 +100,12 @@ class OnDiskCurvatures(LazyCurvatures):
         tensors = self._tensors[index]
         template, dtype = self._templates[index]
         return template.with_tensors(tensors).to(self._device, dtype)
+
+
+def _refusing(what: str) -> AbstractContextManager[None]:
+    told = f"weights and curvature {what}"
+    remedy = (
+        "set TMPDIR to a folder with room that nobody empties, or raise memory_budget, so that "
+        "less is offloaded"
+    )
+    return disk_errors(told, {}, remedy)

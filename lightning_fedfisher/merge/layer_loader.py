@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_fedfisher._utils.text import terminal_text
 from lightning_fedfisher.curvature.base import Curvature, Identity
 from lightning_fedfisher.distributed.progress import progress_bar
 from lightning_fedfisher.errors import MergeError
@@ -282,4 +283,6 @@ class LayerLoader:
         return [*every], nbytes
 
     def _shown(self, layer: Layer, curvatures: Iterable[Curvature]) -> Iterable[Curvature]:
-        return progress_bar(curvatures, f"curvature of {layer.name}", len(self.updates))
+        return progress_bar(
+            curvatures, f"curvature of {terminal_text(layer.name)}", len(self.updates)
+        )

@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from lightning_fedfisher._utils.text import client_names
+from lightning_fedfisher._utils.text import client_names, terminal_lines, terminal_text
 from lightning_fedfisher.batch_norms import buffer_names
 from lightning_fedfisher.curvature.base import Curvature
 from lightning_fedfisher.errors import MergeError, UpdateError
@@ -222,8 +222,9 @@ class Merger:
         solver.advance(min(method.steps_per_epoch, method.max_iterations - solver.iterations))
         if not torch.stack(solver.weights.aminmax()).isfinite().all():
             raise ValueError(
-                f"the merge of layer {self.layers[index].name} left the finite numbers within "
-                f"{solver.iterations} iterations: some client's curvature is too large, or none"
+                f"the merge of layer {terminal_text(self.layers[index].name)} left the finite "
+                f"numbers within {solver.iterations} iterations: some client's curvature is too "
+                "large, or none"
             )
         state = LayerState.of(solver, method.max_iterations)
         self._pending[index] = solver.weights.to(self.merged[index].dtype), state
@@ -349,12 +350,14 @@ class Merger:
     def warnings(self) -> tuple[str, ...]:
         """What a user should look at, in a sentence each."""
         clients = client_names([update.source for update in self.updates])
-        names, most = [layer.name for layer in self.layers], self.method.max_influence
+        names = [terminal_text(layer.name) for layer in self.layers]
+        most = self.method.max_influence
         unsolved = describe_unsolved(names, self.states, self.method.converges)
         outliers = describe_outliers(self.influence, clients, names, most)
         unlike = describe_unlike(self.similarity) if self._norms else ""
         apart = describe_disagreement(self.method, self.updates[0].header, self.states)
-        return tuple(text for text in (unsolved, outliers, self._mixed, unlike, apart) if text)
+        every = (unsolved, outliers, self._mixed, unlike, apart)
+        return tuple(terminal_lines(text) for text in every if text)
 
     def result(self) -> MergeResult:
         """What came of the merge so far."""

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lightning_fedfisher._utils.text import terminal_text
 from lightning_fedfisher.distributed.progress import progress_bar
 from lightning_fedfisher.merge.influence_cap import DEFAULT_MAX_INFLUENCE, MEASURES
 from lightning_fedfisher.merge.layer_loader import LayerLoader
@@ -90,6 +91,6 @@ def outliers_as_sent(updates: Sequence[ClientUpdate]) -> str:
     indices = progress_bar(range(len(loader.layers)), "weigh")
     influence = torch.stack([loader.read(index, device).influence for index in indices])
     usual = [DEFAULT_MAX_INFLUENCE ** _AS_SENT[what] for what in MEASURES]
-    names = [layer.name for layer in loader.layers]
-    clients = [update.source for update in updates]
+    names = [terminal_text(layer.name) for layer in loader.layers]
+    clients = [terminal_text(update.source) for update in updates]
     return describe_outliers(influence, clients, names, usual=usual)

@@ -32,6 +32,9 @@ def write_report(record: FederationRecord, path: str | os.PathLike[str]) -> None
         record: The record of the federation, as `FederationRecord.load` reads it.
         path: The HTML file to write; a reader sees the old file or the whole new one.
 
+    Raises:
+        OSError: If the file cannot be written.
+
     Example:
         >>> import tempfile
         >>> from pathlib import Path

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from lightning_fedfisher._utils.environment import versions
-from lightning_fedfisher._utils.text import markdown_code
+from lightning_fedfisher._utils.text import markdown_block, markdown_code, markdown_text
 from lightning_fedfisher.merge.result import MergeResult
 
 
@@ -27,7 +27,7 @@ def model_card(result: MergeResult, title: str, command: Sequence[str]) -> str:
     last, told = result.history[-1], " ".join((result.curvature, result.fisher)).strip()
     facts = [
         ("method", f"`{result.method}`, max_influence {result.max_influence:g}"),
-        ("curvature", f"{told} of a {result.likelihood} likelihood"),
+        ("curvature", markdown_text(f"{told} of a {result.likelihood} likelihood")),
         ("model", f"{len(result.layers)} layers, {weights:,} weights"),
         ("model fingerprint", f"`{result.model_fingerprint}`"),
         ("clients", str(len(result.clients))),
@@ -56,15 +56,13 @@ def model_card(result: MergeResult, title: str, command: Sequence[str]) -> str:
     titles = ("client", "samples", "weight", "bytes", "information", "distance", "pull", "digest")
     return "\n".join(
         [
-            f"# {title}",
+            f"# {markdown_text(title)}",
             "",
             "One model merged from clients that trained alone, in one round, without their data.",
             "",
             *_table(("", ""), facts),
             "",
-            "```",
-            shlex.join(command),
-            "```",
+            markdown_block(shlex.join(command)),
             "",
             "## Clients",
             "",

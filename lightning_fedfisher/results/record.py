@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from lightning_fedfisher._utils.files import atomic_write
+from lightning_fedfisher._utils.text import terminal_text
 from lightning_fedfisher.curvature.summary import CurvatureSummary
 
 FILE_NAME = "record.json"
@@ -155,11 +156,13 @@ class FederationRecord:
 
         Raises:
             ValueError: If `config` holds what JSON cannot.
+            OSError: If the file cannot be written.
         """
         saved = asdict(_Saved(_SCHEMA, self))
         text = json.dumps(saved, indent=1, ensure_ascii=False, default=_to_json)
         with atomic_write(Path(path)) as partial:
-            partial.write_bytes(text.encode())
+            # The names of files may hold lone surrogates, which UTF-8 cannot encode.
+            partial.write_bytes(text.encode(errors="replace"))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FederationRecord:
@@ -193,7 +196,8 @@ class FederationRecord:
             hidden = len(wrong) - _MOST_PROBLEMS
             more = [f"and {hidden} more"] if hidden > 0 else []
             told = "; ".join(wrong[:_MOST_PROBLEMS] + more)
-            raise ValueError(f"{file} is not the record of a federation: {told}") from error
+            told = f"{file} is not the record of a federation: {told}"
+            raise ValueError(terminal_text(told)) from error
         return saved.federation
 
 

@@ -13,7 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from lightning_fedfisher.curvature.summary import CurvatureSummary
 from lightning_fedfisher.distributed.processes import is_rank_zero
 from lightning_fedfisher.tracking import logged_keys as keys
-from lightning_fedfisher.tracking.wandb_logger import may_upload, update_artifact_name
+from lightning_fedfisher.tracking.wandb_logger import is_wandb, may_upload, update_artifact_name
 from lightning_fedfisher.update.client_update import ClientUpdate
 
 _SECONDS_BETWEEN_LOGS = 5.0
@@ -26,7 +26,7 @@ def warn_of_used_runs(loggers: Iterable[Logger]) -> None:
         loggers: The loggers of a client's Trainer, before its fit.
     """
     for logger in loggers if is_rank_zero() else ():
-        if isinstance(logger, WandbLogger):
+        if is_wandb(logger):
             run = logger.experiment
             known = run.summary.keys()
             if any(key.endswith(f"/{keys.DIGEST}") for key in known):
@@ -57,7 +57,7 @@ def progress_log(loggers: Sequence[Logger], prefix: str) -> Callable[[int, int |
             return
         if logged == started:
             for logger in loggers if is_rank_zero() else ():
-                if isinstance(logger, WandbLogger):
+                if is_wandb(logger):
                     logger.experiment.define_metric(samples, step_metric=seconds)
         logged = now
         for logger in loggers:
@@ -90,7 +90,7 @@ def log_update(
         scalars[keys.join(prefix, keys.EFFECTIVE_RANK, layer.layer)] = layer.effective_rank
     for logger in loggers:
         logger.log_metrics(scalars, step=step)
-        if isinstance(logger, WandbLogger):
+        if is_wandb(logger):
             if curvature:
                 _log_curvature(logger, prefix, curvature, step)
             run = logger.experiment

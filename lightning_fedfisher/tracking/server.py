@@ -9,10 +9,11 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_fedfisher._utils.text import terminal_text
 from lightning_fedfisher.merge.influence_cap import MEASURES
 from lightning_fedfisher.merge.layer_state import LayerState
 from lightning_fedfisher.tracking import logged_keys as keys
-from lightning_fedfisher.tracking.wandb_logger import may_upload, update_artifact_name
+from lightning_fedfisher.tracking.wandb_logger import is_wandb, may_upload, update_artifact_name
 from lightning_fedfisher.update.client_update import ClientUpdate
 
 
@@ -23,7 +24,7 @@ def define_merge_axes(loggers: Iterable[Logger]) -> None:
         loggers: The loggers of the server's Trainer, on rank 0, before its fit.
     """
     for logger in loggers:
-        if isinstance(logger, WandbLogger):
+        if is_wandb(logger):
             start = f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}" if logger._prefix else ""
             axis = f"{start}{keys.ITERATIONS}"
             for name in (keys.RESIDUAL, keys.OBJECTIVE):
@@ -80,7 +81,7 @@ def log_merge(
     }
     for logger in loggers:
         logger.log_metrics(scalars, step=step)
-        if isinstance(logger, WandbLogger):
+        if is_wandb(logger):
             titles = ["layer", "client", "distance to the merge"]
             titles += [f"{measure}, times the median client's" for measure in MEASURES]
             rows = [
@@ -122,7 +123,8 @@ def log_merged_model(
         try:
             run.use_artifact(f"{update_artifact_name(update)}:latest")
         except (wandb.errors.CommError, ValueError) as error:
-            rank_zero_warn(f"W&B does not have the update {update.source}: {error}")
+            told = f"W&B does not have the update {update.source}: {error}"
+            rank_zero_warn(terminal_text(told))
     artifact = wandb.Artifact("merged-model", "model")
     artifact.add_file(str(path))
     run.log_artifact(artifact)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
 
 from lightning_fedfisher._utils.environment import provenance
+from lightning_fedfisher.distributed.lightning_packages import is_lightnings
 from lightning_fedfisher.distributed.processes import is_rank_zero
 from lightning_fedfisher.tracking import logged_keys as keys
 from lightning_fedfisher.update.client_update import ClientUpdate
@@ -93,6 +94,15 @@ def federation_logger(
     run.define_metric(keys.GLOBAL_STEP)
     run.define_metric("*", step_metric=keys.GLOBAL_STEP, step_sync=True)
     return WandbLogger(experiment=run, log_model=log_model, **same)
+
+
+def is_wandb(logger: Logger) -> TypeGuard[WandbLogger]:
+    """Tells whether a logger is Lightning's for W&B, whichever of Lightning's packages made it.
+
+    Args:
+        logger: Any logger of a Trainer.
+    """
+    return is_lightnings(logger, "WandbLogger")
 
 
 def may_upload(logger: WandbLogger) -> bool:

@@ -16,7 +16,7 @@ def rehearse_writing(update: ClientUpdate, path: Path) -> None:
         path: The file that will be written; it is not touched. Missing folders are made.
 
     Raises:
-        OSError: If the file cannot be written, naming it.
+        OSError: If the file cannot be written.
         UpdateError: If it cannot be read.
     """
     trial = path.with_name(f".{uuid.uuid4().hex}.{path.name}")
@@ -24,10 +24,6 @@ def rehearse_writing(update: ClientUpdate, path: Path) -> None:
         update.save(trial)
         # Whether the curvature is positive semi-definite takes long, and is so by its making.
         ClientUpdate.open(trial).verify(curvature=False)
-    except OSError as error:
-        raise OSError(
-            error.errno, f"the update cannot be written ({error.strerror}): pass output=", str(path)
-        ) from error
     finally:
         if trial.parent.is_dir():
             trial.unlink(missing_ok=True)

@@ -2,9 +2,12 @@ import pytest
 
 from lightning_fedfisher._utils.text import (
     client_names,
+    markdown_block,
     markdown_code,
+    markdown_text,
     page_text,
     shortened,
+    terminal_lines,
     terminal_text,
     wandb_title,
 )
@@ -29,6 +32,8 @@ def test_a_long_text_keeps_its_ends(text, shown):
         (["1.x", "1.y"], ["1.x", "1.y"]),
         (["v1.2.x", "v1.3.x"], ["v1.2", "v1.3"]),
         (["this update", "a/b", "this update"], ["client-0", "a/b", "client-2"]),
+        (["r/a\x1b[2J/u.x", "r/größe\n/u.x"], ["a\\x1b[2J", "größe\\n"]),
+        (["twice", "\u202eonce", "twice"], ["client-0", "\\u202eonce", "client-2"]),
     ],
 )
 def test_clients_are_named_by_what_tells_them_apart(sources, names):
@@ -39,6 +44,9 @@ def test_clients_are_named_by_what_tells_them_apart(sources, names):
     ("sanitise", "shown"),
     [
         (terminal_text, r"a|`<b> é\x1b[2J\n\u202e=/"),
+        (terminal_lines, "a|`<b> é\\x1b[2J\n\\u202e=/"),
+        (markdown_text, r"a\|\`\<b\> é?\[2J??=/"),
+        (markdown_block, "```\na|`<b> é\\x1b[2J\n\\u202e=/\n```"),
         (page_text, "a|`<b> é?[2J??=/"),
         (markdown_code, "`a??<b> é?[2J??=/`"),
         (wandb_title, "a---b- é--2J----"),
@@ -52,6 +60,37 @@ def test_titles_are_cut_to_what_wandb_takes():
     assert wandb_title("a" * 200) == "a" * 128
 
 
-@pytest.mark.parametrize("sanitise", [terminal_text, page_text, markdown_code, wandb_title])
+@pytest.mark.parametrize(
+    "sanitise",
+    [
+        *(terminal_text, terminal_lines, page_text),
+        *(markdown_code, markdown_text, markdown_block, wandb_title),
+    ],
+)
 def test_lone_surrogates_are_replaced(sanitise):
     sanitise("\ud800").encode()
+
+
+@pytest.mark.parametrize("breaks", "\r\x0b\x0c\x1c\x85\u2028\u2029")
+def test_lines_of_ours_are_broken_by_nothing_of_a_stranger(breaks):
+    assert len(terminal_lines(f"a:\n- b{breaks}error: c").splitlines()) == 2
+
+
+@pytest.mark.parametrize("text", ["```\n# mine", "a `````` b", "~~~\nmine", ""])
+def test_nothing_ends_a_block_of_code(text):
+    first, *lines, last = markdown_block(text).splitlines()
+    assert first == last
+    assert not any(line.strip().startswith(first) for line in lines)
+    assert "\n".join(lines) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("input_gram of a_b", "input_gram of a_b"), ("_a_ b_", r"\_a\_ b\_"), ("a\\|b", r"a\\\|b")],
+)
+def test_markup_is_escaped_where_it_would_be_read(text, shown):
+    assert markdown_text(text) == shown
+
+
+def test_code_without_text_is_still_code():
+    assert markdown_code("") == "`?`"

@@ -3,6 +3,7 @@
 import warnings
 
 import pytest
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lightning_fedfisher.cli.main import main
 
@@ -19,6 +20,14 @@ def test_a_command_line_that_makes_no_sense_exits_with_2(arguments):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
+
+
+def test_an_error_of_another_rank_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(rank_zero_only, "rank", 2, raising=False)
+    assert main(["inspect", "nobody.safetensors"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("rank 2: error: ")
+    assert "nobody.safetensors" in told
 
 
 def test_warnings_are_one_line_each_without_the_code_that_raised_them(monkeypatch, capsys):

@@ -1,5 +1,7 @@
 """``fedfisher merge``, run as a user runs it but for the process."""
 
+import errno
+import os
 import subprocess
 import sys
 
@@ -190,6 +192,72 @@ def test_two_processes_write_the_same(folder):
         (folder / f"{name}.md").read_text().split("## Clients")[1] for name in ("one", "two")
     ]
     assert clients[0] == clients[1]
+
+
+def test_an_update_is_found_whatever_its_folder_is_called(folder, capsys):
+    odd = "losses=[temporal], größe"
+    (folder / "updates").rename(folder / odd)
+    for given in (odd, f"{odd}/*.safetensors"):
+        assert main(["merge", given, "--output", f"{odd}/new/m.safetensors"]) == 0
+        assert f"{odd}/new/m.safetensors: 10 updates merged" in capsys.readouterr().out
+    record = FederationRecord.load(folder / odd / "new" / "m.json")
+    assert record.config["files"] == [f"{odd}/*.safetensors"]
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_an_output_that_cannot_be_written_is_refused_before_the_merge(folder, capsys, dry):
+    (folder / "file").write_text("")
+    (folder / "m.json").mkdir()
+    before = sorted(folder.rglob("*"))
+    for output, told in (
+        ("file/m.safetensors", ["file/m.safetensors cannot", "file/m.md cannot", "file stands"]),
+        ("m.safetensors", ["m.json cannot be written: it is a folder"]),
+        ("/proc/none/m.safetensors", ["/proc/none/m.safetensors cannot be written"]),
+    ):
+        assert main(["merge", "missing.safetensors", "--output", output, *dry]) == 1
+        error = capsys.readouterr().err
+        assert all(part in error for part in told)
+        assert "missing.safetensors" not in error  # before any update is read
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_merge_that_is_refused_leaves_no_folder(folder, damage):
+    damage(folder / "updates/client-0.safetensors")
+    assert main(["merge", "updates", "--output", "new/m.safetensors"]) == 1
+    assert not (folder / "new").exists()
+
+
+@pytest.mark.parametrize("failing", ["save_file", "model_card", "record"])
+def test_all_files_are_written_or_none(folder, capsys, monkeypatch, failing):
+    def fill(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    where = f"lightning_fedfisher.cli.merge.{failing}"
+    if failing == "record":
+        where = "lightning_fedfisher.results.record.FederationRecord.save"
+    monkeypatch.setattr(where, fill)
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    assert main(["merge", "updates", "--output", "m.safetensors", "--method", "fedavg"]) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
+def test_the_model_can_be_read_by_whoever_may_read_new_files(folder):
+    (folder / "new").touch()
+    assert main(["merge", "updates", "--output", "m.safetensors", "--method", "fedavg"]) == 0
+    for name in ("m.safetensors", "m.md", "m.json"):
+        assert (folder / name).stat().st_mode == (folder / "new").stat().st_mode
+
+
+def test_a_name_that_is_no_text_is_merged_and_told(folder, capsys):
+    odd = os.fsdecode(b"updates/client-\xff\x1b[2J.safetensors")
+    (folder / "updates/client-3.safetensors").rename(odd)
+    assert main(["merge", "updates", "--output", "m.safetensors", "--method", "fedavg"]) == 0
+    assert main(["verify", odd]) == 0
+    told = capsys.readouterr().out
+    assert r"client-\udcff\x1b[2J.safetensors: 50 samples" in told
+    assert "\x1b" not in (folder / "m.md").read_text(encoding="utf-8")
+    assert r"client-\udcff\x1b[2J" in [c.name for c in FederationRecord.load("m.json").clients]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -8,7 +8,7 @@ def test_a_plan_needs_no_weights(tmp_path, monkeypatch, capsys):
     (tmp_path / "large_models.py").write_text(
         "from torch import nn\n"
         "def huge():\n"
-        "    return nn.Sequential(nn.Linear(10**5, 10**6), nn.ReLU(), nn.Linear(10**6, 2))\n"
+        "    return nn.Sequential(nn.Linear(2**14 - 1, 64), nn.ReLU(), nn.Linear(64, 2**14))\n"
     )
     assert main(["plan", "large_models:huge", "--clients", "7"]) == 0
     told = capsys.readouterr().out

@@ -8,15 +8,17 @@ import pytest
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from lightning_fedfisher.distributed.processes import Shard, is_rank_zero
+from lightning_fedfisher.distributed.processes import Shard, is_rank_zero, process_rank
 
 
 def test_rank_zero_is_what_lightning_says(monkeypatch):
     for rank in (0, 3):
         monkeypatch.setattr(rank_zero_only, "rank", rank, raising=False)
         assert is_rank_zero() == (rank == 0)
+        assert process_rank() == rank
     monkeypatch.delattr(rank_zero_only, "rank")
     assert is_rank_zero()
+    assert process_rank() == 0
 
 
 def test_first_is_the_tensor_of_rank_zero():

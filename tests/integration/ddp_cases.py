@@ -17,9 +17,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from helpers.federation import NormedClassifier, quiet_trainer, tiny_loader, tiny_model
+from helpers.federation import (
+    NormedClassifier,
+    quiet_trainer,
+    tiny_data,
+    tiny_loader,
+    tiny_model,
+)
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.multiprocessing import start_processes
+from torch.utils.data import DataLoader
 
 from lightning_fedfisher import FedFisherCallback, FisherMergeModule
 
@@ -70,7 +77,57 @@ def merge(folder, devices, method="fedfisher", budget=2**30, validates=True, nor
         (folder / "history.json").write_text(json.dumps(module.history))
 
 
-FUNCTIONS = {each.__name__: each for each in (extract, extract_with_buffers, merge)}
+class _Torn(torch.utils.data.Dataset):
+    """Samples that one process alone cannot read."""
+
+    def __init__(self):
+        self.samples = tiny_data(samples=21)
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        if torch.distributed.get_rank() == 1:
+            raise OSError(f"sample {index} is torn")
+        return self.samples[index]
+
+
+def fail_to_extract(folder, devices):
+    """A rank whose samples cannot be read, at the rehearsal or after the training."""
+    for trained in (False, True):
+        callback = FedFisherCallback(folder / "update.safetensors", dataloader=DataLoader(_Torn()))
+        if trained:
+            callback.on_train_start = lambda *_: None
+        trainer = quiet_trainer(folder, callbacks=[callback], devices=devices, strategy="ddp")
+        _note(folder, lambda: trainer.fit(tiny_model(), tiny_loader()))  # noqa: B023
+
+
+def fail_to_merge(folder, devices):
+    """A rank that cannot solve a layer."""
+    module = FisherMergeModule(sorted((folder / "updates").glob("*.safetensors")))
+    if torch.distributed.get_rank() == 1:
+        module.merger.advance = lambda *_, **__: torch.ones(2) @ torch.ones(3)
+    options = {"max_epochs": -1, "use_distributed_sampler": False}
+    trainer = quiet_trainer(folder, devices=devices, strategy="ddp", **options)
+    _note(folder, lambda: trainer.fit(module))
+
+
+def _note(folder, work):
+    """Writes down what this process raised."""
+    try:
+        work()
+        told = "nothing"
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}"
+    folder.mkdir(exist_ok=True)
+    with (folder / f"rank-{torch.distributed.get_rank()}.txt").open("a") as file:
+        file.write(told.splitlines()[0] + "\n")
+
+
+FUNCTIONS = {
+    each.__name__: each
+    for each in (extract, extract_with_buffers, merge, fail_to_extract, fail_to_merge)
+}
 
 
 def run(rank, devices, port, cases):

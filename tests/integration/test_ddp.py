@@ -71,6 +71,7 @@ def clients(tmp_path_factory):
         "one layer": small,
         "aligned": apart,
         "statistics": normed,
+        "failing": apart,
         **{case: trained[method] for case, (method, _, _) in MERGES.items()},
     }
 
@@ -86,6 +87,8 @@ def together(clients, tmp_path_factory):
             "one layer": ["merge", {"validates": False}],
             "aligned": ["merge", {"validates": False}],
             "statistics": ["merge", {"normed": True}],
+            "torn": ["fail_to_extract", {}],
+            "failing": ["fail_to_merge", {}],
         },
         3: {},
     }
@@ -158,3 +161,22 @@ def test_processes_do_not_change_the_result(together, clients, case, tmp_path):
     history = json.loads((folder / "history.json").read_text())
     for ours, theirs in zip(alone.history, history, strict=True):
         assert theirs == pytest.approx(ours, rel=1e-3)
+
+
+def _raised(folder):
+    return [(folder / f"rank-{rank}.txt").read_text().splitlines() for rank in range(2)]
+
+
+def test_samples_that_one_rank_cannot_read_are_told_on_all(together):
+    zero, one = _raised(together / "torn")
+    assert len(zero) == len(one) == 2
+    for told, own in zip(zero, one, strict=True):
+        assert own.startswith("OSError: sample ")
+        assert told == f"RankError: rank 1 failed: {own}"
+    assert not (together / "torn" / "update.safetensors").exists()
+
+
+def test_a_layer_that_one_rank_cannot_solve_is_told_on_all(together):
+    (zero,), (one,) = _raised(together / "failing")
+    assert one.startswith("RuntimeError: ")
+    assert zero == f"RankError: rank 1 failed: {one}"

@@ -9,7 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.federation import quiet_trainer, tiny_loader, tiny_model
-from helpers.merging import OF_NETWORKS, merge, updates_by_method
+from helpers.merging import (
+    OF_NETWORKS,
+    merge,
+    small_classifier,
+    small_data,
+    update_of,
+    updates_by_method,
+)
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -151,6 +158,40 @@ def test_a_merge_that_is_not_solved_says_so(updates):
         result = merge_updates(updates["fedfisher"], max_iterations=1)
     assert not result.solved
     assert any("has not converged" in warning for warning in result.warnings)
+
+
+_HOSTILE = "a\x1b[2J\u202e\nerror: b"
+
+
+def _of_a_stranger(seed, key=_HOSTILE, scale=1.0):
+    """An update whose layer, source and metadata are named by a stranger."""
+    net = nn.Sequential(small_classifier(seed=seed))
+    net.add_module(key, nn.Linear(3, 3))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter *= scale
+    update = update_of(net, small_data(seed), "kfac")
+    update.source = f"{seed}{_HOSTILE}.safetensors"
+    return update
+
+
+def test_a_strangers_names_do_nothing_to_a_terminal():
+    clients = [_of_a_stranger(seed, scale=30.0 if seed == 3 else 1.0) for seed in range(4)]
+    with pytest.warns(UserWarning, match="has not converged in") as told:
+        result = merge_updates(clients, max_iterations=1)
+    texts = [str(warning.message) for warning in told] + list(result.warnings)
+    assert any(_HOSTILE.encode("unicode_escape").decode() in text for text in texts)
+    texts += [client.name for client in result.clients]
+    for others in ([_of_a_stranger(5, key="c\x9b\nerror: d")], [_of_a_stranger(6, key="e")] * 2):
+        with pytest.raises(MergeError) as refused:
+            merge_updates([clients[0], *others])
+        texts.append(str(refused.value))
+        with pytest.raises(ValueError, match="does not fit") as refused:
+            merge_updates(others, model=nn.Sequential(small_classifier()))
+        texts.append(str(refused.value))
+    for text in texts:
+        assert all(line.isprintable() for line in text.split("\n")), text
+        assert not any(line.startswith("error") for line in text.split("\n")), text
 
 
 def test_options_out_of_range_are_refused(updates):

@@ -70,3 +70,18 @@ def test_a_strangers_name_stays_in_its_cell(result):
     card = model_card(replace(result, clients=clients), "m", [])
     assert len(card.splitlines()) == len(model_card(result, "m", []).splitlines())
     assert len(_cells(card, "`a?b?c?# <b>`")) == len(_cells(card, "client"))
+
+
+def test_a_strangers_words_stay_words(result):
+    card = model_card(replace(result, fisher=HOSTILE), "m", [])
+    assert rf"{result.curvature} a\`b\|c?\# \<b\> of" in card
+    assert len(card.splitlines()) == len(model_card(result, "m", []).splitlines())
+
+
+def test_a_command_with_a_strangers_file_stays_in_its_block(result):
+    command = ["fedfisher", "merge", "a\n```\n# <script>\x1b[2J"]
+    card = model_card(result, "m`*", command)
+    assert card.startswith("# m\\`\\*\n")
+    _, block, rest = card.split("\n````\n")
+    assert block == "fedfisher merge 'a\n```\n# <script>\\x1b[2J'"
+    assert rest.startswith("\n## Clients\n")

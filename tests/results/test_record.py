@@ -71,6 +71,19 @@ def test_a_folder_without_a_record_is_told(tmp_path):
         FederationRecord.load(tmp_path)
 
 
+def test_a_strangers_field_is_told_in_a_line(tmp_path):
+    (tmp_path / "record.json").write_text('{"schema": 1, "a\\u001b[2J\\nb": 1}')
+    with pytest.raises(ValueError, match=r"a\\x1b\[2J\\nb: ") as told:
+        FederationRecord.load(tmp_path)
+    assert str(told.value).isprintable()
+
+
+def test_names_that_are_no_text_do_not_stop_a_record(tmp_path):
+    replace(federation(), config={"files": ["a\udcff.safetensors"]}).save(tmp_path / "record.json")
+    found = FederationRecord.load(tmp_path)
+    assert found == replace(federation(), config={"files": ["a?.safetensors"]})
+
+
 def test_an_old_record_is_not_lost_by_a_failed_save(tmp_path):
     record = federation()
     record.save(tmp_path / "record.json")

@@ -5,13 +5,14 @@ import csv
 import pytest
 import wandb
 from helpers.federation import quiet_trainer, tiny_loader, tiny_model
+from helpers.twins import twin_of
 from helpers.wandb_runs import FakeRun, fit_client, online_logger, open_run, read_runs
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from lightning_fedfisher import FedFisherCallback, FisherMergeModule
 from lightning_fedfisher.curvature.summary import CurvatureSummary
 from lightning_fedfisher.tracking import client
-from lightning_fedfisher.tracking.client import log_update
+from lightning_fedfisher.tracking.client import log_update, warn_of_used_runs
 
 
 def test_a_second_client_in_one_run_is_warned_of(tmp_path, recwarn):
@@ -49,6 +50,19 @@ def test_without_w_and_b_nothing_is_missing_but_w_and_b(loggers, tmp_path):
         last = list(csv.DictReader(file))[-1]
     assert float(last["influence/client-0"]) == pytest.approx(1)
     assert float(last["distance/client-1"]) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_logger_of_lightnings_other_package_is_w_and_bs_as_well(update):
+    run = FakeRun()
+    logger = twin_of(WandbLogger, _log_model=True, experiment=run, log_metrics=lambda *_, **__: 0)()
+    layers = [CurvatureSummary("a", trace=1.0, effective_rank=1.0)]
+    logger.log_table = lambda key, *_, **__: run.summary.update({key: "table"})
+    log_update([logger], "fedfisher", update, layers, {}, 3)
+    assert {"fedfisher/update", "fedfisher/digest", "fedfisher/curvature"} <= {*run.summary}
+    assert len(run.logged) == 1
+    run.name = "run"
+    with pytest.warns(UserWarning, match="already holds a client's update"):
+        warn_of_used_runs([logger])
 
 
 def test_a_long_extraction_tells_how_far_it_is(tmp_path, monkeypatch):

@@ -6,9 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import wandb
+from helpers.twins import twin_of
 from helpers.wandb_runs import FakeRun, online_logger, read_runs
+from lightning.pytorch.loggers import WandbLogger
 
-from lightning_fedfisher.tracking.server import log_merge, log_merged_model
+from lightning_fedfisher.tracking.server import define_merge_axes, log_merge, log_merged_model
 
 
 def test_a_merged_model_is_made_from_the_updates_that_clients_uploaded(update, tmp_path):
@@ -28,6 +30,20 @@ def test_a_merged_model_is_made_from_the_updates_that_clients_uploaded(update, t
     log_merged_model(online_logger(run, False), tmp_path / "m.safetensors", [update])
     assert run.used == run.logged == []
     assert run.summary == {"merged_model": str(tmp_path / "m.safetensors")}
+
+
+def test_the_logger_of_lightnings_other_package_is_w_and_bs_as_well():
+    told, run = {}, SimpleNamespace(define_metric=lambda name, **axis: told.update({name: axis}))
+    logger = twin_of(
+        WandbLogger,
+        experiment=run,
+        _prefix="",
+        log_metrics=lambda *_, **__: None,
+        log_table=lambda _, key, titles, rows, step: told.update({key: rows}),
+    )()
+    define_merge_axes([logger])
+    log_merge([logger], ["a"], ["x", "y"], torch.ones(1, 2), torch.ones(1, 2, 3), 0)
+    assert {"residual", "objective", "clients"} == {*told}
 
 
 def test_infinite_numbers_reach_the_run(logger, tmp_path):

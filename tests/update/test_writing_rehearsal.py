@@ -24,12 +24,12 @@ def test_nothing_is_left_and_the_file_is_not_touched(tmp_path):
     assert path.read_text() == "of another run"
 
 
-def test_what_cannot_be_written_is_told_with_its_name(tmp_path):
+def test_what_cannot_be_written_is_told(tmp_path):
     (tmp_path / "runs").write_text("a file")
     path = tmp_path / "runs" / "update.safetensors"
-    with pytest.raises(OSError, match=r"cannot be written.*pass output=") as caught:
+    with pytest.raises(OSError, match="cannot be written"):
         rehearse_writing(_update(), path)
-    assert caught.value.filename == str(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["runs"]
 
 
 def test_what_the_reader_refuses_is_refused_and_removed(tmp_path, monkeypatch):
