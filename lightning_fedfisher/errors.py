@@ -10,6 +10,9 @@ from typing import Any
 
 from typing_extensions import override
 
+# Of a stranger's file: lines, and characters of each. Two names of the longest kind fit.
+_MOST_TOLD, _LONGEST_LINE = 20, 2500
+
 
 class FedFisherError(ValueError):
     """A model, an update or a merge is refused; the message names all that is wrong with it.
@@ -65,7 +68,8 @@ class UpdateError(FedFisherError):
 
     Attributes:
         source: The file, or a phrase for an update in memory.
-        offenders: One line for each tensor or field that is refused, with the reason.
+        offenders: One line for each tensor or field that is refused, with the reason. Of the many
+            of a hostile file the first 20, and a line with the number of the others.
 
     Example:
         >>> error = UpdateError("client.safetensors", ["parameters/weight is missing"])
@@ -81,7 +85,10 @@ class UpdateError(FedFisherError):
             offenders: One line for each, with the reason.
         """
         self.source = source
-        super().__init__(f"{source} is not a usable client update:", offenders)
+        told = [_cut(offender) for offender in offenders[:_MOST_TOLD]]
+        if len(offenders) > _MOST_TOLD:
+            told.append(f"and {len(offenders) - _MOST_TOLD} more")
+        super().__init__(f"{source} is not a usable client update:", told)
 
 
 class MergeError(FedFisherError):
@@ -118,3 +125,8 @@ class BudgetError(FedFisherError):
             reason: How large it is and how large it may be, with the remedy.
         """
         super().__init__(reason, ())
+
+
+def _cut(line: str) -> str:
+    """Cuts off a line that a stranger's text makes too long."""
+    return line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]}..."

@@ -29,6 +29,26 @@ def terminal_text(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def shortened(text: str, most: int = 80) -> str:
+    """Leaves out the middle of a long text.
+
+    Args:
+        text: Any text.
+        most: Characters that are left of it.
+
+    Returns:
+        The text, or its beginning and its end around three dots.
+
+    Example:
+        >>> shortened("encoder.layers.0.attention.projection", 20)
+        'encoder.l...ojection'
+    """
+    if len(text) <= most:
+        return text
+    end = (most - 3) // 2
+    return f"{text[: most - 3 - end]}...{text[-end:]}"
+
+
 def page_text(text: str) -> str:
     r"""Replaces characters that would hide, reverse or break a line of a page or a chart.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
+from lightning_fedfisher._utils.text import shortened
 from lightning_fedfisher.cli.terminal import columns, show
 from lightning_fedfisher.curvature.registry import KINDS
 from lightning_fedfisher.update.client_update import ClientUpdate
@@ -48,7 +49,7 @@ def run(flags: Namespace) -> int:
     for layer in facts["layers"]:
         shape = "x".join(map(str, layer["shape"]))
         cells = [(f"{layer[p]['bytes']:,}", f"{layer[p]['bits']:.1f}") for p in _PARTS]
-        rows.append((layer["name"], layer["kind"], shape, *cells[0], *cells[1]))
+        rows.append((shortened(layer["name"]), layer["kind"], shape, *cells[0], *cells[1]))
     show(*lines, *columns(rows, "<<>>>>>"))
     return 0
 
@@ -60,8 +61,7 @@ def _facts(update: ClientUpdate) -> dict[str, Any]:
     for layer in update.layers:
         kind = KINDS[header.kinds[layer.name]]
         numbers = sum(map(math.prod, kind.tensor_shapes(layer.shape, layer.kernel).values()))
-        sent = sum(update.sent_bytes(f"parameters/{name}") for name in layer.parameter_names)
-        curved = update.sent_bytes(f"curvature/{layer.name}/")
+        sent, curved = update.layer_bytes(layer)
         layers.append(
             {
                 "name": layer.name,
@@ -84,8 +84,8 @@ def _facts(update: ClientUpdate) -> dict[str, Any]:
         "curvature_samples": header.curvature_samples,
         "output_layer": header.output_layer,
         "frozen": sorted(header.frozen),
-        "buffers": {"bytes": update.sent_bytes("buffers/")},
-        "input_means": {"bytes": update.sent_bytes("input_means/")},
+        "buffers": {"bytes": update.sent_bytes("buffers")},
+        "input_means": {"bytes": update.sent_bytes("input_means")},
         "metadata": dict(header.metadata),
         "layers": layers,
     }

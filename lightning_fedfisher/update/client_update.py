@@ -7,8 +7,9 @@ names file and tensor.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,10 +22,9 @@ from lightning_fedfisher.curvature.registry import KINDS
 from lightning_fedfisher.errors import BudgetError, UpdateError
 from lightning_fedfisher.layers import Layer
 from lightning_fedfisher.update.architecture import describe_architecture, fingerprint
-from lightning_fedfisher.update.buffer_roles import buffer_role
 from lightning_fedfisher.update.compression import compress, fewest_bytes
 from lightning_fedfisher.update.consistency import inconsistencies
-from lightning_fedfisher.update.decompression import decode_root, restore
+from lightning_fedfisher.update.decompression import restore
 from lightning_fedfisher.update.file_format import (
     UpdateFile,
     file_digest,
@@ -35,8 +35,8 @@ from lightning_fedfisher.update.file_format import (
 from lightning_fedfisher.update.header import QUANTIZED_TYPES, UpdateHeader
 from lightning_fedfisher.update.model_tensors import collect_tensors
 from lightning_fedfisher.update.safetensors_layout import Spec, spec_bytes
-from lightning_fedfisher.update.tensor_checks import find_problem
-from lightning_fedfisher.update.upload_budget import budget_bytes, budget_error
+from lightning_fedfisher.update.upload_budget import budget_bytes, budget_error, unpacked_excess
+from lightning_fedfisher.update.verification import damages
 
 
 class ClientUpdate:
@@ -115,7 +115,7 @@ class ClientUpdate:
             UpdateError: If any tensor is not finite or too large; all are named.
         """
         update = cls(*collect_tensors(model, header, blocks, statistics))
-        update._check(definite=False)  # takes long, and an extraction gives nothing else
+        update.verify(definite=False)  # takes long, and an extraction gives nothing else
         return update
 
     @property
@@ -142,7 +142,7 @@ class ClientUpdate:
         """Reads the mean of what a layer's columns read, of shape ``(groups, columns)``."""
         return self._read(f"input_means/{layer.name}")
 
-    @property
+    @cached_property
     def specs(self) -> dict[str, Spec]:
         """Shape and dtype of all trained weights and buffers by name; none of them is read."""
         return {
@@ -230,39 +230,23 @@ class ClientUpdate:
         }
         return kind.from_tensors(tensors, layer.shape, layer.kernel)
 
-    def verify(self, decode: bool = True, curvature: bool = True) -> None:
+    def verify(self, decode: bool = True, curvature: bool = True, definite: bool = True) -> None:
         """Reads every tensor once, one at a time, and checks it.
 
         Args:
             decode: Whether to decode what is quantized; its digest is checked in any case.
             curvature: Whether to read the curvature as well.
+            definite: Whether to make sure that it is symmetric and positive semi-definite.
 
         Raises:
             UpdateError: If a tensor is damaged, not finite, larger than float32 can multiply, or no
-                curvature: not symmetric or not positive semi-definite. All are named.
+                curvature, or if weights and curvature of a layer are too large together. All are
+                named.
         """
-        self._check(True, decode, curvature)
-
-    def _check(self, definite: bool, decode: bool = True, curvature: bool = True) -> None:
-        """Checks every tensor; whether factors are curvature only if ``definite``."""
-        offenders: list[str] = []
         with self.opened():
-            for name in (n for n in self._tensors if curvature or n.split("/")[0] != "curvature"):
-                role = self._roles[name][1] if name in self._roles else buffer_role(name)
-                if role == "factor" and not definite:
-                    role = "basis"
-                packed = name in self.header.quantized
-                unpacks = packed and decode
-                try:
-                    read = self._read(name, decode=decode_root) if unpacks else self._tensors[name]
-                except UpdateError as error:
-                    offenders += error.offenders
-                    continue
-                # What is quantized is a root, which was checked; and what has a root is definite.
-                if not packed and (found := find_problem(read, role)):
-                    offenders.append(f"{name} {found}")
-        if offenders:
-            raise UpdateError(self.source, offenders)
+            found = damages(self.header, self._tensors, decode, curvature, definite)
+        if found:
+            raise UpdateError(self.source, found)
 
     @property
     def digests(self) -> dict[str, str]:
@@ -280,18 +264,24 @@ class ClientUpdate:
         held = self._tensors
         return held.size if isinstance(held, UpdateFile) else file_size(self.header, self._stored)
 
-    def sent_bytes(self, name: str) -> int:
-        """Counts the bytes that tensors take in the file, as they are sent.
+    def sent_bytes(self, group: str) -> int:
+        """Counts the bytes that a group of tensors takes in the file, as they are sent.
 
         Args:
-            name: Name of a tensor in the file, or of a group of them up to a slash:
-                ``parameters/``, ``curvature/conv1/``; 0 if there are none.
+            group: ``"parameters"``, ``"curvature"``, ``"buffers"`` or ``"input_means"``.
         """
-        return sum(
-            spec_bytes(spec)
-            for n, spec in self._stored.items()
-            if n == name or (name.endswith("/") and n.startswith(name))
-        )
+        return sum(spec_bytes(spec) for n, spec in self._stored.items() if n.split("/")[0] == group)
+
+    def layer_bytes(self, layer: Layer) -> tuple[int, int]:
+        """Counts the bytes that one layer's weights and curvature take in the file, as they are.
+
+        Args:
+            layer: One of `layers`.
+        """
+        parts = KINDS[self.header.kinds[layer.name]].tensor_roles
+        weights = (self._stored[f"parameters/{name}"] for name in layer.parameter_names)
+        curvature = (self._stored[f"curvature/{layer.name}/{part}"] for part in parts)
+        return sum(map(spec_bytes, weights)), sum(map(spec_bytes, curvature))
 
     @property
     def fedavg_bytes(self) -> int:
@@ -326,19 +316,30 @@ class ClientUpdate:
             raise budget_error(self.source, upload_budget, size, error) from None
         except ValueError as error:
             raise UpdateError(self.source, getattr(error, "offenders", [str(error)])) from error
-        return type(self)(header, tensors, self.source)
+        smaller = type(self)(header, tensors, self.source)
+        if excess := smaller._unpacked_excess(smaller.upload_bytes):
+            raise budget_error(self.source, upload_budget, size, excess)
+        return smaller
+
+    def _unpacked_excess(self, file_bytes: int) -> str:
+        """Says if what is packed would take too much memory for a file of so many bytes."""
+        return unpacked_excess((self._roles[n][0] for n in self.header.quantized), file_bytes)
 
     def require_room(self, upload_budget: float) -> None:
         """Refuses a budget that is hopeless, without compressing anything.
 
         Raises:
-            BudgetError: If there is not even room for a bit of each entry.
+            BudgetError: If there is not even room for a bit of each entry, or so little that a
+                reader would take the file for one that unpacks to any size.
         """
-        rest = sum(map(self.sent_bytes, ("buffers/", "input_means/")))
+        rest = sum(map(self.sent_bytes, ("buffers", "input_means")))
         least = rest + fewest_bytes(self.header)
         size = budget_bytes(upload_budget, self.fedavg_bytes)
-        if size < min(self.upload_bytes, least):
-            why = f"at least {least} bytes are needed"
+        if self.upload_bytes <= size:
+            return
+        packed = (at for n, (at, _) in self._roles.items() if not n.startswith("input_means/"))
+        why = f"at least {least} bytes are needed" if size < least else ""
+        if why := why or unpacked_excess(packed, size):
             raise budget_error(self.source, upload_budget, size, why)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -355,8 +356,7 @@ class ClientUpdate:
         """Opens an update without reading its tensors.
 
         The file is closed again: thousands of updates may be open. A tensor is read when it is
-        asked for. It is checked against its digest when it is first read, and again if the file has
-        changed since.
+        asked for, and each time checked against its digest: a file that changes is refused then.
 
         Args:
             path: A file written by `save`; nothing in it is trusted or executed.
@@ -367,26 +367,33 @@ class ClientUpdate:
 
         Raises:
             FileNotFoundError: If there is no such file.
-            UpdateError: If it is truncated, no update, of another schema, holds a tensor that is
-                too large, or contradicts itself.
+            UpdateError: If it is no file, truncated, no update, of another schema, holds a tensor
+                that is too large, unpacks to far more than its size, or contradicts itself.
         """
-        file = UpdateFile(Path(path))
-        update = cls(file.header, file, str(path))
-        if offenders := [
+        try:
+            update = cls((file := UpdateFile(Path(path))).header, file, str(path))
+        except (UpdateError, FileNotFoundError):
+            raise
+        except Exception as error:  # whatever a stranger's header leads to
+            raise UpdateError(str(path), [f"it is malformed ({error!r})"]) from error
+        offenders = [
             f"{name} takes {spec_bytes(spec)} bytes, more than max_tensor_bytes={max_tensor_bytes}"
             for name, spec in update._specs.items()
             if spec_bytes(spec) > max_tensor_bytes
-        ]:
+        ]
+        if excess := update._unpacked_excess(file.size):
+            offenders.append(excess)
+        if offenders:
             raise UpdateError(str(path), offenders)
         return update
 
-    def _read(self, name: str, *how: Any, decode: Callable[..., Tensor] = restore) -> Tensor:
+    def _read(self, name: str, *how: Any) -> Tensor:
         """Reads a tensor by its name in the file; ``how`` is what `restore` takes beside that."""
         stored, quantized = self._tensors[name], self.header.quantized.get(name)
         shape, role = self._roles.get(name, ((), "weights"))  # a buffer is as it is stored
         try:
-            return decode(stored, quantized, shape, role, *how)
-        except ValueError as error:
+            return restore(stored, quantized, shape, role, *how)
+        except (ValueError, MemoryError) as error:
             raise UpdateError(self.source, [f"{name} cannot be unpacked: {error}"]) from error
 
     def _group(self, group: str) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from lightning_fedfisher.curvature.powers import damping_of, tensor_power
 from lightning_fedfisher.update.header import QUANTIZED_TYPES, QuantizedTensor
 from lightning_fedfisher.update.integer_coding import decode
 from lightning_fedfisher.update.roots import matrix_of_root, root_entries, unflatten_root
-from lightning_fedfisher.update.tensor_checks import StoredRole, value_limit
+from lightning_fedfisher.update.tensor_checks import StoredRole, largest_of, value_limit
 
 
 def restore(
@@ -83,12 +83,32 @@ def decode_root(
         raise ValueError(f"a matrix of {shape[0]} rows has no rank of {quantized.rank}")
     count = root_entries(shape[0], quantized.rank) if role == "factor" else math.prod(shape)
     numbers = decode(payload, count)
-    largest = max(map(abs, map(int, numbers.aminmax()))) * quantized.step if count else 0.0
-    if role in ("factor", "values"):
-        rows = quantized.rank if role == "factor" else 1
-        largest = largest * largest * rows + quantized.tail
+    largest = largest_of_root(numbers, quantized, role)
     if not largest <= (limit := value_limit(role, QUANTIZED_TYPES[quantized.dtype])):
         raise ValueError(f"it holds values up to {largest:.1e}, more than {limit:.1e}")
     if quantized.step > torch.finfo(torch.float32).max:  # of which a multiple by zero is no number
         raise ValueError(f"its step is {quantized.step:.1e}")
     return numbers
+
+
+def largest_of_root(numbers: Tensor, quantized: QuantizedTensor, role: StoredRole) -> float:
+    """Bounds the absolute values of a tensor by those of its root.
+
+    Args:
+        numbers: The steps in each entry of the root, as `decode_root` returns them.
+        quantized: How the tensor was quantized.
+        role: What the tensor is.
+
+    Returns:
+        A number that no entry of the tensor exceeds.
+
+    Example:
+        >>> steps = torch.tensor([3, -4], dtype=torch.int32)
+        >>> largest_of_root(steps, QuantizedTensor(0.5, "float32"), "weights")
+        2.0
+    """
+    largest = largest_of(numbers) * quantized.step
+    if role in ("factor", "values"):
+        rows = quantized.rank if role == "factor" else 1
+        largest = largest * largest * rows + quantized.tail
+    return largest

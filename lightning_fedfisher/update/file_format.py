@@ -11,25 +11,26 @@ import hashlib
 import json
 import os
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from io import FileIO
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_fedfisher._utils.files import atomic_write
+from lightning_fedfisher._utils.text import shortened
 from lightning_fedfisher.errors import UpdateError
 from lightning_fedfisher.update.header import UpdateHeader
 from lightning_fedfisher.update.safetensors_layout import (
     DTYPES,
     Spec,
     layout_size,
+    open_regular,
+    parse_json,
     read_bytes,
     read_layout,
 )
@@ -47,7 +48,6 @@ _FLOATS: tuple[torch.dtype, ...] = (  # weights and curvature
 _BUFFERS = tuple(DTYPES.values())
 _QUANTIZED: tuple[torch.dtype, ...] = (torch.uint8,)
 _NO_DIGEST = "0" * hashlib.sha256().digest_size * 2  # as long as one
-_TICK_NS = 2 * 10**9  # no file system's clock is coarser than FAT's, of two seconds
 
 
 def write_file(path: Path, header: UpdateHeader, tensors: Mapping[str, Tensor]) -> None:
@@ -124,8 +124,8 @@ def digest(tensor: Tensor) -> str:
 class UpdateFile(Mapping[str, Tensor]):
     """The tensors of a file, each read when asked for and checked against its digest.
 
-    The file is open only while something reads it. A tensor is hashed when it is first read, and
-    again only if the file has changed since.
+    The file is open only while something reads it. A tensor is copied into memory of its own and
+    hashed there, each time anew: whatever happens to the file, what is used is what was checked.
 
     Attributes:
         header: What the tensors mean.
@@ -145,36 +145,24 @@ class UpdateFile(Mapping[str, Tensor]):
             FileNotFoundError: If there is no such file.
             UpdateError: If it is truncated, no update or of another schema.
         """
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no update file {path}")
         self._path = path
         self._handles: dict[int, FileIO] = {}  # by thread: none closes what another one reads
-        self._hashed: dict[str, _FileState] = {}
         try:
-            with path.open("rb", buffering=0) as file:
+            with open_regular(path) as file:
                 self.size = os.fstat(file.fileno()).st_size
                 metadata, self._slots = read_layout(file)
-        except (OSError, ValueError, RecursionError) as error:
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"there is no update file {path}") from error
+        except OSError as error:
+            raise UpdateError(str(path), [f"it cannot be read: {error}"]) from error
+        except (ValueError, RecursionError) as error:
             raise UpdateError(str(path), [f"it is truncated or damaged: {error}"]) from error
         self.specs: dict[str, Spec] = {n: (s.shape, s.dtype) for n, s in self._slots.items()}
         try:
-            envelope = json.loads(metadata[_METADATA_KEY])
-            text = str(envelope["header"])
-            self.digest = _sha256(text)
-            if self.digest != envelope["digest"]:
-                raise ValueError("it does not match its digest")
-            fields = json.loads(text)
-            schema = fields.pop("schema")
-            self.digests: dict[str, str] = dict(fields.pop("digests"))
-            if type(schema) is not int or schema != SCHEMA:
-                raise UpdateError(
-                    str(path),
-                    [f"its schema is {schema!r}, this version reads {SCHEMA}: extract it anew"],
-                )
-            self.header = UpdateHeader.from_json(fields)
-        except UpdateError:
-            raise
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            self.header, self.digests, self.digest = _parsed(metadata)
+        except _SchemaError as error:
+            raise UpdateError(str(path), [str(error)]) from None
+        except Exception as error:  # of whatever type: no list of them would be known to be whole
             reason = f"its header is missing or malformed ({type(error).__name__}: {error})"
             raise UpdateError(str(path), [reason]) from error
         offenders = [
@@ -196,23 +184,17 @@ class UpdateFile(Mapping[str, Tensor]):
         slot = self._slots[name]
         try:
             with self.opened() as file:
-                before = _FileState.of(file)
                 data = read_bytes(file, slot.start, slot.size)
-                state = _FileState.of(file)
         except UpdateError as error:
             reasons = "; ".join(error.offenders)
             raise UpdateError(str(self._path), [f"{name} cannot be read: {reasons}"]) from error
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, MemoryError, RuntimeError, ValueError) as error:
             raise UpdateError(str(self._path), [f"{name} cannot be read: {error}"]) from error
         tensor = data.view(slot.dtype).reshape(slot.shape)
-        if before == state == self._hashed.get(name):
-            return tensor
         if digest(tensor) != self.digests[name]:
             raise UpdateError(
                 str(self._path), [f"{name} does not match its digest: the file is damaged"]
             )
-        if before == state and state.is_settled():
-            self._hashed[name] = state
         return tensor
 
     @contextmanager
@@ -230,8 +212,8 @@ class UpdateFile(Mapping[str, Tensor]):
             yield self._handles[thread]
             return
         try:
-            file = self._path.open("rb", buffering=0)
-        except OSError as error:
+            file = open_regular(self._path)
+        except (OSError, ValueError) as error:
             raise UpdateError(str(self._path), [f"it cannot be read any more: {error}"]) from error
         with file:
             self._handles[thread] = file
@@ -241,8 +223,7 @@ class UpdateFile(Mapping[str, Tensor]):
                 del self._handles[thread]
 
     def __getstate__(self) -> dict[str, object]:
-        # Another process opens the file for itself, and takes nobody's word for its content.
-        return self.__dict__ | {"_handles": {}, "_hashed": {}}
+        return self.__dict__ | {"_handles": {}}  # another process opens the file for itself
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._slots)
@@ -251,25 +232,30 @@ class UpdateFile(Mapping[str, Tensor]):
         return len(self._slots)
 
 
-class _FileState(NamedTuple):
-    """What changes when a file is written to or replaced."""
+class _SchemaError(Exception):
+    """The file is of another version of the format."""
 
-    device: int
-    inode: int
-    size: int
-    modified_ns: int
-    changed_ns: int
 
-    @classmethod
-    def of(cls, file: FileIO) -> _FileState:
-        """Asks for the state of an open file."""
-        status = os.fstat(file.fileno())
-        times = status.st_mtime_ns, status.st_ctime_ns
-        return cls(status.st_dev, status.st_ino, status.st_size, *times)
+def _parsed(metadata: Mapping[str, str]) -> tuple[UpdateHeader, dict[str, str], str]:
+    """Reads a stranger's header, with the digests of the tensors and that of itself.
 
-    def is_settled(self) -> bool:
-        """Whether another write would show: the last was longer ago than a file's clock ticks."""
-        return time.time_ns() - self.modified_ns > _TICK_NS
+    Raises:
+        _SchemaError: If it is of another version.
+        Exception: Of whatever type JSON of another form leads to, if it is malformed.
+    """
+    envelope = parse_json(metadata[_METADATA_KEY])
+    text = envelope["header"]
+    if type(text) is not str or envelope["digest"] != _sha256(text):
+        raise ValueError("it does not match its digest")
+    fields = parse_json(text)
+    schema, digests = fields.pop("schema"), fields.pop("digests")
+    if type(schema) is not int or schema != SCHEMA:
+        raise _SchemaError(
+            f"its schema is {shortened(repr(schema))}, this version reads {SCHEMA}: extract it anew"
+        )
+    if type(digests) is not dict or any(type(found) is not str for found in digests.values()):
+        raise TypeError("its digests are no table of texts")
+    return UpdateHeader.from_json(fields), digests, _sha256(text)
 
 
 def _metadata(header: UpdateHeader, digests: Mapping[str, str]) -> dict[str, str]:

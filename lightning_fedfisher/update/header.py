@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
 import torch
 
+from lightning_fedfisher._utils.text import shortened
 from lightning_fedfisher.batch_norms import Normalized
 from lightning_fedfisher.curvature.registry import KINDS
 from lightning_fedfisher.layers import Layer, Source
+from lightning_fedfisher.update.safetensors_layout import MAX_NAME, MAX_TENSORS
 from lightning_fedfisher.update.tensor_checks import LARGEST_VALUE, StoredRole, is_possible
 
 QUANTIZED_TYPES = {
@@ -26,6 +29,7 @@ QUANTIZED_TYPES = {
 }
 """Types that a quantized tensor may have had, by name."""
 
+_MOST_PARAMETERS = 2  # of a layer: a weight and its bias
 _T = TypeVar("_T")
 
 
@@ -97,7 +101,8 @@ class UpdateHeader:
 
     Raises:
         TypeError: If an attribute, or something in it, is not of its type.
-        ValueError: If a shape or a quantization is impossible.
+        ValueError: If a shape or a quantization is impossible, a name longer than `MAX_NAME`, or a
+            table longer than a file has tensors.
 
     Example:
         >>> from lightning_fedfisher.layers import find_layers
@@ -128,32 +133,40 @@ class UpdateHeader:
         for name in ("num_samples", "curvature_samples"):
             _typed(int, getattr(self, name))
         for name in ("curvature", "fisher", "likelihood", "output_layer"):
-            _typed(str, getattr(self, name))
-        for table in (self.kinds, self.metadata, self.aliases, self.frozen):
+            _name(getattr(self, name))
+        tables = (self.kinds, self.aliases, self.frozen, self.fed_by, self.normalized)
+        for entries in (self.layers, self.metadata, self.quantized, *tables):
+            if len(entries) > MAX_TENSORS:
+                raise ValueError(f"a table of {len(entries)} entries, more than {MAX_TENSORS}")
+        for table in (self.kinds, self.aliases, self.frozen):
             for key, value in table.items():
-                _typed(str, key), _typed(str, value)
+                _name(key), _name(value)
+        for key, text in self.metadata.items():
+            _name(key), _typed(str, text)
         if self.fit is not None:
             error = _typed(float, self.fit.squared_error)
             observations = _typed(float, self.fit.observations)
             if not 0 <= error <= LARGEST_VALUE or not 0 < observations <= LARGEST_VALUE:
                 raise ValueError(f"a fit of {observations} observations leaves {error}")
         for reader, source in self.fed_by.items():
-            _typed(str, reader), _typed(str, source.layer), _typed(str, source.activation)
+            _name(reader), _name(source.layer), _name(source.activation)
         for path, norm in self.normalized.items():
-            _typed(str, path), _typed(str, norm.layer), _typed(int, norm.groups)
+            _name(path), _name(norm.layer), _typed(int, norm.groups)
         for name, quantized in self.quantized.items():
             _typed(str, name)
             if not (_typed(float, quantized.step) > 0 and math.isfinite(quantized.step)):
                 raise ValueError(f"{name} is packed in steps of {quantized.step}")
             if _typed(str, quantized.dtype) not in QUANTIZED_TYPES:
-                raise ValueError(f"{name} was packed from {quantized.dtype}")
+                raise ValueError(f"{name} was packed from {shortened(quantized.dtype)}")
             rank, tail = _typed(int, quantized.rank), _typed(float, quantized.tail)
             if rank < 0 or not 0 <= tail < math.inf:
-                raise ValueError(f"{name} has rank {rank} and tail {tail}")
+                raise ValueError(f"{name} has rank {shortened(str(rank))} and tail {tail}")
         for layer in self.layers:
-            _typed(str, layer.name)
+            _name(layer.name)
+            if len(layer.parameters) > _MOST_PARAMETERS:
+                raise ValueError(f"layer {layer.name}: {len(layer.parameters)} parameters in one")
             for name, shape in layer.parameters:
-                _typed(str, name)
+                _name(name)
                 if not all(_typed(int, size) > 0 for size in shape) or not is_possible(shape):
                     raise ValueError(
                         f"layer {layer.name}: parameters/{name} has an impossible shape"
@@ -172,7 +185,7 @@ class UpdateHeader:
         Raises:
             KeyError: If a field is missing.
             TypeError: If a field is unknown or of the wrong type.
-            ValueError: If a shape or a quantization is impossible.
+            ValueError: If a shape, a quantization, a name or a table is impossible.
         """
         known = dataclasses.fields(cls)
         later = {"fit", "normalized"}  # which older files know nothing of
@@ -212,5 +225,12 @@ class UpdateHeader:
 def _typed(kind: type[_T], value: Any) -> _T:
     """Refuses what is not exactly of a type: JSON's true and 1.0 are no sample counts."""
     if type(value) is not kind:
-        raise TypeError(f"expected {kind.__name__}, got {value!r}")
+        raise TypeError(f"expected {kind.__name__}, got {reprlib.repr(value)}")
     return value
+
+
+def _name(value: Any) -> str:
+    """Refuses what is no text, or too long to be shown."""
+    if len(_typed(str, value)) > MAX_NAME:
+        raise ValueError(f"a name of {len(value)} characters, more than {MAX_NAME}")
+    return value  # type: ignore[no-any-return]

@@ -12,9 +12,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 import threading
 from collections.abc import Mapping
 from io import FileIO
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -27,6 +29,9 @@ MAX_HEADER_BYTES = 2**24
 
 MAX_TENSORS = 2**14
 """Most tensors that a file may hold: more than any model has."""
+
+MAX_NAME = 2**10
+"""Longest name, in characters, of a tensor or of anything else that a file names."""
 
 DTYPES = {
     "I64": torch.int64,
@@ -42,6 +47,7 @@ DTYPES = {
 }
 """Types that an update may hold, by their names in a file, in the order in which they lie there."""
 
+_MAX_VALUES = 64 * MAX_TENSORS  # of a header: each takes memory, whatever its length in the file
 _LENGTH_BYTES = 8  # of the number in front of the header
 _ALIGNMENT = 8  # spaces fill the header up to a multiple of it
 _METADATA = "__metadata__"
@@ -76,6 +82,46 @@ class Slot(NamedTuple):
     size: int
 
 
+def open_regular(path: Path) -> FileIO:
+    """Opens a stranger's file to read bytes, and nothing that only looks like a file.
+
+    Args:
+        path: Path of the file. A pipe is not waited for.
+
+    Returns:
+        The open file.
+
+    Raises:
+        OSError: If it cannot be opened, or is a folder, a pipe, a device or the like.
+        ValueError: If it is no path at all.
+    """
+    # A pipe would keep its reader waiting for a writer, and may be put in the file's place later.
+    wait = getattr(os, "O_NONBLOCK", 0)
+    file = FileIO(os.fspath(path), opener=lambda name, flags: os.open(name, flags | wait))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError("it is no regular file")
+    return file
+
+
+def parse_json(text: str) -> Any:
+    """Reads a stranger's JSON, of which nothing is named twice.
+
+    Args:
+        text: The JSON.
+
+    Returns:
+        What it says: tables, lists, texts, numbers, true, false and null.
+
+    Raises:
+        ValueError: If it is no JSON, holds more values than any header, or what is no JSON number.
+        RecursionError: If it is nested too deeply.
+    """
+    if sum(map(text.count, "[{,")) > _MAX_VALUES:
+        raise ValueError(f"a header of more than {_MAX_VALUES} values")
+    return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
+
+
 def read_layout(file: FileIO) -> tuple[dict[str, str], dict[str, Slot]]:
     """Reads the header of a safetensors file, and no tensor.
 
@@ -99,7 +145,7 @@ def read_layout(file: FileIO) -> tuple[dict[str, str], dict[str, Slot]]:
     text = read_bytes(file, _LENGTH_BYTES, length).numpy().tobytes().decode()
     if not text.startswith("{"):
         raise ValueError("its header is no table")
-    header = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
+    header = parse_json(text)
     metadata = header.pop(_METADATA, {})
     if type(metadata) is not dict or any(type(value) is not str for value in metadata.values()):
         raise ValueError("its metadata are no table of texts")
@@ -175,6 +221,8 @@ def layout_size(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> int:
 
 def _slot(name: str, fields: Any, first: int) -> Slot:
     """Reads a stranger's word on one tensor, whose bytes are counted from ``first``."""
+    if len(name) > MAX_NAME:
+        raise ValueError(f"a name of {len(name)} characters, more than {MAX_NAME}")
     name.encode()  # half of a pair of surrogates is no text
     if type(fields) is not dict or fields.keys() != _FIELDS:
         raise ValueError(f"{name} is described by other fields than {', '.join(sorted(_FIELDS))}")

@@ -15,18 +15,28 @@ StoredRole = TensorRole | Literal["weights", "mean"]
 """What a tensor of an update is: a part of a curvature, weights, or a running mean."""
 
 LARGEST_VALUE = 1e18
-"""Largest absolute value of weights and curvature: what float32 can still multiply."""
+"""Largest absolute value of curvature: what float32 can still multiply."""
+
+LARGEST_WEIGHT = 1e9
+"""Largest absolute value of weights: layers of such are multiplied when units are aligned."""
+
+_LARGEST: dict[StoredRole | None, float] = {
+    "weights": LARGEST_WEIGHT,
+    "basis": 2.0,  # of orthonormal columns no entry is above 1, but for rounding
+    None: torch.finfo(torch.float32).max,
+}
 
 _ROUNDING = 1e-4  # of the trace, or of the largest entry; more where the type is coarser
 _MAX_ELEMENTS, _MAX_DIMENSIONS = 2**48, 16
 
 
-def find_problem(tensor: Tensor, role: StoredRole | None) -> str:
+def find_problem(tensor: Tensor, role: StoredRole | None, definite: bool = True) -> str:
     """Finds out why a tensor cannot be used.
 
     Args:
         tensor: A tensor of any type and shape.
         role: What it must be. None if nothing is known of it.
+        definite: Whether to make sure that a factor is symmetric and positive semi-definite.
 
     Returns:
         The reason to refuse it; empty if there is none.
@@ -49,7 +59,7 @@ def find_problem(tensor: Tensor, role: StoredRole | None) -> str:
         return f"holds values up to {largest:.1e}, more than {limit:.2g}"
     if role == "values" and lowest < -rounding * largest:
         return f"holds negative values, down to {lowest:.1e}"
-    if role == "factor":
+    if role == "factor" and definite:
         if float((tensor - tensor.mT).abs().max()) > rounding * largest:
             return "is not symmetric"
         # The ridge is far above float32's rounding, which takes half the time.
@@ -67,15 +77,34 @@ def value_limit(role: StoredRole | None, dtype: torch.dtype) -> float:
         dtype: Its floating-point type.
 
     Returns:
-        The largest absolute value: what the type holds, and what float32 can multiply. What nothing
-        is known of may be as large as float32 holds.
+        The largest absolute value: what the type holds, and what float32 can multiply as often as
+        a merge does. What nothing is known of may be as large as float32 holds.
 
     Example:
         >>> value_limit("factor", torch.float32)
         1e+18
     """
-    most = torch.finfo(torch.float32).max if role is None else LARGEST_VALUE
+    most = _LARGEST.get(role, LARGEST_VALUE)
     return min(torch.finfo(dtype).max, most)
+
+
+def largest_of(tensor: Tensor) -> float:
+    """Finds the largest absolute value of a tensor.
+
+    Args:
+        tensor: A tensor of any type and shape.
+
+    Returns:
+        The value; 0 if there is none.
+
+    Example:
+        >>> largest_of(torch.tensor([1.0, -2.0]))
+        2.0
+    """
+    if not tensor.numel():
+        return 0.0
+    lowest, highest = map(float, tensor.aminmax())
+    return max(-lowest, highest)
 
 
 def is_semidefinite(matrix: Tensor, rounding: float) -> bool:

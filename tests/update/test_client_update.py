@@ -97,8 +97,9 @@ def test_digest_and_size_are_those_of_the_file(tmp_path):
     opened = ClientUpdate.open(path)
     assert opened.digest == update.digest
     assert opened.upload_bytes == update.upload_bytes == path.stat().st_size
-    assert opened.sent_bytes("buffers/") == 2 * 2 * 4 + 8
-    assert opened.sent_bytes("parameters/0.weight") == 24
+    assert opened.sent_bytes("buffers") == 2 * 2 * 4 + 8
+    assert opened.sent_bytes("parameters") == 24 + 8 + 24 + 8
+    assert opened.layer_bytes(opened.layers[0]) == (24 + 8, 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -289,8 +290,6 @@ def test_exchanged_tensors_are_refused(saved, tmp_path):
 def test_no_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="nobody"):
         ClientUpdate.open(tmp_path / "nobody.safetensors")
-    with pytest.raises(FileNotFoundError):
-        ClientUpdate.open(tmp_path)
 
 
 def test_a_file_that_vanishes_after_opening_is_refused(file):
@@ -306,7 +305,7 @@ def test_a_file_nobody_may_read_is_refused(file, monkeypatch):
     def forbidden(*_, **__):
         raise PermissionError("not for you")
 
-    monkeypatch.setattr("pathlib.Path.open", forbidden)
+    monkeypatch.setattr("os.open", forbidden)
     with pytest.raises(UpdateError, match="not for you"):
         ClientUpdate.open(file)
 
@@ -351,7 +350,7 @@ def test_nothing_is_unpickled(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "digests", [{}, {"parameters/w": None}, {"parameters/w": "0" * 64}], ids=str
+    "digests", [{}, {"parameters/v": "0" * 64}, {"parameters/w": "0" * 64}], ids=str
 )
 def test_missing_and_wrong_digests_are_refused(digests, tmp_path):
     path = tmp_path / "client.safetensors"

@@ -61,7 +61,7 @@ LIES = {
     "kind is a class path": (_kind("builtins.eval"), "layer norm"),
     "no kinds": (set_field("kinds", {}), "layer norm"),
     "parameter in two layers": (_cover_twice, "parameter norm.weight belongs to two layers"),
-    "parameter twice in a layer": (_cover_twice_in_one_layer, "belongs to two layers"),
+    "parameter twice in a layer": (_cover_twice_in_one_layer, "layer norm: 3 parameters in one"),
     "no layers": (set_field("layers", []), "parameters/conv.weight"),
     "layer of nothing": (set_field("layers", [{"name": "norm", "parameters": []}]), "layer norm"),
     "num_samples 0": (set_field("num_samples", 0), "num_samples is 0"),

@@ -38,7 +38,7 @@ def test_second_moments_are_sound_in_every_type(size, rows, dtype, scale):
     if scale == 1e-6 and dtype == torch.float16:
         moment *= 100  # float16 holds nothing smaller
     assert find_problem(moment.to(dtype), "factor") == ""
-    assert find_problem(moment.to(dtype), "basis") == ""
+    assert find_problem(moment.to(dtype), "factor", definite=False) == ""
 
 
 @pytest.mark.parametrize("form", ["factor", "values", "basis", None])
@@ -59,7 +59,7 @@ def test_a_negative_eigenvalue_is_found_beyond_rounding(below, sound):
     assert float(torch.linalg.eigvalsh(matrix)[0]) == pytest.approx(-below)
     assert is_semidefinite(matrix, 1e-4) == sound
     assert (find_problem(matrix, "factor") == "") == sound
-    assert find_problem(matrix, "basis") == ""
+    assert find_problem(matrix, "factor", definite=False) == ""
 
 
 @pytest.mark.parametrize(("below", "sound"), [(0.5e-4, True), (2e-4, False)])
@@ -91,9 +91,10 @@ def test_what_is_not_finite_is_found(form, value):
 
 
 def test_what_float32_cannot_multiply_is_found_but_for_buffers():
-    for form in ("factor", "values", "basis"):
-        assert find_problem(torch.eye(2) * 1.1e18, form).startswith("holds values up to 1.1e+18")
-        assert find_problem(torch.eye(2) * 0.9e18, form) == ""
+    limits = {"factor": 1e18, "values": 1e18, "mean": 1e18, "weights": 1e9, "basis": 2.0}
+    for form, most in limits.items():
+        assert find_problem(torch.eye(2) * 1.1 * most, form).startswith("holds values up to")
+        assert find_problem(torch.eye(2) * 0.9 * most, form) == ""
     assert find_problem(torch.full((2, 2), torch.finfo(torch.float32).min), None) == ""
 
 
@@ -183,11 +184,13 @@ def test_a_small_file_does_not_become_a_large_tensor(tmp_path):
     assert path.stat().st_size < 2**20
     with pytest.raises(UpdateError) as error:
         ClientUpdate.open(path)
-    (offender,) = error.value.offenders
-    assert offender == (
+    by_itself, in_all = error.value.offenders
+    assert by_itself == (
         f"curvature/{name}/column_factor takes {2**42} bytes, more than max_tensor_bytes={2**32}"
     )
-    assert ClientUpdate.open(path, max_tensor_bytes=2**42).num_samples == 7
+    assert in_all.startswith(f"it unpacks to {2**42 + 2**22} bytes, and {path.stat().st_size} may")
+    with pytest.raises(UpdateError, match="it unpacks to"):
+        ClientUpdate.open(path, max_tensor_bytes=2**42)
 
 
 def test_a_limit_of_ones_own_is_kept(tmp_path):
@@ -264,7 +267,8 @@ FLAWS = {
     "negative": (lambda t: t.clone().flatten()[0].neg() - t, "holds negative values", ("values",)),
     "not a number": (lambda t: t * torch.nan, "not finite", ("factor", "values", "basis")),
     "infinite": (lambda t: t / 0, "not finite", ("factor", "values", "basis")),
-    "too large": (lambda t: t * 1e20, "more than 1e+18", ("factor", "values", "basis")),
+    "too large": (lambda t: t * 1e20, "more than 1e+18", ("factor", "values")),
+    "too large for a basis": (lambda t: t * 4, "more than 2", ("basis",)),
 }
 
 
