@@ -28,25 +28,33 @@ def merge_buffers(
         updates: The updates of all clients, found to belong together.
         max_influence: What a client's number of samples, and the distance of its values from the
             median, may be, as a multiple of the median client's.
-        buffers: What the clients' buffers are taken to be; their own if None.
+        buffers: What some of each client's buffers are taken to be; their own if None.
 
     Returns:
         The merged buffers by name.
     """
     samples = [float(update.num_samples) for update in updates]
-    clients = [update.buffers for update in updates] if buffers is None else buffers
     capped = partial(cap_values, samples, max_influence=max_influence)
-    merged: dict[str, Tensor] = {}
-    for name, first in clients[0].items():
-        values = [client[name] for client in clients]
+
+    carried: Sequence[Mapping[str, Tensor]] = buffers or [{}] * len(updates)
+
+    def of_clients(name: str) -> list[Tensor]:
+        """Reads one buffer of all clients: all buffers of all clients may not fit into memory."""
+        pairs = zip(carried, updates, strict=True)
+        return [own[name] if name in own else update.buffer(name) for own, update in pairs]
+
+    names, merged = updates[0].buffer_names, dict[str, Tensor]()
+    for name in names:
+        values = of_clients(name)
+        first = values[0]
         if not first.is_floating_point():
             merged[name] = _merge_counts(values)
             continue
         # In float64, where no difference of two numbers overflows.
         found = average(*capped([value.double() for value in values]))
         location = variance_partner(name)
-        if location is not None and location in clients[0]:
-            weights, means = capped([client[location].double() for client in clients])
+        if location is not None and location in names:
+            weights, means = capped([value.double() for value in of_clients(location)])
             center = average(weights, means)
             spread = average(weights, [(mean - center).square() for mean in means])
             found = found.clamp_min(0) + spread
@@ -71,8 +79,12 @@ def describe_mixed_statistics(
     names = [name for name in every if name not in carried]
     if not names:
         return ""
-    first, *others = (update.buffers for update in updates)
-    unlike = [n for n in names if any(not torch.equal(first[n], other[n]) for other in others)]
+    first, *others = updates
+    unlike = [
+        name
+        for name, value in ((name, first.buffer(name)) for name in names)
+        if any(not torch.equal(value, other.buffer(name)) for other in others)
+    ]
     if not unlike:
         return ""
     more = f" and {len(unlike) - 1} more" if len(unlike) > 1 else ""

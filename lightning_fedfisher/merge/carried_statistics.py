@@ -63,22 +63,23 @@ def carried_buffers(
         moments: Whether to use the second moments of inputs that the clients sent.
 
     Returns:
-        For each client all of its buffers, by name.
+        For each client its buffers that are carried over, by name.
     """
     norms, layers = common_norms(updates), {layer.name: layer for layer in updates[0].layers}
     found = []
     for update in progress_bar(updates, "running statistics", len(updates)):
+        buffers: dict[str, Tensor] = {}
         with update.opened():
-            buffers = update.buffers
             for path, norm in norms.items():
                 layer = layers[norm.layer]
                 outputs = _Outputs.of(update, layer, norm, moments)
                 names = buffer_names(path)
-                location, variance = (buffers[name].double() for name in names)
+                own = [update.buffer(name) for name in names]
+                location, variance = (buffer.double() for buffer in own)
                 moved = outputs.moved(merged[norm.layer].cpu().double(), location, variance)
-                for name, value in zip(names, moved, strict=True):
-                    limits = torch.finfo(buffers[name].dtype)
-                    buffers[name] = value.clamp(limits.min, limits.max).to(buffers[name])
+                for name, buffer, value in zip(names, own, moved, strict=True):
+                    limits = torch.finfo(buffer.dtype)
+                    buffers[name] = value.clamp(limits.min, limits.max).to(buffer)
         found.append(buffers)
     return found
 

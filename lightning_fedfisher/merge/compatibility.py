@@ -22,6 +22,8 @@ from lightning_fedfisher.update.architecture import frozen_at
 from lightning_fedfisher.update.client_update import ClientUpdate
 from lightning_fedfisher.update.file_format import digest
 
+_MOST_TOLD = 20  # differences from others: a stranger's file may have thousands
+
 UpdateSource = str | os.PathLike[str] | ClientUpdate
 
 
@@ -133,7 +135,10 @@ def check_updates(
     for (found, update), own in zip(opened, traits, strict=True):
         _, first = opened[typical]
         for says, mine, theirs in zip(_UNLIKE, traits[typical], own, strict=True):
-            odd = [f"{what} is {this}, not {that}" for what, that, this in _unlike(mine, theirs)]
+            unlike = _unlike(mine, theirs)
+            odd = [f"{what} is {this}, not {that}" for what, that, this in unlike[:_MOST_TOLD]]
+            if len(unlike) > _MOST_TOLD:
+                odd.append(f"and {len(unlike) - _MOST_TOLD} more")
             if odd:
                 found.offenders.append(f"{update.source} {says} {first.source}: {', '.join(odd)}")
                 break  # what follows would say it again
@@ -167,6 +172,9 @@ _UNLIKE = (
 def _traits(update: ClientUpdate, any_curvature: bool) -> tuple[dict[str, object], ...]:
     """Tables of all that must be alike in updates that are merged."""
     header, model = update.header, update.architecture
+    model = model | {
+        f"layer {layer.name}": " with ".join(layer.parameter_names) for layer in header.layers
+    }
     if any_curvature:
         return model, {}, {}, {}
     extracted = {name: getattr(header, name) for name in ("curvature", "fisher", "likelihood")}

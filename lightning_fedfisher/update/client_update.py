@@ -22,7 +22,7 @@ from lightning_fedfisher.curvature.registry import KINDS
 from lightning_fedfisher.errors import BudgetError, UpdateError
 from lightning_fedfisher.layers import Layer
 from lightning_fedfisher.update.architecture import describe_architecture, fingerprint
-from lightning_fedfisher.update.compression import compress, fewest_bytes
+from lightning_fedfisher.update.compression import compress
 from lightning_fedfisher.update.consistency import inconsistencies
 from lightning_fedfisher.update.decompression import restore
 from lightning_fedfisher.update.file_format import (
@@ -35,7 +35,8 @@ from lightning_fedfisher.update.file_format import (
 from lightning_fedfisher.update.header import QUANTIZED_TYPES, UpdateHeader
 from lightning_fedfisher.update.model_tensors import collect_tensors
 from lightning_fedfisher.update.safetensors_layout import Spec, spec_bytes
-from lightning_fedfisher.update.upload_budget import budget_bytes, budget_error, unpacked_excess
+from lightning_fedfisher.update.unpacked_size import excesses, unpacked_excess
+from lightning_fedfisher.update.upload_budget import budget_bytes, budget_error, shortage
 from lightning_fedfisher.update.verification import damages
 
 
@@ -137,6 +138,15 @@ class ClientUpdate:
     def buffers(self) -> dict[str, Tensor]:
         """All persistent buffers by name."""
         return self._group("buffers")
+
+    @property
+    def buffer_names(self) -> list[str]:
+        """Names of all persistent buffers."""
+        return self._names("buffers")
+
+    def buffer(self, name: str) -> Tensor:
+        """Reads one buffer by its name."""
+        return self._read(f"buffers/{name}")
 
     def input_mean(self, layer: Layer) -> Tensor:
         """Reads the mean of what a layer's columns read, of shape ``(groups, columns)``."""
@@ -317,13 +327,9 @@ class ClientUpdate:
         except ValueError as error:
             raise UpdateError(self.source, getattr(error, "offenders", [str(error)])) from error
         smaller = type(self)(header, tensors, self.source)
-        if excess := smaller._unpacked_excess(smaller.upload_bytes):
+        if excess := unpacked_excess(header, header.quantized, smaller.upload_bytes):
             raise budget_error(self.source, upload_budget, size, excess)
         return smaller
-
-    def _unpacked_excess(self, file_bytes: int) -> str:
-        """Says if what is packed would take too much memory for a file of so many bytes."""
-        return unpacked_excess((self._roles[n][0] for n in self.header.quantized), file_bytes)
 
     def require_room(self, upload_budget: float) -> None:
         """Refuses a budget that is hopeless, without compressing anything.
@@ -333,13 +339,8 @@ class ClientUpdate:
                 reader would take the file for one that unpacks to any size.
         """
         rest = sum(map(self.sent_bytes, ("buffers", "input_means")))
-        least = rest + fewest_bytes(self.header)
         size = budget_bytes(upload_budget, self.fedavg_bytes)
-        if self.upload_bytes <= size:
-            return
-        packed = (at for n, (at, _) in self._roles.items() if not n.startswith("input_means/"))
-        why = f"at least {least} bytes are needed" if size < least else ""
-        if why := why or unpacked_excess(packed, size):
+        if self.upload_bytes > size and (why := shortage(self.header, rest, size)):
             raise budget_error(self.source, upload_budget, size, why)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -376,14 +377,7 @@ class ClientUpdate:
             raise
         except Exception as error:  # whatever a stranger's header leads to
             raise UpdateError(str(path), [f"it is malformed ({error!r})"]) from error
-        offenders = [
-            f"{name} takes {spec_bytes(spec)} bytes, more than max_tensor_bytes={max_tensor_bytes}"
-            for name, spec in update._specs.items()
-            if spec_bytes(spec) > max_tensor_bytes
-        ]
-        if excess := update._unpacked_excess(file.size):
-            offenders.append(excess)
-        if offenders:
+        if offenders := excesses(file.header, update._specs, file.size, max_tensor_bytes):
             raise UpdateError(str(path), offenders)
         return update
 

@@ -3,41 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 from lightning_fedfisher.errors import BudgetError
+from lightning_fedfisher.update.compression import fewest_bytes
+from lightning_fedfisher.update.header import UpdateHeader
+from lightning_fedfisher.update.unpacked_size import unpacked_excess
 
 # Any upload budget allows so many bytes: below, the names of the layers are most of a file.
 _SMALLEST_BUDGET = 2**14
 
-# What a file may unpack to: a matrix of any narrow layer, and a multiple of its bytes that allows
-# for the columns of a layer of one row, 4096 of them at a budget of 1.
-_UNPACKED_ANYWAY, _UNPACKED_TIMES = 2**25, 2**12
-_FLOAT_BYTES = 4  # of a number, whatever it is packed as
 
-
-def unpacked_excess(shapes: Iterable[tuple[int, ...]], file_bytes: int) -> str:
-    """Finds out whether what is packed in a file takes memory out of all proportion to it.
-
-    A root of one row is as many numbers as its matrix has rows, so that a few bytes could stand for
-    gigabytes.
+def shortage(header: UpdateHeader, rest: int, file_bytes: int) -> str:
+    """Finds out whether an update can be packed into a file at all.
 
     Args:
-        shapes: Shapes of the tensors that are packed, before they were.
+        header: Header of the update.
+        rest: Bytes of what is not packed.
         file_bytes: Size of the file.
 
     Returns:
-        The reason to refuse it; empty if there is none.
-
-    Example:
-        >>> unpacked_excess([(10_000, 10_000)], file_bytes=2**14)
-        'it unpacks to 400000000 bytes, and 16384 may unpack to 100663296'
+        Why it cannot; empty if it may.
     """
-    unpacked = _FLOAT_BYTES * sum(map(math.prod, shapes))
-    most = _UNPACKED_ANYWAY + _UNPACKED_TIMES * file_bytes
-    if unpacked <= most:
-        return ""
-    return f"it unpacks to {unpacked} bytes, and {file_bytes} may unpack to {most}"
+    least = rest + fewest_bytes(header)
+    if file_bytes < least:
+        return f"at least {least} bytes are needed"
+    packed = (name for name in header.tensor_roles() if not name.startswith("input_means/"))
+    return unpacked_excess(header, packed, file_bytes)
 
 
 def budget_bytes(upload_budget: float, fedavg_bytes: int) -> int:

@@ -60,7 +60,7 @@ def damages(
                 largest[name] = largest_of_root(numbers, packed, role)
         except UpdateError as error:
             offenders += error.offenders
-        except (ValueError, MemoryError) as error:
+        except (ValueError, RuntimeError, MemoryError) as error:
             offenders.append(f"{name} cannot be unpacked: {error}")
     return [*offenders, *_too_large_together(header, largest)]
 
