@@ -38,6 +38,16 @@ def test_a_budget_is_refused_in_one_line():
     assert error.offenders == ()
 
 
+def test_of_a_hostile_file_so_much_is_told_and_no_more():
+    error = UpdateError("a.safetensors", [f"{index} is odd" for index in range(10**5)])
+    assert len(error.offenders) == 21
+    assert error.offenders[0] == "0 is odd"
+    assert error.offenders[-1] == "and 99980 more"
+    assert len(UpdateError("a.safetensors", REASONS * 10).offenders) == 20
+    (line,) = UpdateError("a.safetensors", ["x" * 10**7]).offenders
+    assert len(line) < 3000
+
+
 def test_an_update_is_refused_with_its_source():
     assert UpdateError("this update", REASONS).source == "this update"
 

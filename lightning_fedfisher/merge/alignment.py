@@ -186,8 +186,10 @@ class LayerAlignments:
         Returns:
             Indices, from the layer backwards.
         """
-        before = self.waits_for(index)
-        return [index] if before is None else [index, *self.ancestors(before)]
+        found = [index]
+        while (before := self.waits_for(found[-1])) is not None:
+            found.append(before)
+        return found
 
     def of_layer(
         self, index: int, device: torch.device, merged: Sequence[Tensor]

@@ -4,9 +4,17 @@ from lightning_fedfisher._utils.text import (
     client_names,
     markdown_code,
     page_text,
+    shortened,
     terminal_text,
     wandb_title,
 )
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"), [("", ""), ("abcdefgh", "abcdefgh"), ("abcdefghi", "abc...hi")]
+)
+def test_a_long_text_keeps_its_ends(text, shown):
+    assert shortened(text, 8) == shown
 
 
 @pytest.mark.parametrize(

@@ -5,19 +5,25 @@ import math
 import os
 import random
 import struct
+from pathlib import Path
 
 import pytest
 import torch
+from helpers.small_updates import linear, update_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 from safetensors.torch import save
 
+from lightning_fedfisher import ClientUpdate, UpdateError
 from lightning_fedfisher.update import UpdateHeader
 from lightning_fedfisher.update.file_format import file_size, write_file
 from lightning_fedfisher.update.safetensors_layout import (
     DTYPES,
+    MAX_NAME,
     layout_size,
+    open_regular,
+    parse_json,
     read_bytes,
     read_layout,
 )
@@ -237,3 +243,95 @@ def test_what_is_accepted_is_what_safetensors_reads(seed, path):
         assert DTYPES[theirs[name]["dtype"]] == slot.dtype
         assert bytes(theirs[name]["data"]) == found[name].numpy().tobytes()
         assert slot.size == math.prod(slot.shape) * slot.dtype.itemsize
+
+
+# What only looks like a file, and JSON that is more than it seems
+
+
+def _pipe(path):
+    os.mkfifo(path)
+    return path
+
+
+NO_FILES = {
+    "folder": lambda path: path.parent,
+    "pipe": _pipe,
+    "device": lambda path: Path("/dev/zero"),
+    "link to a device": lambda path: (path.symlink_to("/dev/zero"), path)[1],
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+@pytest.mark.parametrize("what", NO_FILES)
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(what, path):
+    made = NO_FILES[what](path)
+    with pytest.raises(OSError, match=r"it is no regular file|Is a directory"):
+        open_regular(made)
+    with pytest.raises(UpdateError, match="it cannot be read: ") as error:
+        ClientUpdate.open(made)
+    assert error.value.source == str(made)
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(path):
+    update = update_of(linear())
+    opened = ClientUpdate.open(update.save(path))
+    path.unlink()
+    _pipe(path)
+    with pytest.raises(UpdateError, match="it cannot be read any more: it is no regular file"):
+        opened.verify()
+
+
+@pytest.mark.parametrize("name", ["a\x00b", "\ud800", "x" * 300], ids=ascii)
+def test_what_is_no_path_is_refused_by_name(name, tmp_path):
+    with pytest.raises(UpdateError) as error:
+        ClientUpdate.open(tmp_path / name)
+    assert name in error.value.source
+
+
+@pytest.mark.skipif(not os.path.isfile("/proc/self/maps"), reason="needs /proc")
+@pytest.mark.parametrize("name", ["maps", "mem", "cmdline"])
+def test_files_without_a_size_are_refused(name):
+    with pytest.raises(UpdateError, match=f"/proc/self/{name} is not a usable"):
+        ClientUpdate.open(f"/proc/self/{name}")
+
+
+@pytest.mark.parametrize("where", ["header", "tensors", "behind"])
+def test_holes_are_not_read(where, path):
+    """As large as a file may be, and nothing is on the disk."""
+    update_of(linear()).save(path)
+    data = path.read_bytes()
+    start = 8 + struct.unpack("<Q", data[:8])[0]
+    with path.open("r+b") as file:
+        if where == "header":
+            file.write(bytes(8))
+        elif where == "tensors":
+            file.truncate(start)
+        file.truncate(2**40)
+    with pytest.raises(UpdateError, match="it is truncated or damaged") as error:
+        ClientUpdate.open(path)
+    assert error.value.source == str(path)
+
+
+def test_values_of_a_header_are_counted_before_they_take_memory():
+    assert parse_json("[" + "[]," * 1000 + "0]")[-1] == 0
+    for text in ("[" + "[]," * 2**20 + "0]", "[" + "0," * 2**21 + "0]", "{" * 2**21):
+        with pytest.raises(ValueError, match="a header of more than 1048576 values"):
+            parse_json(text)
+
+
+@pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', "[NaN]", "-Infinity", '{"a": {"b": NaN}}'])
+def test_json_that_others_read_otherwise_is_refused(text):
+    with pytest.raises(ValueError, match="its header"):
+        parse_json(text)
+
+
+@pytest.mark.parametrize("length", [MAX_NAME, MAX_NAME + 1])
+def test_the_length_of_a_name_is_bounded(length, path):
+    entry = {"n" * length: {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}
+    text = json.dumps(entry).encode()
+    data = struct.pack("<Q", len(text)) + text
+    if length > MAX_NAME:
+        with pytest.raises(ValueError, match="a name of 1025 characters, more than 1024"):
+            _read(path, data)
+    else:
+        assert list(_read(path, data)[1]) == list(entry)
