@@ -27,6 +27,7 @@ _LARGEST: dict[StoredRole | None, float] = {
 }
 
 _ROUNDING = 1e-4  # of the trace, or of the largest entry; more where the type is coarser
+_ROUNDED = 4.0  # times that rounding may change the square of a length
 _MAX_ELEMENTS, _MAX_DIMENSIONS = 2**48, 16
 
 
@@ -59,6 +60,8 @@ def find_problem(tensor: Tensor, role: StoredRole | None, definite: bool = True)
         return f"holds values up to {largest:.1e}, more than {limit:.2g}"
     if role == "values" and lowest < -rounding * largest:
         return f"holds negative values, down to {lowest:.1e}"
+    if role == "basis" and not _are_of_unit_length(tensor):
+        return "is no orthonormal basis"
     if role == "factor" and definite:
         if float((tensor - tensor.mT).abs().max()) > rounding * largest:
             return "is not symmetric"
@@ -67,6 +70,13 @@ def find_problem(tensor: Tensor, role: StoredRole | None, definite: bool = True)
         if not is_semidefinite(exact, rounding):
             return "is not positive semi-definite"
     return ""
+
+
+def _are_of_unit_length(columns: Tensor) -> bool:
+    """Tells whether columns are of length 1 up to coarse rounding, or nothing at all."""
+    squares = columns.float().square().sum(dim=0)
+    odd = (squares < 1 / _ROUNDED) | (squares > _ROUNDED)
+    return not (odd & columns.any(dim=0)).any()
 
 
 def value_limit(role: StoredRole | None, dtype: torch.dtype) -> float:

@@ -58,6 +58,9 @@ def damages(
             elif decode and role is not None:
                 numbers = decode_root(tensor, packed, shape, role)
                 largest[name] = largest_of_root(numbers, packed, role)
+                if role == "basis":
+                    found = find_problem(numbers.view(shape) * packed.step, role)
+                    offenders += [f"{name} {found}"] if found else []
         except UpdateError as error:
             offenders += error.offenders
         except (ValueError, RuntimeError, MemoryError) as error:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.small_updates import linear, update_of
+from helpers.small_updates import header_of, linear, update_of
 from helpers.update_files import (
     ENTRY,
     MATRIX,
@@ -31,7 +31,7 @@ from torch import nn
 
 from lightning_fedfisher import ClientUpdate, UpdateError
 from lightning_fedfisher.curvature.diagonal import Diagonal
-from lightning_fedfisher.layers import find_layers
+from lightning_fedfisher.layers import Layer, find_layers
 from lightning_fedfisher.update import file_format as update_file
 
 KINDS = ("identity", "diagonal", "kfac", "dense")
@@ -100,6 +100,17 @@ def test_digest_and_size_are_those_of_the_file(tmp_path):
     assert opened.sent_bytes("buffers") == 2 * 2 * 4 + 8
     assert opened.sent_bytes("parameters") == 24 + 8 + 24 + 8
     assert opened.layer_bytes(opened.layers[0]) == (24 + 8, 0)
+
+
+def test_bytes_are_those_of_a_layer_and_of_none_whose_name_begins_alike():
+    names, one = ("d.a", "d.a/b c", "d.a/values"), linear()
+    layers = tuple(Layer(name, ((f"{name}.w", (2, 3)),)) for name in names)
+    header = header_of(one, "diagonal", layers=layers, kinds=dict.fromkeys(names, "diagonal"))
+    tensors = {f"parameters/{name}.w": torch.ones(2, 3) for name in names}
+    tensors |= {f"curvature/{name}/values": torch.ones(2, 3) for name in names}
+    update = ClientUpdate(header, tensors)
+    assert [update.layer_bytes(layer) for layer in layers] == [(24, 24)] * 3
+    assert update.sent_bytes("curvature") == update.sent_bytes("parameters") == 3 * 24
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -360,7 +371,14 @@ def test_missing_and_wrong_digests_are_refused(digests, tmp_path):
     )
 
 
-@pytest.mark.parametrize("digests", [None, 5, "ab", [1], [[[], 1]]], ids=str)
+@pytest.mark.parametrize(
+    "digests",
+    [
+        *(None, 5, "ab", [1], [[[], 1]], 10**400, 1e300, True, "", [], {"parameters/w": 1}),
+        *([["parameters/w", "0"]], [[1, "x"]], {"parameters/w": None}, {"parameters/w": {"a": []}}),
+    ],
+    ids=lambda value: str(value)[:20],
+)
 def test_malformed_digests_are_refused(digests, tmp_path):
     path = tmp_path / "client.safetensors"
     write_raw(path, {ENTRY: sign(matrix_fields(digests=digests))}, MATRIX)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import pytest
 from helpers.small_updates import header_of, linear
@@ -22,9 +23,11 @@ from helpers.update_files import (
 )
 from torch import nn
 
+from lightning_fedfisher import ClientUpdate
 from lightning_fedfisher.curvature.base import Identity
 from lightning_fedfisher.layers import Source, find_layers
 from lightning_fedfisher.update.header import QuantizedTensor
+from lightning_fedfisher.update.safetensors_layout import MAX_NAME, MAX_TENSORS
 
 
 def _fit(error, observations=1.0):
@@ -195,3 +198,95 @@ def test_a_client_cannot_write_what_no_server_reads(changes, tmp_path):
 def test_impossible_packings_are_refused(how):
     with pytest.raises((TypeError, ValueError)):
         dataclasses.replace(header_of(linear()), quantized={"parameters/head.bias": how})
+
+
+# What a header may hold, however it is signed
+
+
+def _long(name="n" * (MAX_NAME + 1)):
+    layer = {"name": name, "parameters": [["w", [2, 3]]]}
+    return {
+        "curvature": {"curvature": name},
+        "fisher": {"fisher": name},
+        "likelihood": {"likelihood": name},
+        "output layer": {"output_layer": name},
+        "layer": {"layers": [layer]},
+        "parameter": {"layers": [{"name": "w", "parameters": [[name, [2, 3]]]}]},
+        "kind of": {"kinds": {name: "identity"}},
+        "kind": {"kinds": {"w": name}},
+        "metadata": {"metadata": {name: "x"}},
+        "alias": {"aliases": {name: "w"}},
+        "alias of": {"aliases": {"v": name}},
+        "frozen": {"frozen": {name: "0"}},
+        "digest": {"frozen": {"v": name}},
+        "reader": {"fed_by": {name: {"layer": "w", "activation": "relu"}}},
+        "source": {"fed_by": {"w": {"layer": name, "activation": "relu"}}},
+        "activation": {"fed_by": {"w": {"layer": "w", "activation": name}}},
+        "norm": {"normalized": {name: {"layer": "w", "groups": 1}}},
+        "normed": {"normalized": {"v": {"layer": name, "groups": 1}}},
+    }
+
+
+@pytest.mark.parametrize("where", _long())
+def test_names_are_no_longer_than_can_be_shown(where, tmp_path):
+    path = tmp_path / "client.safetensors"
+    write_raw(path, {ENTRY: sign(matrix_fields(**_long()[where]))}, MATRIX)
+    told = refusal(path)
+    assert "a name of 1025 characters, more than 1024" in told
+    assert len(told) < len(str(path)) + 200
+
+
+def test_what_a_client_adds_may_be_long(tmp_path):
+    path = tmp_path / "client.safetensors"
+    write_raw(path, {ENTRY: sign(matrix_fields(metadata={"note": "n" * 10**5}))}, MATRIX)
+    assert len(ClientUpdate.open(path).header.metadata["note"]) == 10**5
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"layers": [{"name": "a", "parameters": []}] * (MAX_TENSORS + 1)},
+        *(
+            {table: dict.fromkeys(map(str, range(MAX_TENSORS + 1)), value)}
+            for table, value in {
+                **dict.fromkeys(("kinds", "metadata", "aliases", "frozen"), "x"),
+                "fed_by": {"layer": "w", "activation": "relu"},
+                "normalized": {"layer": "w", "groups": 1},
+                "quantized": {"step": 1.0, "dtype": "float32"},
+            }.items()
+        ),
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_tables_are_no_longer_than_a_file_has_tensors(fields, tmp_path):
+    path = tmp_path / "client.safetensors"
+    write_raw(path, {ENTRY: sign(matrix_fields(**fields))}, MATRIX)
+    assert "a table of 16385 entries, more than 16384" in refusal(path)
+
+
+def test_the_reasons_to_refuse_a_header_are_as_short_as_it_is(tmp_path):
+    """Of thousands of layers, each with a name as long as may be: some reasons, and a number."""
+    path, long = tmp_path / "client.safetensors", "c" * MAX_NAME
+    layers = [{"name": f"{k}{long}"[:MAX_NAME], "parameters": [["w", [2, 3]]]} for k in range(4000)]
+    fields = matrix_fields(layers=layers, curvature=long, kinds={n["name"]: long for n in layers})
+    write_raw(path, {ENTRY: sign(fields)}, MATRIX)
+    told = refusal(path)
+    assert len(told) < path.stat().st_size / 50
+    assert told.count("\n") == 21
+    assert re.search(r"and \d{4} more$", told)
+
+
+@pytest.mark.parametrize(
+    "value", ["x" * 10**6, ["x" * 10**6] * 9, 10**4000, {"a" * 10**6: 1}], ids=["", "", "", ""]
+)
+@pytest.mark.parametrize("field", ["num_samples", "layers", "quantized", "schema", "another"])
+def test_a_value_is_not_repeated_in_full(field, value, tmp_path):
+    path = tmp_path / "client.safetensors"
+    write_raw(path, {ENTRY: sign(matrix_fields(**{field: value}))}, MATRIX)
+    assert len(refusal(path)) < 4000
+
+
+def test_an_unknown_field_is_not_repeated_in_full(tmp_path):
+    path = tmp_path / "client.safetensors"
+    write_raw(path, {ENTRY: sign(matrix_fields(**{"y" * 10**6: 1}))}, MATRIX)
+    assert len(refusal(path)) < 4000
