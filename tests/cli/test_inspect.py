@@ -3,11 +3,15 @@
 import json
 
 import pytest
+import torch
 from helpers.federation import tiny_updates
+from helpers.small_updates import header_of
 from safetensors.torch import load_file
+from torch import nn
 
 from lightning_fedfisher import ClientUpdate
 from lightning_fedfisher.cli.main import main
+from lightning_fedfisher.layers import Layer
 
 
 def test_inspect_tells_every_layer(folder, capsys):
@@ -36,6 +40,20 @@ def test_inspect_as_json_adds_up(folder, capsys, budget, monkeypatch):
     assert sum(part["bytes"] for part in parts) == sent
     assert all(0 < part["bits"] <= 32 for part in parts)
     assert (max(part["bits"] for part in parts) == 32) == (budget is None)
+
+
+def test_a_table_is_as_wide_as_a_screen_whatever_a_layer_is_called(folder, capsys):
+    names = [f"{'n' * 1000}{index}" for index in range(500)]
+    layers = tuple(Layer(name, ((f"{index}.w", (1, 1)),)) for index, name in enumerate(names))
+    header = header_of(nn.Linear(1, 1), layers=layers, kinds=dict.fromkeys(names, "identity"))
+    tensors = {f"parameters/{index}.w": torch.ones(1, 1) for index in range(500)}
+    path = ClientUpdate(header, tensors).save(folder / "long.safetensors")
+    assert main(["inspect", str(path)]) == 0
+    told = capsys.readouterr().out
+    assert max(map(len, told.splitlines())) < 200
+    assert "nnn499" in told
+    assert main(["inspect", str(path), "--json"]) == 0
+    assert [layer["name"] for layer in json.loads(capsys.readouterr().out)["layers"]] == names
 
 
 def test_a_stranger_writes_nothing_on_the_terminal(folder, capsys):

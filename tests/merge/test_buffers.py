@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import weakref
 
 import pytest
 import torch
@@ -220,3 +221,24 @@ def test_whole_numbers_are_what_most_agree_on_or_the_largest(values, merged):
         found = merge_buffers(clients, most)["index"]
         assert found.dtype == torch.int64
         assert found.tolist() == [0, 1, 2, merged]
+
+
+def test_one_buffer_of_all_clients_is_in_memory_at_a_time(tmp_path, monkeypatch):
+    clients = [_with_buffers(10 * k, k, 1.0 + k) for k in (1, 2, 3)]
+    expected = merge_buffers(clients)
+    files = [client.save(tmp_path / f"{k}.safetensors") for k, client in enumerate(clients)]
+    updates = [ClientUpdate.open(file) for file in files]
+    held, most, read = weakref.WeakSet(), [], ClientUpdate.buffer
+
+    def reading(self, name):
+        held.add(found := read(self, name))
+        most.append(len(held))
+        return found
+
+    monkeypatch.setattr(ClientUpdate, "buffer", reading)
+    monkeypatch.setattr(ClientUpdate, "buffers", None)
+    merged = merge_buffers(updates)
+    describe_mixed_statistics(updates)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in merged.items())
+    assert merged.keys() == expected.keys()
+    assert max(most) <= 2 * len(updates)  # a variance and its mean

@@ -11,8 +11,9 @@ from torch import nn
 
 from lightning_fedfisher import METHODS, ClientUpdate, FisherMergeModule, MergeError
 from lightning_fedfisher.curvature.base import Identity
-from lightning_fedfisher.layers import find_layers
+from lightning_fedfisher.layers import Layer, find_layers
 from lightning_fedfisher.merge.compatibility import check_updates
+from lightning_fedfisher.merge.without_trainer import merge_updates
 from lightning_fedfisher.update.file_format import write_file
 from lightning_fedfisher.update.header import UpdateHeader
 
@@ -299,3 +300,94 @@ def test_a_majority_that_the_method_refuses_decides_nothing(files):
     with pytest.warns(UserWarning, match="6 of 10 updates left out"):
         module = FisherMergeModule(files, method="regmean", skip_invalid=True)
     assert len(module.updates) == 4
+
+
+def _regrouped(path, change):
+    """The same parameters of the same shapes and kinds, in other layers."""
+    update = ClientUpdate.open(path)
+    layers = {layer.name: layer for layer in update.layers}
+    kinds, tensors = dict(update.header.kinds), dict(update._tensors)
+    change(layers, kinds, tensors)
+    header = dataclasses.replace(update.header, layers=tuple(layers.values()), kinds=kinds)
+    header = dataclasses.replace(header, curvature="kfac", fed_by={}, output_layer="")
+    ClientUpdate(header, tensors).save(path)
+
+
+def _take(layers, tensors, name, bias):
+    """Gives a layer another bias, or none, and a curvature of the shape that it has then."""
+    weight = layers[name].parameters[0]
+    layers[name] = Layer(name, (weight,) if bias is None else (weight, bias))
+    rows, columns = layers[name].shape
+    tensors[f"curvature/{name}/row_factor"] = torch.eye(rows)
+    tensors[f"curvature/{name}/column_factor"] = torch.eye(columns)
+
+
+def _apart(layers, kinds, tensors):
+    """A bias in a layer of its own."""
+    name = next(iter(layers))
+    bias = layers[name].parameters[1]
+    _take(layers, tensors, name, None)
+    layers[bias[0]], kinds[bias[0]] = Layer(bias[0], (bias,)), "diagonal"
+    tensors[f"curvature/{bias[0]}/values"] = torch.ones(bias[1][0], 1)
+
+
+def _turned(layers, kinds, tensors):
+    """A bias before its weight: the first column, and no longer the last."""
+    name, layer = next(iter(layers.items()))
+    layers[name] = Layer(name, layer.parameters[::-1])
+
+
+@pytest.mark.parametrize("change", [_apart, _turned])
+@pytest.mark.parametrize("method", ["fedavg", "regmean", "fedfisher"])
+@pytest.mark.parametrize("index", [0, 6])
+def test_layers_of_other_parameters_are_left_out_by_name(change, method, index, files):
+    files = files[:7]
+    for file in files:
+        _changed(file, fed_by={}, output_layer="")
+    _regrouped(files[index], change)
+    ClientUpdate.open(files[index]).verify()
+    with pytest.raises(MergeError, match="is of another model than") as error:
+        merge_updates(files, method=method)
+    (offender,) = error.value.offenders
+    assert offender.startswith(str(files[index]))
+    assert "layer network." in offender
+    with pytest.warns(UserWarning, match="1 of 7 updates left out"):
+        merge_updates(files, method=method, skip_invalid=True)
+
+
+def test_of_thousands_of_differences_some_are_told(files):
+    model = nn.Sequential(*(nn.Linear(1, 1) for _ in range(600)))
+    layers = find_layers(model)
+    kinds = {layer.name: "identity" for layer in layers}
+    header = UpdateHeader(9, "identity", "", "categorical", 0, layers, kinds)
+    many = ClientUpdate.from_model(model, header, {})
+    (offender,) = check_updates([*files[:3], many])[3].offenders
+    assert offender.count(", not ") == 20
+    assert "more" in offender
+    assert len(offender) < 4000
+
+
+def test_whatever_else_is_wrong_with_a_file_is_a_refusal_by_name(files, monkeypatch):
+    def failing(header, shapes):
+        raise RuntimeError("out of range" if header.num_samples else "")
+
+    monkeypatch.setattr("lightning_fedfisher.update.client_update.inconsistencies", failing)
+    (found,) = check_updates(files[:1])
+    assert found.update is None
+    (offender,) = found.offenders
+    assert str(files[0]) in offender
+    assert "it is malformed (RuntimeError('out of range'))" in offender
+
+
+@pytest.mark.parametrize("large", ["parameters/network.0.weight", "curvature/network.2/row_factor"])
+@pytest.mark.parametrize("method", ["fedavg", "regmean", "fedfisher"])
+def test_what_float32_cannot_merge_is_left_out_by_name(large, method, files):
+    times = 1e18 if large.startswith("parameters") else 1e25
+    _put(files[4], large, lambda tensor: torch.full_like(tensor, times))
+    if method == "fedavg" and large.startswith("curvature"):
+        merge_updates(files, method=method)  # which reads none
+        return
+    with pytest.raises(MergeError, match=f"client-4.*\n.*{large} holds values up to"):
+        merge_updates(files, method=method)
+    with pytest.warns(UserWarning, match="1 of 10 updates left out"):
+        merge_updates(files, method=method, skip_invalid=True)
