@@ -241,9 +241,9 @@ class Merger:
             return False
         if not at_once and not self.loader.budget.fits(index, self.solvers):
             return False
-        merged = [matrix.detach() for matrix in self.merged]
+        ready = self._prepared.pop(index, None)
         with _refusing():
-            loaded = self.loader.read(index, self._device, merged, self._prepared.pop(index, None))
+            loaded = self.loader.read(index, self._device, self.merged, ready)
         self.loader.budget.sizes[index] = loaded.nbytes
         self._measured[index] = loaded.influence
         self.solvers[index] = self.method.solver(loaded.problem)
