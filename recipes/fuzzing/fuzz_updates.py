@@ -37,7 +37,7 @@ from lightning_fedfisher.update.compression import compress
 
 _CURVATURES = ("kfac", "ekfac", "diagonal", "identity")
 _BUDGETS = (None, 2.0, 1.6)  # of the plain file: so small, it is smaller than with what is packed
-_MOST_SECONDS = 2.0
+_MOST_SECONDS = 2.0  # of a processor
 _MOST_BYTES, _MOST_TIMES = 2**26, 3  # of memory, and as a multiple of the file
 _MERGED = 20  # one accepted file of so many is merged as well
 
@@ -149,14 +149,14 @@ def fuzz(folder: Path, files: int, seed: int) -> Iterator[tuple[str, str, float]
         kind = dice.choice(list(MUTATIONS))
         group = dice.randrange(len(groups))
         path.write_bytes(MUTATIONS[kind](sound[3 * group], dice.choice(sound), dice))
-        started = time.perf_counter()
+        started = time.process_time()  # not those of others on this machine
         try:
             before = reset_peak()
             found = examine(path)
             taken = status_bytes("VmHWM") - before
             if taken > _MOST_BYTES + _MOST_TIMES * path.stat().st_size:
                 raise AssertionError(f"it takes {taken:.0f} bytes of memory")
-            if (seconds := time.perf_counter() - started) > _MOST_SECONDS:
+            if (seconds := time.process_time() - started) > _MOST_SECONDS:
                 raise AssertionError(f"it takes {seconds:.1f} seconds")
             outcome = "accepted" if found else "refused"
             accepted += outcome == "accepted"
@@ -165,7 +165,7 @@ def fuzz(folder: Path, files: int, seed: int) -> Iterator[tuple[str, str, float]
         except Exception as error:
             path.rename(folder / f"crash-{type(error).__name__}-{dice.random()}.safetensors")
             outcome = f"{type(error).__name__}: {error}"[:200]
-        yield kind, outcome, time.perf_counter() - started
+        yield kind, outcome, time.process_time() - started
 
 
 def run(files: int, seed: int, folder: Path) -> dict[str, object]:
