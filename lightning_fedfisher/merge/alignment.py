@@ -31,6 +31,9 @@ from lightning_fedfisher.update.client_update import ClientUpdate
 
 # A share of all second moments. What is known of a direction with less is shrunk to the identity.
 _RIDGE = 0.1
+# A share of the second moments of what is predicted. What is known by less says nothing of it: a
+# client whose units are next to nothing would have its next layer multiplied without bound.
+_FAINT = 1e-6
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def align(
         across = _rectified(across, theirs, ours)
         among = _rectified(among, ours, ours)
         alone = _rectified(alone, theirs, theirs)
-    return _regression(across, among), _regression(across.mT, alone)
+    return _regression(across, among, alone), _regression(across.mT, alone, among)
 
 
 def _rectified(moments: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -118,17 +121,19 @@ def _rectified(moments: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return scale * (angle.sin() + (math.pi - angle) * cosine) / (2 * math.pi)
 
 
-def _regression(across: Tensor, among: Tensor) -> Tensor:
+def _regression(across: Tensor, among: Tensor, predicted: Tensor) -> Tensor:
     """Ridge regression of one side on the other, shrunk to the identity.
 
     Args:
         across: Second moments between what is predicted and what is known.
         among: Second moments of what is known.
+        predicted: Second moments of what is predicted.
 
     Returns:
         ``(across + r I) (among + r I)^-1`` with `_RIDGE` times the trace as ``r``.
     """
-    floor = _RIDGE * among.trace() * torch.eye(len(among)).to(among)
+    known = torch.maximum(among.trace(), _FAINT * predicted.trace())
+    floor = _RIDGE * known * torch.eye(len(among)).to(among)
     if not floor.any():  # nothing is known
         return torch.eye(len(among)).to(among)
     regression: Tensor = torch.linalg.solve(among + floor, across + floor, left=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -36,17 +36,21 @@ def merge_buffers(
     """
     samples = [float(update.num_samples) for update in updates]
     capped = partial(cap_values, samples, max_influence=max_influence)
-
     carried: Sequence[Mapping[str, Tensor]] = buffers or [{}] * len(updates)
 
-    def of_clients(name: str) -> list[Tensor]:
+    def of_clients(name: str) -> Iterator[Tensor]:
         """Reads one buffer of all clients: all buffers of all clients may not fit into memory."""
-        pairs = zip(carried, updates, strict=True)
-        return [own[name] if name in own else update.buffer(name) for own, update in pairs]
+        for own, update in zip(carried, updates, strict=True):
+            yield own[name] if name in own else update.buffer(name)
 
     names, merged = updates[0].buffer_names, dict[str, Tensor]()
     for name in names:
-        values = of_clients(name)
+        location = variance_partner(name)
+        # A mask or a table of constants may be too large to hold that of each client.
+        if location is None and (agreed := _agreed(of_clients(name))) is not None:
+            merged[name] = agreed
+            continue
+        values = [*of_clients(name)]
         first = values[0]
         if not first.is_floating_point():
             merged[name] = _merge_counts(values)
@@ -56,7 +60,6 @@ def merge_buffers(
             continue
         # In float64, where no difference of two numbers overflows.
         found = average(*capped([value.double() for value in values]))
-        location = variance_partner(name)
         if location is not None and location in names:
             weights, means = capped([value.double() for value in of_clients(location)])
             center = average(weights, means)
@@ -98,6 +101,12 @@ def describe_mixed_statistics(
         "to merge_updates or FisherMergeModule, a few hundred samples without labels, or let "
         "clients train with BatchNorm in eval mode"
     )
+
+
+def _agreed(values: Iterator[Tensor]) -> Tensor | None:
+    """Finds out what all clients agree on, two of them in memory at a time; None if they do not."""
+    first = next(values)
+    return first if all(torch.equal(first, other) for other in values) else None
 
 
 def _merge_counts(values: Sequence[Tensor]) -> Tensor:

@@ -17,6 +17,10 @@ _VALUES: tuple[Any, ...] = (
     *(True, None, "x", "\x1b[2J", "\ud800", "float16", "kronecker", [], {}, [1e9], [[[]]]),
     *(float("nan"), float("inf")),
 )
+_ENDS = (
+    *(0.0, 1.0, -1.0, 5e-324, 1e-45, 1e-38, 1e-30, 1e-9, 1e6, 0.99e9, 1e12, 0.99e18, 1.01e18),
+    *(1e30, 3.4028234663852886e38, -3.4028234663852886e38, float("inf"), float("nan")),
+)
 _TYPES = {"U8": "torch.uint8", "F32": "torch.float32", "F64": "torch.float64", "I64": "torch.int64"}
 
 
@@ -122,6 +126,71 @@ def _forge_content(data: bytes, other: bytes, dice: random.Random) -> bytes:
     return parts.signed()
 
 
+def _forge_table(data: bytes, other: bytes, dice: random.Random) -> bytes:
+    """Makes one field of the header a table of another type, far longer, or with long names."""
+    parts = UpdateParts.read(data)
+    field = dice.choice(sorted(parts.fields))
+    table, times = parts.fields[field], dice.choice((3, 100, 3000))
+    pairs = list(table.items()) if isinstance(table, dict) else [[table, table]]
+    parts.fields[field] = dice.choice(
+        (
+            pairs,
+            [key for key, _ in pairs],
+            {str(value)[:99]: key for key, value in pairs},
+            {key * times: value for key, value in pairs if isinstance(key, str)},
+            {f"{key}{index}": value for key, value in pairs[:1] for index in range(times)},
+            dict.fromkeys((str(key) for key, _ in pairs), dice.choice(_VALUES)),
+            table * times if isinstance(table, str | list) else [pairs] * times,
+        )
+    )
+    return parts.signed()
+
+
+def _forge_layers(data: bytes, other: bytes, dice: random.Random) -> bytes:
+    """Puts the same parameters into other layers, or layers into other places and shapes."""
+    parts = UpdateParts.read(data)
+    layers = parts.fields["layers"]
+    for _ in range(dice.randint(1, 2)):
+        one, two = dice.choice(layers), dice.choice(layers)
+        match dice.randrange(7):
+            case 0:
+                dice.shuffle(layers)
+            case 1:
+                one["parameters"], two["parameters"] = two["parameters"], one["parameters"]
+            case 2 if one["parameters"]:
+                two["parameters"].append(one["parameters"].pop())
+            case 3:
+                one["parameters"].reverse()
+            case 4:
+                layers.extend(copy.deepcopy(one) for _ in range(dice.choice((1, 50, 2000))))
+            case 5:
+                one["name"] = dice.choice((two["name"], one["name"] + "/x", "n" * 2000, ""))
+            case _:
+                for parameter in one["parameters"]:
+                    parameter[1].reverse()
+    return parts.signed()
+
+
+def _forge_numbers(data: bytes, other: bytes, dice: random.Random) -> bytes:
+    """Writes numbers from the ends of the types into tensors, and into what tells of packing."""
+    parts = UpdateParts.read(data)
+    for _ in range(dice.randint(1, 3)):
+        entry = parts.index[dice.choice(sorted(parts.index))]
+        start, end = entry["data_offsets"]
+        form = {"F32": "<f", "F64": "<d"}.get(entry["dtype"], "<B")
+        step = struct.calcsize(form)
+        value = dice.randrange(256) if form == "<B" else dice.choice(_ENDS)
+        places = range(start, end, step)
+        for place in places if dice.random() < 0.5 else dice.choices(places, k=min(len(places), 2)):
+            struct.pack_into(form, parts.content, place, value)
+    for packed in parts.fields["quantized"].values():
+        if dice.random() < 0.2:
+            packed[dice.choice(("step", "tail"))] = dice.choice(_ENDS)
+        if dice.random() < 0.2:
+            packed["rank"] = dice.choice((0, 1, 2, 3, 2**20))
+    return parts.signed()
+
+
 MUTATIONS: dict[str, Mutation] = {
     "bytes changed": _damage,
     "cut or extended": _cut,
@@ -129,6 +198,9 @@ MUTATIONS: dict[str, Mutation] = {
     "header forged": _forge_header,
     "index forged": _forge_index,
     "content forged": _forge_content,
+    "table forged": _forge_table,
+    "layers forged": _forge_layers,
+    "numbers forged": _forge_numbers,
 }
 """Every way to mutate a file, by name; forged files are signed anew."""
 

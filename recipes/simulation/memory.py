@@ -22,11 +22,19 @@ def peak_memory(run: Callable[[], Any]) -> tuple[Any, float]:
     """
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    # Writing 5 resets the peak that the kernel keeps (VmHWM).
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status_bytes("VmRSS")
+    before = reset_peak()
     result = run()
     return result, status_bytes("VmHWM") - before
+
+
+def reset_peak() -> float:
+    """Lets the kernel forget the most memory that this process ever took.
+
+    Returns:
+        The bytes that are resident now, from which ``VmHWM`` (`status_bytes`) grows again.
+    """
+    Path("/proc/self/clear_refs").write_text("5")
+    return status_bytes("VmRSS")
 
 
 def status_bytes(field: str) -> float:

@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fedfisher import METHODS, ClientUpdate, FisherMergeModule, extract_curvature
+from lightning_fedfisher.curvature.base import Identity
 from lightning_fedfisher.curvature.input_map import InputMap
 from lightning_fedfisher.curvature.kronecker import Kronecker
 from lightning_fedfisher.layers import Layer, Source
@@ -477,3 +478,14 @@ def test_two_merges_by_one_module_are_alike(tmp_path):
         quiet_trainer(tmp_path, max_epochs=-1).fit(module, ckpt_path=path, weights_only=True)
         fresh = _resumed(path, clients, tmp_path, max_iterations=1)
     assert_same(module.merged_state_dict(), fresh.merged_state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("activation", ["identity", "relu"])
+@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e-9, 1e-2, 1.0, 1e2, 1e9])
+def test_units_of_another_scale_are_followed_but_not_without_bound(scale, activation):
+    generator = torch.Generator().manual_seed(0)
+    merged = torch.randn(5, 8, generator=generator, dtype=torch.float64)
+    maps = align(scale * merged, merged, Identity((5, 8)), activation)
+    assert all(float(found.abs().max()) < 1e5 for found in maps)
+    if scale in (1e-2, 1e2):  # up to the ridge
+        assert max(float(found.abs().max()) for found in maps) > 50

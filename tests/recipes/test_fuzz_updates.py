@@ -12,13 +12,6 @@ from simulation.tables.benchmarks import fuzz_table
 from lightning_fedfisher import ClientUpdate
 
 
-@pytest.fixture(autouse=True)
-def granted(monkeypatch):
-    monkeypatch.setattr(
-        "lightning_fedfisher.update.upload_budget._SMALLEST_BUDGET", 2**14
-    )  # the recipe takes it away
-
-
 def test_a_report_counts_every_file(tmp_path):
     path = tmp_path / "fuzz.json"
     main(["--files", "300", "--output", str(path)])
@@ -49,6 +42,19 @@ def test_what_is_taken_apart_and_signed_is_the_same_update(tmp_path):
         assert examine(path)
         assert after.digests == before.digests
         assert after.header == before.header
+
+
+def test_two_thirds_of_the_files_are_packed(tmp_path):
+    packed = [bool(ClientUpdate.open(f[0]).header.quantized) for f in sound_files(tmp_path)]
+    assert packed == [False, True, True] * 4
+
+
+@pytest.mark.parametrize("limit", ["_MOST_SECONDS", "_MOST_BYTES"])
+def test_what_takes_too_much_is_a_crash(limit, tmp_path, monkeypatch):
+    monkeypatch.setattr(fuzz_updates, "_MOST_TIMES", 0)
+    monkeypatch.setattr(fuzz_updates, limit, -1)
+    with pytest.raises(SystemExit, match="it takes"):
+        main(["--files", "3", "--keep", str(tmp_path)])
 
 
 def test_a_crash_is_told_and_its_file_kept(tmp_path, monkeypatch):
