@@ -249,7 +249,11 @@ class FisherMergeModule(LightningModule):
                 self._failed = error
         if batch_idx + 1 == self._turns:
             failed, self._failed = self._failed, None
-            raise_together(failed)
+            try:
+                raise_together(failed)
+            except Exception:
+                self.merger.release()  # nothing of a merge that failed stays on the disk
+                raise
             optimizer = self.optimizers()
             assert not isinstance(optimizer, list)
             optimizer.step(self._finish_epoch)

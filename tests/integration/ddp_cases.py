@@ -12,6 +12,7 @@ import json
 import os
 import socket
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -109,7 +110,10 @@ def fail_to_merge(folder, devices):
         module.merger.advance = lambda *_, **__: torch.ones(2) @ torch.ones(3)
     options = {"max_epochs": -1, "use_distributed_sampler": False}
     trainer = quiet_trainer(folder, devices=devices, strategy="ddp", **options)
+    tempfile.tempdir = str(folder / "offloaded")
+    Path(tempfile.tempdir).mkdir(exist_ok=True)
     _note(folder, lambda: trainer.fit(module))
+    tempfile.tempdir = None
 
 
 def _note(folder, work):

@@ -180,3 +180,4 @@ def test_a_layer_that_one_rank_cannot_solve_is_told_on_all(together):
     (zero,), (one,) = _raised(together / "failing")
     assert one.startswith("RuntimeError: ")
     assert zero == f"RankError: rank 1 failed: {one}"
+    assert list((together / "failing" / "offloaded").iterdir()) == []
