@@ -40,6 +40,7 @@ from lightning_fedfisher.extraction.batches import (
     require_same_logits,
 )
 from lightning_fedfisher.extraction.fisher_types import Directions, residual_directions
+from lightning_fedfisher.extraction.held_losses import require_no_probabilities
 from lightning_fedfisher.extraction.layer_report import LayerReport
 from lightning_fedfisher.extraction.model_copy import copy_model, first_buffers
 from lightning_fedfisher.extraction.options import ExtractionOptions
@@ -232,6 +233,7 @@ class DataPass:
         if traced is None:
             traced = trace_model(copied, self._layers, self._runner, samples)
             traced = traced.with_varying(self._varying)
+        require_no_probabilities(traced.last_operation, self._options)
         self.model_trace = traced
         if self._curvatures == ("diagonal",) and not self._backpack_problem:
             self._backpack_problem = why_unsupported(copied, self._layers, traced)

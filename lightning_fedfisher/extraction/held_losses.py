@@ -27,6 +27,8 @@ _LIKELIHOODS: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.MultiLabelSoftMarginLoss, "bernoulli"),
     (nn.MSELoss, "gaussian"),
 )
+# What makes probabilities of the logits of a likelihood, as autograd calls it.
+_PROBABILITIES = {"categorical": "Softmax", "bernoulli": "Sigmoid"}
 _WEIGHTS = ("weight", "pos_weight")
 _NOT_THE_LOSS = "if it is not the loss of these outputs, pass forward= to say which they are"
 
@@ -89,6 +91,29 @@ def options_by_losses(model: nn.Module, options: ExtractionOptions) -> Extractio
     if options.ignore_index is not None or not ignored:
         return options
     return replace(options, ignore_index=next(iter(ignored.values())))
+
+
+def require_no_probabilities(last_operation: str, options: ExtractionOptions) -> None:
+    """Refuses a model that gives probabilities where a likelihood takes logits.
+
+    With ``forward=``, the user says which outputs are meant.
+
+    Args:
+        last_operation: `ModelTrace.last_operation`.
+        options: Options of the extraction.
+
+    Raises:
+        UnsupportedModelError: If the model ends in what makes probabilities of logits.
+    """
+    made_by = _PROBABILITIES.get(options.likelihood)
+    if made_by is not None and options.forward is None and last_operation.startswith(made_by):
+        raise UnsupportedModelError(
+            [
+                f"the outputs come from a {made_by.lower()}, so that they are probabilities, and "
+                "curvature is extracted at the logits: return these by forward= (what the "
+                f"{made_by.lower()} is applied to)"
+            ]
+        )
 
 
 def _likelihood(loss: nn.Module) -> str:

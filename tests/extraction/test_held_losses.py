@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_fedfisher import UnsupportedModelError
+from lightning_fedfisher import UnsupportedModelError, extract_curvature
 from lightning_fedfisher.extraction.held_losses import options_by_losses
 from lightning_fedfisher.extraction.options import ExtractionOptions
 
@@ -93,3 +93,39 @@ def test_all_that_is_wrong_is_named_at_once():
         "b": nn.NLLLoss(ignore_index=2),
     }
     assert len(_refused(losses, fisher="empirical")) == 3
+
+
+@pytest.mark.parametrize(
+    ("make", "likelihood", "word"),
+    [
+        (lambda: nn.Sequential(nn.Linear(4, 3), nn.Softmax(1)), "categorical", "softmax"),
+        (lambda: nn.Sequential(nn.Linear(4, 3), nn.Sigmoid()), "bernoulli", "sigmoid"),
+        (
+            lambda: nn.Sequential(nn.Linear(4, 1), nn.Sigmoid(), nn.Flatten(0)),
+            "bernoulli",
+            "sigmoid",
+        ),
+    ],
+)
+def test_a_model_that_ends_in_probabilities_is_refused_unless_the_user_says_they_are_meant(
+    make, likelihood, word
+):
+    model, x = make(), torch.randn(6, 4)
+    labels = torch.arange(6) % 3 if likelihood == "categorical" else (model(x) > 0.5).float()
+    data = [(x, labels)]
+    with pytest.raises(UnsupportedModelError, match=rf"a {word}.*forward="):
+        extract_curvature(model, data, likelihood=likelihood, progress=False)
+    meant = lambda module, batch: (module(batch[0]), batch[1])  # noqa: E731
+    assert extract_curvature(model, data, likelihood=likelihood, forward=meant, progress=False)
+    assert extract_curvature(model, [(x, model(x).detach())], likelihood="gaussian", progress=False)
+
+
+def test_log_probabilities_are_logits():
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(4, 3))
+    data = [(torch.randn(6, 4), torch.arange(6) % 3)]
+    found, expected = (
+        extract_curvature(model, data, fisher="exact", tolerance=0.0, progress=False)
+        for model in (nn.Sequential(plain[0], nn.LogSoftmax(1)), plain)
+    )
+    torch.testing.assert_close(found.blocks["0"].diagonal(), expected.blocks["0"].diagonal())

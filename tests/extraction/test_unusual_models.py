@@ -202,3 +202,23 @@ def test_recurrent_layers_over_sequences_of_other_lengths_in_each_batch(kind, le
         else:
             mean = sum(other.dense() for other in each) / len(each)
             torch.testing.assert_close(block.dense(), mean, rtol=1e-10, atol=1e-14)
+
+
+def test_a_weight_that_is_standardised_is_no_batch():
+    class Standardised(nn.Linear):
+        def forward(self, x):
+            weight = F.batch_norm(self.weight.unsqueeze(0), None, None, training=True)
+            return F.linear(x, weight[0], self.bias)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Standardised(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    data = make_data(VECTOR)
+    found = extract(model, data, "diagonal", fisher="exact", tolerance=0.0)
+    expected = torch.zeros(5, 5, dtype=torch.float64)
+    for sample in data.tensors[0]:
+        logits = model(sample.unsqueeze(0))[0]
+        for p, logit in zip(logits.softmax(0).detach(), logits.log_softmax(0), strict=True):
+            weight, bias = torch.autograd.grad(logit, [*model[0].parameters()], retain_graph=True)
+            gradient = torch.cat([weight, bias.unsqueeze(1)], 1)
+            expected += p * gradient.square() / len(data)
+    torch.testing.assert_close(found.blocks["0"].diagonal().view(5, 5), expected)

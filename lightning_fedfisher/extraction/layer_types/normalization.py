@@ -26,8 +26,10 @@ def read_batch_norm(
     """Reads the arguments of `torch.nn.functional.batch_norm`.
 
     Raises:
-        UnsupportedModelError: If it normalises by the statistics of the batch.
+        UnsupportedModelError: If it normalises by the statistics of several samples.
     """
+    if training and len(inputs) == 1:  # a weight that is standardised: no samples are in there
+        return FunctionCall(inputs, weight, bias, None, None)
     if training:
         raise UnsupportedModelError(
             [

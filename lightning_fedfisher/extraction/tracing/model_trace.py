@@ -23,6 +23,7 @@ from lightning_fedfisher.layers import Layer, Source
 
 _UNREACHED = "no gradient reaches it from the logits, so that a merge averages it"
 _VARYING = "only some batches use it"
+_RESHAPES = ("View", "UnsafeView", "Reshape", "Squeeze", "Unsqueeze", "ToCopy", "Clone", "Alias")
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class ModelTrace:
         output_layer: Name of the layer whose outputs are the logits. Empty if there is none.
         spread: Names of layers whose parameters were followed up to where every sample gets a copy.
         varying: Names of layers that only some batches use.
+        last_operation: Name of the operation that the logits come from, as autograd calls it, but
+            for those that give them another shape.
     """
 
     calls: tuple[tuple[str, ...], ...] = ()
@@ -60,6 +63,7 @@ class ModelTrace:
     output_layer: str = ""
     spread: frozenset[str] = frozenset()
     varying: frozenset[str] = frozenset()
+    last_operation: str = ""
 
     @property
     def spreadable(self) -> frozenset[str]:
@@ -216,6 +220,7 @@ class ModelTracer:
             fed_by=fed_by,
             output_layer=output_layer if output_layer in once else "",
             spread=self._spread,
+            last_operation=_last_operation(logits),
         )
 
     def _on_layer_call(self, call: WatchedCall) -> Any:
@@ -294,6 +299,14 @@ class ModelTracer:
             if any(id(self._parameters[name]) not in reached for name in layer.parameter_names)
         )
         return unseen, unreached
+
+
+def _last_operation(logits: Tensor) -> str:
+    """Name of the operation that a tensor comes from, but for changes of its shape."""
+    node: Any = logits.grad_fn
+    while node is not None and node.name().startswith(_RESHAPES):
+        node = node.next_functions[0][0]
+    return "" if node is None else str(node.name())
 
 
 def _reads_one_sample(
