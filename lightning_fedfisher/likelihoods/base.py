@@ -207,7 +207,10 @@ class Likelihood(ABC):
 
     def _labels(self) -> Tensor:
         if self._y is None:
-            raise ValueError("this Fisher type needs labels, and the batch holds none")
+            raise ValueError(
+                "this Fisher type needs labels, and there are none: have forward= return (logits, "
+                'labels), or pass fisher="mc", which draws them'
+            )
         return self._y
 
 

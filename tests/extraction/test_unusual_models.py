@@ -23,10 +23,12 @@ def test_forward_maps_batches_of_any_form():
     model, data = build_net("lenet"), make_data(IMAGE)
     expected = extract(model, data)
     x, y = data.tensors
-    for key in ("label", "labels", "target", "targets", "y"):
-        batches = [{"image": x[:4], key: y[:4]}, {"image": x[4:], key: y[4:]}]
-        found = extract(model, batches, forward=lambda net, batch: net(batch["image"]))
-        assert are_equal(found, expected, 1e-12)
+    batches = [{"image": x[:4], "label": y[:4]}, {"image": x[4:], "label": y[4:]}]
+    labelled = lambda net, batch: (net(batch["image"]), batch["label"])  # noqa: E731
+    assert are_equal(extract(model, batches, forward=labelled), expected, 1e-12)
+    # What is not returned is not guessed.
+    with pytest.raises(ValueError, match="needs labels"):
+        extract(model, batches, forward=lambda net, batch: net(batch["image"]))
     triples = [(x, "meta", y)]
     found = extract(model, triples, forward=lambda net, batch: (net(batch[0]), batch[2]))
     assert are_equal(found, expected, 1e-12)
@@ -80,7 +82,9 @@ def test_checkpointed_activations_behind_a_layer(kind):
 
 def test_inputs_that_require_gradients():
     model, data = nn.Sequential(nn.Linear(4, 3)).double(), make_data(VECTOR)
-    found = extract(model, data, forward=lambda net, batch: net(batch[0].requires_grad_()))
+    found = extract(
+        model, data, forward=lambda net, batch: (net(batch[0].requires_grad_()), batch[1])
+    )
     assert are_equal(found, extract(model, data))
 
 
