@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_fedfisher._utils.text import terminal_lines, terminal_text
@@ -87,9 +87,9 @@ def open_updates(
     refused = [reason for found in checked for reason in found.offenders]
     if refused and not (skip_invalid and usable):
         raise MergeError(refused)
-    if refused:
+    if refused and is_rank_zero():  # known without Lightning, which may never be imported
         left_out = f"{len(checked) - len(usable)} of {len(checked)} updates left out:"
-        rank_zero_warn(terminal_lines("\n".join([left_out, *refused])))
+        warnings.warn(terminal_lines("\n".join([left_out, *refused])), stacklevel=2)
     return usable
 
 

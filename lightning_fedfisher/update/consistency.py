@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from graphlib import CycleError, TopologicalSorter
 from typing import get_args
 
+from lightning_fedfisher._utils.text import shortened
 from lightning_fedfisher.batch_norms import buffer_names
 from lightning_fedfisher.curvature.input_gram import InputGram
 from lightning_fedfisher.curvature.registry import KINDS, KINDS_OF
 from lightning_fedfisher.layers import Activation, Layer
 from lightning_fedfisher.likelihoods.registry import LIKELIHOODS
 from lightning_fedfisher.update.header import UpdateHeader
+from lightning_fedfisher.update.safetensors_layout import MAX_NAME
 
 _MAX_SAMPLES = 2**40  # of 8,192 clients with so many, the sum is still exact in float64
 
@@ -34,6 +36,11 @@ def inconsistencies(header: UpdateHeader, shapes: Mapping[str, tuple[int, ...]])
         ['num_samples is 0: an empty client has no say']
     """
     offenders = _count_problems(header)
+    offenders += [
+        f"{shortened(name)} has a name of {len(name)} characters, more than {MAX_NAME}"
+        for name in shapes
+        if len(name) > MAX_NAME
+    ]
     if header.likelihood not in LIKELIHOODS:
         names = ", ".join(LIKELIHOODS)
         offenders.append(f"the likelihood is {header.likelihood!r}, not one of {names}")

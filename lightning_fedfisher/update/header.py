@@ -29,6 +29,7 @@ QUANTIZED_TYPES = {
 }
 """Types that a quantized tensor may have had, by name."""
 
+_LONGEST_NAME = MAX_NAME - 64  # a tensor's has that of its group and its part as well
 _MOST_PARAMETERS = 2  # of a layer: a weight and its bias
 _T = TypeVar("_T")
 
@@ -101,7 +102,7 @@ class UpdateHeader:
 
     Raises:
         TypeError: If an attribute, or something in it, is not of its type.
-        ValueError: If a shape or a quantization is impossible, a name longer than `MAX_NAME`, or a
+        ValueError: If a shape or a quantization is impossible, a name too long, or a
             table longer than a file has tensors.
 
     Example:
@@ -231,6 +232,6 @@ def _typed(kind: type[_T], value: Any) -> _T:
 
 def _name(value: Any) -> str:
     """Refuses what is no text, or too long to be shown."""
-    if len(_typed(str, value)) > MAX_NAME:
-        raise ValueError(f"a name of {len(value)} characters, more than {MAX_NAME}")
+    if len(_typed(str, value)) > _LONGEST_NAME:
+        raise ValueError(f"a name of {len(value)} characters, more than {_LONGEST_NAME}")
     return value  # type: ignore[no-any-return]

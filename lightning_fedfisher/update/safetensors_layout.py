@@ -47,7 +47,7 @@ DTYPES = {
 }
 """Types that an update may hold, by their names in a file, in the order in which they lie there."""
 
-_MAX_VALUES = 64 * MAX_TENSORS  # of a header: each takes memory, whatever its length in the file
+_MAX_VALUES = 32 * MAX_TENSORS  # of a header: each takes memory, however short it is
 _LENGTH_BYTES = 8  # of the number in front of the header
 _ALIGNMENT = 8  # spaces fill the header up to a multiple of it
 _METADATA = "__metadata__"

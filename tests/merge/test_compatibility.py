@@ -2,6 +2,8 @@
 
 import dataclasses
 import shutil
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -391,3 +393,18 @@ def test_what_float32_cannot_merge_is_left_out_by_name(large, method, files):
         merge_updates(files, method=method)
     with pytest.warns(UserWarning, match="1 of 10 updates left out"):
         merge_updates(files, method=method, skip_invalid=True)
+
+
+def test_a_bad_file_is_left_out_where_lightning_was_never_imported(files):
+    files[3].unlink()
+    script = f"""
+import sys, warnings
+from lightning_fedfisher import merge_updates
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    found = merge_updates({[str(file) for file in files[:5]]}, method="fedavg", skip_invalid=True)
+(left_out,) = [str(one.message) for one in told if "left out" in str(one.message)]
+print(len(found.clients), "client-3" in left_out, "lightning.pytorch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.split() == ["4", "True", "False"], done.stderr

@@ -234,3 +234,18 @@ def test_a_layer_that_is_no_channels_times_kernel_is_refused():
     header = dataclasses.replace(header, kinds={"odd": "convolution_kronecker"})
     (offender, *_) = inconsistencies(header, {"odd.a": (2, 1, 3), "odd.b": (2, 2)})
     assert offender == "layer odd: 5 columns are no channels of 3 elements and a bias"
+
+
+@pytest.mark.parametrize("length", [950, 2000])
+def test_a_client_is_told_of_names_that_no_server_reads(length, tmp_path):
+    """The longest names that a client may send are read; of a buffer no header tells."""
+    model = linear()
+    model.register_buffer("b" * length, torch.zeros(1))
+    model.register_parameter("p" * 950, nn.Parameter(torch.zeros(2, 3)))
+    if length > 960:
+        with pytest.raises(UpdateError, match="has a name of 2008 characters, more than 1024"):
+            update_of(model)
+        return
+    opened = ClientUpdate.open(update_of(model).save(tmp_path / "long.safetensors"))
+    opened.verify()
+    assert sorted(map(len, opened.specs)) == [4, 6, 950, 950]
