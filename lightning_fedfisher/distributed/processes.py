@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -33,6 +34,16 @@ def process_rank() -> int:
     if rank is None:
         rank = next((os.environ[name] for name in _RANKS if name in os.environ), 0)
     return int(rank)
+
+
+def warn_on_rank_zero(message: str) -> None:
+    """Warns on rank 0 alone, also where Lightning was never imported.
+
+    Args:
+        message: The warning.
+    """
+    if is_rank_zero():
+        warnings.warn(message, stacklevel=3)
 
 
 @dataclass(frozen=True)

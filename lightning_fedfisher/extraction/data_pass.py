@@ -16,7 +16,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 from tqdm import tqdm
@@ -24,7 +23,7 @@ from tqdm import tqdm
 from lightning_fedfisher.batch_norms import RunningStatistics
 from lightning_fedfisher.curvature.base import Curvature
 from lightning_fedfisher.curvature.registry import CurvatureType
-from lightning_fedfisher.distributed.processes import Shard
+from lightning_fedfisher.distributed.processes import Shard, warn_on_rank_zero
 from lightning_fedfisher.errors import FedFisherError, UnsupportedModelError
 from lightning_fedfisher.extraction.accumulators.model_sums import ModelAccumulator
 from lightning_fedfisher.extraction.backends.backpack import (
@@ -157,7 +156,7 @@ class DataPass:
         if len(one) != 1:
             raise error
         require_same_logits(one, few, slice(0, 1))
-        rank_zero_warn(
+        warn_on_rank_zero(
             "samples cannot be cut out of their batches (lists, offsets, graphs, time first?): the "
             "curvature is extracted in batches of one sample"
         )
@@ -253,7 +252,7 @@ class DataPass:
         """Gives a copy the running statistics that its weights have, if that is asked for."""
         norms = trained_norms(self._model) if self._options.estimate_statistics else ()
         if norms and samples.mixed is None:
-            rank_zero_warn(
+            warn_on_rank_zero(
                 "running statistics are sent as training left them: they take a pass of their own "
                 "over the samples, and a stream may have one alone (pass a DataLoader over a "
                 "map-style data set, or a list of batches)"
@@ -265,7 +264,7 @@ class DataPass:
                 bar=self._bar,
             )
             if not self.statistics.buffers:
-                rank_zero_warn(
+                warn_on_rank_zero(
                     "running statistics are sent as training left them: no batch has the two "
                     "samples that a variance takes (batch_size=)"
                 )
@@ -389,7 +388,7 @@ def _halve_until_it_fits(
             if not is_out_of_memory(error) or rebatch is None or size is None or size == 1:
                 raise
         # Outside the handler, which holds on to everything the attempt had.
-        rank_zero_warn(
+        warn_on_rank_zero(
             f"memory did not suffice for batches of {size} samples: the curvature is extracted "
             f"anew in batches of {size // 2}"
         )

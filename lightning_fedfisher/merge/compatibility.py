@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_fedfisher._utils.text import terminal_lines, terminal_text
 from lightning_fedfisher._utils.unwrapping import unwrapped
-from lightning_fedfisher.distributed.processes import is_rank_zero
+from lightning_fedfisher.distributed.processes import is_rank_zero, warn_on_rank_zero
 from lightning_fedfisher.distributed.progress import progress_bar
 from lightning_fedfisher.errors import MergeError, UpdateError
 from lightning_fedfisher.layers import aliases
@@ -87,9 +86,9 @@ def open_updates(
     refused = [reason for found in checked for reason in found.offenders]
     if refused and not (skip_invalid and usable):
         raise MergeError(refused)
-    if refused and is_rank_zero():  # known without Lightning, which may never be imported
+    if refused:
         left_out = f"{len(checked) - len(usable)} of {len(checked)} updates left out:"
-        warnings.warn(terminal_lines("\n".join([left_out, *refused])), stacklevel=2)
+        warn_on_rank_zero(terminal_lines("\n".join([left_out, *refused])))
     return usable
 
 

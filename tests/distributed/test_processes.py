@@ -3,12 +3,18 @@
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from lightning_fedfisher.distributed.processes import Shard, is_rank_zero, process_rank
+from lightning_fedfisher.distributed.processes import (
+    Shard,
+    is_rank_zero,
+    process_rank,
+    warn_on_rank_zero,
+)
 
 
 def test_rank_zero_is_what_lightning_says(monkeypatch):
@@ -53,3 +59,14 @@ def test_the_launcher_tells_the_rank_before_lightning_does(name):
             check=True,
         )
         assert done.stdout.strip() == told
+
+
+def test_warnings_come_from_rank_zero_whether_lightning_is_there_or_not(monkeypatch):
+    for rank in (None, 0):
+        monkeypatch.setattr(rank_zero_only, "rank", rank, raising=False)
+        with pytest.warns(UserWarning, match="beware"):
+            warn_on_rank_zero("beware")
+    monkeypatch.setattr(rank_zero_only, "rank", 1, raising=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_on_rank_zero("beware")
