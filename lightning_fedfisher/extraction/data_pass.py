@@ -136,10 +136,12 @@ class DataPass:
                 # BackPACK cannot be taken off the copy again: a new copy goes on without it.
                 self._backpack_problem = str(error)
             except DifferentCallsError as error:
-                if self._known_trace is None and not error.layers - self._varying:
+                if self._known_trace is not None:
+                    self._known_trace = None  # the model may have changed since
+                elif error.layers <= self._varying:
                     raise
-                self._known_trace = None  # the model may have changed since
-                self._varying |= error.layers
+                else:
+                    self._varying |= error.layers
             except MixedSamplesError as error:
                 samples = self._one_by_one(samples, error)
 

@@ -56,7 +56,9 @@ def trace_model(
                 "or runs without gradients; fit it uncompiled, or define forward in the class"
             ]
         )
-    if hidden := sorted(without.unreached.keys() & _without_gradients(model, runner, batch)):
+    if without.unreached and (
+        hidden := sorted(without.unreached.keys() & _without_gradients(model, runner, batch))
+    ):
         raise UnsupportedModelError(
             [
                 f"{name}: it runs without gradients (in reentrant checkpointing, or under "
