@@ -216,7 +216,7 @@ class FedFisherCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         # A stream may not start anew: its first batch is rehearsed when it comes.
-        if not self._client.stepped and self._client.trace is None:
+        if not self._client.rehearsed:
             self._client.rehearse(trainer, pl_module, batch)
 
     @override

@@ -56,7 +56,8 @@ class ClientRun:
         upload_budget: Most bytes of the file in multiples of what FedAvg sends; None for any.
         output: File to write; None puts it under the Trainer's log directory.
         trace: What the rehearsal learned of the module.
-        stepped: Whether a training step was made since the fit began.
+        rehearsed: Whether the extraction was rehearsed since the fit began.
+        stepped: Whether a training step was made since then.
     """
 
     options: ExtractionOptions
@@ -67,6 +68,7 @@ class ClientRun:
     upload_budget: float | None
     output: Path | None
     trace: ModelTrace | None = None
+    rehearsed: bool = False
     stepped: bool = False
     _frozen: dict[str, str] = field(default_factory=dict)
 
@@ -90,7 +92,7 @@ class ClientRun:
                 "num_samples= (what the client holds), and a number as max_samples="
             )
         find_layers(unwrapped(pl_module))
-        self.trace, self.stepped = None, False
+        self.trace, self.rehearsed, self.stepped = None, False, False
         self._frozen = frozen_digests(pl_module)
         if counted:
             self.rehearse(trainer, pl_module)
@@ -122,6 +124,7 @@ class ClientRun:
             pl_module: Its module.
             batch: A training batch, for a loader that cannot be read now; it is on the device.
         """
+        self.rehearsed = True
         loader = self.loader(trainer)
         prepare: Callable[[Any], Any] | None = self._prepare(trainer, pl_module)
         indices = unusual_samples(loader, _REHEARSED_SAMPLES)
