@@ -229,8 +229,9 @@ class FedFisherCallback(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        module = self._client.end(pl_module)
+        module: nn.Module = pl_module
         try:
+            module = self._client.end(pl_module)
             self._send(trainer, module)
         except Exception as error:  # whatever it is, hours of training are not lost with it
             error.add_note(self._client.save_weights(trainer, module))

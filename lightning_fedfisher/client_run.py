@@ -71,6 +71,7 @@ class ClientRun:
     rehearsed: bool = False
     stepped: bool = False
     _frozen: dict[str, str] = field(default_factory=dict)
+    _layers: tuple[str, ...] = ()
 
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuses what can be refused before the first batch of a fit.
@@ -92,10 +93,23 @@ class ClientRun:
                 "num_samples= (what the client holds), and a number as max_samples="
             )
         find_layers(unwrapped(pl_module))
+        self._tell_of_batches_left_out(trainer)
         self.trace, self.rehearsed, self.stepped = None, False, False
         self._frozen = frozen_digests(pl_module)
         if counted:
             self.rehearse(trainer, pl_module)
+
+    def _tell_of_batches_left_out(self, trainer: Trainer) -> None:
+        """Warns where the Trainer sees some batches of its loader alone, and the client has all."""
+        limit = trainer.limit_train_batches
+        some = limit not in (None, 1.0) or trainer.overfit_batches  # type: ignore[attr-defined]
+        dry = trainer.fast_dev_run  # type: ignore[attr-defined]
+        if some and self.dataloader is None and not dry:
+            rank_zero_warn(
+                "the Trainer leaves batches out (limit_train_batches or overfit_batches), and "
+                "curvature and number of samples are of the whole loader: pass dataloader= one "
+                "over the samples that are trained on"
+            )
 
     def end(self, pl_module: LightningModule) -> nn.Module:
         """Gives the module to send: what changed in it counts as trained, frozen or not.
@@ -107,8 +121,10 @@ class ClientRun:
             A module that shares its values.
         """
         module, changed = with_changed_ones_trained(pl_module, self._frozen)
+        trained = tuple(layer.name for layer in find_layers(module))
+        if trained != self._layers:
+            self.trace = None  # which is of others
         if changed:
-            self.trace = None  # which knows nothing of them
             more = f" and {len(changed) - _NAMED} more" if len(changed) > _NAMED else ""
             rank_zero_warn(
                 f"frozen parameters changed during the training: {', '.join(changed[:_NAMED])}"
@@ -148,6 +164,7 @@ class ClientRun:
         rehearsed = self._run(trainer, pl_module, most, loader, prepare)
         update = self.update_of(pl_module, rehearsed)
         self.trace = rehearsed.trace  # which spares another one after the training
+        self._layers = tuple(layer.name for layer in rehearsed.layers)
         if self.stepped:
             return  # all else is as it was at the start
         if self.upload_budget is not None:
@@ -188,9 +205,11 @@ class ClientRun:
         Returns:
             Where it is and what to do with it, or why it could not be written.
         """
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return "Nothing is written under fast_dev_run"
         path = self.path(trainer)
         path = path.with_name(f"{path.stem}.weights{path.suffix}")
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if trainer.is_global_zero:
             try:
                 weights = extract_curvature(module, self.loader(trainer), "identity")
                 header = weights.header(self.num_samples or weights.population or 1, self.metadata)
@@ -222,7 +241,8 @@ class ClientRun:
         if isinstance(found, list) and len(found) == 1:
             (found,) = found
         loader = found if self.dataloader is None else self.dataloader
-        if loader is None or isinstance(loader, Mapping | list | tuple):
+        several = self.dataloader is None and isinstance(loader, Mapping | list | tuple)
+        if loader is None or several:
             raise ValueError(
                 "several loaders, or none: pass FedFisherCallback(dataloader=...) the one "
                 "over this client's samples"

@@ -21,7 +21,7 @@ _WRAPPERS = {
 }
 
 
-def unwrapped(model: nn.Module, parameters: Mapping[str, nn.Parameter] | None = None) -> nn.Module:
+def unwrapped(model: nn.Module, parameters: Mapping[int, nn.Parameter] | None = None) -> nn.Module:
     """Gives a module in which no part is wrapped, so that its parameters have their own names.
 
     `torch.compile` puts ``_orig_mod.`` into the names of all parameters of what it compiles, and
@@ -30,8 +30,8 @@ def unwrapped(model: nn.Module, parameters: Mapping[str, nn.Parameter] | None = 
 
     Args:
         model: Any module. It is not changed.
-        parameters: Parameters that take the place of the module's, by their names without wrappers;
-            None for none.
+        parameters: Parameters that take the place of the module's, by the `id` of these; None for
+            none.
 
     Returns:
         The module itself if it has no wrappers and keeps its parameters. Else one that shares all
@@ -45,13 +45,12 @@ def unwrapped(model: nn.Module, parameters: Mapping[str, nn.Parameter] | None = 
         >>> [name for name, _ in unwrapped(model).named_parameters()]
         ['0.weight', '0.bias']
     """
-    return _rebuilt(model, dict(parameters or {}), "", {})
+    return _rebuilt(model, parameters or {}, {})
 
 
 def _rebuilt(
     module: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
-    prefix: str,
+    parameters: Mapping[int, nn.Parameter],
     done: dict[int, nn.Module],
 ) -> nn.Module:
     while (held := _WRAPPERS.get(type(module).__name__)) is not None:
@@ -62,10 +61,10 @@ def _rebuilt(
     if id(module) in done:
         return done[id(module)]
     children = {
-        name: None if child is None else _rebuilt(child, parameters, f"{prefix}{name}.", done)
+        name: None if child is None else _rebuilt(child, parameters, done)
         for name, child in module._modules.items()
     }
-    own = {name: parameters.get(prefix + name, p) for name, p in module._parameters.items()}
+    own = {name: parameters.get(id(p), p) for name, p in module._parameters.items()}
     same = all(children[name] is child for name, child in module._modules.items())
     if not same or any(own[name] is not p for name, p in module._parameters.items()):
         rebuilt = object.__new__(type(module))

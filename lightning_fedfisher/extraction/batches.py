@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
@@ -111,6 +112,8 @@ class BatchRunner:
                 f"the model's output is {type(logits).__name__}, no tensor: pass forward= to "
                 "return its logits"
             )
+        if isinstance(labels, np.ndarray | list | tuple):
+            labels = torch.as_tensor(labels)
         if not isinstance(labels, Tensor):
             labels = None
         elif self._mark_unobserved is not None:

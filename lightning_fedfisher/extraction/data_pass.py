@@ -234,7 +234,7 @@ class DataPass:
         if traced is None:
             traced = trace_model(copied, self._layers, self._runner, samples)
             traced = traced.with_varying(self._varying)
-        require_no_probabilities(traced.last_operation, self._options)
+        require_no_probabilities(traced.last_operation, traced.sums_to_one, self._options)
         self.model_trace = traced
         if self._curvatures == ("diagonal",) and not self._backpack_problem:
             self._backpack_problem = why_unsupported(copied, self._layers, traced)

@@ -11,6 +11,7 @@ no importance: curvature is a mean over samples.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -56,11 +57,7 @@ def options_by_losses(model: nn.Module, options: ExtractionOptions) -> Extractio
         >>> options_by_losses(model, ExtractionOptions()).ignore_index
         255
     """
-    held = {
-        path or type(model).__name__: module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.modules.loss._Loss)
-    }
+    held = _held(model)
     own = {path: loss for path, loss in held.items() if _likelihood(loss) == options.likelihood}
     offenders = []
     if not own and options.forward is None:
@@ -81,37 +78,62 @@ def options_by_losses(model: nn.Module, options: ExtractionOptions) -> Extractio
     ignored = {
         path: loss.ignore_index
         for path, loss in own.items()
-        if isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) and loss.ignore_index != IGNORE_INDEX
+        if isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss)
     }
     if options.ignore_index is None and len(set(ignored.values())) > 1:
         told = ", ".join(f"{path}: {index}" for path, index in ignored.items())
         offenders.append(f"losses ignore different labels ({told}): pass ignore_index=")
     if offenders:
         raise UnsupportedModelError(offenders)
-    if options.ignore_index is not None or not ignored:
+    index = next(iter(ignored.values()), IGNORE_INDEX)
+    if options.ignore_index is not None or index == IGNORE_INDEX:
         return options
-    return replace(options, ignore_index=next(iter(ignored.values())))
+    return replace(options, ignore_index=index)
 
 
-def require_no_probabilities(last_operation: str, options: ExtractionOptions) -> None:
+def _held(model: nn.Module) -> dict[str, nn.Module]:
+    """The losses of `torch.nn` that a module holds, also in lists and tables, by their names."""
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.modules.loss._Loss):
+            found[path or type(module).__name__] = module
+        for name, kept in vars(module).items():
+            parts: Iterable[tuple[object, object]] = ()
+            if type(kept) is dict and name != "_modules":
+                parts = kept.items()
+            elif type(kept) in (list, tuple):
+                parts = enumerate(kept)
+            for key, part in parts:
+                if isinstance(part, nn.modules.loss._Loss):
+                    found[f"{path}.{name}[{key!r}]".lstrip(".")] = part
+    return found
+
+
+def require_no_probabilities(
+    last_operation: str, sums_to_one: bool, options: ExtractionOptions
+) -> None:
     """Refuses a model that gives probabilities where a likelihood takes logits.
 
     With ``forward=``, the user says which outputs are meant.
 
     Args:
         last_operation: `ModelTrace.last_operation`.
+        sums_to_one: `ModelTrace.sums_to_one`.
         options: Options of the extraction.
 
     Raises:
         UnsupportedModelError: If the model ends in what makes probabilities of logits.
     """
     made_by = _PROBABILITIES.get(options.likelihood)
-    if made_by is not None and options.forward is None and last_operation.startswith(made_by):
+    if made_by is None or options.forward is not None:
+        return
+    by_values = sums_to_one and options.likelihood == "categorical"
+    if by_values or last_operation.startswith(made_by):
         raise UnsupportedModelError(
             [
-                f"the outputs come from a {made_by.lower()}, so that they are probabilities, and "
-                "curvature is extracted at the logits: return these by forward= (what the "
-                f"{made_by.lower()} is applied to)"
+                f"the outputs are probabilities, as a {made_by.lower()} gives them, and curvature "
+                "is extracted at the logits: return these by forward= (what the "
+                f"{made_by.lower()} is applied to), or the same outputs if they are logits"
             ]
         )
 

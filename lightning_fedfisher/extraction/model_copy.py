@@ -35,6 +35,7 @@ def copy_model(model: nn.Module, buffers: Mapping[str, Tensor]) -> nn.Module:
         (torch.float32, False, True)
     """
     copied = deep_copy(model)
+    _attach_trainers(model, copied)
     copied.zero_grad(set_to_none=True)
     for name, buffer in buffers.items():
         copied.get_buffer(name).copy_(buffer)
@@ -43,6 +44,21 @@ def copy_model(model: nn.Module, buffers: Mapping[str, Tensor]) -> nn.Module:
             module.sparse = False  # whose gradients know few operations
     low_precision = {p.dtype for p in copied.parameters()} & {torch.float16, torch.bfloat16}
     return (copied.float() if low_precision else copied).eval()
+
+
+def _attach_trainers(model: nn.Module, copied: nn.Module) -> None:
+    """Has copies of LightningModules see the epoch and the step, and log nothing.
+
+    A copy that was pickled, as Lightning has it, knows no Trainer.
+    """
+    for module, own in zip(model.modules(), copied.modules(), strict=True):
+        if getattr(module, "_trainer", None) is not None and hasattr(module, "log_dict"):
+            vars(own)["_trainer"] = vars(module)["_trainer"]
+            vars(own)["log"] = vars(own)["log_dict"] = _ignored
+
+
+def _ignored(*_args: object, **_kwargs: object) -> None:
+    """What a copy logs is of no interest."""
 
 
 def first_buffers(model: nn.Module, shard: Shard) -> dict[str, Tensor]:

@@ -80,8 +80,8 @@ def trace_model(
 def _require_independence(model: nn.Module, runner: BatchRunner, batch: Any) -> None:
     """Refuses a model whose logits of the first sample depend on the others of its batch."""
     logits = runner.logits(model, batch)
-    first = map_samples(batch, len(logits), lambda tensor: tensor[:1])
     try:
+        first = map_samples(batch, len(logits), lambda tensor: tensor[:1])
         alone = runner.logits(model, first)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         if isinstance(error, RuntimeError) and is_out_of_memory(error):

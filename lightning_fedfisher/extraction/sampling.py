@@ -308,9 +308,10 @@ class _Stream:
 
 
 def _is_map_style(dataloader: Iterable[Any]) -> TypeGuard[DataLoader[Any]]:
-    return isinstance(dataloader, DataLoader) and not isinstance(
-        dataloader.dataset, IterableDataset
-    )
+    if not isinstance(dataloader, DataLoader) or isinstance(dataloader.dataset, IterableDataset):
+        return False
+    # A loader that makes its batches itself is read as it is.
+    return type(dataloader).__iter__ is DataLoader.__iter__
 
 
 def _batch_sampler(dataloader: DataLoader[Any]) -> BatchSampler:

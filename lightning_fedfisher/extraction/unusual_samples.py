@@ -1,9 +1,9 @@
 """Which samples a rehearsal runs: those whose labels are the most unusual of all.
 
 One label in a thousand that no class has stops an extraction after hours of training. A data set
-that keeps its labels in one place shows them all at once: the samples of the least and the greatest
-label, and of one that is no number, tell whether all others are fit for use. They are run as any
-other sample, with all that the loader and the model do to their labels.
+that keeps its labels in one place shows them all at once. The samples of the least and the greatest
+labels, and of one that is no number, are run as any other sample, with all that the loader and the
+model do to their labels: where these are fit for use, others are as well but for rare exceptions.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from lightning_fedfisher.extraction.sampling import trained_indices
 
 # Where data sets keep the labels of all samples, by the habits of torchvision and others.
 _LABELS = ("targets", "labels", "y")
+# Values at either end: one may stand for what is not observed, and the next for an error.
+_EXTREMES = 2
 
 
 def unusual_samples(dataloader: Iterable[Any], fewest: int) -> list[int] | None:
@@ -37,7 +39,7 @@ def unusual_samples(dataloader: Iterable[Any], fewest: int) -> list[int] | None:
     Example:
         >>> data = TensorDataset(torch.zeros(5, 2), torch.tensor([1, 0, 2, 255, 1]))
         >>> unusual_samples(DataLoader(data), fewest=2)
-        [1, 3]
+        [0, 1, 2, 3]
     """
     indices = trained_indices(dataloader)
     if indices is None:
@@ -45,14 +47,22 @@ def unusual_samples(dataloader: Iterable[Any], fewest: int) -> list[int] | None:
     assert isinstance(dataloader, DataLoader)
     labels = _labels(dataloader.dataset)
     found: list[int] = []
-    if labels is not None and labels.ndim and len(labels) > max(indices):
-        own = labels[torch.tensor(indices)].reshape(len(indices), -1).double()
-        if own.shape[1]:
-            own, no_number = own.nan_to_num(0.0), ~own.isfinite().all(dim=1)
-            found = [int(own.amin(1).argmin()), int(own.amax(1).argmax())]
-            found += no_number.nonzero().flatten().tolist()[:1]
+    if labels is not None and labels.numel() and len(labels) > max(indices):
+        if len(indices) < len(labels):
+            labels = labels[torch.tensor(indices)]
+        apart = labels.reshape(len(labels), -1)  # and reduced as they are: they may be many
+        for extreme, greatest in ((apart.amin(1), False), (apart.amax(1), True)):
+            found += _firsts_of_extremes(extreme, greatest)
     picked = list(dict.fromkeys([*found, *range(min(fewest, len(indices)))]))  # each once
     return [indices[place] for place in sorted(picked[: max(fewest, len(set(found)))])]
+
+
+def _firsts_of_extremes(values: Tensor, greatest: bool) -> list[int]:
+    """First places of the most extreme values, and of one that is no number."""
+    no_number = values.isnan().nonzero().flatten().tolist()[:1]
+    distinct = torch.unique(values[~values.isnan()])  # ascending
+    extremes = distinct[-_EXTREMES:] if greatest else distinct[:_EXTREMES]
+    return no_number + [int((values == value).nonzero()[0]) for value in extremes]
 
 
 def _labels(dataset: Any) -> Tensor | None:

@@ -77,14 +77,20 @@ class Categorical(Likelihood):
     @override
     @staticmethod
     def are_labels(labels: Tensor, logits: Tensor) -> bool:
-        indices = not labels.is_floating_point() and not labels.is_complex()
-        return indices and labels.shape == (logits.shape[0], *logits.shape[2:])
+        expected = (logits.shape[0], *logits.shape[2:])
+        fits = labels.shape in (expected, (logits.shape[0], 1, *logits.shape[2:]))
+        if not fits or labels.is_complex():
+            return False
+        # Whole numbers of any type; those that are NaN are not observed.
+        return not labels.is_floating_point() or bool(
+            ((labels == labels.round()) | labels.isnan()).all()
+        )
 
     @override
     @staticmethod
     def mark_unobserved(labels: Tensor, value: float) -> Tensor:
         if labels.is_floating_point():
-            return labels
+            return labels.masked_fill(labels == value, torch.nan)
         return labels.to(torch.int64).masked_fill(labels == value, IGNORE_INDEX)
 
     @override
@@ -213,7 +219,8 @@ def _check_classes(labels: Tensor, logits: Tensor) -> Tensor:
             f"{tuple(labels.shape)} of {labels.dtype}: pass forward= to return (logits, labels), "
             "or dataloader= with samples as they are, if training mixes them"
         )
-    labels, classes = labels.to(torch.int64), logits.shape[1]
+    labels = labels.reshape(logits.shape[0], *logits.shape[2:])
+    labels, classes = labels.nan_to_num(IGNORE_INDEX).to(torch.int64), logits.shape[1]
     observed = labels[labels != IGNORE_INDEX]
     if observed.numel() and (observed.min() < 0 or observed.max() >= classes):
         raise ValueError(

@@ -39,13 +39,19 @@ def with_changed_ones_trained(
 
     Args:
         model: The model after its training. It is not changed.
-        before: Its `frozen_digests` before.
+        before: Its `frozen_digests` before; what was trained then and is frozen now counts as
+            changed.
 
     Returns:
         A module of the same values, which shares their memory, and the names of what changed.
     """
     plain = unwrapped(model)
     now, frozen = frozen_digests(plain), frozen_parameters(plain)
-    changed = tuple(name for name in now if name in before and now[name] != before[name])
-    trained = {name: nn.Parameter(frozen[name].detach()) for name in changed}
+    # What was not frozen before has been trained since.
+    changed = tuple(
+        name
+        for name in now
+        if frozen[name].is_floating_point() and now[name] != before.get(name, "")
+    )
+    trained = {id(frozen[name]): nn.Parameter(frozen[name].detach()) for name in changed}
     return unwrapped(plain, trained), changed

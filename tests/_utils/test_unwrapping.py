@@ -74,10 +74,11 @@ def test_methods_set_on_an_instance_belong_to_what_is_unwrapped():
     assert unwrapped(Outer())(X)[1] is nn.Linear
 
 
-def test_parameters_take_the_place_of_others_by_their_plain_names():
+def test_parameters_take_the_place_of_others_wherever_these_are():
     model = nn.ModuleDict({"net": torch.compile(nn.Linear(2, 1), backend="eager")})
+    model["tied"] = nn.ParameterList([model["net"].weight])
     replaced = nn.Parameter(torch.zeros(1, 2))
-    found = unwrapped(model, {"net.weight": replaced})
-    assert found.get_parameter("net.weight") is replaced
+    found = unwrapped(model, {id(model["net"].weight): replaced})
+    assert found.get_parameter("net.weight") is found.get_parameter("tied.0") is replaced
     assert found.get_parameter("net.bias") is model["net"].bias
     assert model["net"].weight is not replaced

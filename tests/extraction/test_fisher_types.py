@@ -287,7 +287,7 @@ def test_logits_that_no_classifier_has(fisher, logits, message):
         (None, "needs labels"),
         (torch.tensor([0, 1, 2, 3, 0, 4]), "lie in \\[0, 4\\), got \\[0, 4\\]"),
         (torch.tensor([0, 1, 2, 3, 0, -1]), "lie in \\[0, 4\\), got \\[-1, 3\\]"),
-        (torch.zeros(6), "class indices"),
+        (torch.full((6,), 0.5), "class indices"),
         (torch.zeros(5, dtype=torch.int64), "class indices of shape \\(6,\\)"),
         (torch.zeros(6, 4, dtype=torch.int64), "class indices of shape \\(6,\\)"),
     ],

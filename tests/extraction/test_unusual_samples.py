@@ -22,19 +22,21 @@ def _picked(data, fewest=2, **options):
 
 
 def test_the_least_and_the_greatest_label_and_one_that_is_no_number_are_picked():
-    assert _picked(TensorDataset(X, torch.tensor([1, 1, 0, 1, 255, 1]))) == [2, 4]
+    assert _picked(TensorDataset(X, torch.tensor([1, 1, 0, 1, 255, 1]))) == [0, 2, 4]
+    # One value may stand for what is not observed, and the next for an error.
+    assert _picked(TensorDataset(X, torch.tensor([1, -100, 0, -1, 255, 17]))) == [1, 3, 4, 5]
     labels = torch.tensor([0.5, 0.5, 0.5, torch.nan, 9.0, -1.0])
-    assert _picked(TensorDataset(X, labels)) == [3, 4, 5]
+    assert _picked(TensorDataset(X, labels)) == [0, 3, 4, 5]
     # One pixel in one image.
     pixels = torch.ones(6, 3, 3, dtype=torch.long)
     pixels[4, 2, 1], pixels[1, 0, 0] = 255, -1
-    assert _picked(TensorDataset(X, pixels)) == [1, 4]
+    assert _picked(TensorDataset(X, pixels)) == [0, 1, 4]
     assert _picked(TensorDataset(X, torch.ones(6)), fewest=3) == [0, 1, 2]
 
 
 def test_subsets_and_samplers_hide_what_the_client_does_not_hold():
     data = TensorDataset(X, torch.tensor([1, 255, 0, 1, 7, 1]))
-    assert _picked(Subset(Subset(data, [0, 2, 3, 4]), [3, 1, 0])) == [0, 1]
+    assert _picked(Subset(Subset(data, [0, 2, 3, 4]), [3, 1, 0])) == [0, 1, 2]
     assert _picked(data, sampler=SubsetRandomSampler([0, 2, 3])) == [0, 2]
 
 
@@ -50,7 +52,7 @@ def test_labels_that_a_data_set_keeps_as_an_attribute(kind):
         def __getitem__(self, index):
             return X[index], self.targets[index]
 
-    assert _picked(Images()) == [3, 4]
+    assert _picked(Images()) == [0, 3, 4]
 
 
 @pytest.mark.parametrize("targets", [["cat"] * 6, [0, 1], None, {"a": 1}, object()])

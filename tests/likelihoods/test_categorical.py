@@ -52,7 +52,24 @@ def test_labels_out_of_range():
         with pytest.raises(ValueError, match=r"lie in \[0, 3\)"):
             Categorical.nll(logits, torch.full_like(labels, wrong))
     with pytest.raises(ValueError, match="class indices"):
-        Categorical.accuracy(logits, labels.double())
+        Categorical.accuracy(logits, labels + 0.5)
+
+
+@pytest.mark.parametrize("form", ["column", "float", "NaN"])
+def test_labels_of_another_form_say_the_same(form):
+    logits, labels = _batch()
+    given = labels.unsqueeze(1) if form == "column" else labels.double()
+    if form == "NaN":
+        given = given.masked_fill(labels == IGNORE_INDEX, torch.nan)
+    expected = Categorical(logits, labels)
+    assert torch.equal(Categorical(logits, given).residual(), expected.residual())
+    assert torch.equal(Categorical(logits, given).parts(), expected.parts())
+    if form != "column":
+        marked = Categorical.mark_unobserved(given, 1)
+        assert torch.equal(
+            Categorical(logits, marked).residual(),
+            Categorical(logits, labels.masked_fill(labels == 1, IGNORE_INDEX)).residual(),
+        )
 
 
 def test_least_squares_regresses_on_ones_and_zeros():

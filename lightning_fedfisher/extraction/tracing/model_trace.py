@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from lightning_fedfisher.errors import UnsupportedModelError
 from lightning_fedfisher.extraction.layer_types.base import LayerType, are_alike
 from lightning_fedfisher.extraction.layer_types.spread import Spread
 from lightning_fedfisher.extraction.tracing.batch_axis import BatchAxis, possible_batch_axes
@@ -21,9 +22,18 @@ from lightning_fedfisher.extraction.tracing.recorder import (
 )
 from lightning_fedfisher.layers import Layer, Source
 
+_NEARLY = 1e-3  # 1, of probabilities that are clamped or rounded
 _UNREACHED = "no gradient reaches it from the logits, so that a merge averages it"
+_NOT_ITS_OWN = (
+    "the forward pass of the module's copy uses parameters that are not the copy's own: of a "
+    "function that is tied to the original, or of a module that is not registered as a part; "
+    "define forward in the class and keep all that is trained in attributes of the module"
+)
 _VARYING = "only some batches use it"
-_RESHAPES = ("View", "UnsafeView", "Reshape", "Squeeze", "Unsqueeze", "ToCopy", "Clone", "Alias")
+_RESHAPES = (
+    *("View", "UnsafeView", "Reshape", "Squeeze", "Unsqueeze", "ToCopy", "Clone", "Alias", "Clamp"),
+    *("Slice", "Select", "Permute", "Transpose", "TBackward", "Cat", "Stack"),
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +59,8 @@ class ModelTrace:
         spread: Names of layers whose parameters were followed up to where every sample gets a copy.
         varying: Names of layers that only some batches use.
         last_operation: Name of the operation that the logits come from, as autograd calls it, but
-            for those that give them another shape.
+            for those that bring them into another form.
+        sums_to_one: Whether the logits of each sample are probabilities by their values.
     """
 
     calls: tuple[tuple[str, ...], ...] = ()
@@ -64,6 +75,7 @@ class ModelTrace:
     spread: frozenset[str] = frozenset()
     varying: frozenset[str] = frozenset()
     last_operation: str = ""
+    sums_to_one: bool = False
 
     @property
     def spreadable(self) -> frozenset[str]:
@@ -221,6 +233,7 @@ class ModelTracer:
             output_layer=output_layer if output_layer in once else "",
             spread=self._spread,
             last_operation=_last_operation(logits),
+            sums_to_one=_sums_to_one(logits.detach()),
         )
 
     def _on_layer_call(self, call: WatchedCall) -> Any:
@@ -287,8 +300,11 @@ class ModelTracer:
         """Finds layers used by calls that were not watched, and layers that logits do not need."""
         unseen: dict[str, str] = {}
         reached: set[int] = set()
+        own = {id(parameter) for parameter in self._parameters.values()}
         for node, leaf in edges_to_leaves(logits):
             owner = self._owners.get(id(leaf))
+            if isinstance(leaf, nn.Parameter) and id(leaf) not in own:
+                raise UnsupportedModelError([_NOT_ITS_OWN])
             if owner is not None:
                 reached.add(id(leaf))
                 if node not in self._aliases:
@@ -299,6 +315,13 @@ class ModelTracer:
             if any(id(self._parameters[name]) not in reached for name in layer.parameter_names)
         )
         return unseen, unreached
+
+
+def _sums_to_one(logits: Tensor) -> bool:
+    """Tells whether all values are of [0, 1] and sum to 1 over the second dimension."""
+    if logits.ndim < 2 or logits.shape[1] < 2 or not ((logits >= 0) & (logits <= 1)).all():
+        return False
+    return bool(((logits.double().sum(1) - 1).abs() < _NEARLY).all())
 
 
 def _last_operation(logits: Tensor) -> str:
