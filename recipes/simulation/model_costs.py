@@ -32,7 +32,7 @@ from typing_extensions import override
 from lightning_fedfisher import (
     ClientUpdate,
     FedFisherCallback,
-    callback,
+    client_run,
     extract_curvature,
     merge_updates,
 )
@@ -178,7 +178,7 @@ class _Untrained(LightningModule):
 
 
 class _TimedCallback(FedFisherCallback):
-    """Notes the seconds of each of the callback's two turns: before the training and after it."""
+    """Notes the seconds of the callback's turns at the start of the training and at its end."""
 
     def __init__(self, output: Path) -> None:
         super().__init__(output)
@@ -209,7 +209,7 @@ def _watched_extractions() -> Iterator[list[tuple[float, int, tuple[LayerReport,
         found.append((took, extracted.num_samples, extracted.layer_reports))
         return extracted
 
-    with mock.patch.object(callback, "extract_curvature", watched):
+    with mock.patch.object(client_run, "extract_curvature", watched):
         yield found
 
 
@@ -228,7 +228,8 @@ def client(setting: Setting, folder: Path) -> dict[str, Any]:
 
     with _watched_extractions() as extractions:
         network, peak = peak_memory(fit)
-    (rehearsed, _, _), (extracted, samples, reports) = extractions
+    # Before the training, after its first step, and at its end.
+    (rehearsed, _, _), _, (extracted, samples, reports) = extractions
     layers: dict[str, int] = {}
     for report in reports:
         key = f"{report.kind} ({report.backend})"

@@ -392,7 +392,7 @@ def extract(model, data, kind="kfac", **options):
     """Curvature of a data set in small batches, or of any loader, at all positions of a sample."""
     if isinstance(data, TensorDataset):
         data = DataLoader(data, batch_size=BATCH)
-    dtype = next(model.parameters()).dtype
+    dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
 
     def in_its_type(batch):
         return apply_to_collection(

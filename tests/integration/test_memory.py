@@ -53,7 +53,7 @@ def offloads(monkeypatch, tmp_path):
 
     def recording(self, *arguments):
         original(self, *arguments)
-        folders.append(Path(self._folder.name))
+        folders.append(self._folder)
         assert folders[-1].parent == tmp_path / "temporary"
         assert len(list(folders[-1].iterdir())) == len(self) == 3
 

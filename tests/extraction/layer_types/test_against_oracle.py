@@ -1862,7 +1862,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_refusals_name_the_offender(name, kind, fisher):
     build, words = REFUSED[name]
-    data = TensorDataset(_inputs(Case(None)), torch.arange(SAMPLES) % 3)
+    data = TensorDataset(_inputs(Case(None)).float(), torch.arange(SAMPLES) % 3)
     loader = DataLoader(data, batch_size=BATCH)
     with pytest.raises(UnsupportedModelError, match=words) as caught:
         # No copy, which would take apart what overlaps.
