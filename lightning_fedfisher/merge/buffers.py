@@ -22,12 +22,13 @@ def merge_buffers(
 ) -> dict[str, Tensor]:
     """Merges buffers: BatchNorm's variances by the law of total variance, others by their average.
 
-    Whole numbers (counters, indices) become what most clients agree on, else the largest of them.
+    Whole numbers (counters, indices) become their median, the lower one of an even number: what
+    most clients agree on, if they do, and nothing that one client alone decides.
 
     Args:
         updates: The updates of all clients, found to belong together.
-        max_influence: What a client's number of samples, and the distance of its values from the
-            median, may be, as a multiple of the median client's.
+        max_influence: What a client's number of samples, and the distance of each of its values
+            from the median, may be, as a multiple of the median client's.
         buffers: What the clients' buffers are taken to be; their own if None.
 
     Returns:
@@ -40,7 +41,7 @@ def merge_buffers(
     for name, first in clients[0].items():
         values = [client[name] for client in clients]
         if not first.is_floating_point():
-            merged[name] = _merge_counts(values)
+            merged[name] = torch.stack(values).sort(dim=0).values[(len(values) - 1) // 2]
             continue
         # In float64, where no difference of two numbers overflows.
         found = average(*capped([value.double() for value in values]))
@@ -82,11 +83,3 @@ def describe_mixed_statistics(
         "to merge_updates or FisherMergeModule, a few hundred samples without labels, or let "
         "clients train with BatchNorm in eval mode"
     )
-
-
-def _merge_counts(values: Sequence[Tensor]) -> Tensor:
-    """Merges whole numbers: what most clients agree on, else the largest of them."""
-    ordered = torch.stack(list(values)).sort(dim=0).values
-    usual = ordered[(len(values) - 1) // 2]
-    agreed = 2 * (ordered == usual).sum(dim=0) > len(values)
-    return torch.where(agreed, usual, ordered[-1])
