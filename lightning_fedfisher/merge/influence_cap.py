@@ -133,9 +133,10 @@ def cap_values(
         max_influence: Multiple of the median client's that a client may have.
 
     Returns:
-        Smaller client weights, and values of which each entry is no farther from the median than
-        the bound, for the clients beyond it. Where most clients agree to the bit, as on a constant,
-        so do all.
+        Smaller client weights, and values of which no entry is farther from the median than the
+        bound allows, for the clients beyond it: as a multiple of the median client's distance in
+        that entry, or in the mean entry if that is more. Where most clients agree to the bit, as on
+        a constant, so do all.
     """
     heavy = multiples(torch.tensor(client_weights, dtype=torch.float64).unsqueeze(1))
     scale = _reduction(heavy, max_influence)
@@ -143,7 +144,11 @@ def cap_values(
     if max_influence == math.inf:
         return capped, list(values)
     middle = median(values)
-    far = max_influence * median([(value - middle).abs() for value in values])
+    offsets = [(value - middle).abs() for value in values]
+    usual = median(offsets)
+    # Of few clients one entry's median is anywhere, and so it may be that of all entries.
+    overall = median([norm(offset) / offset.numel() ** 0.5 * torch.ones(1) for offset in offsets])
+    far = max_influence * usual.clamp_min(float(overall)).where(usual > 0, 0.0)
     within = [value.clamp(middle - far, middle + far) for value in values]
     return capped, [
         value if torch.equal(value, held) else held

@@ -69,7 +69,7 @@ def test_a_hostile_client_does_not_own_the_buffers():
         assert merged["index"].tolist() == [0, 1, 2, 3]
         assert merged["mask"].tolist() == [True, False]
         assert merged["mask"].dtype == torch.bool
-        assert int(merged["norm.num_batches_tracked"]) == 10**9
+        assert int(merged["norm.num_batches_tracked"]) == 2
 
 
 def test_honest_buffers_are_merged_as_without_a_bound():
@@ -77,7 +77,7 @@ def test_honest_buffers_are_merged_as_without_a_bound():
     free, held = merge_buffers(honest), merge_buffers(honest, max_influence=10)
     for name, tensor in free.items():
         assert torch.equal(tensor, held[name]), name
-    assert int(free["norm.num_batches_tracked"]) == 4
+    assert int(free["norm.num_batches_tracked"]) == 2
 
 
 def _mixed(value, dtype=torch.float32):
@@ -205,16 +205,16 @@ def test_what_is_held_of_plain_values_is_the_median_clients():
     [
         ([3, 3, 9], 3),
         ([9, 3, 3], 3),
-        ([3, 3, 9, 9], 9),
-        ([3, 5, 9, 3], 9),
+        ([3, 3, 9, 9], 3),
+        ([3, 5, 9, 10**9], 5),
         ([3, 3, 3, 9], 3),
         ([7, 7, 7, 2], 7),
-        ([4, 6], 6),
+        ([4, 6], 4),
         ([5], 5),
     ],
     ids=str,
 )
-def test_whole_numbers_are_what_most_agree_on_or_the_largest(values, merged):
+def test_whole_numbers_are_the_lower_median(values, merged):
     clients = [_with_buffers(9, 0.0, 1.0, index=(0, 1, 2, value)) for value in values]
     for most in (1, math.inf):
         found = merge_buffers(clients, most)["index"]
