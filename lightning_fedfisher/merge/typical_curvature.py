@@ -21,6 +21,7 @@ from lightning_fedfisher.curvature.base import Curvature
 from lightning_fedfisher.curvature.linalg import change_basis, symmetric_eigendecomposition
 from lightning_fedfisher.merge.objective import LazyCurvatures, dot
 
+_FEWEST = 3
 # Of the mean direction's share: what everybody may have where the median client has nothing.
 _DAMPING = 0.1
 
@@ -58,11 +59,12 @@ class TypicalCurvature:
             curvatures: The curvature of each client, all of one kind.
 
         Returns:
-            What is typical; None for kinds with bases of their own, or with nothing to compare.
+            What is typical; None for kinds with bases of their own, or with nothing to compare, and
+            for fewer than three clients, who cannot judge each other.
         """
         first = curvatures[0]
         roles = first.tensor_roles
-        if not roles or "basis" in roles.values():
+        if len(curvatures) < _FEWEST or not roles or "basis" in roles.values():
             return None
         means = {name: torch.zeros_like(tensor) for name, tensor in first.tensors().items()}
         for curvature in curvatures:

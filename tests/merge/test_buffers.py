@@ -108,6 +108,17 @@ def test_nobody_moves_what_most_agree_on(place, most):
     assert float(merge_buffers(clients)["norm.running_mean"][0]) > 1e11
 
 
+def test_one_entry_alone_is_bounded_as_all_together():
+    # As far away as the others, but in one entry: by the norm it would be like them.
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(100, generator=generator).double() for _ in range(9)]
+    values.append(torch.zeros(100).double())
+    values[-1][3] = 10.0
+    _, held = cap_values([1.0] * 10, values, 2.0)
+    assert 0 < float(held[-1][3]) < 3
+    assert torch.equal(held[-1][4:], values[-1][4:])
+
+
 def test_half_of_the_clients_are_not_most():
     clients = [_mixed(value) for value in (3.0, 1.0, 9.0, 3.0)]
     assert merge_buffers(clients, 10)["constant"].tolist() == [1, 4]
@@ -192,8 +203,8 @@ def test_what_is_held_of_plain_values_is_the_median_clients():
     values = [torch.tensor([x, 0.0]).double() for x in (-2.0, -1.0, 0.0, 1.0, 1e9)]
     held, drawn = cap_values(shares, values, 2.0)
     assert held == pytest.approx([1, 2, 3, 4, 6])
-    # Those at the median have no part: of 1, 1, 2 and 1e9 the median is 1.5.
-    assert [float(v[0]) for v in drawn] == pytest.approx([-2, -1, 0, 1, 3])
+    # Of the distances 0, 1, 1, 2 and 1e9 the median is 1.
+    assert [float(v[0]) for v in drawn] == pytest.approx([-2, -1, 0, 1, 2])
     assert all(one is other for one, other in zip(drawn[:4], values[:4], strict=True))
     same, still = cap_values(shares, values, math.inf)
     assert same == shares

@@ -1,6 +1,7 @@
 """Running statistics under other weights: those of the outputs on the clients' own inputs."""
 
 import dataclasses
+import math
 import warnings
 
 import pytest

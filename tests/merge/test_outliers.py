@@ -32,7 +32,7 @@ def test_outliers_are_named_with_what_and_where():
 
 def test_updates_are_measured_once_and_within_the_usual_memory(tmp_path, monkeypatch):
     measured, original = [], layer_loader.measure
-    monkeypatch.setattr(layer_loader, "measure", lambda p: (measured.append(p), original(p))[1])
+    monkeypatch.setattr(layer_loader, "measure", lambda *a: (measured.append(a), original(*a))[1])
     updates = tiny_updates(tmp_path, curvature="kfac")
     assert "times the distance" not in outliers_as_sent(updates)
     assert len(measured) == len(updates[0].layers)
