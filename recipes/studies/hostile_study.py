@@ -11,9 +11,9 @@ import copy
 import dataclasses
 import math
 import warnings
-from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
@@ -23,7 +23,7 @@ from peers.robust_averages import coordinate_median, krum, mean, trimmed_mean
 from simulation.data import TensorImages
 from simulation.federations import Federation
 from simulation.partition import reference_partition
-from simulation.study import Table, default_update, study_parser
+from simulation.study import Table, default_update
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
@@ -40,13 +40,7 @@ AVERAGES = {
     "trimmed mean": trimmed_mean,
     "krum": krum,
 }
-FEDERATIONS = {
-    "development": [
-        Federation("digits", model, 1.0, seed, seed)
-        for model in ("mlp", "cnn", "batchnorm")
-        for seed in range(1)
-    ]
-}
+FEDERATIONS = [Federation("digits", model, 1.0, 0, 0) for model in ("mlp", "cnn", "batchnorm")]
 NOBODY, FLIPPED, AIMED = "none", "flipped labels", "aimed"
 State = Mapping[str, Tensor]
 
@@ -267,8 +261,9 @@ def variants(attack: str, truth: Truth) -> Iterator[list[ClientUpdate]]:
             yield all_send(weights, own, 4.0)
         case "alie":
             average, spread = truth.mean(), truth.mean(power=2)
-            supporters = CLIENTS // 2 + 1 - truth.hostile
-            z = NormalDist().inv_cdf((CLIENTS - truth.hostile - supporters) / len(truth.honest))
+            honest = len(truth.honest)
+            supporters = (honest + truth.hostile) // 2 + 1 - truth.hostile
+            z = NormalDist().inv_cdf((honest - supporters) / honest)
             for far in (z, -z):
                 yield all_send({n: m + far * spread[n] for n, m in average.items()}, typical, 1.0)
         case "ipm":
@@ -376,20 +371,23 @@ def make_parser() -> ArgumentParser:
     Returns:
         The parser.
     """
-    return study_parser("hostile_study", __doc__, FEDERATIONS)
+    parser = ArgumentParser(prog="hostile_study.py", description=__doc__)
+    default = Path("runs") / "hostile_study"
+    parser.add_argument("--output-dir", type=Path, default=default, help="folder for results")
+    return parser
 
 
-def run(flags: Namespace) -> None:
-    """Fills the table of a set of federations; those that it has are not made again.
+def run(output_dir: Path) -> None:
+    """Fills the table; what it has is not made again.
 
     Args:
-        flags: parsed by `make_parser`.
+        output_dir: folder of the table.
     """
     settings = [(hostile, attack) for hostile in (1, 3) for attack in (NOBODY, *ATTACKS)]
-    flags.output_dir.mkdir(parents=True, exist_ok=True)
-    path = flags.output_dir / f"{flags.federations}.csv"
+    output_dir.mkdir(parents=True, exist_ok=True)
+    path = output_dir / "hostile_study.csv"
     table = Table(path, Row)
-    for federation in FEDERATIONS[flags.federations]:
+    for federation in FEDERATIONS:
         missing = [s for s in settings if not table.has(federation, (str(s[0]), s[1]))]
         for row in run_federation(federation, missing) if missing else ():
             table.append(row)
@@ -403,7 +401,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: of the command line; None reads `sys.argv`.
     """
     warnings.filterwarnings("ignore", message="(?s).*(median client|unlike outputs|keep less than)")
-    run(make_parser().parse_args(arguments))
+    run(make_parser().parse_args(arguments).output_dir)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ from lightning_fedfisher import merge_updates
 def study(monkeypatch, tmp_path):
     """Runs the study on one federation of few epochs, with two of the attacks."""
     federation = Federation("digits", "mlp", 10.0, 3, 0)
-    monkeypatch.setattr(hostile_study, "FEDERATIONS", {"development": [federation]})
+    monkeypatch.setattr(hostile_study, "FEDERATIONS", [federation])
     monkeypatch.setattr(hostile_study, "ATTACKS", ("mirror", "mimic"))
     hostile_study.main(["--output-dir", str(tmp_path)])
-    path = tmp_path / "development.csv"
+    path = tmp_path / "hostile_study.csv"
     before = path.read_text()
     hostile_study.main(["--output-dir", str(tmp_path)])
     assert path.read_text() == before
