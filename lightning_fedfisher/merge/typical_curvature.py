@@ -97,7 +97,7 @@ class TypicalCurvature:
             offset: A matrix of the layer's shape.
 
         Returns:
-            ``<V, F V>^(1/2)`` with the typical curvature ``F``, whose trace is about one.
+            ``<V, F V>^(1/2)`` with the typical curvature ``F``, whose scale is of no meaning.
         """
         return math.sqrt(max(dot(offset, self.curvature.apply(offset)), 0.0))
 
@@ -106,7 +106,8 @@ class TypicalCurvature:
 
         Args:
             curvature: The client's curvature.
-            most: Multiple of the median client's share that it may have.
+            most: Multiple of the median client's share that it may have in a direction of the
+                layer's weights; of two factors, each may have its root.
 
         Returns:
             Curvature that is less in those directions; the very same if there are none.
@@ -115,7 +116,7 @@ class TypicalCurvature:
         changed = {}
         for name, tensor in tensors.items():
             shares, basis = _shares(tensor, self.bases[name]), self.bases[name]
-            limits = most * self.shares[name]
+            limits = most ** (1 / len(tensors)) * self.shares[name]
             if not (shares > limits).any():
                 continue
             left = torch.where(shares > limits, limits / shares, 1.0)

@@ -23,7 +23,7 @@ def _kronecker(seed):
 def test_clients_that_are_alike_are_left_as_they_are():
     clients = [_kronecker(seed) for seed in range(6)]
     typical = TypicalCurvature.of(clients)
-    assert typical.all_bounded(clients, 10.0) is clients
+    assert typical.all_bounded(clients, 100.0) is clients
     bounded = typical.all_bounded(clients, 1.0)
     assert all(new is not old for new, old in zip(bounded, clients, strict=True))
 
@@ -37,7 +37,7 @@ def test_who_has_all_in_one_direction_has_little_of_it_left(hostile):
     along = [float(direction @ c.column_factor @ direction) for c in bounded]
     traces = [float(c.column_factor.trace()) for c in clients]
     shares = sorted(a / t for a, t in zip(along[:-hostile], traces[:-hostile], strict=True))
-    assert along[-1] / traces[-1] < 2.5 * (shares[len(shares) // 2] + 0.1 / 5)
+    assert along[-1] / traces[-1] < 1.8 * (shares[len(shares) // 2] + 0.1 / 5)
     assert torch.linalg.eigvalsh(bounded[-1].column_factor).min() > -1e-9
     assert float(bounded[-1].column_factor.trace()) < 0.7 * traces[-1]
 
