@@ -78,6 +78,7 @@ class FisherMergeModule(LightningModule):
         max_influence: float | None = None,
         skip_invalid: bool = False,
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
+        allow_duplicates: bool = False,
     ) -> None:
         """Opens and checks all updates.
 
@@ -93,13 +94,15 @@ class FisherMergeModule(LightningModule):
                 than the last one. None leaves that to the method: the published ones do.
             max_iterations: Solver steps to make for a layer at most; the method's own if None.
             max_influence: What a client may weigh in a layer, as a multiple of what the median
-                client weighs (see `influence_cap`). None leaves that to the method: 10 for ours, no
-                bound for the published ones. 2 resists clients that are hostile.
+                client weighs (see `influence_cap`). None leaves that to the method: 2 for ours, no
+                bound for the published ones.
             skip_invalid: Whether to merge without the updates that would be refused, and warn.
             memory_budget: Bytes of clients' weights and curvature to hold at a time. Beyond it,
                 layers wait for their turn, and what exceeds it alone is offloaded to disk. Where
                 the best iterate is looked for on a validation loader, all layers move at once, and
                 it bounds each of them, not their sum.
+            allow_duplicates: Whether an update that is there twice, to the digest, counts twice. It
+                counts once otherwise, with a warning.
 
         Raises:
             MergeError: If updates are missing, corrupt, of different models, or without the
@@ -109,7 +112,13 @@ class FisherMergeModule(LightningModule):
         super().__init__()
         self.automatic_optimization = False
         options = MergeOptions(
-            method, keep_best, max_iterations, max_influence, skip_invalid, memory_budget
+            method,
+            keep_best,
+            max_iterations,
+            max_influence,
+            skip_invalid,
+            memory_budget,
+            allow_duplicates,
         )
         self.merger = Merger.open(updates, options, model, statistics_loader)
         self.updates, self.layers = self.merger.updates, self.merger.layers

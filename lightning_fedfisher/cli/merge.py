@@ -81,6 +81,7 @@ def _merge(files: Sequence[str], flags: Namespace, model: nn.Module | None) -> M
         "max_iterations": flags.max_iterations,
         "max_influence": flags.max_influence,
         "skip_invalid": flags.skip_invalid,
+        "allow_duplicates": flags.allow_duplicates,
         "memory_budget": flags.memory_budget,
     }
     if (device := _device(flags)) is not None:
@@ -113,6 +114,7 @@ def _tell_plan(
         max_iterations=flags.max_iterations,
         max_influence=flags.max_influence,
         skip_invalid=flags.skip_invalid,
+        allow_duplicates=flags.allow_duplicates,
         memory_budget=flags.memory_budget,
     )
     updates = open_updates(files, options.row, options.skip_invalid, decode=True)

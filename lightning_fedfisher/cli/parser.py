@@ -90,8 +90,8 @@ def _merge() -> ArgumentParser:
     parser.add_argument(
         "--max-influence",
         type=float | None,
-        help="most that a client may weigh, as a multiple of the median client; the method's own "
-        "limit by default",
+        help="most that a client may weigh, as a multiple of the median client; by default the "
+        "method's own limit: 2 for fedfisher, none for the published methods",
     )
     parser.add_argument("--max-iterations", type=int | None, help="solver steps a layer at most")
     parser.add_argument(
@@ -102,6 +102,9 @@ def _merge() -> ArgumentParser:
     )
     parser.add_argument(
         "--skip-invalid", action="store_true", help="leave out updates that are refused"
+    )
+    parser.add_argument(
+        "--allow-duplicates", action="store_true", help="count copies of an update as clients"
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="check all, tell what would be done, write nothing"

@@ -22,13 +22,14 @@ def merge_buffers(
 ) -> dict[str, Tensor]:
     """Merges buffers: BatchNorm's variances by the law of total variance, others by their average.
 
-    Whole numbers (counters, indices) become what most clients agree on, else the largest of them.
-    Buffers that hold infinite values, as masks do, become the median.
+    Whole numbers (counters, indices) become their median, the lower one of an even number: what
+    most clients agree on, if they do, and nothing that one client alone decides.
+    Buffers that hold infinite values, as masks do, become the median as well.
 
     Args:
         updates: The updates of all clients, found to belong together.
-        max_influence: What a client's number of samples, and the distance of its values from the
-            median, may be, as a multiple of the median client's.
+        max_influence: What a client's number of samples, and the distance of each of its values
+            from the median, may be, as a multiple of the median client's.
         buffers: What some of each client's buffers are taken to be; their own if None.
 
     Returns:
@@ -52,10 +53,8 @@ def merge_buffers(
             continue
         values = [*of_clients(name)]
         first = values[0]
-        if not first.is_floating_point():
-            merged[name] = _merge_counts(values)
-            continue
-        if not all(value.isfinite().all() for value in values):  # a mask, with no average
+        finite = first.is_floating_point() and all(value.isfinite().all() for value in values)
+        if not finite:  # counters, or a mask: they have no average
             merged[name] = torch.stack(values).sort(dim=0).values[(len(values) - 1) // 2]
             continue
         # In float64, where no difference of two numbers overflows.
@@ -107,11 +106,3 @@ def _agreed(values: Iterator[Tensor]) -> Tensor | None:
     """Finds out what all clients agree on, two of them in memory at a time; None if they do not."""
     first = next(values)
     return first if all(torch.equal(first, other) for other in values) else None
-
-
-def _merge_counts(values: Sequence[Tensor]) -> Tensor:
-    """Merges whole numbers: what most clients agree on, else the largest of them."""
-    ordered = torch.stack(list(values)).sort(dim=0).values
-    usual = ordered[(len(values) - 1) // 2]
-    agreed = 2 * (ordered == usual).sum(dim=0) > len(values)
-    return torch.where(agreed, usual, ordered[-1])

@@ -18,14 +18,20 @@ checked before it is used, and the memory that it may take is bounded before it 
 *What a client can do* with a valid file: send wrong weights, or claim more weight in the merge than
 it should have, by its curvature or its number of samples. In every layer it is compared with the
 median client by three measures: its information ``p_k tr F_k``, the distance of its weights from
-the median weights, and its pull ``p_k ||F_k (W_k - W_median)||``. What exceeds ``max_influence``
-times the median client's is capped there, by a smaller client weight or by shrinking its weights to
-the median weights. Clients within the bound stay as they are, to the bit; outliers are named, as
-they are by ``fedfisher verify``.
+the median weights, in the norm of the median client's curvature (`typical_curvature`), and its pull
+``p_k ||F_k (W_k - W_median)||``. What exceeds ``max_influence`` times the median client's is capped
+there, by a smaller client weight or by shrinking its weights to the median weights. In any one
+direction its part of its own curvature is bounded by as many times the median client's, with some
+damping: else a client would decide alone wherever no other has information. Clients within the
+bounds stay as they are, to the bit; those near them are named, as they are by ``fedfisher verify``.
+Of buffers, no entry may be farther from the median than that many times the median client's. The
+same update twice counts once.
 
 *What remains*: a client within the bound may still lie, as one trained on wrong labels or with a
-backdoor does. A client decides alone in directions that no other client has information on. Half of
-the clients together move the median. One or two clients cannot be judged by others.
+backdoor does. Who is told all updates can aim an ordinary client's pull, in all layers at once, at
+the weights' most sensitive direction: that costs more than any bound on what one client weighs can
+take back, and more where several join. Half of the clients together move the median. One or two
+clients cannot be judged by others.
 """
 
 from __future__ import annotations
@@ -37,25 +43,25 @@ import torch
 from torch import Tensor
 
 from lightning_fedfisher.merge.objective import Quadratic, norm
+from lightning_fedfisher.merge.typical_curvature import TypicalCurvature
 
 MEASURES = ("information", "distance", "pull")
 """The columns of what `measure` returns."""
 
-DEFAULT_MAX_INFLUENCE = 10.0
-"""Default of `max_influence`: a client may weigh ten times what the median client does.
-
-That is twice the most that any client of 27 honest federations weighed.
-"""
+DEFAULT_MAX_INFLUENCE = 2.0
+"""Default of `max_influence`: a client may weigh twice what the median client does."""
 
 _AT_ONCE = 2**19  # entries whose median is taken in one go: they stay in a processor's cache
 _FEW = 16  # clients that comparing neighbours sorts faster
 
 
-def measure(problem: Quadratic) -> Tensor:
+def measure(problem: Quadratic, typical: TypicalCurvature | None = None) -> Tensor:
     """Measures what each client weighs in one layer, in one pass over the curvatures.
 
     Args:
         problem: The quadratic of the layer.
+        typical: The curvature by whose norm distances are measured; all weights count the same if
+            None.
 
     Returns:
         For each client the three `MEASURES`, as multiples of the median client's: of shape
@@ -77,31 +83,43 @@ def measure(problem: Quadratic) -> Tensor:
         offset = weights - middle
         pull = p * norm(curvature.apply(offset))
         # The fit of a few samples is anywhere in directions that they do not show.
-        distance = norm(offset) if problem.fit is None else 0.0
+        length = norm if typical is None else typical.distance
+        distance = length(offset) if problem.fit is None else 0.0
         rows.append([p * float(curvature.trace()), distance, pull])
     found = torch.tensor(rows, dtype=torch.float64)
     return multiples(found.nan_to_num(nan=math.inf, posinf=math.inf))
 
 
-def cap(problem: Quadratic, influence: Tensor, max_influence: float) -> Quadratic:
+def cap(
+    problem: Quadratic,
+    influence: Tensor,
+    max_influence: float,
+    typical: TypicalCurvature | None = None,
+) -> Quadratic:
     """Caps what a client weighs in one layer at a multiple of the median client's.
 
     Args:
         problem: The quadratic of the layer.
         influence: Its `measure`.
         max_influence: Multiple of the median client's that a client may have.
+        typical: The curvature that the client's is compared with in each direction; if None, it is
+            left as it is.
 
     Returns:
-        The quadratic with smaller client weights, and with weights shrunk to the median weights,
-        for the clients beyond the bound; the very same quadratic if there are none.
+        The quadratic with less curvature in some directions, with smaller client weights, and with
+        weights shrunk to the median weights, for the clients beyond the bound; the very same
+        quadratic if there are none.
     """
-    if float(influence.max()) <= max_influence:
+    curvatures = problem.curvatures
+    if typical is not None:
+        curvatures = typical.all_bounded(curvatures, max_influence)
+    if curvatures is problem.curvatures and float(influence.max()) <= max_influence:
         return problem
     information, distance, pull = _reduction(influence, max_influence).T
     scale = torch.minimum(information, pull).tolist()
     reduced = [p * by for p, by in zip(problem.client_weights, scale, strict=True)]
     weights = shrink_to_median(problem.weights, distance)
-    return Quadratic(reduced, weights, problem.curvatures, problem.fit)
+    return Quadratic(reduced, weights, curvatures, problem.fit)
 
 
 def cap_values(
@@ -115,18 +133,27 @@ def cap_values(
         max_influence: Multiple of the median client's that a client may have.
 
     Returns:
-        Smaller client weights, and values shrunk to their median, for the clients beyond the
-        bound. Where most clients agree to the bit, as on a constant, the others are shrunk to it.
+        Smaller client weights, and values of which no entry is farther from the median than the
+        bound allows, for the clients beyond it: as a multiple of the median client's distance in
+        that entry, or in the mean entry if that is more. Where most clients agree to the bit, as on
+        a constant, so do all.
     """
-    middle = median(values)
-    distances = torch.tensor([[norm(v - middle)] for v in values], dtype=torch.float64)
-    times = multiples(distances)
-    if 2 * int((distances == 0).sum()) > len(values):
-        times = times.where(distances == 0, math.inf)
     heavy = multiples(torch.tensor(client_weights, dtype=torch.float64).unsqueeze(1))
     scale = _reduction(heavy, max_influence)
     capped = [p * float(by) for p, by in zip(client_weights, scale, strict=True)]
-    return capped, shrink_to_median(values, _reduction(times, max_influence).squeeze(1))
+    if max_influence == math.inf:
+        return capped, list(values)
+    middle = median(values)
+    offsets = [(value - middle).abs() for value in values]
+    usual = median(offsets)
+    # Of few clients one entry's median is anywhere, and so it may be that of all entries.
+    overall = median([norm(offset) / offset.numel() ** 0.5 * torch.ones(1) for offset in offsets])
+    far = max_influence * usual.clamp_min(float(overall)).where(usual > 0, 0.0)
+    within = [value.clamp(middle - far, middle + far) for value in values]
+    return capped, [
+        value if torch.equal(value, held) else held
+        for value, held in zip(values, within, strict=True)
+    ]
 
 
 def median(tensors: Sequence[Tensor]) -> Tensor:

@@ -28,6 +28,7 @@ from lightning_fedfisher.merge.memory_budget import (
 )
 from lightning_fedfisher.merge.methods import MergeMethod
 from lightning_fedfisher.merge.objective import LeastSquares, Quadratic, average, dot
+from lightning_fedfisher.merge.typical_curvature import TypicalCurvature
 from lightning_fedfisher.update.client_update import ClientUpdate
 
 _ROUNDED = 0.05  # of a label's length: what the rounding of a packed fit may change
@@ -191,14 +192,18 @@ class LayerLoader:
         problem = Quadratic(self.client_weights, weights, held, self._fit(layer))
         if offenders := self._unlike_their_labels(problem):
             raise MergeError(offenders)
-        influence = measure(problem)
+        # Fits of labels are exact with their own curvature alone.
+        bounded = self.method.max_influence < math.inf and problem.fit is None
+        typical = TypicalCurvature.of(problem.curvatures) if bounded else None
+        influence = measure(problem, typical)
         if overflown := [
             f"{update.source} is too large for float32 in layer {layer.name}"
             for update, found in zip(self.updates, influence, strict=True)
             if found.isinf().any()
         ]:
             raise MergeError(overflown)
-        return LoadedLayer(cap(problem, influence, self.method.max_influence), influence, nbytes)
+        capped = cap(problem, influence, self.method.max_influence, typical)
+        return LoadedLayer(capped, influence, nbytes)
 
     def _unlike_their_labels(self, problem: Quadratic) -> list[str]:
         """Names clients whose fits are not those of classes, of which each label is of length 1."""

@@ -25,6 +25,7 @@ from lightning_fedfisher.merge.carried_statistics import (
     similarity,
 )
 from lightning_fedfisher.merge.compatibility import UpdateSource, open_updates, require_fit
+from lightning_fedfisher.merge.duplicates import without_duplicates
 from lightning_fedfisher.merge.influence_cap import MEASURES
 from lightning_fedfisher.merge.layer_loader import LayerLoader
 from lightning_fedfisher.merge.layer_state import (
@@ -146,6 +147,8 @@ class Merger:
                 )
             estimate = estimator(model, statistics_loader)
         updates = open_updates(sources, options.row, options.skip_invalid)
+        if not options.allow_duplicates:
+            updates = without_duplicates(updates)
         if model is not None:
             require_fit(model, updates[0])
         return cls(updates, options.row, options.memory_budget, estimate)

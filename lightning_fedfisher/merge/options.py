@@ -18,12 +18,14 @@ class MergeOptions:
             the last one. None leaves that to the method: the published ones do, ours does not.
         max_iterations: Solver steps to make for a layer at most. None leaves that to the method.
         max_influence: What a client may weigh in a layer, as a multiple of what the median client
-            weighs (see `influence_cap`). None leaves that to the method: 10 for ours, no bound for
-            the published ones. 2 resists clients that are hostile.
+            weighs (see `influence_cap`). None leaves that to the method: 2 for ours, no bound for
+            the published ones.
         skip_invalid: Whether to merge without the updates that would be refused, with a warning.
         memory_budget: Bytes of clients' weights and curvature to hold at a time. Beyond it, layers
             wait for their turn. The curvature of a layer that exceeds it alone is offloaded to
             disk, in the folder for temporary files, and so are alignments.
+        allow_duplicates: Whether an update that is there twice, to the digest, counts twice. It
+            counts once otherwise, with a warning.
 
     Raises:
         ValueError: If the method is unknown or a number is out of range.
@@ -39,6 +41,7 @@ class MergeOptions:
     max_influence: float | None = None
     skip_invalid: bool = False
     memory_budget: int = DEFAULT_MEMORY_BUDGET
+    allow_duplicates: bool = False
 
     def __post_init__(self) -> None:
         find_method(self.method)

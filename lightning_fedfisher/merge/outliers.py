@@ -18,6 +18,12 @@ from lightning_fedfisher.update.client_update import ClientUpdate
 
 # The default method works with roots of the curvature and of the samples; a distance has none.
 _AS_SENT = {"information": 2, "distance": 1, "pull": 2}
+# Of the bound: whoever is this near to it is named.
+_NEAR = 0.75
+# Of two clients, the one is what the other is not.
+_FEWEST = 3
+# Where there is no bound, what no client of 27 honest federations weighed.
+_FAR = 5.0
 
 
 def describe_outliers(
@@ -25,26 +31,32 @@ def describe_outliers(
     clients: Sequence[str],
     layers: Sequence[str],
     max_influence: float = math.inf,
-    usual: Sequence[float] = (DEFAULT_MAX_INFLUENCE,) * len(MEASURES),
+    usual: Sequence[float] | None = None,
 ) -> str:
-    """Names the clients that weigh far more than the median client.
+    """Names the clients that weigh far more than the median client, or almost all that they may.
 
     Args:
         influence: `influence_cap.measure` of every layer, of shape ``(layers, clients, 3)``.
         clients: The clients' names.
         layers: The layers' names.
         max_influence: Multiple of the median client's at which each client is capped.
-        usual: For each measure, the multiple up to which nothing is said.
+        usual: For each measure, the multiple up to which nothing is said; None for three quarters
+            of `max_influence`, or 5 where there is no bound.
 
     Returns:
         A line for each such client, with what and where, and a line on what is done about it;
-        empty if there is none.
+        empty if there is none, or if there are fewer than three clients to compare.
 
     Example:
-        >>> influence = torch.tensor([[[1.0, 1.0, 1.0], [50.0, 1.0, 1.0]]])
-        >>> print(describe_outliers(influence, ["ann", "bob"], ["fc"]).splitlines()[0])
+        >>> influence = torch.tensor([[[1.0, 1.0, 1.0], [50.0, 1.0, 1.0], [1.0, 1.0, 1.0]]])
+        >>> print(describe_outliers(influence, ["ann", "bob", "cid"], ["fc"]).splitlines()[0])
         bob has, of the median client's, 50 times the information in fc
     """
+    if len(clients) < _FEWEST:
+        return ""
+    if usual is None:
+        most = _NEAR * max_influence if max_influence < math.inf else _FAR
+        usual = [max(most, 1.0)] * len(MEASURES)
     lines = []
     for name, own in zip(clients, influence.unbind(1), strict=True):
         found = []
@@ -58,9 +70,14 @@ def describe_outliers(
             lines.append(f"{name} has, of the median client's, {told}")
     if not lines:
         return ""
-    capped = f"caps it at {max_influence:g} times the median client's"
-    cap = capped if max_influence < math.inf else "does not cap it"
-    lines.append(f"max_influence {cap}; look at such a client before you go on")
+    if max_influence < math.inf:
+        cap = f"max_influence caps each of these at {max_influence:g} times the median client's"
+    else:
+        cap = f"max_influence does not cap it: merge with max_influence={DEFAULT_MAX_INFLUENCE:g}"
+    lines.append(
+        f"{cap}. This is usual where clients hold different data; of one that you do not trust, ask "
+        "for its number of samples and its training, or leave its update out"
+    )
     return "\n".join(lines)
 
 
@@ -90,7 +107,7 @@ def outliers_as_sent(updates: Sequence[ClientUpdate]) -> str:
     device = torch.device("cpu")
     indices = progress_bar(range(len(loader.layers)), "weigh")
     influence = torch.stack([loader.read(index, device).influence for index in indices])
-    usual = [DEFAULT_MAX_INFLUENCE ** _AS_SENT[what] for what in MEASURES]
+    usual = [(_NEAR * DEFAULT_MAX_INFLUENCE) ** _AS_SENT[what] for what in MEASURES]
     names = [terminal_text(layer.name) for layer in loader.layers]
     clients = [terminal_text(update.source) for update in updates]
     return describe_outliers(influence, clients, names, usual=usual)

@@ -115,7 +115,7 @@ class MergeResult:
         ...     10, "identity", "", "categorical", 0, find_layers(model), {"weight": "identity"}
         ... )
         >>> update = ClientUpdate.from_model(model, header, {})
-        >>> result = merge_updates([update, update], method="fedavg")
+        >>> result = merge_updates([update, update], method="fedavg", allow_duplicates=True)
         >>> result.solved, [client.weight for client in result.clients]
         (True, [0.5, 0.5])
     """

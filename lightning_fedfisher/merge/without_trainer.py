@@ -33,6 +33,7 @@ def merge_updates(
     max_influence: float | None = None,
     skip_invalid: bool = False,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    allow_duplicates: bool = False,
     device: torch.device | str = "cpu",
 ) -> MergeResult:
     """Merges client updates into one model.
@@ -55,6 +56,8 @@ def merge_updates(
         max_influence: What a client may weigh, as a multiple of the median client.
         skip_invalid: Whether to leave out the updates that would be refused, with a warning.
         memory_budget: Bytes of clients' weights and curvature to hold at a time.
+        allow_duplicates: Whether an update that is there twice, to the digest, counts twice. It
+            counts once otherwise, with a warning.
         device: Where to compute.
 
     Returns:
@@ -80,7 +83,13 @@ def merge_updates(
         (['bias', 'weight'], True)
     """
     options = MergeOptions(
-        method, keep_best, max_iterations, max_influence, skip_invalid, memory_budget
+        method,
+        keep_best,
+        max_iterations,
+        max_influence,
+        skip_invalid,
+        memory_budget,
+        allow_duplicates,
     )
     if validation_loader is not None and model is None:
         raise ValueError("a validation loader needs a model to run: pass model=...")

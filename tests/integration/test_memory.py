@@ -2,7 +2,6 @@
 
 import dataclasses
 import tempfile
-from pathlib import Path
 
 import pytest
 import torch

@@ -52,7 +52,7 @@ def test_of_weights_that_cancel_nothing_is_left_and_averaging_says_nothing():
 
 def test_clients_that_agree_keep_everything():
     update = update_of(small_classifier(), small_data(), "kfac")
-    for layer in merge_updates([update, update]).layers:
+    for layer in merge_updates([update, update], allow_duplicates=True).layers:
         assert layer.agreement == pytest.approx(1, abs=1e-6)
 
 

@@ -31,6 +31,9 @@ from lightning_fedfisher.merge.solvers import ConjugateGradient
 CPU = torch.device("cpu")
 ACTIVATIONS = ("identity", "relu")
 
+# Of clients as unlike as these, a bound changes what is compared with the oracle.
+_UNBOUNDED = dataclasses.replace(METHODS["fedfisher"], max_influence=math.inf)
+
 
 def _moments(size, seed=0, rank=None):
     root = _weights(size, rank or 2 * size, seed)
@@ -280,7 +283,7 @@ def _clients(network, kind="kfac"):
 
 
 PRECISE = dataclasses.replace(
-    METHODS["fedfisher"], name="own", solver=partial(ConjugateGradient, tolerance=1e-8, rcond=1e-3)
+    _UNBOUNDED, name="own", solver=partial(ConjugateGradient, tolerance=1e-8, rcond=1e-3)
 )
 
 
@@ -296,7 +299,7 @@ def test_problems_are_those_of_the_oracle(network, kind):
     header = clients[0].header
     assert header.fed_by == NETWORKS[network][2]
     merged = {layer.name: _weights(*layer.shape).float() for layer in header.layers}
-    problems = LayerLoader(clients, METHODS["fedfisher"], 2**30)
+    problems = LayerLoader(clients, _UNBOUNDED, 2**30)
     for index, layer in enumerate(header.layers):
         problem = problems.read(index, CPU, list(merged.values())).problem
         shares, weights, curvatures = oracle.quadratic(clients, layer.name, merged)
@@ -312,7 +315,7 @@ def test_problems_are_those_of_the_oracle(network, kind):
             before = problems.updates[client].block(layer)
             is_head = layer.name == header.output_layer
             is_linear = layer.is_linear and not (is_head or changed)
-            before = METHODS["fedfisher"].transformed(before, is_head, is_linear=is_linear)
+            before = _UNBOUNDED.transformed(before, is_head, is_linear=is_linear)
             assert (_apart(written, oracle.written_out(before)) > 0.05) == changed
 
 
@@ -359,7 +362,7 @@ def test_a_layer_waits_for_the_one_it_reads(network, monkeypatch, tmp_path):
     monkeypatch.setattr(LayerLoader, "read", recording)
     clients = _clients(network)
     names = [layer.name for layer in clients[0].layers]
-    row = dataclasses.replace(METHODS["fedfisher"], steps_per_epoch=1)
+    row = dataclasses.replace(_UNBOUNDED, steps_per_epoch=1)
     module = merge(clients, tmp_path, method=row)
     assert sorted(index for index, *_ in seen) == list(range(len(names)))
     for index, before, then in seen:
@@ -380,7 +383,7 @@ def test_other_methods_wait_for_nothing(method):
 def test_curvature_that_holds_no_inputs_is_not_aligned(kind, tmp_path):
     clients = _clients("chain", kind)
     assert clients[0].header.fed_by == NETWORKS["chain"][2]
-    problems = LayerLoader(clients, METHODS["fedfisher"], 0)
+    problems = LayerLoader(clients, _UNBOUNDED, 0)
     assert [problems.alignments.waits_for(index) for index in range(3)] == [None] * 3
     merged = merge(clients, tmp_path, method=PRECISE).merged_state_dict()
     expected, starts = oracle.fedfisher(clients)
@@ -394,7 +397,7 @@ def test_a_layer_is_not_aligned_where_either_side_holds_no_inputs(tmp_path):
     # The matrix of a grouped convolution has inputs of its group alone: blocks that divide.
     clients = [_with_header(client, fed_by={"5": sources["5"]}) for client in _clients("mixed")]
     assert clients[0].header.kinds["3"] == "diagonal"
-    problems = LayerLoader(clients, METHODS["fedfisher"], 0)
+    problems = LayerLoader(clients, _UNBOUNDED, 0)
     assert [problems.alignments.waits_for(index) for index in range(4)] == [None] * 4
     merged = merge(clients, tmp_path, method=PRECISE).merged_state_dict()
     expected, starts = oracle.fedfisher(clients)
@@ -433,7 +436,7 @@ def test_an_aligned_merge_in_no_memory_is_the_same(network, kind, tmp_path):
 @pytest.mark.parametrize("network", ["chain", "convolutional", "twins"])
 def test_what_is_known_of_merged_layers_stays_within_the_budget(network):
     clients = _clients(network)
-    maps, alone = [], LayerLoader(clients, METHODS["fedfisher"], 2**30)
+    maps, alone = [], LayerLoader(clients, _UNBOUNDED, 2**30)
     merged = [alone.average(index) for index in range(len(alone.layers))]
     for index in range(len(merged)):
         alone.read(index, CPU, merged)
@@ -441,7 +444,7 @@ def test_what_is_known_of_merged_layers_stays_within_the_budget(network):
         maps.append(sum(t.nbytes for pair in pairs for t in pair.values()))
     assert sum(maps) == alone.budget.reserved > 0
     for budget in (0, min(maps), sum(maps) - 1, sum(maps)):
-        problems = LayerLoader(clients, METHODS["fedfisher"], budget)
+        problems = LayerLoader(clients, _UNBOUNDED, budget)
         for index in range(len(merged)):
             problems.read(index, CPU, merged)
         held = [pairs for pairs in problems.alignments._maps.values() if isinstance(pairs, list)]
@@ -456,7 +459,7 @@ STOPS = (1, 3, 5, 8)
 
 @pytest.mark.parametrize("stop", STOPS)
 def test_an_aligned_merge_that_is_interrupted_ends_as_it_would_have(stop, tmp_path):
-    row = dataclasses.replace(METHODS["fedfisher"], steps_per_epoch=1)
+    row = dataclasses.replace(_UNBOUNDED, steps_per_epoch=1)
     clients = _clients("convolutional")
     whole = merge(clients, tmp_path, method=row)
     assert len(whole.history) > max(STOPS)

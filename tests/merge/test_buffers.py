@@ -70,7 +70,7 @@ def test_a_hostile_client_does_not_own_the_buffers():
         assert merged["index"].tolist() == [0, 1, 2, 3]
         assert merged["mask"].tolist() == [True, False]
         assert merged["mask"].dtype == torch.bool
-        assert int(merged["norm.num_batches_tracked"]) == 10**9
+        assert int(merged["norm.num_batches_tracked"]) == 2
 
 
 def test_honest_buffers_are_merged_as_without_a_bound():
@@ -78,7 +78,7 @@ def test_honest_buffers_are_merged_as_without_a_bound():
     free, held = merge_buffers(honest), merge_buffers(honest, max_influence=10)
     for name, tensor in free.items():
         assert torch.equal(tensor, held[name]), name
-    assert int(free["norm.num_batches_tracked"]) == 4
+    assert int(free["norm.num_batches_tracked"]) == 2
 
 
 def _mixed(value, dtype=torch.float32):
@@ -107,6 +107,17 @@ def test_nobody_moves_what_most_agree_on(place, most):
     assert held["norm.running_mean"].tolist() == [0.5] * 3
     assert held["norm.running_var"].tolist() == [2.0] * 3
     assert float(merge_buffers(clients)["norm.running_mean"][0]) > 1e11
+
+
+def test_one_entry_alone_is_bounded_as_all_together():
+    # As far away as the others, but in one entry: by the norm it would be like them.
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(100, generator=generator).double() for _ in range(9)]
+    values.append(torch.zeros(100).double())
+    values[-1][3] = 10.0
+    _, held = cap_values([1.0] * 10, values, 2.0)
+    assert 0 < float(held[-1][3]) < 3
+    assert torch.equal(held[-1][4:], values[-1][4:])
 
 
 def test_half_of_the_clients_are_not_most():
@@ -193,8 +204,8 @@ def test_what_is_held_of_plain_values_is_the_median_clients():
     values = [torch.tensor([x, 0.0]).double() for x in (-2.0, -1.0, 0.0, 1.0, 1e9)]
     held, drawn = cap_values(shares, values, 2.0)
     assert held == pytest.approx([1, 2, 3, 4, 6])
-    # Those at the median have no part: of 1, 1, 2 and 1e9 the median is 1.5.
-    assert [float(v[0]) for v in drawn] == pytest.approx([-2, -1, 0, 1, 3])
+    # Of the distances 0, 1, 1, 2 and 1e9 the median is 1.
+    assert [float(v[0]) for v in drawn] == pytest.approx([-2, -1, 0, 1, 2])
     assert all(one is other for one, other in zip(drawn[:4], values[:4], strict=True))
     same, still = cap_values(shares, values, math.inf)
     assert same == shares
@@ -206,16 +217,16 @@ def test_what_is_held_of_plain_values_is_the_median_clients():
     [
         ([3, 3, 9], 3),
         ([9, 3, 3], 3),
-        ([3, 3, 9, 9], 9),
-        ([3, 5, 9, 3], 9),
+        ([3, 3, 9, 9], 3),
+        ([3, 5, 9, 10**9], 5),
         ([3, 3, 3, 9], 3),
         ([7, 7, 7, 2], 7),
-        ([4, 6], 6),
+        ([4, 6], 4),
         ([5], 5),
     ],
     ids=str,
 )
-def test_whole_numbers_are_what_most_agree_on_or_the_largest(values, merged):
+def test_whole_numbers_are_the_lower_median(values, merged):
     clients = [_with_buffers(9, 0.0, 1.0, index=(0, 1, 2, value)) for value in values]
     for most in (1, math.inf):
         found = merge_buffers(clients, most)["index"]

@@ -175,7 +175,7 @@ ROWS = [
     ROW,
     dataclasses.replace(ROW, name="another"),
     dataclasses.replace(ROW, client_weight_power=1.0),
-    dataclasses.replace(METHODS["fedfisher"], max_influence=2.0),
+    dataclasses.replace(METHODS["fedfisher"], max_influence=3.0),
     dataclasses.replace(METHODS["fedfisher"], steps_per_epoch=1),
 ]
 

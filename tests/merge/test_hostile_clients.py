@@ -8,8 +8,17 @@ import pytest
 import torch
 from helpers.federation import quiet_trainer, tiny_model, tiny_updates
 
-from lightning_fedfisher import METHODS, ClientUpdate, FisherMergeModule, MergeError
+from lightning_fedfisher import (
+    METHODS,
+    ClientUpdate,
+    FisherMergeModule,
+    MergeError,
+    merge_updates,
+)
 from lightning_fedfisher.curvature.kronecker import Kronecker
+from lightning_fedfisher.merge.influence_cap import cap
+from lightning_fedfisher.merge.objective import Quadratic
+from lightning_fedfisher.merge.typical_curvature import TypicalCurvature
 
 ROWS, COLUMNS = SHAPE = (3, 4)
 KINDS = ("identity", "diagonal", "dense", "kronecker", "lookup", "ekfac", "lookup ekfac")
@@ -51,13 +60,62 @@ def _apart(one, other):
 
 def test_honest_clients_are_left_as_they_are(honest, tmp_path):
     free, _ = _merge(honest, tmp_path, max_influence=math.inf)
-    default, told = _merge(honest, tmp_path)
+    loose, told = _merge(honest, tmp_path, max_influence=10)
     assert not told
-    assert default.max_influence == METHODS["fedfisher"].max_influence == 10
-    for name, tensor in default.merged_state_dict().items():
+    for name, tensor in loose.merged_state_dict().items():
         assert torch.equal(tensor, free.merged_state_dict()[name])
-    assert default.influence.shape == (4, 7, 3)
-    assert 1 < float(default.influence.max()) < 10
+    assert loose.influence.shape == (4, 7, 3)
+    assert 1 < float(loose.influence.max()) < 7.5
+
+
+def test_the_default_bound_is_twice_the_median_client(honest, tmp_path):
+    default, _ = _merge(honest, tmp_path)
+    assert default.max_influence == METHODS["fedfisher"].max_influence == 2
+    free = _merge(honest, tmp_path, max_influence=math.inf)[0].merged_state_dict()
+    spread = max(_apart(free, update.parameters) for update in honest)
+    assert _apart(default.merged_state_dict(), free) < 0.2 * spread
+
+
+def test_a_client_below_the_bound_and_near_it_is_told(honest, tmp_path):
+    most = 1.2 * float(_merge(honest, tmp_path, max_influence=10)[0].influence.max())
+    module, (told,) = _merge(honest, tmp_path, max_influence=most)
+    assert float(module.influence.max()) < most
+    assert f"max_influence caps each of these at {most:g} times" in told
+    assert "leave its update out if you do not trust it" in told
+
+
+def test_a_copy_under_another_name_counts_once(honest, tmp_path):
+    path = tmp_path / "copy.safetensors"
+    honest[2].save(path)
+    alone = merge_updates(honest)
+    with pytest.warns(UserWarning, match="counts once") as caught:
+        copied = merge_updates([*honest, path, honest[2]])
+    text = next(str(w.message) for w in caught if "counts once" in str(w.message))
+    assert f"{path} is a copy of {honest[2].source}" in text
+    assert len(text.splitlines()) == 3
+    assert "allow_duplicates=True" in text
+    assert [client.digest for client in copied.clients] == [update.digest for update in honest]
+    for name, tensor in alone.state_dict.items():
+        assert torch.equal(tensor, copied.state_dict[name])
+    twice = merge_updates([*honest, path], allow_duplicates=True)
+    assert len(twice.clients) == len(honest) + 1
+    assert _apart(twice.state_dict, alone.state_dict) > 1e-4
+
+
+def test_who_alone_informs_a_direction_does_not_decide_it():
+    # The first input is dark in all clients but one, who has no other.
+    honest = [torch.tensor([[0.0, 0.1 * k]]) for k in range(5)]
+    curvature = Kronecker(torch.eye(1), torch.diag(torch.tensor([0.05, 1.0])))
+    mallory = Kronecker(torch.eye(1), torch.diag(torch.tensor([1.0, 0.0])))
+    problem = Quadratic([1] * 6, [*honest, torch.tensor([[1.0, 0.0]])], [curvature] * 5 + [mallory])
+    typical = TypicalCurvature.of(problem.curvatures)
+    found = {}
+    for most, compared in ((2.0, None), (2.0, typical), (1e3, typical)):
+        held = cap(problem, torch.ones(6, 3).double(), most, compared)
+        total = sum(c.column_factor[0, 0] for c in held.curvatures)
+        found[most, compared is None] = float(held.curvatures[-1].column_factor[0, 0] / total)
+    assert found[2.0, True] == found[1e3, False] == pytest.approx(0.8)
+    assert found[2.0, False] < 0.5
 
 
 ATTACKS = {
@@ -131,12 +189,13 @@ def test_a_checkpoint_keeps_what_was_measured_and_its_bound(honest, tmp_path):
     assert torch.equal(again.influence, first.influence)
     assert torch.equal(again.distances, first.distances)
     assert first.influence.any(dim=2).all()
+    other = FisherMergeModule(honest, max_influence=3)
     with pytest.raises(ValueError, match="of another merge"):
-        quiet_trainer(tmp_path, max_epochs=-1).fit(FisherMergeModule(honest), ckpt_path=path)
+        quiet_trainer(tmp_path, max_epochs=-1).fit(other, ckpt_path=path)
 
 
 def test_a_bound_that_nobody_reaches_changes_no_bit(honest, tmp_path):
-    default, _ = _merge(honest, tmp_path)
+    default, _ = _merge(honest, tmp_path, max_influence=math.inf)
     for most in (10, 1e6):
         module, told = _merge(honest, tmp_path, max_influence=most)
         assert not told
@@ -147,7 +206,7 @@ def test_a_bound_that_nobody_reaches_changes_no_bit(honest, tmp_path):
 
 
 def test_identical_clients_weigh_alike_and_are_returned(honest, tmp_path):
-    module, told = _merge([honest[2]] * 5, tmp_path, max_influence=1)
+    module, told = _merge([honest[2]] * 5, tmp_path, max_influence=1, allow_duplicates=True)
     assert not told
     assert (module.influence[:, :, 0] == 1).all()
     assert not module.influence[:, :, 1:].any()
@@ -202,7 +261,8 @@ def test_overflow_is_refused_by_name_whatever_the_others_weigh(size, honest, tmp
     clients = [_forged(update, curvature=size) for update in honest]
     for index, client in enumerate(clients):
         client.source = f"client {index}"
-    mallory = _Overflowing(honest[0].header, honest[0]._tensors, "mallory")
+    header = dataclasses.replace(honest[0].header, num_samples=honest[0].num_samples + 1)
+    mallory = _Overflowing(header, honest[0]._tensors, "mallory")
     with pytest.raises(MergeError) as error:
         _merge([*clients[:3], mallory, *clients[3:]], tmp_path, method="regmean")
     (offender,) = error.value.offenders

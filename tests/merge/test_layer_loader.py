@@ -1,5 +1,7 @@
 """Merge problems as they are read from updates: what is read, how often, and for whom."""
 
+import dataclasses
+import math
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -169,7 +171,8 @@ def test_client_weights_are_powers_of_the_sample_counts(method):
     power = 0.5 if method == "fedfisher" else 1.0
     assert METHODS[method].client_weight_power == power
     expected = [20 / 35, 10 / 35, 5 / 35] if power == 0.5 else [400 / 525, 100 / 525, 25 / 525]
-    loader = LayerLoader(updates, METHODS[method], 2**30)
+    row = dataclasses.replace(METHODS[method], max_influence=math.inf)
+    loader = LayerLoader(updates, row, 2**30)
     for index, layer in enumerate(updates[0].layers):
         problem = loader.read(index, CPU, []).problem
         assert problem.client_weights == pytest.approx(expected)

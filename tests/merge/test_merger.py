@@ -90,7 +90,7 @@ def test_a_model_is_checked_and_not_changed(updates):
 
 def test_the_result_tells_what_each_layer_and_client_did(updates):
     clients = updates["fedfisher"]
-    result = merge_updates(clients)
+    result = merge_updates(clients, max_influence=10)
     assert result.method == "fedfisher"
     assert result.solved
     assert result.warnings == ()

@@ -189,26 +189,26 @@ def compression_table(rows: Sequence[dict[str, str]]) -> str:
 
 
 def hostile_table(rows: Sequence[dict[str, str]]) -> str:
-    """Shows merged accuracy beside a hostile client, by the cap on a client's influence.
+    """Shows merged accuracy beside hostile clients, by what merges.
 
     Args:
         rows: of a hostile study, from `read_rows`.
 
     Returns:
-        A Markdown table with a row for each attack and a column for each network and cap: test
-        accuracies in percent, in the mean over federations.
+        A Markdown table with a row for each network, number of hostile clients and attack, and a
+        column for each merge: test accuracies in percent, in the mean over federations.
     """
-    found: dict[str, dict[tuple[str, str], list[float]]] = {}
+    found: dict[tuple[str, str, str], dict[str, list[float]]] = {}
     for row in rows:
-        federations = found.setdefault(row["attack"], {})
-        federations.setdefault((row["model"], row["bound"]), []).append(float(row["accuracy"]))
-    columns = list(dict.fromkeys(key for federations in found.values() for key in federations))
-    titles = [f"{model}: {'no bound' if bound == 'none' else bound}" for model, bound in columns]
+        merges = found.setdefault((row["model"], row["hostile"], row["attack"]), {})
+        merges.setdefault(row["merge"], []).append(float(row["accuracy"]))
+    columns = list(dict.fromkeys(row["merge"] for row in rows))
     table = [
-        [attack, *(f"{statistics.mean(federations[column]):.1f}" for column in columns)]
-        for attack, federations in found.items()
+        [*key, *(f"{statistics.mean(merges[name]):.1f}" for name in columns)]
+        for key, merges in found.items()
     ]
-    return markdown([["forged", *titles], rule(1 + len(titles)), *table])
+    titles = ["network", "hostile", "attack", *columns]
+    return markdown([titles, rule(len(titles), left=3), *table])
 
 
 def _setting(row: dict[str, str]) -> tuple[str, str, str]:
