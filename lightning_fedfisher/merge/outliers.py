@@ -75,8 +75,8 @@ def describe_outliers(
     else:
         cap = f"max_influence does not cap it: merge with max_influence={DEFAULT_MAX_INFLUENCE:g}"
     lines.append(
-        f"{cap}. This is usual where clients hold different data; of one that you do not trust, ask "
-        "for its number of samples and its training, or leave its update out"
+        f"{cap}. This is usual where clients hold different data; of one that you do not trust, "
+        "ask for its number of samples and its training, or leave its update out"
     )
     return "\n".join(lines)
 

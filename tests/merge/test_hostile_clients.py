@@ -81,7 +81,7 @@ def test_a_client_below_the_bound_and_near_it_is_told(honest, tmp_path):
     module, (told,) = _merge(honest, tmp_path, max_influence=most)
     assert float(module.influence.max()) < most
     assert f"max_influence caps each of these at {most:g} times" in told
-    assert "leave its update out if you do not trust it" in told
+    assert "of one that you do not trust" in told
 
 
 def test_a_copy_under_another_name_counts_once(honest, tmp_path):
