@@ -291,3 +291,99 @@ def test_a_held_loss_of_another_kind_is_refused_before_the_training(tmp_path):
     assert isinstance(error, UnsupportedModelError)
     assert "loss is a MSELoss" in str(error)
     assert steps == 0
+
+
+def test_layers_frozen_or_unfrozen_midway_are_sent_as_others_send_them(tmp_path):
+    class Midway(TinyClassifier):
+        def __init__(self, first, then):
+            super().__init__()
+            self.network = tiny_model().network
+            self.then = then
+            self.network[5].requires_grad_(first)
+
+        def on_train_epoch_end(self):
+            self.network[5].requires_grad_(self.then)
+
+    paths = []
+    for name, first, then in (
+        ("frozen", True, False),
+        ("thawed", False, True),
+        ("all", True, True),
+    ):
+        callback = FedFisherCallback(tmp_path / f"{name}.safetensors")
+        error, _, _ = _fit(tmp_path, callback, Midway(first, then), max_epochs=2)
+        assert error is None
+        assert callback.update.header.kinds["network.5"] == "kronecker"
+        paths.append(callback.path)
+    merge_updates(paths)
+
+
+def test_a_teacher_with_tied_weights_follows_its_student(tmp_path):
+    class Tied(_Teacher):
+        def __init__(self):
+            super().__init__()
+            self.teacher.append(nn.Module())
+            self.teacher[-1].weight = self.teacher[5].weight
+
+    callback = FedFisherCallback(upload_budget=None)
+    with pytest.warns(UserWarning, match="frozen parameters changed"):
+        error, _, _ = _fit(tmp_path, callback, Tied())
+    assert error is None
+    assert callback.update.header.aliases["teacher.8.weight"] == "teacher.5.weight"
+
+
+def test_a_forward_pass_sees_the_epoch_and_logs_nothing(tmp_path):
+    class Ageing(TinyClassifier):
+        seen = ()
+
+        def forward(self, x):
+            self.log("seen", 1.0)
+            type(self).seen += (self.current_epoch, self.trainer.max_epochs)
+            return super().forward(x)
+
+        def training_step(self, batch, batch_idx):
+            return functional.cross_entropy(self.network(batch[0]), batch[1])
+
+    error, _, _ = _fit(tmp_path, FedFisherCallback(), Ageing(), max_epochs=2)
+    assert error is None
+    assert max(Ageing.seen) == 2
+
+
+def test_a_loader_that_makes_its_batches_itself_is_read_as_it_is(tmp_path):
+    class Scaled(DataLoader):
+        def __iter__(self):
+            return ((2 * x, y) for x, y in super().__iter__())
+
+    loader = Scaled(tiny_data(), batch_size=4)
+    error, steps, _ = _fit(tmp_path, FedFisherCallback(), loader=loader)
+    assert "num_samples=" in str(error)
+    assert steps == 0
+    callback = FedFisherCallback(num_samples=21, upload_budget=None)
+    error, _, model = _fit(tmp_path, callback, loader=loader)
+    assert error is None
+    doubled = DataLoader(TensorDataset(2 * X, Y), batch_size=4)
+    expected, found = extract_curvature(model, doubled, positions=None), callback.update
+    (own,) = [found.blocks[name] for name in ("network.7",)]
+    torch.testing.assert_close(own.diagonal(), expected.blocks["network.7"].diagonal())
+
+
+def test_batches_that_the_trainer_leaves_out_are_told(tmp_path):
+    with pytest.warns(UserWarning, match="leaves batches out"):
+        _fit(tmp_path, FedFisherCallback(), limit_train_batches=2)
+
+
+def test_nothing_is_claimed_to_be_written_under_fast_dev_run(tmp_path):
+    def fail(module, args):
+        raise ValueError("late")
+
+    class Breaking(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            pl_module.network[7].register_forward_pre_hook(fail)
+
+    trainer = quiet_trainer(
+        tmp_path, callbacks=[Breaking(), FedFisherCallback()], fast_dev_run=True
+    )
+    with pytest.raises(ValueError, match="late") as caught:
+        trainer.fit(tiny_model(), tiny_loader())
+    assert caught.value.__notes__ == ["Nothing is written under fast_dev_run"]
+    assert not list(tmp_path.rglob("*.safetensors"))

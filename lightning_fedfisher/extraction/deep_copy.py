@@ -141,6 +141,8 @@ def _rebind(module: nn.Module, copies: Mapping[int, Any]) -> None:
     if not isinstance(copied, nn.Module) or copied is module:
         return
     vars(copied).pop("_compiled_call_impl", None)
+    if vars(module).get("_trainer") is not None:  # which a LightningModule leaves out of copies
+        vars(copied)["_trainer"] = vars(module)["_trainer"]
     for name, value in vars(copied).items():
         if name in _PARTS:
             continue

@@ -35,7 +35,9 @@ def copy_model(model: nn.Module, buffers: Mapping[str, Tensor]) -> nn.Module:
         (torch.float32, False, True)
     """
     copied = deep_copy(model)
-    _attach_trainers(model, copied)
+    for module in copied.modules():
+        if vars(module).get("_trainer") is not None:
+            vars(module)["log"] = vars(module)["log_dict"] = _ignored
     copied.zero_grad(set_to_none=True)
     for name, buffer in buffers.items():
         copied.get_buffer(name).copy_(buffer)
@@ -46,19 +48,8 @@ def copy_model(model: nn.Module, buffers: Mapping[str, Tensor]) -> nn.Module:
     return (copied.float() if low_precision else copied).eval()
 
 
-def _attach_trainers(model: nn.Module, copied: nn.Module) -> None:
-    """Has copies of LightningModules see the epoch and the step, and log nothing.
-
-    A copy that was pickled, as Lightning has it, knows no Trainer.
-    """
-    for module, own in zip(model.modules(), copied.modules(), strict=True):
-        if getattr(module, "_trainer", None) is not None and hasattr(module, "log_dict"):
-            vars(own)["_trainer"] = vars(module)["_trainer"]
-            vars(own)["log"] = vars(own)["log_dict"] = _ignored
-
-
 def _ignored(*_args: object, **_kwargs: object) -> None:
-    """What a copy logs is of no interest."""
+    """Stands for `log` of a LightningModule, whose copy sees its Trainer and logs nothing."""
 
 
 def first_buffers(model: nn.Module, shard: Shard) -> dict[str, Tensor]:

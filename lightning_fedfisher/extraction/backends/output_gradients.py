@@ -146,11 +146,12 @@ class OutputGradients:
         """Refuses a forward pass that called fewer layers than the traced one."""
         if missing := self._axes.keys() - self._calls.keys():
             raise DifferentCallsError(_DIFFERENT, itertools.chain(*missing))
-        if any(
-            count != len(self._axes[names]) and self._is_fixed(names)
+        if uneven := [
+            names
             for names, count in self._calls.items()
-        ):
-            raise DifferentCallsError(_DIFFERENT)
+            if count != len(self._axes[names]) and self._is_fixed(names)
+        ]:
+            raise DifferentCallsError(_DIFFERENT, itertools.chain(*uneven))
 
     def _forget(self) -> None:
         """Starts anew, before a forward pass."""
@@ -207,7 +208,7 @@ class OutputGradients:
         if count < len(axes):
             return axes[count]
         if self._is_fixed(names):
-            raise DifferentCallsError(_DIFFERENT)
+            raise DifferentCallsError(_DIFFERENT, names)
         return axes[0]
 
     def _is_fixed(self, names: tuple[str, ...]) -> bool:
@@ -233,7 +234,8 @@ class OutputGradients:
             names = ", ".join(layer.name for layer, _ in layers)
             raise DifferentCallsError(
                 f"the input of {names} has shape {tuple(inputs.shape)} for {self._samples} "
-                "samples: its samples were found elsewhere in the first batch"
+                "samples: its samples were found elsewhere in the first batch",
+                (layer.name for layer, _ in layers),
             )
         inputs = batch_axis.samples_first(inputs, self._samples)
         gradient = batch_axis.samples_first(gradient, self._samples)
