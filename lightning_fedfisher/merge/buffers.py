@@ -23,7 +23,8 @@ def merge_buffers(
     """Merges buffers: BatchNorm's variances by the law of total variance, others by their average.
 
     Whole numbers (counters, indices) become their median, the lower one of an even number: what
-    most clients agree on, if they do, and nothing that one client alone decides.
+    most clients agree on, if they do, and nothing that one client alone decides. Of two clients,
+    neither of whom can be judged by others, they become the larger.
     Buffers that hold infinite values, as masks do, become the median as well.
 
     Args:
@@ -55,7 +56,7 @@ def merge_buffers(
         first = values[0]
         finite = first.is_floating_point() and all(value.isfinite().all() for value in values)
         if not finite:  # counters, or a mask: they have no average
-            merged[name] = torch.stack(values).sort(dim=0).values[(len(values) - 1) // 2]
+            merged[name] = _middle(values)
             continue
         # In float64, where no difference of two numbers overflows.
         found = average(*capped([value.double() for value in values]))
@@ -100,6 +101,12 @@ def describe_mixed_statistics(
         "to merge_updates or FisherMergeModule, a few hundred samples without labels, or let "
         "clients train with BatchNorm in eval mode"
     )
+
+
+def _middle(values: Sequence[Tensor]) -> Tensor:
+    """The lower median of each entry; of two whole numbers, who cannot be judged, the larger."""
+    two_counts = len(values) == 2 and not values[0].is_floating_point()
+    return torch.stack(list(values)).sort(dim=0).values[1 if two_counts else (len(values) - 1) // 2]
 
 
 def _agreed(values: Iterator[Tensor]) -> Tensor | None:

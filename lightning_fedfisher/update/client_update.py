@@ -250,8 +250,7 @@ class ClientUpdate:
 
         Raises:
             UpdateError: If a tensor is damaged, not finite, larger than float32 can multiply, or no
-                curvature, or if weights and curvature of a layer are too large together. All are
-                named.
+                curvature, or a layer's weights and curvature are too large together; all named.
         """
         with self.opened():
             found = damages(self.header, self._tensors, decode, curvature, definite)
@@ -271,15 +270,16 @@ class ClientUpdate:
     @property
     def upload_bytes(self) -> int:
         """Size of the file in bytes, whether it was written or not."""
-        held = self._tensors
-        return held.size if isinstance(held, UpdateFile) else file_size(self.header, self._stored)
+        file = self._tensors
+        return file.size if isinstance(file, UpdateFile) else file_size(self.header, self._stored)
 
     def sent_bytes(self, group: str) -> int:
         """Counts the bytes that a group of tensors takes in the file, as they are sent.
 
         Args:
-            group: ``"parameters"``, ``"curvature"``, ``"buffers"`` or ``"input_means"``.
+            group: ``"parameters/"``, ``"curvature/"``, ``"buffers/"`` or ``"input_means/"``.
         """
+        group = group.rstrip("/")
         return sum(spec_bytes(spec) for n, spec in self._stored.items() if n.split("/")[0] == group)
 
     def layer_bytes(self, layer: Layer) -> tuple[int, int]:

@@ -23,7 +23,7 @@ def rehearse_writing(update: ClientUpdate, path: Path) -> None:
     try:
         update.save(trial)
         # Whether the curvature is positive semi-definite takes long, and is so by its making.
-        ClientUpdate.open(trial).verify(curvature=False)
+        ClientUpdate.open(trial).verify(definite=False)
     finally:
         if trial.parent.is_dir():
             trial.unlink(missing_ok=True)
