@@ -62,7 +62,8 @@ def extract_curvature(
             that are done and the number of all its samples, None if the loader cannot tell.
         **overrides: Single options in place of those of `options`, by their names: ``fisher``,
             ``likelihood``, ``max_samples``, ``batch_size``, ``seed``, ``positions``, ``draws``,
-            ``tolerance``, ``forward`` and ``estimate_statistics`` (see `ExtractionOptions`).
+            ``tolerance``, ``forward``, ``ignore_index`` and ``estimate_statistics`` (see
+            `ExtractionOptions`).
 
     Returns:
         The curvature of every layer, averaged over the samples, on the model's device.

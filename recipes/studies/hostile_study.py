@@ -34,12 +34,7 @@ from lightning_fedfisher.merge.influence_cap import median
 
 CLIENTS, TRAINED_ON = 10, 1437
 BOUNDS = {"fedfisher, no bound": math.inf, "fedfisher, 10": 10.0, "fedfisher, 2": 2.0}
-AVERAGES = {
-    "mean": mean,
-    "coordinate median": coordinate_median,
-    "trimmed mean": trimmed_mean,
-    "krum": krum,
-}
+AVERAGES = {f.__name__.replace("_", " "): f for f in (mean, coordinate_median, trimmed_mean, krum)}
 FEDERATIONS = [Federation("digits", model, 1.0, 0, 0) for model in ("mlp", "cnn", "batchnorm")]
 NOBODY, FLIPPED, AIMED = "none", "flipped labels", "aimed"
 State = Mapping[str, Tensor]
@@ -366,11 +361,7 @@ def _update(network: nn.Module, samples: TensorImages, source: str) -> ClientUpd
 
 
 def make_parser() -> ArgumentParser:
-    """Describes the command line.
-
-    Returns:
-        The parser.
-    """
+    """Describes the command line."""
     parser = ArgumentParser(prog="hostile_study.py", description=__doc__)
     default = Path("runs") / "hostile_study"
     parser.add_argument("--output-dir", type=Path, default=default, help="folder for results")

@@ -106,7 +106,7 @@ def test_readmes_show_pre_trained_networks():
     assert results_table(load(*heads)) in (ROOT / "README.md").read_text()
     cells = [f"{images}-a{alpha}-p3-s0" for alpha in ("0.1", "0.3")]
     assert results_table(load(*cells, f"{images}-one-place")) in readme()
-    cells = [f"{texts}-a0.1-p3-s0", f"{texts}-one-place"]
+    cells = [f"{texts}-{cell}" for cell in ("a0.1-p3-s0", "a0.1-p3-s1", "a0.5-p3-s0", "one-place")]
     assert results_table(load("banking77-minilm-a0.1-p3-s0", *cells)) in readme()
     cells = ("a0.1-p3-s0", "a0.1-p3-s1", "a0.1-p3-s2", "a0.5-p3-s0", "a0.1-p3-s0-c20")
     assert results_table(load(*(f"banking77-minilm-{cell}" for cell in cells))) in readme()

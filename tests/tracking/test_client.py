@@ -31,7 +31,7 @@ def test_a_second_client_in_one_run_is_warned_of(tmp_path, recwarn):
 def test_without_w_and_b_nothing_is_missing_but_w_and_b(loggers, tmp_path):
     csv_logger = CSVLogger(tmp_path, name="", version="log")
     callback = fit_client(tmp_path / "u.safetensors", csv_logger if loggers is True else loggers)
-    module = FisherMergeModule([callback.path] * 2)
+    module = FisherMergeModule([callback.path] * 2, allow_duplicates=True)
     merging = CSVLogger(tmp_path, name="", version="merge")
     quiet_trainer(tmp_path, max_epochs=-1, logger=merging if loggers is True else loggers).fit(
         module

@@ -195,7 +195,7 @@ def test_whatever_is_logged_is_shown(plan, tmp_path):
     client, server = Keys(), Keys()
     callback = FedFisherCallback(tmp_path / "update.safetensors")
     quiet_trainer(tmp_path, callbacks=[callback], logger=client).fit(tiny_model(), tiny_loader())
-    merge = FisherMergeModule([callback.path] * 2)
+    merge = FisherMergeModule([callback.path] * 2, allow_duplicates=True)
     quiet_trainer(tmp_path, max_epochs=-1, logger=server).fit(merge)
     bars = {key for config in _of_type(plan, "Bar Chart") for key in config["metrics"]}
     for logger, at_least in ((client, 11), (server, 11)):
