@@ -128,7 +128,7 @@ class ClientRun:
             more = f" and {len(changed) - _NAMED} more" if len(changed) > _NAMED else ""
             rank_zero_warn(
                 f"frozen parameters changed during the training: {', '.join(changed[:_NAMED])}"
-                f"{more}. They are sent as trained ones are, and a merge averages them"
+                f"{more}. They are sent as trained ones are; what no gradient reaches is averaged"
             )
         return module
 
