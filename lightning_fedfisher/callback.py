@@ -33,9 +33,6 @@ from lightning_fedfisher.tracking.client import log_update, progress_log, warn_o
 from lightning_fedfisher.update.client_update import ClientUpdate
 from lightning_fedfisher.update.output_path import path_beside_others
 
-# Two at least, so that a sample whose logits depend on another is noticed.
-_REHEARSED_SAMPLES = 2
-
 
 class FedFisherCallback(Callback):
     """Turns a finished fit into a `ClientUpdate`: the weights and the curvature around them.
@@ -145,9 +142,8 @@ class FedFisherCallback(Callback):
             positions=positions,
             estimate_statistics=False if closed_form_head else estimate_statistics,
         )
-        counted = (
-            isinstance(num_samples, Integral) and int(num_samples) >= 1
-        )  # NumPy's numbers as well
+        # NumPy's whole numbers as well.
+        counted = isinstance(num_samples, Integral) and int(num_samples) >= 1
         if num_samples is not None and not counted:
             raise ValueError(f"num_samples must be a whole number, at least 1, got {num_samples!r}")
         if upload_budget == "auto":

@@ -29,7 +29,7 @@ from lightning_fedfisher.extraction.closed_form_head import extract_closed_form_
 from lightning_fedfisher.extraction.extract import extract_curvature
 from lightning_fedfisher.extraction.options import ExtractionOptions
 from lightning_fedfisher.extraction.result import ExtractedCurvature
-from lightning_fedfisher.extraction.sampling import MaxSamples, partition_samples
+from lightning_fedfisher.extraction.sampling import MaxSamples, in_one_batch, partition_samples
 from lightning_fedfisher.extraction.tracing.model_trace import ModelTrace
 from lightning_fedfisher.extraction.unusual_samples import unusual_samples
 from lightning_fedfisher.layers import find_layers
@@ -146,15 +146,7 @@ class ClientRun:
         indices = unusual_samples(loader, _REHEARSED_SAMPLES)
         if indices is not None:
             assert isinstance(loader, DataLoader)
-            loader = DataLoader(
-                loader.dataset,
-                sampler=indices,
-                batch_size=len(indices),
-                collate_fn=loader.collate_fn,
-                num_workers=min(1, loader.num_workers),
-                worker_init_fn=loader.worker_init_fn,
-                multiprocessing_context=loader.multiprocessing_context,
-            )
+            loader = in_one_batch(loader, indices, self.options.seed)
         elif self.dataloader is None:
             loader, prepare = [batch], None
         elif isinstance(loader, Iterator):

@@ -44,6 +44,16 @@ def _fit(root, callback, model=None, loader=None, **options):
     return error, steps.count, model
 
 
+class _Breaking(Callback):
+    """Breaks the module after the first epoch, so that the extraction fails."""
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        def fail(module, args):
+            raise ValueError("late")
+
+        pl_module.network[7].register_forward_pre_hook(fail)
+
+
 def _loader(labels):
     return DataLoader(TensorDataset(X, labels), batch_size=4)
 
@@ -156,15 +166,8 @@ def test_nothing_of_the_rehearsal_is_left_behind(tmp_path):
 
 
 def test_trained_weights_are_kept_where_the_extraction_fails(tmp_path):
-    def fail(module, args):
-        raise ValueError("late")
-
-    class Breaking(Callback):
-        def on_train_epoch_end(self, trainer, pl_module):
-            pl_module.network[7].register_forward_pre_hook(fail)
-
     callback = FedFisherCallback(metadata={"site": "a"})
-    trainer = quiet_trainer(tmp_path, callbacks=[Breaking(), callback], max_epochs=1)
+    trainer = quiet_trainer(tmp_path, callbacks=[_Breaking(), callback], max_epochs=1)
     model = tiny_model()
     with pytest.raises(ValueError, match="late") as caught:
         trainer.fit(model, tiny_loader())
@@ -373,15 +376,8 @@ def test_batches_that_the_trainer_leaves_out_are_told(tmp_path):
 
 
 def test_nothing_is_claimed_to_be_written_under_fast_dev_run(tmp_path):
-    def fail(module, args):
-        raise ValueError("late")
-
-    class Breaking(Callback):
-        def on_train_epoch_end(self, trainer, pl_module):
-            pl_module.network[7].register_forward_pre_hook(fail)
-
     trainer = quiet_trainer(
-        tmp_path, callbacks=[Breaking(), FedFisherCallback()], fast_dev_run=True
+        tmp_path, callbacks=[_Breaking(), FedFisherCallback()], fast_dev_run=True
     )
     with pytest.raises(ValueError, match="late") as caught:
         trainer.fit(tiny_model(), tiny_loader())

@@ -47,8 +47,8 @@ def trace_model(
         batch = _few(copy_around_parameters(model), runner, batch)
     _require_independence(copy_around_parameters(model), runner, batch)
     traced = _trace_batch(copy_around_parameters(model), layers, runner, batch)
-    without = traced
-    if len(traced.unreached) == len(layers):
+    unreached, uncalled = traced.unreached, traced.uncalled
+    if len(unreached) == len(layers):
         raise UnsupportedModelError(
             [
                 "no layer of the module's copy has a part in the logits: its forward pass is "
@@ -56,24 +56,23 @@ def trace_model(
                 "or runs without gradients; fit it uncompiled, or define forward in the class"
             ]
         )
-    if without.unreached and (
-        hidden := sorted(without.unreached.keys() & _without_gradients(model, runner, batch))
-    ):
+    hidden = _without_gradients(model, runner, batch) & unreached.keys() if unreached else ()
+    if hidden:
         raise UnsupportedModelError(
             [
                 f"{name}: it runs without gradients (in reentrant checkpointing, or under "
                 "torch.no_grad): pass use_reentrant=False to the checkpoint, or freeze it"
-                for name in hidden
+                for name in sorted(hidden)
             ]
         )
-    if without.unreached:  # a head that only the loss of training knows, a weight of that loss
-        layers = [layer for layer in layers if layer.name not in without.unreached]
+    if unreached:  # a head that only the loss of training knows, a weight of that loss
+        layers = [layer for layer in layers if layer.name not in unreached]
         traced = _trace_batch(copy_around_parameters(model), layers, runner, batch)
     if traced.spreadable:
         traced = _trace_batch(
             copy_around_parameters(model), layers, runner, batch, traced.spreadable
         )
-    return replace(traced, unreached=without.unreached, uncalled=without.uncalled)
+    return replace(traced, unreached=unreached, uncalled=uncalled)
 
 
 @torch.no_grad()

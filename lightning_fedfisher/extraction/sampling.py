@@ -226,27 +226,15 @@ def partition_samples(
     mine = range(shard.rank, len(chosen), shard.world_size)
 
     def in_batches_of(size: int | None) -> SamplePartition:
-        def loader(indices: Sequence[int], size: int | None, workers: int) -> DataLoader[Any]:
-            return DataLoader(
-                dataloader.dataset,
-                batch_size=size,
-                sampler=indices,
-                collate_fn=dataloader.collate_fn,
-                num_workers=workers,
-                worker_init_fn=dataloader.worker_init_fn,
-                multiprocessing_context=dataloader.multiprocessing_context,
-                timeout=dataloader.timeout,
-                generator=torch.Generator().manual_seed(seed),
-            )
-
         previewed = min(PREVIEW, max(_FEWEST_TRACED, size or 1))
         # A lone sample twice, so that one can be told from another.
-        few = loader((chosen * 2)[:previewed], previewed, min(1, dataloader.num_workers))
-        one = loader(chosen[:1], 1, min(1, dataloader.num_workers))
+        few = in_one_batch(dataloader, (chosen * 2)[:previewed], seed)
+        one = in_one_batch(dataloader, chosen[:1], seed)
         shuffled = np.random.default_rng(seed).permutation(mine).tolist()
 
         def all_of(places: Sequence[int]) -> DataLoader[Any]:
-            return loader([chosen[place] for place in places], size, dataloader.num_workers)
+            indices = [chosen[place] for place in places]
+            return _loader_over(dataloader, indices, size, dataloader.num_workers, seed)
 
         return SamplePartition(
             all_of(mine),
@@ -261,6 +249,22 @@ def partition_samples(
         )
 
     return in_batches_of(batch_size or batch_sampler.batch_size)
+
+
+def in_one_batch(
+    dataloader: DataLoader[Any], indices: Sequence[int], seed: int = 0
+) -> DataLoader[Any]:
+    """Reads a few samples as a loader does, all in one batch and with one worker at most.
+
+    Args:
+        dataloader: A loader over a map-style data set.
+        indices: Indices into the data set.
+        seed: Seed of what the data set draws.
+
+    Returns:
+        A loader with one batch.
+    """
+    return _loader_over(dataloader, indices, len(indices), min(1, dataloader.num_workers), seed)
 
 
 def trained_indices(dataloader: Iterable[Any]) -> list[int] | None:
@@ -305,6 +309,23 @@ class _Stream:
         yield from self._seen
         self._seen.clear()
         yield from self._batches
+
+
+def _loader_over(
+    like: DataLoader[Any], indices: Sequence[int], size: int | None, workers: int, seed: int
+) -> DataLoader[Any]:
+    """Reads some samples in order, in all else as another loader does."""
+    return DataLoader(
+        like.dataset,
+        batch_size=size,
+        sampler=indices,
+        collate_fn=like.collate_fn,
+        num_workers=workers,
+        worker_init_fn=like.worker_init_fn,
+        multiprocessing_context=like.multiprocessing_context,
+        timeout=like.timeout,
+        generator=torch.Generator().manual_seed(seed),
+    )
 
 
 def _is_map_style(dataloader: Iterable[Any]) -> TypeGuard[DataLoader[Any]]:

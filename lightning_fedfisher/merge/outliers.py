@@ -14,14 +14,13 @@ from lightning_fedfisher.distributed.progress import progress_bar
 from lightning_fedfisher.merge.influence_cap import DEFAULT_MAX_INFLUENCE, MEASURES
 from lightning_fedfisher.merge.layer_loader import LayerLoader
 from lightning_fedfisher.merge.methods import METHODS
+from lightning_fedfisher.merge.typical_curvature import FEWEST
 from lightning_fedfisher.update.client_update import ClientUpdate
 
 # The default method works with roots of the curvature and of the samples; a distance has none.
 _AS_SENT = {"information": 2, "distance": 1, "pull": 2}
 # Of the bound: whoever is this near to it is named.
 _NEAR = 0.75
-# Of two clients, the one is what the other is not.
-_FEWEST = 3
 # Where there is no bound, what no client of 27 honest federations weighed.
 _FAR = 5.0
 
@@ -52,7 +51,7 @@ def describe_outliers(
         >>> print(describe_outliers(influence, ["ann", "bob", "cid"], ["fc"]).splitlines()[0])
         bob has, of the median client's, 50 times the information in fc
     """
-    if len(clients) < _FEWEST:
+    if len(clients) < FEWEST:
         return ""
     if usual is None:
         most = _NEAR * max_influence if max_influence < math.inf else _FAR

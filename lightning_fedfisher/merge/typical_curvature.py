@@ -21,7 +21,9 @@ from lightning_fedfisher.curvature.base import Curvature
 from lightning_fedfisher.curvature.linalg import change_basis, symmetric_eigendecomposition
 from lightning_fedfisher.merge.objective import LazyCurvatures, dot
 
-_FEWEST = 3
+FEWEST = 3
+"""Number of clients who can judge each other: of two, the one is what the other is not."""
+
 # Of the mean direction's share: what everybody may have where the median client has nothing.
 _DAMPING = 0.1
 
@@ -64,7 +66,7 @@ class TypicalCurvature:
         """
         first = curvatures[0]
         roles = first.tensor_roles
-        if len(curvatures) < _FEWEST or not roles or "basis" in roles.values():
+        if len(curvatures) < FEWEST or not roles or "basis" in roles.values():
             return None
         means = {name: torch.zeros_like(tensor) for name, tensor in first.tensors().items()}
         for curvature in curvatures:
